@@ -1,0 +1,44 @@
+"""What can go wrong, as one line a person can act on: where, what was expected, what to do."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class M2LError(Exception):
+    """A bad input. The command prints its message alone and exits with code 2."""
+
+
+class UnknownNameError(M2LError):
+    """A name that nothing answers to; the message proposes the nearest known one.
+
+    Args:
+        kind: What was looked for, as a noun: "task", "merge method".
+        name: The name as it was given.
+        known: Every name that would have been accepted.
+    """
+
+    def __init__(self, kind: str, name: str, known: Iterable[str]):
+        known = sorted(known)
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+        hint = f"; the nearest known one is {near[0]!r}" if near else "; none is known"
+        super().__init__(f"unknown {kind} {name!r}{hint}")
+
+
+class ConfigError(M2LError):
+    """A setting of the wrong name, type or range."""
+
+
+class DataError(M2LError):
+    """A record, file, task or mixture that cannot be used; names the file and line, or the example."""
+
+
+class CheckpointError(M2LError):
+    """A checkpoint that is missing, unfinished, damaged, or of another model or vocabulary."""
+
+
+class MergeError(M2LError):
+    """Checkpoints or hyper-parameters that cannot be merged."""
+
+
+class EvaluationError(M2LError):
+    """Scores or results that cannot be believed: non-finite, incomplete, or of other examples."""

@@ -1,0 +1,73 @@
+"""One progress bar for long work: a live bar in a terminal, plain lines elsewhere."""
+
+import sys
+import time
+from types import TracebackType
+
+_SECONDS_BETWEEN_LINES = 5.0
+_BAR_WIDTH = 24
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+class Progress:
+    """Shows how far a piece of work is, at which rate, and how long it will still take.
+
+    Use as a context manager and call `update` as work is done; it is cheap enough for every step.
+    On a terminal one line is redrawn in place; otherwise a line is written every five seconds.
+
+    Args:
+        description: What is being done, a few words.
+        total: How many units there are.
+        unit: The name of a unit in the plural.
+        done: How many were done before (a resumed run): they do not count towards the rate.
+    """
+
+    def __init__(self, description: str, total: int, unit: str = "steps", done: int = 0):
+        self._description, self._total, self._unit = description, total, unit
+        self._first, self._done = done, done
+        self._figures: dict[str, str] = {}
+        self._terminal = sys.stderr.isatty()
+        self._every = 0.1 if self._terminal else _SECONDS_BETWEEN_LINES
+        self._start = self._shown = time.monotonic()
+
+    def update(self, done: int | None = None, **figures: str) -> None:
+        """Records that `done` units are finished (None: unchanged) and figures to show beside."""
+        self._done = self._done if done is None else done
+        self._figures.update(figures)
+        if time.monotonic() - self._shown >= self._every:
+            self._show(self._line())
+
+    def _line(self) -> str:
+        elapsed = time.monotonic() - self._start
+        rate = (self._done - self._first) / elapsed if elapsed else 0.0
+        left = _clock((self._total - self._done) / rate) if rate else "?"
+        share = self._done / self._total if self._total else 1.0
+        parts = [f"{self._done:,}/{self._total:,} {self._unit}", f"{rate:,.1f}/s", f"{left} left"]
+        parts += [f"{name} {value}" for name, value in self._figures.items()]
+        bar = ""
+        if self._terminal:
+            filled = int(_BAR_WIDTH * share)
+            bar = "━" * filled + "─" * (_BAR_WIDTH - filled) + " "
+        return f"{self._description}: {bar}{share:4.0%}  " + "  ".join(parts)
+
+    def _show(self, line: str) -> None:
+        self._shown = time.monotonic()
+        sys.stderr.write(f"\r\x1b[2K{line}" if self._terminal else f"{line}\n")
+        sys.stderr.flush()
+
+    def __enter__(self) -> "Progress":
+        self._show(self._line())
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self._show(self._line() + f"  in {_clock(time.monotonic() - self._start)}")
+        if self._terminal:
+            sys.stderr.write("\n")
