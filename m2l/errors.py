@@ -29,7 +29,7 @@ class ConfigError(M2LError):
 
 
 class DataError(M2LError):
-    """A record, file, task or mixture that cannot be used; names the file and line, or the example."""
+    """A record, file, task or mixture that cannot be used; names the line or the example."""
 
 
 class CheckpointError(M2LError):
@@ -42,3 +42,7 @@ class MergeError(M2LError):
 
 class EvaluationError(M2LError):
     """Scores or results that cannot be believed: non-finite, incomplete, or of other examples."""
+
+
+class Stopped(Exception):
+    """Not an error: work that was asked to stop (SIGTERM) has saved what it had and ends."""

@@ -1,0 +1,164 @@
+"""The one place where gin is read: files and bindings in, validated dataclasses out."""
+
+import ast
+import contextlib
+import dataclasses
+import difflib
+import functools
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import gin
+
+from m2l.errors import ConfigError, M2LError, UnknownNameError
+from m2l.merging import Recipe
+from m2l.models import T5Config
+from m2l.studies.scaling import ScalingStudy
+from m2l.training.settings import TrainSettings
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingRun:
+    """What `m2l train` runs: a model, what to do with it, and where the data comes from."""
+
+    settings: TrainSettings
+    model: T5Config | None = None
+    vocabulary: str = "microworld"
+    source: str = "microworld"
+
+
+CONFIGURABLES = {
+    "T5": T5Config,
+    "Train": TrainSettings,
+    "Run": TrainingRun,
+    "Merge": Recipe,
+    "ScalingStudy": ScalingStudy,
+}
+
+
+def _register(name: str, of: type) -> None:
+    @functools.wraps(of, updated=())
+    def build(*args: Any, **kwargs: Any) -> Any:
+        for parameter, value in kwargs.items():
+            if value is gin.REQUIRED:
+                raise ConfigError(f"{name}.{parameter} must be set; see the head of the gin file")
+        return of(*args, **kwargs)
+
+    gin.external_configurable(build, name, module="m2l")
+
+
+for _name, _of in CONFIGURABLES.items():
+    _register(_name, _of)
+
+
+def directory() -> Path:
+    """Where the gin files that come with m2l lie."""
+    return Path(str(resources.files("m2l.gin_configs")))
+
+
+def _fields(name: str) -> list[str]:
+    return [field.name for field in dataclasses.fields(CONFIGURABLES[name])]
+
+
+def quoted(binding: str) -> str:
+    """NAME=VALUE as gin wants it: a bare word is a string."""
+    name, found, value = binding.partition("=")
+    name, value = name.strip(), value.strip()
+    if not found or not name or not value:
+        raise ConfigError(f"--gin.{binding}: expected --gin.NAME=VALUE")
+    if value[0] not in "@%":
+        try:
+            ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            # Lists and dicts may hold references (@Train()) that are gin's to read.
+            if value[0] not in "[({":
+                value = repr(value)
+    return f"{name} = {value}"
+
+
+def _refuse_unknown_macros(bindings: Sequence[str], known: Sequence[str]) -> None:
+    """gin takes a macro that nothing reads without a word."""
+    for binding in bindings:
+        name = binding.partition("=")[0].strip()
+        if "." not in name and name not in known:
+            raise UnknownNameError("gin macro", name, known)
+
+
+def _macros(texts: Sequence[str]) -> list[str]:
+    return sorted({name for text in texts for name in re.findall(r"%([A-Z][A-Z0-9_]*)", text)})
+
+
+def _plain(error: Exception) -> M2LError:
+    """gin's multi-line message as one line that says what to do."""
+    text = str(error)
+    first = text.splitlines()[0] if text else repr(error)
+    where = re.search(r"In (?:file )?(bindings string|\".*?\") line \d+", text)
+    at = f" ({where.group(0)})" if where else ""
+    if isinstance(error, M2LError):
+        return ConfigError(first)
+    if match := re.search(r"No configurable matching (?:reference )?'@?([\w./]+)", first):
+        name = match.group(1).rsplit("/", 1)[-1]
+        return UnknownNameError("gin name", name, CONFIGURABLES)
+    if match := re.search(r"Configurable '([\w.]+)' doesn't have a parameter named '(\w+)'", first):
+        name, parameter = match.groups()
+        known = _fields(name.rsplit(".", 1)[-1])
+        near = difflib.get_close_matches(parameter, known, n=1, cutoff=0.0)[0]
+        return ConfigError(f"{name} has no setting {parameter!r}; the nearest is {near!r}{at}")
+    if match := re.search(r"macro\(\).*in scope '(\w+)'", text.replace("\n", " ")):
+        return ConfigError(f"the gin macro {match.group(1)} is used, but nothing sets it")
+    if match := re.search(r"missing .*required .*?: (.*)", first):
+        return ConfigError(f"gin: {match.group(1)} must be set")
+    return ConfigError(f"gin: {first}{at}")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps gin from logging what the raised error says already."""
+    level = logging.root.level
+    logging.root.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.root.setLevel(level)
+
+
+def load(name: str, files: Sequence[str], bindings: Sequence[str] = ()) -> tuple[Any, str]:
+    """Builds one of `CONFIGURABLES` from gin files and bindings.
+
+    Args:
+        name: Which one: "Run", "ScalingStudy", "Merge".
+        files: Gin files, read in order; a relative name is looked up in the working directory,
+            then among the files that come with m2l ("experiments/demo.gin").
+        bindings: NAME=VALUE, applied after all files, in order. NAME is a macro or Class.setting;
+            a bare word as VALUE is a string.
+
+    Returns:
+        The validated dataclass, and the gin text that makes it again.
+
+    Raises:
+        ConfigError: an unknown name or setting, a wrong type or range, a setting left out, a file
+            that cannot be read. The message is one line.
+    """
+    gin.clear_config()
+    try:
+        with _quiet():
+            gin.add_config_file_search_path(str(directory()))
+            gin.parse_config_files_and_bindings(list(files), [], finalize_config=False)
+            _refuse_unknown_macros(bindings, _macros([gin.config_str()]))
+            gin.parse_config([quoted(binding) for binding in bindings])
+            built = gin.get_configurable(name)()
+            return built, gin.operative_config_str()
+    except (ValueError, TypeError, SyntaxError, OSError, M2LError) as error:
+        raise _plain(error) from error
+    finally:
+        gin.clear_config()
+
+
+def files() -> list[str]:
+    """The gin files that come with m2l, as `load` takes them."""
+    root = directory()
+    return sorted(str(path.relative_to(root)) for path in root.rglob("*.gin"))

@@ -1,0 +1,1 @@
+"""Evaluation: rank classification for tasks with answer choices, decoding for those without."""

@@ -1,0 +1,88 @@
+"""The metrics of generated text, in percent, guarded against what their libraries do silently.
+
+Each takes one list of references per prediction, whatever the library underneath wants.
+"""
+
+from collections.abc import Callable, Sequence
+
+from m2l.errors import EvaluationError, UnknownNameError
+
+References = Sequence[Sequence[str]]
+Metric = Callable[[References, Sequence[str]], dict[str, float]]
+
+
+def _check(references: References, predictions: Sequence[str]) -> None:
+    if len(references) != len(predictions) or not predictions:
+        raise EvaluationError(
+            f"{len(predictions)} predictions for {len(references)} references; a metric needs as "
+            "many of one as of the other, and at least one"
+        )
+    for i, of_one in enumerate(references):
+        if isinstance(of_one, str) or not of_one:
+            raise EvaluationError(
+                f"example {i}: its references are {of_one!r}, not a list of texts"
+            )
+
+
+def squad(references: References, predictions: Sequence[str]) -> dict[str, float]:
+    """Exact match and token F1 against the best reference, after SQuAD's normalisation.
+
+    Source: Rajpurkar et al. (2016), as `t5.evaluation.metrics.squad` computes it. Given a plain
+    text in place of a list of references, that function compares with single letters.
+    """
+    _check(references, predictions)
+    from t5.evaluation import metrics
+
+    scores = metrics.squad([list(of_one) for of_one in references], list(predictions))
+    return {"exact_match": float(scores["em"]), "f1": float(scores["f1"])}
+
+
+def bleu(references: References, predictions: Sequence[str]) -> dict[str, float]:
+    """Corpus BLEU of detokenised text, as `t5.evaluation.metrics.bleu` computes it.
+
+    sacrebleu underneath wants streams (the first reference of every example, then every second
+    one) and computes another figure without a word when it is given lists per example.
+    """
+    _check(references, predictions)
+    from t5.evaluation import metrics
+
+    most = max(len(of_one) for of_one in references)
+    streams = [
+        [of_one[k] if k < len(of_one) else None for of_one in references] for k in range(most)
+    ]
+    return {"bleu": float(metrics.bleu(streams, list(predictions))["bleu"])}
+
+
+def rouge(references: References, predictions: Sequence[str]) -> dict[str, float]:
+    """ROUGE-1, ROUGE-2 and ROUGE-Lsum F-measures, the best over the references, averaged.
+
+    Source: Lin (2004), by the rouge-score package. `t5.evaluation.metrics.rouge` reports the middle
+    of an unseeded bootstrap instead of the mean, so that its figure changes from call to call.
+    """
+    _check(references, predictions)
+    from rouge_score import rouge_scorer
+
+    names = ["rouge1", "rouge2", "rougeLsum"]
+    scorer = rouge_scorer.RougeScorer(names)
+    sums = dict.fromkeys(names, 0.0)
+    for of_one, prediction in zip(references, predictions, strict=True):
+        # ROUGE-Lsum takes a line for a sentence.
+        best = [
+            scorer.score(text.replace(" . ", " .\n"), prediction.replace(" . ", " .\n"))
+            for text in of_one
+        ]
+        for name in names:
+            sums[name] += max(score[name].fmeasure for score in best)
+    return {name: 100.0 * total / len(predictions) for name, total in sums.items()}
+
+
+METRICS: dict[str, Metric] = {"squad": squad, "bleu": bleu, "rouge": rouge}
+# Which of a metric's figures stands for it in tables and in normalised performance.
+HEADLINE = {"squad": "f1", "bleu": "bleu", "rouge": "rougeLsum", "accuracy": "accuracy"}
+
+
+def metric(name: str) -> Metric:
+    """The metric of that name; UnknownNameError if there is none."""
+    if name not in METRICS:
+        raise UnknownNameError("metric", name, METRICS)
+    return METRICS[name]

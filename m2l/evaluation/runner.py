@@ -1,0 +1,232 @@
+"""A model on a set of tasks: one JSON result for each, written as soon as it is known."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import m2l
+from m2l.data import pipeline
+from m2l.data.pipeline import GenerationExample, RankingExample
+from m2l.data.prompts import TaskInfo
+from m2l.errors import DataError, EvaluationError
+from m2l.evaluation import generation, metrics, ranking
+from m2l.progress import Progress
+
+FORMAT_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskData:
+    """A task's examples, tokenised once and used for every model.
+
+    Attributes:
+        info: What the task is.
+        examples: RankingExamples of a task with answer choices, GenerationExamples of others.
+        digest: sha256 of everything that decides a score: tokens, choices, answers, metric.
+    """
+
+    info: TaskInfo
+    examples: Sequence[RankingExample] | Sequence[GenerationExample]
+    digest: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One model's result on one task, as it stands in its JSON file.
+
+    Attributes:
+        score: The figure that stands for the task, in percent: `metrics[metric]`.
+        metrics: All figures of the task, in percent.
+        count: Examples evaluated.
+        ties: Examples whose best score was shared by several choices.
+        truncated: Examples that lost tokens to the length limits.
+        seconds: Time spent on the model's scores or decodings, data and metrics apart.
+    """
+
+    task: str
+    dataset: str
+    category: str
+    held_out: bool
+    kind: str
+    metric: str
+    score: float
+    metrics: Mapping[str, float]
+    count: int
+    ties: int
+    truncated: int
+    seconds: float
+    model_digest: str
+    task_digest: str
+    m2l_version: str = m2l.__version__
+    format_version: int = FORMAT_VERSION
+
+
+def load_tasks(
+    infos: Iterable[TaskInfo],
+    *,
+    split: str,
+    lengths: Mapping[str, int],
+    max_examples: int | None = None,
+) -> list[TaskData]:
+    """Reads and tokenises the tasks' examples.
+
+    Args:
+        infos: The tasks.
+        split: "validation" or another split that every task has.
+        lengths: Tokens kept of "inputs" and "targets".
+        max_examples: How many examples of each task, from its first; None takes all.
+    """
+    loaded = []
+    for info in infos:
+        read = pipeline.ranking_examples if info.kind == "rank" else pipeline.generation_examples
+        examples = read(info.name, split, lengths=lengths, max_examples=max_examples)
+        if not examples:
+            raise DataError(f"task {info.name}: its split {split!r} has no examples")
+        digest = hashlib.sha256(f"{info.kind} {info.metric} {split}".encode())
+        for example in examples:
+            if isinstance(example, RankingExample):
+                answer = [[choice.tolist() for choice in example.choices], list(example.is_correct)]
+            else:
+                answer = example.reference
+            digest.update(json.dumps([example.inputs.tolist(), answer]).encode())
+        loaded.append(TaskData(info, examples, digest.hexdigest()))
+    return loaded
+
+
+def read_result(path: Path) -> Result:
+    """A result from its file.
+
+    Raises:
+        EvaluationError: the file is not a result, or one of another version.
+    """
+    try:
+        fields = json.loads(Path(path).read_text())
+        if fields["format_version"] != FORMAT_VERSION:
+            raise EvaluationError(
+                f"{path}: result format {fields['format_version']}, this m2l reads "
+                f"{FORMAT_VERSION}; delete it and evaluate again"
+            )
+        return Result(**fields)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise EvaluationError(f"{path}: not a result of `m2l eval` ({error})") from error
+
+
+def _write(result: Result, path: Path) -> None:
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    unfinished.write_text(json.dumps(dataclasses.asdict(result), indent=1) + "\n")
+    unfinished.rename(path)
+
+
+def _finished(path: Path, model_digest: str, task: TaskData) -> Result | None:
+    """The result already there, if it is of this model and these examples."""
+    if not path.exists():
+        return None
+    held = read_result(path)
+    if held.model_digest != model_digest:
+        raise EvaluationError(
+            f"{path} is the result of another model ({held.model_digest[:12]}, this one is "
+            f"{model_digest[:12]}); choose another --out, or delete it"
+        )
+    same = held.task_digest == task.digest and held.m2l_version == m2l.__version__
+    return held if same else None
+
+
+def evaluate(
+    config: Any,
+    params: Any,
+    tasks: Sequence[TaskData],
+    out: Path,
+    *,
+    vocabulary: Any,
+    model_digest: str,
+    max_target_length: int,
+    batch_size: int = 32,
+    dtype: str = "float32",
+    description: str = "evaluate",
+) -> list[Result]:
+    """Evaluates a model on tasks; a task whose result is already there is not computed again.
+
+    Args:
+        config: The model's configuration.
+        params: Its parameters.
+        tasks: What to evaluate it on, as `load_tasks` gives it.
+        out: Where `TASK.json` files go; made if need be.
+        vocabulary: The seqio vocabulary, to read what the model generates.
+        model_digest: The digest of the model's manifest; results of another model are refused.
+        max_target_length: Tokens to generate at most.
+        batch_size: Examples in a batch.
+        dtype: The dtype to compute in.
+        description: What the progress bar calls it.
+
+    Returns:
+        A result for each task, in their order.
+    """
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    results = []
+    with Progress(description, sum(len(t.examples) for t in tasks), "examples") as progress:
+        done = 0
+
+        def on_done(count: int) -> None:
+            nonlocal done
+            done += count
+            progress.update(done)
+
+        for task in tasks:
+            path = out / f"{task.info.name}.json"
+            result = _finished(path, model_digest, task)
+            if result is None:
+                figures, ties, seconds = _figures(
+                    config, params, task, vocabulary, max_target_length, batch_size, dtype, on_done
+                )
+                result = Result(
+                    task=task.info.name,
+                    dataset=task.info.dataset,
+                    category=task.info.category,
+                    held_out=task.info.held_out,
+                    kind=task.info.kind,
+                    metric=task.info.metric,
+                    score=figures[metrics.HEADLINE[task.info.metric]],
+                    metrics=figures,
+                    count=len(task.examples),
+                    ties=ties,
+                    truncated=sum(example.truncated for example in task.examples),
+                    seconds=seconds,
+                    model_digest=model_digest,
+                    task_digest=task.digest,
+                )
+                _write(result, path)
+            else:
+                on_done(len(task.examples))
+            results.append(result)
+    return results
+
+
+def _figures(
+    config: Any,
+    params: Any,
+    task: TaskData,
+    vocabulary: Any,
+    max_target_length: int,
+    batch_size: int,
+    dtype: str,
+    on_done: Any,
+) -> tuple[dict[str, float], int, float]:
+    """A task's metrics, its ties, and the seconds that the model took."""
+    start = time.monotonic()
+    how = {"batch_size": batch_size, "dtype": dtype, "on_done": on_done}
+    if task.info.kind == "rank":
+        scores = ranking.score_examples(config, params, task.examples, **how)
+        seconds = time.monotonic() - start
+        ranked = ranking.rank(task.info.name, task.examples, scores)
+        return {"accuracy": ranked.accuracy, "chance": ranked.chance}, ranked.ties, seconds
+    decoded = generation.greedy(config, params, task.examples, max_length=max_target_length, **how)
+    seconds = time.monotonic() - start
+    texts = [vocabulary.decode(tokens.tolist()).strip() for tokens in decoded]
+    references = [example.reference for example in task.examples]
+    return metrics.metric(task.info.metric)(references, texts), 0, seconds

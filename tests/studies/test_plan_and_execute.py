@@ -1,0 +1,116 @@
+import json
+
+import pytest
+
+from m2l.errors import ConfigError, UnknownNameError
+from m2l.studies import execute
+from m2l.studies.plan import Plan, Stage
+
+
+def plan(steps=3, scale=0.5):
+    return Plan(
+        [
+            Stage("base", "train", {"steps": steps}),
+            Stage("expert", "train", {"steps": 2}, {"init": "base"}),
+            Stage("merged", "merge", {"scale": scale}, {"base": "base", "expert_00": "expert"}),
+            Stage("other", "train", {"steps": 9}),
+        ]
+    )
+
+
+def digests(of):
+    return {stage.name: of.digest(stage.name) for stage in of}
+
+
+def test_a_changed_setting_changes_the_digests_of_all_that_depends_on_it_and_no_other():
+    before, after = digests(plan()), digests(plan(scale=0.6))
+    assert {name for name in before if before[name] != after[name]} == {"merged"}
+    after = digests(plan(steps=4))
+    assert {name for name in before if before[name] != after[name]} == {"base", "expert", "merged"}
+
+
+def test_a_stage_needs_what_it_is_made_from_and_no_more():
+    assert [stage.name for stage in plan().needed_for("expert")] == ["base", "expert"]
+    assert digests(plan().needed_for("merged"))["merged"] == digests(plan())["merged"]
+
+
+def test_an_unknown_stage_proposes_the_nearest():
+    with pytest.raises(UnknownNameError, match="'merged'"):
+        plan().needed_for("merge")
+
+
+def test_an_input_must_be_made_by_an_earlier_stage():
+    with pytest.raises(ValueError, match="no earlier stage"):
+        Plan([Stage("a", "train", {}, {"init": "b"}), Stage("b", "train", {})])
+
+
+class Recorder:
+    """A runner that writes its settings and its inputs' contents."""
+
+    def __init__(self):
+        self.ran = []
+
+    def __call__(self, stage, out, inputs):
+        self.ran.append(stage.name)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        read = {role: path.read_text() for role, path in inputs.items()}
+        out.write_text(json.dumps([stage.settings, read]))
+
+
+def run(of, out):
+    recorder = Recorder()
+    execute.execute(of, out, {"train": recorder, "merge": recorder})
+    return recorder.ran
+
+
+def test_finished_stages_are_not_run_again(tmp_path):
+    assert run(plan(), tmp_path) == ["base", "expert", "merged", "other"]
+    assert run(plan(), tmp_path) == []
+
+
+def test_a_changed_setting_reruns_only_what_depends_on_it(tmp_path):
+    run(plan(), tmp_path)
+    assert run(plan(steps=4), tmp_path) == ["base", "expert", "merged"]
+    assert execute.folder(tmp_path, "base").read_text() == json.dumps([{"steps": 4}, {}])
+
+
+def test_a_stage_that_broke_off_is_run_again_over_what_it_left(tmp_path):
+    class Broken(Recorder):
+        def __call__(self, stage, out, inputs):
+            if stage.name == "expert":
+                out.parent.mkdir(parents=True, exist_ok=True)
+                (out.parent / "half").write_text("done")
+                raise KeyboardInterrupt
+            super().__call__(stage, out, inputs)
+
+    broken = Broken()
+    with pytest.raises(KeyboardInterrupt):
+        execute.execute(plan(), tmp_path, {"train": broken, "merge": broken})
+    assert execute.state(plan(), tmp_path, "base") == "done"
+    assert execute.state(plan(), tmp_path, "expert") == "begun"
+    assert execute.state(plan(), tmp_path, "merged") == "missing"
+    assert run(plan(), tmp_path) == ["expert", "merged", "other"]
+    assert (tmp_path / "expert" / "half").exists()
+
+
+def test_what_another_digest_began_is_thrown_away(tmp_path):
+    run(plan(), tmp_path)
+    (tmp_path / "base" / "half").write_text("of other settings")
+    run(plan(steps=4), tmp_path)
+    assert not (tmp_path / "base" / "half").exists()
+
+
+def test_a_folder_is_claimed_once(tmp_path):
+    study = {"kind": "scaling", "settings": {"seeds": [0], "split": "validation"}}
+    other = {"kind": "scaling", "settings": {"seeds": [0, 1], "split": "validation"}}
+    execute.claim(tmp_path / "a", study, update=False)
+    execute.claim(tmp_path / "a", study, update=False)
+    with pytest.raises(ConfigError, match=r"its seeds is \[0\], here it is \[0, 1\]"):
+        execute.claim(tmp_path / "a", other, update=False)
+    execute.claim(tmp_path / "a", other, update=True)
+    assert json.loads((tmp_path / "a" / "study.json").read_text()) == other
+
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "thesis.tex").write_text("")
+    with pytest.raises(ConfigError, match="not empty and holds no study"):
+        execute.claim(tmp_path / "b", study, update=True)
