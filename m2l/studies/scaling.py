@@ -15,7 +15,7 @@ from m2l import models
 from m2l.errors import ConfigError
 from m2l.evaluation.normalize import dataset_scores, normalized
 from m2l.evaluation.runner import Result, read_result
-from m2l.merging import Recipe
+from m2l.merging import METHODS, Recipe
 from m2l.studies.execute import folder
 from m2l.studies.plan import Plan, Stage
 from m2l.training.settings import TrainSettings, check_types
@@ -106,7 +106,7 @@ def merges(study: ScalingStudy) -> Iterator[Merge]:
                     categories = constituents(study, count, seed)
                     seeded = dataclasses.replace(recipe, seed=seed)
                     label = "+".join(categories) if count < len(study.categories) else "all"
-                    label += f"-seed{seed}" if seeded.is_random else ""
+                    label += f"-seed{seed}" if METHODS[recipe.method].draws else ""
                     stage = f"merges/{base}/{recipe.method}/{label}"
                     yield Merge(base, seeded, count, seed, categories, stage)
 

@@ -139,7 +139,7 @@ def train(
         steps=settings.steps,
         warmup_steps=settings.warmup_steps,
     )
-    dropout_key = jax.random.key(settings.seed, impl="rbg")
+    dropout_key = jax.random.key(settings.seed)
 
     # --- restore: the run's own newest checkpoint, else init, else a random model ---
     saves = out / "checkpoints"

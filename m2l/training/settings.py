@@ -19,7 +19,7 @@ def check_types(settings: Any) -> None:
         value, wanted = getattr(settings, field.name), field.type
         if wanted is float and type(value) is int:
             object.__setattr__(settings, field.name, float(value))
-        elif isinstance(wanted, type) and type(value) is not wanted:
+        elif wanted in (bool, int, float, str) and type(value) is not wanted:
             raise ConfigError(
                 f"{type(settings).__name__}.{field.name}: expected {wanted.__name__}, "
                 f"found {value!r}; correct it in the gin file or flag"

@@ -1,0 +1,37 @@
+"""Checkpoints: directories that are whole or absent, and say what they are and where from."""
+
+from m2l.checkpoints.manifest import Manifest
+from m2l.checkpoints.orbax import Writer, save, writing
+from m2l.checkpoints.publishing import check_absent, clean
+from m2l.checkpoints.reading import (
+    Parameter,
+    open_parameter,
+    open_parameters,
+    read_manifest,
+    resolve,
+    restore,
+    restore_data_state,
+    restore_opt_state,
+    verify,
+)
+from m2l.checkpoints.trees import flatten, unflatten
+
+__all__ = [
+    "Manifest",
+    "Parameter",
+    "Writer",
+    "check_absent",
+    "clean",
+    "flatten",
+    "open_parameter",
+    "open_parameters",
+    "read_manifest",
+    "resolve",
+    "restore",
+    "restore_data_state",
+    "restore_opt_state",
+    "save",
+    "unflatten",
+    "verify",
+    "writing",
+]

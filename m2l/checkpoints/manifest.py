@@ -1,0 +1,114 @@
+"""What a checkpoint says about itself: manifest.json, and the digests that make damage visible."""
+
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import json
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from m2l import __version__
+from m2l.errors import CheckpointError
+
+FORMAT_VERSION = 1
+FILE_NAME = "manifest.json"
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """The versions of m2l and of what it stands on, as recorded in every manifest."""
+    packages = ("jax", "flax", "orbax-checkpoint", "tensorstore", "numpy")
+    found = {name: importlib.metadata.version(name) for name in packages}
+    return {"m2l": __version__, "python": platform.python_version()} | found
+
+
+def sha256(array: np.ndarray) -> str:
+    """The SHA-256, in hex, of an array's row-major little-endian bytes."""
+    return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8)).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What is in a checkpoint, what made it, and from what.
+
+    Attributes:
+        model: The model's configuration, as `models.to_dict` gives it.
+        vocabulary: {"name", "size", "fingerprint"} of the vocabulary the model was trained with.
+        dtype: The parameters' dtype, or "mixed".
+        step: The training step it was taken at; 0 for what no trainer made.
+        made_by: What made it: the resolved configuration of the run, or the merge's recipe.
+        parents: {"role", "path", "digest"} of each checkpoint it was made from.
+        parameters: name -> {"shape", "dtype", "digest"}, digests as `sha256` gives them.
+        opt_state: The same for the optimizer state's leaves, by key path; None without one.
+        data_state: SHA-256 of the data pipeline's position; None without one.
+        versions: The versions it was written with.
+        format_version: The layout of the directory and of this file.
+    """
+
+    model: Mapping[str, Any]
+    vocabulary: Mapping[str, Any]
+    dtype: str
+    step: int
+    made_by: Mapping[str, Any]
+    parents: tuple[Mapping[str, str], ...]
+    parameters: Mapping[str, Mapping[str, Any]]
+    opt_state: Mapping[str, Mapping[str, Any]] | None = None
+    data_state: str | None = None
+    versions: Mapping[str, str] = dataclasses.field(default_factory=versions)
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def digest(self) -> str:
+        """SHA-256, in hex, of what the model is: configuration, vocabulary and parameters."""
+        identity = {
+            "model": self.model,
+            "vocabulary": self.vocabulary["fingerprint"],
+            "parameters": self.parameters,
+        }
+        text = json.dumps(identity, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def write(self, directory: Path) -> None:
+        """Writes manifest.json into `directory`."""
+        content = {"digest": self.digest} | dataclasses.asdict(self)
+        (directory / FILE_NAME).write_text(json.dumps(content, indent=1) + "\n")
+
+    @classmethod
+    def read(cls, directory: Path) -> "Manifest":
+        """Reads manifest.json of `directory`.
+
+        Raises:
+            CheckpointError: It is missing, is not what m2l wrote, or was written by a newer m2l.
+        """
+        file = directory / FILE_NAME
+        try:
+            content = json.loads(file.read_text())
+        except OSError as error:
+            raise CheckpointError(
+                f"{file}: cannot be read ({error.strerror}); without it {directory} is not a "
+                "finished checkpoint"
+            ) from error
+        except ValueError as error:
+            raise CheckpointError(f"{file}: damaged, it is not JSON ({error})") from error
+        found = content.get("format_version") if isinstance(content, dict) else None
+        if not isinstance(found, int):
+            raise CheckpointError(f"{file}: damaged, it has no format_version")
+        if found > FORMAT_VERSION:
+            raise CheckpointError(
+                f"{file}: written in format {found} by a newer m2l; this one reads up to "
+                f"{FORMAT_VERSION}: upgrade m2l"
+            )
+        digest = content.pop("digest", None)
+        try:
+            manifest = cls(**content | {"parents": tuple(content.get("parents", ()))})
+            intact = manifest.digest == digest
+        except (TypeError, KeyError) as error:
+            raise CheckpointError(f"{file}: damaged, its fields are not m2l's: {error}") from error
+        if not intact:
+            raise CheckpointError(f"{file}: damaged or edited, it does not match its own digest")
+        return manifest

@@ -1,0 +1,112 @@
+"""Directories that appear under their name when they are whole, and never otherwise."""
+
+import contextlib
+import itertools
+import os
+import re
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from m2l.errors import CheckpointError
+
+_OF_ORBAX = ".orbax-checkpoint-tmp"
+_TEMPORARY = re.compile(rf"\..+\.tmp-(?P<host>.+)-(?P<pid>\d+)-\d+({re.escape(_OF_ORBAX)})?")
+_serial = itertools.count()
+_being_written: set[str] = set()
+
+
+def check_absent(directory: str | os.PathLike) -> None:
+    """Raises CheckpointError if something has the name that a checkpoint is to get."""
+    if os.path.lexists(directory):
+        raise CheckpointError(
+            f"{directory}: exists already, and nothing is overwritten: choose another name or "
+            "remove it"
+        )
+
+
+def clean(directory: str | os.PathLike) -> list[Path]:
+    """Removes what saves that were killed have left in `directory`; returns what was removed.
+
+    A temporary directory carries the host and process that writes it; those of other hosts and of
+    living processes stay.
+    """
+    removed = []
+    directory = Path(directory)
+    for entry in sorted(directory.iterdir()) if directory.is_dir() else ():
+        match = _TEMPORARY.fullmatch(entry.name)
+        if not match or match["host"] != socket.gethostname():
+            continue
+        pid, name = int(match["pid"]), entry.name.removesuffix(_OF_ORBAX)
+        if name in _being_written if pid == os.getpid() else _alive(pid):
+            continue
+        # Another process may be cleaning the same.
+        shutil.rmtree(entry, ignore_errors=True)
+        removed.append(entry)
+    return removed
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _sync(path: str | os.PathLike) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def publishing(directory: str | os.PathLike, size: int) -> Iterator[Path]:
+    """Yields a temporary name; what is written there becomes `directory` if all goes well.
+
+    Args:
+        directory: The final name; must not exist. Its parents are made.
+        size: The bytes that will be written, for refusing early what the disk cannot take.
+
+    Raises:
+        CheckpointError: `directory` exists, cannot be created, or the disk is full.
+    """
+    directory = Path(directory).absolute()
+    check_absent(directory)
+    parent = directory.parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{parent}: cannot be created ({error.strerror})") from error
+    clean(parent)
+    if (free := shutil.disk_usage(parent).free) < size:
+        raise CheckpointError(
+            f"{directory}: no space left: {size:,} bytes are needed, {free:,} are free in {parent}"
+        )
+    temporary = parent / (
+        f".{directory.name}.tmp-{socket.gethostname()}-{os.getpid()}-{next(_serial)}"
+    )
+    _being_written.add(temporary.name)
+    try:
+        yield temporary
+        for folder, _, files in os.walk(temporary):
+            for path in (*(os.path.join(folder, file) for file in files), folder):
+                _sync(path)
+        temporary.rename(directory)
+        _sync(parent)
+    except (OSError, ValueError) as error:
+        if not re.search(r"No space left on device|Disk quota exceeded", str(error)):
+            raise
+        raise CheckpointError(
+            f"{directory}: no space left: {size:,} bytes are needed; nothing was written"
+        ) from error
+    finally:
+        for leftover in (temporary, temporary.with_name(temporary.name + _OF_ORBAX)):
+            # What cannot be removed now is removed by the next save here.
+            shutil.rmtree(leftover, ignore_errors=True)
+        _being_written.discard(temporary.name)

@@ -1,0 +1,256 @@
+"""Reading checkpoints: whole, by parameter or by slice, and never a damaged one in silence."""
+
+import functools
+import hashlib
+import math
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tensorstore as ts
+
+from m2l.checkpoints.manifest import FILE_NAME as MANIFEST
+from m2l.checkpoints.manifest import Manifest, sha256
+from m2l.checkpoints.orbax import DATA_STATE, OPT_STATE, PARAMS, array_spec, boxes
+from m2l.checkpoints.trees import flatten_state, unflatten
+from m2l.errors import CheckpointError, UnknownNameError
+
+# Holds the chunk that consecutive slices of a parameter share, so that it is read once.
+_CACHE_BYTES = 32 << 20
+
+
+def resolve(path: str | os.PathLike) -> Path:
+    """Finds the checkpoint that `path` means: itself, or the newest whole one of a training run.
+
+    Raises:
+        CheckpointError: There is nothing there, or nothing finished.
+    """
+    path = Path(path).absolute()
+    if (path / MANIFEST).is_file():
+        return path
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: there is no such checkpoint or training run")
+    steps = {
+        int(entry.name.removeprefix("step_")): entry
+        for entry in path.glob("checkpoints/step_*")
+        if re.fullmatch(r"step_\d+", entry.name) and (entry / MANIFEST).is_file()
+    }
+    if steps:
+        return steps[max(steps)]
+    if not any(path.iterdir()):
+        raise CheckpointError(f"{path}: the directory is empty; a checkpoint was expected")
+    raise CheckpointError(
+        f"{path}: no finished checkpoint: neither {MANIFEST} nor checkpoints/step_*/{MANIFEST}"
+    )
+
+
+def read_manifest(path: str | os.PathLike) -> Manifest:
+    """Reads the manifest of the checkpoint that `path` means (see `resolve`)."""
+    return Manifest.read(resolve(path))
+
+
+class Parameter:
+    """A parameter on disk.
+
+    Attributes:
+        name: As "a/b/c".
+        shape: Its shape.
+        dtype: Its dtype.
+        size: How many elements it has.
+    """
+
+    def __init__(self, item: Path, name: str, record: Mapping[str, Any], context: ts.Context):
+        """Opens the array `name` of an Orbax item; it must agree with the manifest's record."""
+        self.name, self._item = name, item
+        self.shape, self.dtype = tuple(record["shape"]), np.dtype(record["dtype"])
+        self.size, self._digest = math.prod(self.shape), record["digest"]
+        spec = array_spec(item, name) | {"fill_missing_data_reads": False}
+        self._opening = ts.open(spec, open=True, read=True, context=context)
+
+    def _result(self, future: Any) -> Any:
+        try:
+            return future.result()
+        except ValueError as error:
+            what = str(error).split(":")[0].lower().replace("_", " ")
+            raise CheckpointError(
+                f"{self._item}: {self.name} cannot be read ({what}): a file is missing, truncated "
+                "or damaged; copy the checkpoint again or make it anew"
+            ) from error
+
+    @functools.cached_property
+    def _store(self) -> ts.TensorStore:
+        store = self._result(self._opening)
+        found = store.shape, store.dtype.numpy_dtype
+        if found != (self.shape, self.dtype):
+            raise CheckpointError(
+                f"{self._item}: {self.name} is {found[1]}{list(found[0])}, its manifest says "
+                f"{self.dtype}{list(self.shape)}: the two are not from one checkpoint"
+            )
+        return store
+
+    def start(self, start: int = 0, stop: int | None = None) -> Callable[[], np.ndarray]:
+        """Begins to read elements [start, stop) in the background; call the result for them."""
+        stop = self.size if stop is None else stop
+        pieces = [(a, b, self._store[box].read()) for box, a, b in boxes(self.shape, start, stop)]
+
+        def finish() -> np.ndarray:
+            if len(pieces) == 1:
+                return self._result(pieces[0][2]).reshape(-1)
+            block = np.empty(stop - start, self.dtype)
+            for a, b, future in pieces:
+                block[a - start : b - start] = self._result(future).reshape(-1)
+            return block
+
+        return finish
+
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Reads elements [start, stop) of the row-major parameter; 1-D, of its dtype.
+
+        Raises:
+            CheckpointError: A file is missing, truncated or damaged.
+        """
+        return self.start(start, stop)()
+
+    def check(self, digest: str) -> None:
+        """Raises CheckpointError unless `digest`, as `sha256` gives it, is the manifest's."""
+        if digest != self._digest:
+            raise CheckpointError(
+                f"{self._item}: {self.name} is damaged: its bytes do not have the digest that the "
+                "manifest records; copy the checkpoint again or make it anew"
+            )
+
+
+def open_parameters(path: str | os.PathLike) -> dict[str, Parameter]:
+    """Opens every parameter of a checkpoint, in the manifest's order; nothing is read yet."""
+    directory = resolve(path)
+    return _open(directory, PARAMS, Manifest.read(directory).parameters)
+
+
+def open_parameter(path: str | os.PathLike, name: str) -> Parameter:
+    """Opens one parameter of a checkpoint, by its name "a/b/c".
+
+    Raises:
+        UnknownNameError: The checkpoint has no such parameter.
+    """
+    directory = resolve(path)
+    records = Manifest.read(directory).parameters
+    if name not in records:
+        raise UnknownNameError("parameter", name, records)
+    return _open(directory, PARAMS, {name: records[name]})[name]
+
+
+def _open(directory: Path, item: str, records: Mapping[str, Mapping]) -> dict[str, Parameter]:
+    context = ts.Context({"cache_pool": {"total_bytes_limit": _CACHE_BYTES}})
+    return {
+        name: Parameter(directory / item, name, record, context) for name, record in records.items()
+    }
+
+
+def _read(directory: Path, item: str, records: Mapping, verify: bool) -> dict[str, np.ndarray]:
+    parameters = _open(directory, item, records)
+    reading = {name: parameter.start() for name, parameter in parameters.items()}
+    arrays = {}
+    for name, finish in reading.items():
+        arrays[name] = finish().reshape(parameters[name].shape)
+        if verify:
+            parameters[name].check(sha256(arrays[name]))
+    return arrays
+
+
+def restore(path: str | os.PathLike, *, shardings: Any = None, verify: bool = True) -> dict:
+    """Reads the parameters of the checkpoint that `path` means.
+
+    Args:
+        path: A checkpoint or a training run.
+        shardings: Where to place them: a sharding, or a nested dict of shardings like the
+            parameters. None: numpy arrays on the host.
+        verify: Recompute every digest, so that a flipped bit is refused (about 0.7 s per GB).
+
+    Returns:
+        A nested dict of arrays.
+
+    Raises:
+        CheckpointError: Missing, unfinished, truncated, damaged, or not what its manifest says.
+    """
+    directory = resolve(path)
+    records = Manifest.read(directory).parameters
+    params = unflatten(_read(directory, PARAMS, records, verify))
+    return params if shardings is None else jax.device_put(params, shardings)
+
+
+def restore_opt_state(path: str | os.PathLike, like: Any) -> Any:
+    """Reads the optimizer's state into the structure of `like`.
+
+    Args:
+        path: A checkpoint or a training run.
+        like: A pytree of arrays or ShapeDtypeStructs; where a leaf has a sharding it is used.
+
+    Raises:
+        CheckpointError: There is none, it is damaged, or its leaves differ from those of `like`.
+    """
+    directory = resolve(path)
+    records = Manifest.read(directory).opt_state
+    if records is None:
+        raise CheckpointError(f"{directory}: it holds no optimizer state, only parameters")
+    wanted = {
+        name: (list(np.shape(leaf)), jax.dtypes.result_type(leaf).name)
+        for name, leaf in flatten_state(like).items()
+    }
+    found = {name: (record["shape"], record["dtype"]) for name, record in records.items()}
+    for name in [*wanted, *found]:
+        if wanted.get(name) != found.get(name):
+            raise CheckpointError(
+                f"{directory}: optimizer state {name}: expected {_spell(wanted.get(name))}, found "
+                f"{_spell(found.get(name))}: it belongs to another optimizer or model"
+            )
+    arrays = _read(directory, OPT_STATE, records, verify=True)
+
+    def place(leaf: Any, array: np.ndarray) -> Any:
+        sharding = getattr(leaf, "sharding", None)
+        return array if sharding is None else jax.device_put(array, sharding)
+
+    leaves, structure = jax.tree.flatten(like)
+    return structure.unflatten(map(place, leaves, (arrays[name] for name in wanted)))
+
+
+def _spell(described: tuple[list[int], str] | None) -> str:
+    return "none" if described is None else f"{described[1]}{described[0]}"
+
+
+def restore_data_state(path: str | os.PathLike) -> bytes:
+    """Reads the data pipeline's position.
+
+    Raises:
+        CheckpointError: There is none, or it is damaged.
+    """
+    directory = resolve(path)
+    digest, file = Manifest.read(directory).data_state, directory / DATA_STATE
+    if digest is None:
+        raise CheckpointError(f"{directory}: it holds no data position, only parameters")
+    try:
+        state = file.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from error
+    if hashlib.sha256(state).hexdigest() != digest:
+        raise CheckpointError(f"{file}: damaged: its digest is not the one its manifest records")
+    return state
+
+
+def verify(path: str | os.PathLike) -> Manifest:
+    """Recomputes every digest of a checkpoint, one array in memory at a time.
+
+    Raises:
+        CheckpointError: Naming the first parameter or file that is missing or damaged.
+    """
+    directory = resolve(path)
+    manifest = Manifest.read(directory)
+    for item, records in ((PARAMS, manifest.parameters), (OPT_STATE, manifest.opt_state or {})):
+        for parameter in _open(directory, item, records).values():
+            parameter.check(sha256(parameter.read()))
+    if manifest.data_state is not None:
+        restore_data_state(directory)
+    return manifest

@@ -1,0 +1,103 @@
+"""The `m2l` command: each subcommand is a thin function, which imports its room when called."""
+
+import errno
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from m2l import __version__
+from m2l.cli import data, models, studies
+from m2l.errors import M2LError, Stopped
+
+
+@click.group(context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="m2l")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def cli(debug: bool) -> None:
+    """m2l (merge to learn): train experts from one base, merge them, measure what it is worth.
+
+    Settings: --gin_file FILE (repeated), then --gin.NAME=VALUE, then the subcommand's own flags;
+    the later wins. A bare word as VALUE is a string.
+    """
+
+
+for _command in (
+    studies.demo,
+    data.tasks,
+    models.train,
+    models.merge,
+    models.evaluate,
+    studies.study,
+    studies.report,
+    models.inspect,
+):
+    cli.add_command(_command)
+
+
+@cli.command()
+def doctor() -> None:
+    """Is this installation sound? Versions, devices, mixed installs, and the repair."""
+    from m2l import doctor as examination
+
+    findings = examination.report()
+    click.echo(examination.render(findings))
+    if not all(finding.ok for finding in findings):
+        sys.exit(2)
+
+
+def _prepare() -> None:
+    """Quiet libraries, and compiled functions kept between runs. For the command only."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    import logging
+
+    import jax
+    from absl import logging as absl_logging
+
+    absl_logging.set_verbosity(absl_logging.ERROR)
+    logging.getLogger("jax").setLevel(logging.ERROR)
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "m2l" / "jax"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command. Exit codes: 0 done (or stopped and saved), 2 bad input, 1 a bug."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    # T5X's way of setting gin: --gin.NAME=VALUE.
+    expanded = []
+    for argument in arguments:
+        if argument.startswith("--gin."):
+            expanded += ["--gin_binding", argument.removeprefix("--gin.")]
+        else:
+            expanded.append(argument)
+    debug = "--debug" in expanded
+    try:
+        if expanded and not {"-h", "--help", "--version"} & set(expanded):
+            _prepare()
+        cli.main(expanded, prog_name="m2l", standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.ClickException as error:
+        _fail(error.format_message().replace("\n", " "))
+    except click.Abort:
+        sys.exit(130)
+    except Stopped as stop:
+        click.echo(f"m2l: {stop}", err=True)
+    except M2LError as error:
+        if debug:
+            raise
+        _fail(str(error))
+    except OSError as error:
+        if debug or error.errno != errno.ENOSPC:
+            raise
+        _fail(f"no space left on the disk of {error.filename}; free some, and run this again")
+
+
+def _fail(message: str) -> None:
+    click.echo(f"m2l: {message}", err=True)
+    sys.exit(2)

@@ -1,0 +1,206 @@
+"""`m2l train`, `m2l merge`, `m2l eval`, `m2l inspect`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from m2l.cli.data import jsonl_files, register
+from m2l.cli.options import DIRECTORY, print_table, with_gin
+from m2l.errors import ConfigError, DataError
+
+
+@click.command()
+@with_gin
+@click.option("--out", type=DIRECTORY, required=True, help="The run's folder.")
+@click.option("--init", type=DIRECTORY, help="The checkpoint to start from.")
+@click.option("--mixture", help="The task or mixture to train on.")
+@click.option("--steps", type=int, help="Optimizer steps in all.")
+@click.option("--jsonl", help="train=FILE[,validation=FILE]: your own data, as the task `jsonl`.")
+@click.option("--vocabulary", help="microworld, bytes, or a SentencePiece model's path.")
+def train(
+    gin_files: tuple[str, ...],
+    bindings: tuple[str, ...],
+    out: Path,
+    init: Path | None,
+    mixture: str | None,
+    steps: int | None,
+    jsonl: str | None,
+    vocabulary: str | None,
+) -> None:
+    """Train a model, or go on where a stopped run left off."""
+    from m2l import checkpoints, configuration, models
+
+    files = jsonl_files(jsonl)
+    mixture = mixture or ("jsonl" if files else None)
+    flags = [f"Train.mixture={mixture!r}"] if mixture else []
+    flags += [f"Train.steps={steps}"] if steps is not None else []
+    flags += [f"Run.vocabulary={vocabulary!r}"] if vocabulary else []
+    run, resolved = configuration.load("Run", gin_files or ("runs/train.gin",), [*bindings, *flags])
+    config, vocabulary_name = run.model, run.vocabulary
+    if init is not None:
+        manifest = checkpoints.read_manifest(checkpoints.resolve(init))
+        config = config or models.from_dict(manifest.model)
+        vocabulary_name = vocabulary or manifest.vocabulary["name"]
+    if config is None:
+        raise ConfigError(
+            "m2l train: no model; name an --init checkpoint or a gin file with a MODEL"
+        )
+
+    from m2l.data import vocabularies
+    from m2l.training import loop
+
+    data = register(vocabulary_name, run.source, files)
+    described = vocabularies.describe(vocabularies.load(vocabulary_name), vocabulary_name)
+    last = loop.train(
+        out,
+        config=config,
+        vocabulary=described,
+        settings=run.settings,
+        data=data,
+        init=init,
+        resolved_config=resolved,
+    )
+    final = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    rows = [(name, float(value)) for name, value in final.items() if name != "step"]
+    print_table(f"step {final['step']}", ["figure", "value"], rows)
+    click.echo(f"checkpoint: {last}")
+
+
+@click.command()
+@click.option("--base", type=DIRECTORY, help="The checkpoint the experts were trained from.")
+@click.option("--expert", "experts", type=DIRECTORY, multiple=True, help="Repeat for each.")
+@click.option("--method", help="average, task_arithmetic, ties, dare_ties; see --list.")
+@click.option("--density", type=float, help="Share of each task vector that ties keeps.")
+@click.option("--scale", type=float, help="lambda: what the merged task vector is multiplied by.")
+@click.option("--drop_rate", type=float, help="Share of each task vector that dare drops.")
+@click.option("--seed", type=int, help="Of the methods that draw at random.")
+@click.option("--exclude", multiple=True, help="Parameters taken from the base: a pattern.")
+@click.option("--dtype", help="Of the merged parameters: float32 or bfloat16.")
+@click.option("--out", type=DIRECTORY, help="The merged checkpoint.")
+@click.option("--list", "list_methods", is_flag=True, help="Show the methods and their settings.")
+def merge(
+    base: Path | None,
+    experts: tuple[Path, ...],
+    method: str | None,
+    out: Path | None,
+    list_methods: bool,
+    **settings: Any,
+) -> None:
+    """Merge experts' checkpoints into one."""
+    from m2l import merging
+
+    if list_methods:
+        rows = [
+            (m.name, ", ".join(m.hyper_parameters), m.summary) for m in merging.METHODS.values()
+        ]
+        print_table("merge methods", ["method", "settings", ""], rows)
+        return
+    for flag, value in (("--method", method), ("--expert", experts), ("--out", out)):
+        if not value:
+            raise ConfigError(f"m2l merge: {flag} is missing")
+    given = {name: value for name, value in settings.items() if value not in (None, ())}
+    recipe = merging.Recipe(method=method, **given)
+    manifest = merging.merge(base, list(experts), recipe, out)
+    rows = [(p["role"], p["path"], p["digest"][:16]) for p in manifest.parents]
+    print_table(f"{method} of {len(experts)} experts", ["role", "checkpoint", "digest"], rows)
+    click.echo(f"merged checkpoint: {out}  digest {manifest.digest[:16]}")
+
+
+@click.command("eval")
+@click.option("--checkpoint", type=DIRECTORY, required=True, help="What to evaluate.")
+@click.option("--mixture", help="The task or mixture to evaluate by.")
+@click.option("--jsonl", help="validation=FILE: your own data, as the task `jsonl`.")
+@click.option("--out", type=DIRECTORY, required=True, help="One JSON result a task goes here.")
+@click.option("--split", default="validation", show_default=True)
+@click.option("--max_examples", type=click.IntRange(min=1), help="Examples of each task at most.")
+@click.option("--batch_size", type=click.IntRange(min=1), default=32, show_default=True)
+@click.option("--input_length", type=click.IntRange(min=1), default=512, show_default=True)
+@click.option("--target_length", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--source", default="microworld", show_default=True, help="Of the raw records.")
+def evaluate(
+    checkpoint: Path,
+    mixture: str | None,
+    jsonl: str | None,
+    out: Path,
+    split: str,
+    max_examples: int | None,
+    batch_size: int,
+    input_length: int,
+    target_length: int,
+    source: str,
+) -> None:
+    """Evaluate a checkpoint: rank classification where there are answer choices, else decoding."""
+    import jax
+
+    from m2l import checkpoints, models
+
+    files = jsonl_files(jsonl)
+    mixture = mixture or ("jsonl" if files else None)
+    if mixture is None:
+        raise ConfigError("m2l eval: name a --mixture, or your own data with --jsonl")
+    directory = checkpoints.resolve(checkpoint)
+    manifest = checkpoints.read_manifest(directory)
+
+    from m2l import tasks as registry
+    from m2l.data import vocabularies
+    from m2l.evaluation import runner
+
+    name = manifest.vocabulary["name"]
+    vocabulary = vocabularies.load(name)
+    if vocabularies.describe(vocabulary, name)["fingerprint"] != manifest.vocabulary["fingerprint"]:
+        raise DataError(f"vocabulary {name!r} is not the one that {directory} was trained with")
+    register(name, source, files)
+    infos = [registry.info(task) for task in registry.tasks_in(mixture)]
+    scored = [info for info in infos if info.kind != "train"]
+    if not scored:
+        raise DataError(f"mixture {mixture!r} has no task that can be evaluated")
+    loaded = runner.load_tasks(
+        scored,
+        split=split,
+        lengths={"inputs": input_length, "targets": target_length},
+        max_examples=max_examples,
+    )
+    results = runner.evaluate(
+        models.from_dict(manifest.model),
+        jax.device_put(checkpoints.restore(directory)),
+        loaded,
+        out,
+        vocabulary=vocabulary,
+        model_digest=manifest.digest,
+        max_target_length=target_length,
+        batch_size=batch_size,
+    )
+    rows = [(r.task, r.metric, r.score, r.count, r.ties, r.truncated) for r in results]
+    columns = ["task", "metric", "score %", "examples", "ties", "truncated"]
+    print_table(f"{directory}", columns, rows)
+    click.echo(f"results: {out}")
+
+
+@click.command()
+@click.argument("checkpoint", type=DIRECTORY)
+@click.option("--verify", is_flag=True, help="Compute every digest anew.")
+def inspect(checkpoint: Path, verify: bool) -> None:
+    """What is in a checkpoint and where it came from."""
+    import math
+
+    from m2l import checkpoints
+
+    directory = checkpoints.resolve(checkpoint)
+    manifest = checkpoints.read_manifest(directory)
+    rows = [
+        (name, "x".join(map(str, p["shape"])), p["dtype"], p["digest"][:12])
+        for name, p in manifest.parameters.items()
+    ]
+    print_table(str(directory), ["parameter", "shape", "dtype", "digest"], rows)
+    total = sum(math.prod(p["shape"]) for p in manifest.parameters.values())
+    click.echo(f"parameters: {total:,}  digest {manifest.digest[:16]}  step {manifest.step}")
+    click.echo(f"model: {json.dumps(manifest.model)}")
+    click.echo(f"vocabulary: {json.dumps(manifest.vocabulary)}")
+    click.echo(f"made by: {json.dumps(manifest.made_by)}")
+    for parent in manifest.parents:
+        click.echo(f"from: {parent['role']} {parent['path']}  digest {parent['digest'][:16]}")
+    if verify:
+        checkpoints.verify(directory)
+        click.echo("every digest is right")

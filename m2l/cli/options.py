@@ -1,0 +1,33 @@
+"""What several subcommands take or print."""
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+DIRECTORY = click.Path(path_type=Path)
+
+
+def with_gin(command: Callable[..., None]) -> Callable[..., None]:
+    """Adds --gin_file and, hidden, the --gin.NAME=VALUE that `main` rewrites."""
+    command = click.option("--gin_binding", "bindings", multiple=True, hidden=True)(command)
+    return click.option("--gin_file", "gin_files", multiple=True, help="A gin file; repeatable.")(
+        command
+    )
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Prints a table, numbers to two decimals."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for index, column in enumerate(columns):
+        numeric = bool(rows) and all(isinstance(row[index], int | float) for row in rows)
+        table.add_column(column, justify="right" if numeric else "left", no_wrap=numeric)
+    for row in rows:
+        table.add_row(*(f"{v:.2f}" if isinstance(v, float) else str(v) for v in row))
+    width = None if sys.stdout.isatty() else 200
+    Console(width=width, highlight=False).print(table)

@@ -1,0 +1,106 @@
+"""Your own data: a JSON object a line, with `inputs`, `targets`, perhaps `answer_choices`."""
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+from m2l.errors import DataError
+
+FIELDS = ("inputs", "targets", "answer_choices")
+
+
+def read(path: str | Path) -> list[dict[str, Any]]:
+    """Reads and checks a whole file, so that nothing is found wrong after hours of work.
+
+    Args:
+        path: A UTF-8 text file. Blank lines are skipped; fields of other names are ignored, unless
+            one looks like a misspelling. Either every line has answer_choices, or none.
+
+    Returns:
+        Per example {"inputs": str, "targets": str} and, where the file has them,
+        "answer_choices": list of two or more different str, one of which is the target.
+
+    Raises:
+        DataError: `FILE:LINE: what is wrong with it`.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise DataError(f"{path}: it cannot be read: {error.strerror}") from error
+    examples: list[dict[str, Any]] = []
+    first = 0
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        example = _example(_object(line, where), where)
+        if examples and len(example) != len(examples[0]):
+            has, lacks = (number, first) if "answer_choices" in example else (first, number)
+            raise DataError(
+                f"{where}: line {has} has answer_choices and line {lacks} has none; put the "
+                "examples with choices and those without into files of their own"
+            )
+        first = first or number
+        examples.append(example)
+    if not examples:
+        raise DataError(f"{path}: it is empty; expected one JSON object a line")
+    return examples
+
+
+def _object(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: it is not UTF-8 text: {error.reason}") from error
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: it is not JSON: {error.msg} at column {error.colno}") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{where}: it is {_kind(value)}, expected an object with named fields")
+    return value
+
+
+def _kind(value: Any) -> str:
+    names = {str: "a text", bool: "a truth value", type(None): "null", list: "a list"}
+    return "an object" if isinstance(value, dict) else names.get(type(value), "a number")
+
+
+def _text(value: Any, what: str, where: str) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"{where}: {what} is {_kind(value)}, expected a text")
+    if not value.strip():
+        raise DataError(f"{where}: {what} is empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where}: {what} has half of a surrogate pair in it") from error
+    return value
+
+
+def _example(value: dict[str, Any], where: str) -> dict[str, Any]:
+    for name in value.keys() - FIELDS:
+        meant = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.8)
+        if meant and meant[0] not in value:
+            raise DataError(f"{where}: the field {name!r} is unknown; is {meant[0]!r} meant?")
+    for name in ("inputs", "targets"):
+        if name not in value:
+            raise DataError(f"{where}: the field {name!r} is missing")
+    example: dict[str, Any] = {name: _text(value[name], name, where) for name in FIELDS[:2]}
+    choices = value.get("answer_choices")
+    if choices is None:
+        return example
+    if not isinstance(choices, list):
+        raise DataError(f"{where}: answer_choices is {_kind(choices)}, expected a list of texts")
+    for place, choice in enumerate(choices):
+        _text(choice, f"answer_choices[{place}]", where)
+        if choice in choices[:place]:
+            raise DataError(f"{where}: the answer choice {choice!r} is there twice")
+    if len(choices) < 2:
+        raise DataError(f"{where}: answer_choices has {len(choices)}, expected at least two")
+    if example["targets"] not in choices:
+        raise DataError(
+            f"{where}: the target {example['targets']!r} is not among its answer choices "
+            f"{', '.join(repr(choice) for choice in choices)}"
+        )
+    return {**example, "answer_choices": choices}

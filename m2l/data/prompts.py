@@ -1,0 +1,288 @@
+"""Declarations: what a dataset's records hold, and the prompts that turn a record into text."""
+
+import re
+import string
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from m2l.errors import DataError, UnknownNameError
+
+METRICS = ("accuracy", "squad", "rouge", "bleu")
+KINDS = ("string", "int", "strings")
+SPLITS: Mapping[str, str] = {"train": "train", "validation": "validation"}
+_NAME = re.compile(r"[\w.]+")
+_REFERENCE = re.compile(r"(?P<field>\w+(?:/\w+)*)(?:\[(?P<index>\w+)\])?")
+_SPLIT = re.compile(r"(?P<name>\w+)(?:\[(?:(?P<start>\d+)%)?:(?:(?P<stop>\d+)%)?\])?")
+
+# A field's type: "string", "int", "strings" (a list of them), or the values it may take.
+FieldType = str | Collection[str] | Collection[int]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A place in a template that a field fills: `{field}`, `{field[2]}` or `{field[label]}`."""
+
+    field: str
+    index: str | None = None
+
+
+def parse(template: str) -> tuple[str | Reference, ...]:
+    """A template's literal texts and references, in order; `{{` and `}}` are literal braces.
+
+    Raises:
+        DataError: unbalanced braces, or something in braces that is no reference.
+    """
+    parts: list[str | Reference] = []
+    try:
+        pieces = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise DataError(f"template {template!r}: {error}") from error
+    for literal, name, spec, conversion in pieces:
+        if literal:
+            parts.append(literal)
+        if name is None:
+            continue
+        match = _REFERENCE.fullmatch(name)
+        if not match or spec or conversion:
+            raise DataError(
+                f"template {template!r}: {{{name}}} is not a field, a field[number] or a "
+                "field[another field]"
+            )
+        parts.append(Reference(match["field"], match["index"]))
+    return tuple(parts)
+
+
+def kind_of(of_type: FieldType) -> str:
+    """One of "string", "int", "strings" for a field's type."""
+    if isinstance(of_type, str):
+        return of_type
+    return "int" if all(isinstance(value, int) for value in of_type) else "string"
+
+
+def parse_split(split: str) -> tuple[str, int, int]:
+    """A source's split and which percents of its records to take: `train[:95%]` is (train, 0, 95).
+
+    Raises:
+        DataError: it is neither a name nor a name with such a part.
+    """
+    match = _SPLIT.fullmatch(split)
+    if not match:
+        raise DataError(f"split {split!r}: expected a name, or a part of it such as train[:95%]")
+    return match["name"], int(match["start"] or 0), int(match["stop"] or 100)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One way to ask about a record.
+
+    Templates are plain format strings over the dataset's fields. A list field stands for its items
+    joined by ", "; `{endings[2]}` is one item, `{answer_choices[label]}` the item that another
+    field numbers.
+
+    Attributes:
+        name: Unique within its dataset; the task is `<dataset>_<name>`. Empty: the task has the
+            dataset's name (data that comes already written out).
+        inputs: What the model is given.
+        targets: What it should say.
+        answer_choices: What it may say: one template per choice, or "{field}" with a list field;
+            None for free text. Templates may not mention other choices.
+        metrics: Of METRICS, the headline metric first; "accuracy" exactly where there are choices.
+        references: "{field}" with a list field that holds every text that counts as right, where
+            that is more than the target.
+        original_task: Whether it asks what the dataset was made to ask.
+    """
+
+    name: str
+    inputs: str
+    targets: str = "{answer_choices[label]}"
+    answer_choices: tuple[str, ...] | str | None = None
+    metrics: tuple[str, ...] = ("accuracy",)
+    references: str | None = None
+    original_task: bool = True
+
+    @property
+    def num_choices(self) -> int | None:
+        """How many choices every example has; None for free text or where they vary in number."""
+        return len(self.answer_choices) if isinstance(self.answer_choices, tuple) else None
+
+    @property
+    def fixed_choices(self) -> bool:
+        """Whether the choices are the same texts for every example."""
+        return isinstance(self.answer_choices, tuple) and all(
+            isinstance(part, str) for choice in self.answer_choices for part in parse(choice)
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Everything m2l knows about a dataset; adding one to m2l is writing one of these.
+
+    Attributes:
+        name: T0's name for it, subset included: `super_glue_rte`.
+        category: T0's task category.
+        held_out: Whether experts are never trained on it.
+        fields: The raw record's fields and types. A nested field is named by its path, `a/b`; a
+            list of records gives a list for each of their fields.
+        prompts: The ways to ask; at least one.
+        derived: Fields that `derive` adds (or replaces), and their types.
+        derive: One record's tensors (string scalars, int64 scalars, string vectors) -> the tensors
+            of the derived fields. Runs inside the tf.data graph.
+        splits: Our name of each split with labels -> the source's, or a part of it in percent,
+            `train[:95%]`, where the source has no split of that kind.
+        hub: The dataset's name (and configuration) on the Hugging Face Hub.
+        paper: Who made it known.
+
+    Raises:
+        DataError, UnknownNameError: a declaration that contradicts itself; names the prompt.
+    """
+
+    name: str
+    category: str
+    held_out: bool
+    fields: Mapping[str, FieldType]
+    prompts: tuple[Prompt, ...]
+    derived: Mapping[str, FieldType] = field(default_factory=dict)
+    derive: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
+    splits: Mapping[str, str] = field(default_factory=lambda: dict(SPLITS))
+    hub: str = ""
+    paper: str = ""
+
+    def __post_init__(self) -> None:
+        """Checks every template against the fields, so that a mistake cannot wait for a run."""
+        for name, of_type in {**self.fields, **self.derived}.items():
+            if kind_of(of_type) not in KINDS or not of_type:
+                raise DataError(
+                    f"dataset {self.name!r}, field {name!r}: its type is {of_type!r}, not one of "
+                    f"{', '.join(KINDS)} or the values it may take"
+                )
+        if bool(self.derived) != bool(self.derive):
+            raise DataError(f"dataset {self.name!r}: derived without derive, or derive without it")
+        for split in self.splits.values():
+            parse_split(split)
+        if not self.prompts or len({prompt.name for prompt in self.prompts}) < len(self.prompts):
+            raise DataError(f"dataset {self.name!r}: it needs prompts, each with a name of its own")
+        for prompt in self.prompts:
+            self._check(prompt)
+
+    @property
+    def kinds(self) -> dict[str, str]:
+        """Every field a template may name, derived ones included, and its kind."""
+        return {name: kind_of(of) for name, of in {**self.fields, **self.derived}.items()}
+
+    def task_name(self, prompt: Prompt) -> str:
+        """The seqio task's name, as T0 forms it."""
+        return f"{self.name}_{prompt.name}" if prompt.name else self.name
+
+    def _check(self, prompt: Prompt) -> None:
+        where = f"dataset {self.name!r}, prompt {prompt.name!r}"
+        if not _NAME.fullmatch(self.task_name(prompt)):
+            raise DataError(f"{where}: a task's name has letters, digits, '_' and '.' only")
+        kinds, choices = self.kinds, prompt.answer_choices
+        if isinstance(choices, tuple):
+            if len(set(choices)) < 2 or len(set(choices)) < len(choices):
+                raise DataError(f"{where}: {choices} are not two or more different answer choices")
+            for choice in choices:
+                self._check_template(where, "an answer choice", choice, kinds)
+        for what, template in (("answer_choices", choices), ("references", prompt.references)):
+            if isinstance(template, str):
+                self._check_list(where, what, template, kinds)
+        if choices is not None:
+            kinds = {**kinds, "answer_choices": "strings"}
+        self._check_template(where, "inputs", prompt.inputs, kinds)
+        self._check_template(where, "targets", prompt.targets, kinds)
+        for metric in prompt.metrics:
+            if metric not in METRICS:
+                raise UnknownNameError(f"metric of {where}:", metric, METRICS)
+        if (choices is not None) != (prompt.metrics == ("accuracy",)):
+            raise DataError(
+                f"{where}: its metrics are {prompt.metrics}; with answer choices the metric is "
+                "accuracy alone, without them it is one or more of the others"
+            )
+
+    def _check_list(self, where: str, what: str, template: str, kinds: Mapping[str, str]) -> None:
+        parts = parse(template)
+        self._check_template(where, what, template, kinds)
+        only = parts[0] if len(parts) == 1 and isinstance(parts[0], Reference) else None
+        if only is None or only.index is not None or kinds[only.field] != "strings":
+            raise DataError(f"{where}: {what} is {template!r}, which does not name one list field")
+
+    def _check_template(
+        self, where: str, what: str, template: str, kinds: Mapping[str, str]
+    ) -> None:
+        if not template.strip():
+            raise DataError(f"{where}: {what} is empty")
+        for part in parse(template):
+            if isinstance(part, str):
+                continue
+            if part.field not in kinds:
+                raise UnknownNameError(f"field in {what} of {where}:", part.field, kinds)
+            if part.index is None:
+                continue
+            if kinds[part.field] != "strings":
+                raise DataError(f"{where}: {what} numbers {part.field!r}, which is not a list")
+            if not part.index.isdigit() and kinds.get(part.index) != "int":
+                raise DataError(
+                    f"{where}: {what} numbers {part.field!r} by {part.index!r}, which is neither a "
+                    "number nor an int field"
+                )
+
+
+def written_out(
+    name: str, *, category: str, choices: bool, splits: Iterable[str] = tuple(SPLITS)
+) -> Dataset:
+    """The declaration of records that are examples already: `inputs`, `targets`, `answer_choices`.
+
+    Args:
+        name: The dataset's and its only task's name.
+        category: The task category.
+        choices: Whether every record has `answer_choices`, a list of texts with the target in it.
+            Without, answers are compared by exact match and token F1 first (ROUGE sees only
+            letters a to z and digits, and would find nothing right in other scripts).
+        splits: The splits there are.
+    """
+    fields: dict[str, FieldType] = {"inputs": "string", "targets": "string"}
+    prompt = Prompt("", "{inputs}", "{targets}", metrics=("squad", "rouge"))
+    if choices:
+        fields["answer_choices"] = "strings"
+        prompt = Prompt("", "{inputs}", "{targets}", answer_choices="{answer_choices}")
+    return Dataset(
+        name=name,
+        category=category,
+        held_out=False,
+        fields=fields,
+        prompts=(prompt,),
+        splits={split: split for split in splits},
+    )
+
+
+@dataclass(frozen=True)
+class TaskInfo:
+    """What a task is.
+
+    Attributes:
+        name: Its name in seqio's registry; with answer choices there is a twin `<name>_score_eval`.
+        dataset: The dataset its records come from.
+        prompt: The prompt it asks with; empty where the records are written out already.
+        category: The task category: experts and held-out figures are formed per category.
+        held_out: Whether experts are never trained on it.
+        kind: "rank" (answer choices), "generate" (free text) or "train" (nothing to evaluate).
+        metrics: The metrics' names, the headline metric first.
+        chance: The accuracy in percent of guessing, where the number of choices is fixed.
+        original_task: Whether it asks what the dataset was made to ask.
+    """
+
+    name: str
+    dataset: str
+    prompt: str
+    category: str
+    held_out: bool
+    kind: str
+    metrics: tuple[str, ...]
+    chance: float | None
+    original_task: bool
+
+    @property
+    def metric(self) -> str:
+        """The headline metric's name; empty where nothing is evaluated."""
+        return self.metrics[0] if self.metrics else ""

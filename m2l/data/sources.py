@@ -1,0 +1,201 @@
+"""Where raw records come from: validated, held in memory, and read in a resumable random order."""
+
+import contextlib
+import numbers
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import seqio
+import tensorflow as tf
+
+from m2l.data.prompts import FieldType, kind_of, parse_split
+from m2l.errors import DataError
+
+# A program that has already started TensorFlow on its accelerators keeps them; otherwise it would
+# take, just to feed data, the memory that JAX needs.
+with contextlib.suppress(RuntimeError):
+    tf.config.set_visible_devices([], "GPU")
+
+Record = Mapping[str, Any]
+Read = Callable[[str], Sequence[Record]]
+_MISSING = object()
+
+
+def _lookup(value: Any, path: Sequence[str]) -> Any:
+    """The value at a path; through a list of records, the list of their values."""
+    for depth, name in enumerate(path):
+        if isinstance(value, list | tuple):
+            return [_lookup(item, path[depth:]) for item in value]
+        if not isinstance(value, Mapping) or name not in value:
+            return _MISSING
+        value = value[name]
+    return value
+
+
+def _fits(value: Any, of_type: FieldType) -> bool:
+    kind = kind_of(of_type)
+    if kind == "strings":
+        return isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
+    if kind == "string":
+        right = isinstance(value, str)
+    else:
+        right = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    return right and (isinstance(of_type, str) or value in of_type)
+
+
+def _expected(of_type: FieldType) -> str:
+    kinds = {"string": "a text", "int": "a whole number", "strings": "a list of texts"}
+    if isinstance(of_type, str):
+        return kinds[of_type]
+    return f"one of {', '.join(repr(value) for value in of_type)}"
+
+
+def _column(values: list[Any], kind: str) -> Callable[[tf.Tensor], tf.Tensor]:
+    """Holds one field of all records; the function returned reads record `index`, in a graph."""
+    if kind != "strings":
+        held = tf.constant(values, tf.string if kind == "string" else tf.int64)
+        return lambda index: held[index]
+    starts = tf.constant([0, *(len(value) for value in values)], tf.int64)
+    starts = tf.cumsum(starts)
+    items = tf.constant([item for value in values for item in value], tf.string)
+    return lambda index: items[starts[index] : starts[index + 1]]
+
+
+class Records:
+    """One dataset's records, read, checked and turned into tensors when a split is first used.
+
+    Args:
+        name: The dataset's name, for messages.
+        fields: The fields to keep, and their types (see `m2l.data.prompts.Dataset`).
+        splits: Split -> what the source calls it (see `m2l.data.prompts.Dataset`).
+        read: The source's split -> its records.
+    """
+
+    def __init__(
+        self, name: str, fields: Mapping[str, FieldType], splits: Mapping[str, str], read: Read
+    ):
+        self.name, self.splits = name, dict(splits)
+        self._fields, self._read = dict(fields), read
+        self._columns: dict[str, dict[str, Callable[[tf.Tensor], tf.Tensor]]] = {}
+        self._sizes: dict[str, int] = {}
+
+    def size(self, split: str) -> int:
+        """How many records a split has, at least one.
+
+        Raises:
+            DataError: it has none; or a record that is not as declared, by its number.
+        """
+        self._load(split)
+        return self._sizes[split]
+
+    def reader(self, split: str) -> Callable[[tf.Tensor], dict[str, tf.Tensor]]:
+        """A function for the inside of a graph: a record's number (int64) -> its fields."""
+        self._load(split)
+        columns = self._columns[split]
+        return tf.autograph.experimental.do_not_convert(
+            lambda index: {name: column(index) for name, column in columns.items()}
+        )
+
+    def _load(self, split: str) -> None:
+        if split in self._columns:
+            return
+        if split not in self.splits:
+            raise DataError(
+                f"dataset {self.name!r} has no split {split!r}; it has {', '.join(self.splits)}"
+            )
+        name, start, stop = parse_split(self.splits[split])
+        records = self._read(name)
+        records = records[len(records) * start // 100 : len(records) * stop // 100]
+        if not records:
+            raise DataError(f"dataset {self.name!r}, split {split!r}: there are no records")
+        paths = {name: name.split("/") for name in self._fields}
+        values: dict[str, list[Any]] = {name: [] for name in self._fields}
+        for number, record in enumerate(records):
+            for name, of_type in self._fields.items():
+                value = _lookup(record, paths[name])
+                if value is _MISSING or not _fits(value, of_type):
+                    found = "is missing" if value is _MISSING else f"is {value!r:.80}"
+                    raise DataError(
+                        f"dataset {self.name!r}, split {split!r}, record {number}: field {name!r} "
+                        f"{found}, expected {_expected(of_type)}"
+                    )
+                values[name].append(value)
+        self._columns[split] = {
+            name: _column(values[name], kind_of(of)) for name, of in self._fields.items()
+        }
+        self._sizes[split] = len(records)
+
+
+class RecordSource(seqio.DataSource):
+    """Reads records in their order, or every epoch in another random order.
+
+    The order is a keyed permutation of the record numbers (a block cipher over them, in place of a
+    buffer of shuffled records), so a position in it is two numbers: an iterator is saved in a few
+    kilobytes and continues exactly, at once, from any step. Each shard reads its own part of the
+    same permutation.
+
+    Args:
+        name: The task's name; tasks with the same records visit them in different orders.
+        records: What to read.
+    """
+
+    def __init__(self, name: str, records: Records):
+        self._name, self._records = name, records
+        super().__init__(splits=tuple(records.splits), performs_internal_shuffling=True)
+
+    @property
+    def supports_arbitrary_sharding(self) -> bool:
+        """True: records are counted off, whatever the number of shards."""
+        return True
+
+    def list_shards(self, split: str) -> Sequence[str]:
+        """One name for the whole split."""
+        return [split]
+
+    def num_input_examples(self, split: str) -> int:
+        """How many records the split has."""
+        return self._records.size(split)
+
+    def get_dataset(
+        self,
+        split: str = "train",
+        shuffle: bool = True,
+        seed: int | None = None,
+        shard_info: seqio.ShardInfo | None = None,
+        **unused: Any,
+    ) -> tf.data.Dataset:
+        """One epoch of raw records; repeated, every epoch has its own order.
+
+        Raises:
+            DataError: the split has fewer records than there are shards: one would get none.
+        """
+        size = self._records.size(split)
+        shards = shard_info.num_shards if shard_info else 1
+        if size < shards:
+            raise DataError(
+                f"task {self._name!r}, split {split!r}: {size} records cannot be divided among "
+                f"{shards} processes; use fewer, or more data"
+            )
+        order = _permutations(size, zlib.crc32(self._name.encode()), seed) if shuffle else None
+        numbers_of = tf.data.Dataset.range(size) if order is None else order
+        if shards > 1:
+            numbers_of = numbers_of.shard(shards, shard_info.index)
+        return numbers_of.map(self._records.reader(split))
+
+
+def _permutations(size: int, key: int, seed: int | None) -> tf.data.Dataset:
+    """The numbers below `size` in a random order, another each time it is iterated."""
+
+    @tf.autograph.experimental.do_not_convert
+    def one_epoch(epoch_key: tf.Tensor) -> tf.data.Dataset:
+        keys = tf.stack([epoch_key, tf.constant(key, tf.int64)])
+
+        @tf.autograph.experimental.do_not_convert
+        def place(number: tf.Tensor) -> tf.Tensor:
+            return tf.random.experimental.index_shuffle(number, keys, size - 1)
+
+        return tf.data.Dataset.range(size).map(place)
+
+    epochs = tf.data.Dataset.random(seed=seed, rerandomize_each_iteration=True)
+    return epochs.take(1).flat_map(one_epoch)

@@ -1,0 +1,65 @@
+"""Which entries DARE keeps: a function of (seed, expert, parameter, element) and of nothing else.
+
+The numbers come from Threefry-2x32 with 20 rounds (Salmon et al. 2011, Parallel random numbers: as
+easy as 1, 2, 3), a counter-based generator: element j of a parameter is drawn by encrypting j. So
+the masks are the same whatever the block size, the order, the sharding or the number of hosts.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+_PARITY = np.uint32(0x1BD11BDA)
+
+
+def keys(seed: int, experts: int, parameter: str) -> np.ndarray:
+    """The keys for one parameter of each two experts; they share a key and take a word each.
+
+    A key is the first 8 bytes of SHA-256 of "m2l dare/SEED/PAIR/PARAMETER".
+
+    Returns:
+        uint32 [(experts + 1) // 2, 2].
+    """
+    texts = [f"m2l dare/{seed}/{pair}/{parameter}" for pair in range((experts + 1) // 2)]
+    digests = [hashlib.sha256(text.encode()).digest()[:8] for text in texts]
+    return np.frombuffer(b"".join(digests), "<u4").astype(np.uint32).reshape(-1, 2)
+
+
+def threefry2x32(key: jax.Array, counter: tuple[jax.Array, jax.Array]) -> list[jax.Array]:
+    """Encrypts the counters (high word, low word), uint32 arrays, with a key of two words."""
+    schedule = (key[0], key[1], key[0] ^ key[1] ^ _PARITY)
+    x, y = counter[0] + schedule[0], counter[1] + schedule[1]
+    for group in range(5):
+        for rotation in _ROTATIONS[group % 2]:
+            x = x + y
+            y = (y << np.uint32(rotation)) | (y >> np.uint32(32 - rotation))
+            y = y ^ x
+        x = x + schedule[(group + 1) % 3]
+        y = y + schedule[(group + 2) % 3] + np.uint32(group + 1)
+    return [x, y]
+
+
+def kept(
+    keys: jax.Array, experts: int, shape: Sequence[int], offset: jax.Array, drop_rate: float
+) -> list[jax.Array]:
+    """Draws which entries each expert keeps: each with probability 1 - drop_rate.
+
+    Args:
+        keys: Of the parameter, as `keys` gives them.
+        experts: How many there are.
+        shape: Of the part of the parameter: consecutive elements, in row-major order.
+        offset: uint32 [2], the high and low word of the first element's index in the parameter.
+        drop_rate: p; an entry is dropped if its word is below floor(p 2^32), compared as integers.
+
+    Returns:
+        A boolean array of `shape` per expert.
+    """
+    step = jax.lax.iota(jnp.uint32, int(np.prod(shape, dtype=np.int64))).reshape(shape)
+    low = offset[1] + step
+    high = offset[0] + (low < step).astype(jnp.uint32)
+    words = [word for key in keys for word in threefry2x32(key, (high, low))]
+    return [word >= np.uint32(int(drop_rate * 2**32)) for word in words[:experts]]

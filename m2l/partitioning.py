@@ -1,0 +1,154 @@
+"""The device mesh, and the one table of which of its axes holds which axis of an array.
+
+Callers enter a mesh with `jax.set_mesh`; under the older `with mesh:` constraints are dropped.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from m2l.errors import ConfigError, UnknownNameError
+
+MESH_AXES = ("data", "fsdp", "model")
+
+RULES: Mapping[str, str | tuple[str, ...] | None] = MappingProxyType(
+    {
+        "batch": ("data", "fsdp"),
+        "embed": "fsdp",
+        "heads": "model",
+        "mlp": "model",
+        "vocab": "model",
+        "norm": None,
+        "relpos_buckets": None,
+    }
+)
+"""Logical axis -> mesh axis or axes; None: every device holds all of it."""
+
+_MIB = 2**20
+
+
+class Row(NamedTuple):
+    """One parameter in the table of a mesh."""
+
+    name: str
+    shape: tuple[int, ...]
+    spec: PartitionSpec
+    mib_per_device: float
+
+
+def make_mesh(
+    *,
+    data: int | None = None,
+    fsdp: int = 1,
+    model: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+    """A mesh over all devices (or those given) with the axes data, fsdp and model.
+
+    Batches are split over data and fsdp, parameters over fsdp and model. Model-parallel
+    neighbours are next to each other, so they share the fastest links.
+
+    Args:
+        data: None takes all devices that fsdp and model leave.
+
+    Raises:
+        ConfigError: the three sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    given = [size for size in (data, fsdp, model) if size is not None]
+    whole = all(type(size) is int and size > 0 for size in given)
+    if whole and data is None:
+        data = len(devices) // (fsdp * model)
+    if not whole or data * fsdp * model != len(devices):
+        raise ConfigError(
+            f"a mesh of data={data}, fsdp={fsdp}, model={model}: expected positive integers that "
+            f"multiply to the number of devices, {len(devices)}"
+        )
+    # make_mesh's own default, Explicit, refuses half of the operations of a transformer.
+    auto = (AxisType.Auto,) * len(MESH_AXES)
+    return jax.make_mesh((data, fsdp, model), MESH_AXES, auto, devices=devices)
+
+
+def shardings(
+    spec: Mapping[str, Any], mesh: Mesh, rules: Mapping[str, str | None] = RULES
+) -> dict[str, Any]:
+    """Where each parameter lives: a NamedSharding for every ParamSpec of `models.spec`.
+
+    Raises:
+        UnknownNameError: a logical axis that `rules` does not have.
+        ConfigError: two dimensions of a parameter on one mesh axis, a dimension that its mesh
+            axis does not divide, or a rule for an axis that the mesh does not have.
+    """
+
+    def place(path: tuple[jax.tree_util.DictKey, ...], param: Any) -> NamedSharding:
+        partition = _partition("/".join(part.key for part in path), param, mesh, rules)
+        return NamedSharding(mesh, partition)
+
+    return jax.tree.map_with_path(place, spec)
+
+
+def _partition(name: str, param: Any, mesh: Mesh, rules: Mapping[str, str | None]) -> PartitionSpec:
+    used: dict[str, str] = {}
+    for dimension, (size, axis) in enumerate(zip(param.shape, param.axes, strict=True)):
+        if axis not in rules:
+            raise UnknownNameError(f"logical axis of the parameter {name}:", axis, rules)
+        mesh_axis = rules[axis]
+        if mesh_axis is None:
+            continue
+        if mesh_axis not in mesh.shape:
+            raise ConfigError(
+                f"parameter {name}: its axis {axis!r} goes to the mesh axis {mesh_axis!r}, "
+                f"but the mesh has {', '.join(mesh.shape)}"
+            )
+        if mesh_axis in used:
+            raise ConfigError(
+                f"parameter {name}: its axes {used[mesh_axis]!r} and {axis!r} both go to the "
+                f"mesh axis {mesh_axis!r}; change a rule"
+            )
+        if size % mesh.shape[mesh_axis]:
+            raise ConfigError(
+                f"parameter {name}: dimension {dimension} ({axis}) is {size}, which the mesh axis "
+                f"{mesh_axis!r} of {mesh.shape[mesh_axis]} devices does not divide"
+            )
+        used[mesh_axis] = axis
+    return PartitionSpec(*(rules[axis] for axis in param.axes))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Where a batch lives: its first dimension split over data and fsdp."""
+    return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+
+
+def table(spec: Mapping[str, Any], mesh: Mesh) -> list[Row]:
+    """What a mesh makes of a model: a row for each parameter, in the order of its names."""
+    rows = []
+    placed = jax.tree.leaves_with_path(shardings(spec, mesh))
+    for (path, sharding), param in zip(placed, jax.tree.leaves(spec), strict=True):
+        local = math.prod(sharding.shard_shape(param.shape)) * param.dtype.itemsize
+        name = "/".join(part.key for part in path)
+        rows.append(Row(name, param.shape, sharding.spec, local / _MIB))
+    return rows
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Tells the compiler how an activation lies on the mesh that `jax.set_mesh` entered, if any.
+
+    A hint, not a contract: a dimension that its mesh axes do not divide is left to the compiler.
+
+    Args:
+        axes: a logical axis, or None, for each dimension of x.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    spec = []
+    for size, axis in zip(x.shape, axes, strict=True):
+        over = RULES[axis] if axis else None
+        names = (over,) if isinstance(over, str) else over or ()
+        devices = math.prod(mesh.shape[name] for name in names)
+        spec.append(over if size % devices == 0 else None)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))

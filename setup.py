@@ -1,0 +1,77 @@
+"""Installs m2l; tasks/ becomes the package m2l.tasks and gin_configs/ becomes m2l.gin_configs."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "m2l/__init__.py").read_text(), re.M)[1]
+
+# requirements.lock pins what the tests ran on. An upper bound stands where releases change names or
+# defaults: jax (make_mesh's axis types) and Orbax's v1 API do, in every minor release.
+REQUIREMENTS = [
+    "absl-py>=2.1",
+    "click>=8.1",
+    "flax>=0.12.8",
+    "gin-config>=0.5.0",
+    "jax>=0.10.2,<0.11",
+    "jinja2>=3.1",
+    "markupsafe>=2.1",
+    "matplotlib>=3.9",
+    "numpy>=2.0",
+    "optax>=0.2.8",
+    "orbax-checkpoint==0.12.*",
+    "packaging>=24.0",
+    "pandas>=2.2",
+    "psutil>=5.9",
+    "rich>=13.0",
+    "sentencepiece>=0.2",
+    "seqio>=0.0.20",
+    # Not tensorflow-cpu, although TensorFlow only feeds data: seqio needs tensorflow-text, which
+    # asks for the name tensorflow, and pip would put both builds into one folder.
+    # requirements.lock, installed without following dependencies, takes the smaller build.
+    "tensorflow>=2.21",
+    "tensorflow-datasets>=4.9.10",
+    # tensorflow-datasets 4.9.10 imports it and asks for it only on Pythons older than ours.
+    "importlib-resources>=6.0",
+    "tensorboardX>=2.6",
+    "tensorstore>=0.1.84",
+    # t5 itself is not here: it asks for seqio-nightly and tfds-nightly, which overwrite seqio and
+    # tensorflow-datasets file by file. `pip install --no-deps t5==0.9.4` adds its preprocessors
+    # and metrics; the following are what these import.
+    "babel>=2.12",
+    "editdistance>=0.8",
+    "immutabledict>=4.0",
+    "nltk>=3.9",
+    "rouge-score>=0.1.2",
+    "sacrebleu>=2.4",
+    "scikit-learn>=1.5",
+    "scipy>=1.14",
+    "six>=1.16",
+]
+
+setup(
+    name="m2l",
+    version=VERSION,
+    description="Train experts from one base, merge them in weight space, measure the merge.",
+    license_expression="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    install_requires=REQUIREMENTS,
+    extras_require={"test": ["hypothesis>=6.100", "pytest>=8.0", "ruff>=0.12"]},
+    packages=[
+        *find_packages(include=["m2l", "m2l.*"]),
+        "m2l.gin_configs",
+        "m2l.tasks",
+        *(f"m2l.tasks.{name}" for name in find_packages("tasks")),
+    ],
+    package_dir={"m2l.gin_configs": "gin_configs", "m2l.tasks": "tasks"},
+    package_data={
+        "m2l.gin_configs": ["**/*.gin"],
+        "m2l.tasks": ["**/*.model"],
+        "m2l.reporting": ["*.css", "*.html", "*.jinja", "*.js"],
+    },
+    entry_points={"console_scripts": ["m2l = m2l.cli:main"]},
+    zip_safe=False,
+)

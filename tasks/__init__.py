@@ -1,0 +1,176 @@
+"""The tasks and mixtures that m2l knows, and the way to add your own from JSON lines.
+
+Importing this reads declarations only; TensorFlow and seqio come with the first `register`.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from m2l.data import jsonl
+from m2l.data.prompts import Dataset, Prompt, TaskInfo, written_out
+from m2l.errors import DataError, UnknownNameError
+from m2l.tasks import flan, t0_held_in, t0_held_out
+
+SPAN_CORRUPTION = "span_corruption"
+SOURCES = ("microworld",)
+
+_own: dict[str, tuple[Dataset, dict[str, list[dict[str, Any]]]]] = {}
+_registered: dict[str, str] = {}
+
+
+def datasets() -> tuple[Dataset, ...]:
+    """Every declared dataset, your own included."""
+    own = (dataset for dataset, _ in _own.values())
+    return (*t0_held_in.DATASETS, *t0_held_out.DATASETS, *flan.DATASETS, *own)
+
+
+def _prompts() -> dict[str, tuple[Dataset, Prompt]]:
+    return {
+        dataset.task_name(prompt): (dataset, prompt)
+        for dataset in datasets()
+        for prompt in dataset.prompts
+    }
+
+
+def task_names() -> tuple[str, ...]:
+    """Every task's name, `_score_eval` twins left out."""
+    return (*_prompts(), SPAN_CORRUPTION)
+
+
+def info(task: str) -> TaskInfo:
+    """What the task of that name is.
+
+    Raises:
+        UnknownNameError: there is none.
+    """
+    if task == SPAN_CORRUPTION:
+        return TaskInfo(task, "corpus", "", "pretraining", False, "train", (), None, False)
+    known = _prompts()
+    if task not in known:
+        raise UnknownNameError("task", task, task_names())
+    dataset, prompt = known[task]
+    return TaskInfo(
+        name=task,
+        dataset=dataset.name,
+        prompt=prompt.name,
+        category=dataset.category,
+        held_out=dataset.held_out,
+        kind="generate" if prompt.answer_choices is None else "rank",
+        metrics=prompt.metrics,
+        chance=100.0 / prompt.num_choices if prompt.num_choices else None,
+        original_task=prompt.original_task,
+    )
+
+
+def mixtures() -> dict[str, tuple[str, ...]]:
+    """Every mixture's name and its tasks: per dataset, per category, and T0's and FLAN's wholes."""
+    found: dict[str, list[str]] = {}
+    for task, (dataset, prompt) in _prompts().items():
+        # A dataset without named prompts is one task, which bears the dataset's name.
+        names = [dataset.name] if prompt.name else []
+        if dataset in t0_held_in.DATASETS:
+            names += [dataset.category, "t0_held_in"]
+        elif dataset in t0_held_out.DATASETS:
+            names += [dataset.category, "t0_held_out"]
+        elif dataset in flan.DATASETS:
+            names += [dataset.category]
+        for name in names:
+            found.setdefault(name, []).append(task)
+    return {name: tuple(tasks) for name, tasks in found.items()}
+
+
+def tasks_in(mixture: str) -> tuple[str, ...]:
+    """The names of a mixture's tasks; a task is a mixture of itself.
+
+    Raises:
+        UnknownNameError: there is neither a mixture nor a task of that name.
+    """
+    known = {task: (task,) for task in task_names()} | mixtures()
+    if mixture not in known:
+        raise UnknownNameError("mixture", mixture, known)
+    return known[mixture]
+
+
+def register(vocabulary: str = "microworld", source: str = "microworld") -> None:
+    """Puts every task and mixture into seqio's registry.
+
+    Doing it again changes nothing; doing it with other settings replaces what was there before.
+
+    Args:
+        vocabulary: What `m2l.data.vocabularies.load` takes.
+        source: Where the records come from, of SOURCES.
+
+    Raises:
+        UnknownNameError: no such source.
+        DataError: no such vocabulary; or a task of one of our names is registered by someone else.
+    """
+    if source not in SOURCES:
+        raise UnknownNameError("source of records", source, SOURCES)
+    settings = {"vocabulary": vocabulary, "source": source}
+    if _registered != settings:
+        from m2l.tasks import registry
+
+        registry.register(vocabulary, source, datasets(), _own, mixtures())
+        _registered.update(settings)
+
+
+def register_jsonl(files: Mapping[str, str | Path], name: str = "jsonl") -> None:
+    """Makes a task of your own JSON lines, usable by its name like any other.
+
+    With answer choices it is ranked (accuracy); without, its answers are decoded and compared:
+    exact match and token F1 ("squad", which works in any script) first, then ROUGE.
+
+    Args:
+        files: Split ("train", "validation", "test") -> a file as `m2l.data.jsonl.read` reads it.
+        name: The task's name; a name used before for JSON lines is replaced.
+
+    Raises:
+        DataError: a file that cannot be used, by line; files with and without answer choices; a
+            name that a declared dataset, task or mixture has; a split of another name.
+    """
+    splits = ("train", "validation", "test")
+    for split in files:
+        if split not in splits:
+            raise UnknownNameError("split of JSON lines", split, splits)
+    if not files:
+        raise DataError("JSON lines need a file for at least one split, as train=FILE")
+    _own.pop(name, None)
+    taken = {dataset.name for dataset in datasets()} | set(task_names()) | mixtures().keys()
+    if name in taken:
+        raise DataError(f"the name {name!r} is taken by a declared task or mixture; choose another")
+    records = {split: jsonl.read(path) for split, path in files.items()}
+    with_choices = {split: "answer_choices" in examples[0] for split, examples in records.items()}
+    if len(set(with_choices.values())) > 1:
+        having = [split for split, has in with_choices.items() if has]
+        lacking = [split for split, has in with_choices.items() if not has]
+        raise DataError(
+            f"{files[having[0]]} has answer_choices and {files[lacking[0]]} has none; one task has "
+            "them in all its splits or in none"
+        )
+    dataset = written_out(name, category=name, choices=all(with_choices.values()), splits=files)
+    _own[name] = (dataset, records)
+    if settings := dict(_registered):
+        _registered.clear()
+        register(**settings)
+
+
+def render(
+    task: str, n: int = 3, split: str = "validation", lengths: Mapping[str, int] | None = None
+) -> str:
+    """Examples of a registered task as text: what a model is given, and the right answers.
+
+    Args:
+        task: The task's name.
+        n: How many examples.
+        split: Of which split.
+        lengths: Tokens that inputs and targets may have; longer ones are marked.
+
+    Raises:
+        UnknownNameError: there is no such task.
+        DataError: it has no such split, or an example that cannot be used.
+    """
+    of_task = info(task)
+    from m2l.tasks import show
+
+    return show.render(of_task, n, split, lengths or {"inputs": 512, "targets": 128})

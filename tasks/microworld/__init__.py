@@ -1,0 +1,158 @@
+"""A small closed world in place of downloads: T0's datasets in their own schemas, and plain text.
+
+Everything is decided by (dataset, split, number): records never depend on one another, nor on the
+machine. A record belongs to one split by a digest of its content, so that no two splits share one.
+"""
+
+import copy
+import hashlib
+import itertools
+from collections.abc import Callable, Mapping
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+from m2l.errors import UnknownNameError
+
+from . import corpus as _corpus
+from . import held_in, held_out
+from . import instructions as _instructions
+from .dice import Dice
+
+Record = dict[str, Any]
+TRAIN, EVALUATION = 2940, 210  # both a whole number of rounds over 2, 3, 5 and 14 labels
+SHARES = 10  # of the possible contents; each split but the first has one of them
+
+
+class Generated(NamedTuple):
+    """How the records of one dataset, or the lines of a text, come about.
+
+    Attributes:
+        generate: (dice, number, stratum) -> record; where the facts of the world are few enough to
+            list all that can be asked about them, () -> every record, ids left empty.
+        content: What tells one record from another.
+        splits: Its splits as Hugging Face has them, without the unlabelled; how many records each.
+        strata: How many kinds of record there are to balance, such as labels; 0: all are listed.
+    """
+
+    generate: Callable[..., Any]
+    content: Callable[[Any], Any]
+    splits: Mapping[str, int]
+    strata: int
+
+
+_VALIDATION = {"train": TRAIN, "validation": EVALUATION}
+_TEST = {"train": TRAIN, "test": EVALUATION}
+_PAIR = itemgetter("premise", "hypothesis")
+DATASETS: Mapping[str, Generated] = {
+    "imdb": Generated(held_in.imdb, itemgetter("text"), _TEST, 2),
+    "app_reviews": Generated(
+        held_in.app_reviews, itemgetter("review"), {"train": TRAIN + EVALUATION}, 5
+    ),
+    "ag_news": Generated(held_in.ag_news, itemgetter("text"), _TEST, 4),
+    "dbpedia_14": Generated(held_in.dbpedia_14, itemgetter("title", "content"), _TEST, 14),
+    "kilt_tasks_hotpotqa": Generated(
+        held_in.kilt_tasks_hotpotqa,
+        itemgetter("input"),
+        {"train": TRAIN, "validation": 120},
+        0,
+    ),
+    "wiki_qa": Generated(
+        held_in.wiki_qa,
+        itemgetter("question", "answer"),
+        {**_VALIDATION, "test": EVALUATION},
+        2,
+    ),
+    "common_gen": Generated(held_in.common_gen, itemgetter("target"), _VALIDATION, 4),
+    "wiki_bio": Generated(
+        held_in.wiki_bio,
+        itemgetter("target_text"),
+        {"train": TRAIN, "val": EVALUATION, "test": EVALUATION},
+        3,
+    ),
+    "super_glue_copa": Generated(
+        held_out.super_glue_copa, itemgetter("premise", "choice1", "choice2"), _VALIDATION, 4
+    ),
+    "hellaswag": Generated(held_out.hellaswag, itemgetter("ctx", "endings"), _VALIDATION, 4),
+    "anli_r1": Generated(
+        held_out.anli_r1,
+        _PAIR,
+        {"train_r1": TRAIN, "dev_r1": EVALUATION, "test_r1": EVALUATION},
+        3,
+    ),
+    "super_glue_rte": Generated(held_out.super_glue_rte, _PAIR, _VALIDATION, 2),
+}
+TEXT = Generated(_corpus.line, str, {"train": 6000, "validation": 300}, len(_corpus.LINES))
+INSTRUCTIONS = Generated(
+    _instructions.example,
+    itemgetter("inputs"),
+    {"train": 8000, "validation": 400},
+    len(_instructions.TASKS),
+)
+
+
+def records(dataset: str, split: str) -> list[Record]:
+    """A split of a dataset, in the fields and types that it has on Hugging Face.
+
+    Args:
+        dataset: One of DATASETS.
+        split: One of the dataset's own splits; the unlabelled ones do not exist.
+
+    Raises:
+        UnknownNameError: there is no such dataset, or it has no such split.
+    """
+    if dataset not in DATASETS:
+        raise UnknownNameError("microworld dataset", dataset, DATASETS)
+    found = _generate(dataset, split, DATASETS[dataset])
+    for number, record in enumerate(found):
+        for field in ("id", "uid", "split"):
+            if field in record:
+                record[field] = split if field == "split" else f"{split}-{number}"
+    return found
+
+
+def corpus(split: str) -> list[str]:
+    """Lines of plain text about the world, three to six sentences each.
+
+    Raises:
+        UnknownNameError: the split is neither train nor validation.
+    """
+    return _generate("corpus", split, TEXT)
+
+
+def instructions(split: str) -> list[Record]:
+    """Instructions of many kinds, none of them a T0 task: task, inputs, targets, answer_choices.
+
+    `answer_choices` is a list of texts that holds the target, or None where the answer is free.
+
+    Raises:
+        UnknownNameError: the split is neither train nor validation.
+    """
+    return _generate("instructions", split, INSTRUCTIONS)
+
+
+def _generate(name: str, split: str, generated: Generated) -> list[Any]:
+    if split not in generated.splits:
+        raise UnknownNameError(f"split of microworld {name!r}", split, generated.splits)
+    place = list(generated.splits).index(split)
+    size = generated.splits[split]
+
+    def key(record: Any) -> bytes:
+        return hashlib.blake2b(repr((name, generated.content(record))).encode()).digest()
+
+    def belongs(record: Any) -> bool:
+        share = key(record)[0] % SHARES
+        return share == place - 1 if place else share >= len(generated.splits) - 1
+
+    if not generated.strata:
+        pool = sorted(filter(belongs, generated.generate()), key=key)
+        return [copy.deepcopy(pool[number % len(pool)]) for number in range(size)]
+    found = []
+    for number in range(size):
+        turn, place_in_turn = divmod(number, generated.strata)
+        stratum = Dice(name, split, turn).shuffled(range(generated.strata))[place_in_turn]
+        tries = (
+            generated.generate(Dice(name, split, number, attempt), number, stratum)
+            for attempt in itertools.count()
+        )
+        found.append(next(filter(belongs, tries)))
+    return found

@@ -1,0 +1,197 @@
+"""Plain text about the world, unlabelled: what a model reads before it is taught any task."""
+
+from collections.abc import Callable
+
+from . import held_in, phrases
+from .dice import Dice
+from .happenings import RULES, SCRIPTS, tell
+from .world import (
+    JOBS,
+    KINDS,
+    PEOPLE,
+    PERSON_RELATIONS,
+    RELATIONS,
+    SLOTS,
+    TOWNS,
+    Person,
+    fill,
+    mend,
+)
+
+
+def _mention(dice: Dice, person: Person) -> str:
+    """A person by name, by job, or by both."""
+    both = f"{person.name} the {person.job}"
+    return dice.pick((person.name, person.name, both, f"the {person.job}"))
+
+
+def _profile(dice: Dice) -> str:
+    """What somebody is, has and likes, and how the work is done."""
+    person = dice.pick(tuple(PEOPLE.values()))
+    job = JOBS[person.job]
+    facts = [(name, RELATIONS[name].facts[person.name]) for name in PERSON_RELATIONS]
+    facts += [("workplace", job.workplace), ("tool", job.tool)]
+    said = []
+    for relation, value in dice.sample(facts, 3 + dice.below(3)):
+        wording = dice.below(4)
+        subject = person.name if relation == "job" else _mention(dice, person)
+        starts = RELATIONS[relation].statements[wording].startswith("{s} ")
+        if said and starts and " and " not in RELATIONS[relation].statements[wording]:
+            subject = dice.pick((person.he, subject))
+        said.append(RELATIONS[relation].state(wording, subject, value))
+    return " ".join(said)
+
+
+def _talk(dice: Dice) -> str:
+    """Two people talk about others: questions and their answers."""
+    said = []
+    for relation in dice.sample(PERSON_RELATIONS, 3):
+        name, fact = dice.pick(tuple(PEOPLE)), RELATIONS[relation]
+        question = dice.pick(fact.questions).format(s=name)
+        said.append(f"{question} {fact.state(dice.below(4), name, fact.facts[name])}")
+    return " ".join(said)
+
+
+def _work(dice: Dice) -> str:
+    """A job, who has it, and what goes with it."""
+    job = dice.pick(tuple(JOBS.values()))
+    person = next(person for person in PEOPLE.values() if person.job == job.name)
+    said = [
+        dice.pick(
+            (f"the {job.name} is called {person.name}.", f"{person.name} is the {job.name}.")
+        ),
+        f"{person.name} works as a {job.name} at the {job.workplace}.",
+    ]
+    for relation, value in (("workplace", job.workplace), ("tool", job.tool)):
+        subject = dice.pick((f"the {job.name}", person.name))
+        said.append(RELATIONS[relation].state(dice.below(4), subject, value))
+    return " ".join(dice.shuffled(said))
+
+
+def _town(dice: Dice) -> str:
+    """A town and who lives there."""
+    town = dice.pick(tuple(TOWNS.values()))
+    said = [
+        RELATIONS[relation].state(dice.below(4), town.name, RELATIONS[relation].facts[town.name])
+        for relation in ("region", "goods", "near")
+    ]
+    for person in PEOPLE.values():
+        if person.town == town.name:
+            said.append(RELATIONS["home"].state(dice.below(4), _mention(dice, person), town.name))
+    return " ".join(dice.shuffled(said)[:4])
+
+
+def _animal(dice: Dice) -> str:
+    """A pet's kind, food and keepers."""
+    diet = RELATIONS["diet"]
+    animal = dice.pick(tuple(diet.facts))
+    said = [
+        mend(f"a {animal} is an animal."),
+        mend(diet.state(dice.below(4), f"a {animal}", diet.facts[animal])),
+    ]
+    for person in PEOPLE.values():
+        if person.pet == animal:
+            said.append(RELATIONS["pet"].state(dice.below(4), _mention(dice, person), animal))
+            said.append(f"the pet of {person.name} eats {diet.facts[animal]}.")
+    return " ".join(dice.shuffled(said)[:4])
+
+
+def _happenings(dice: Dice) -> str:
+    """Two or three things that happen to somebody, each with its effect."""
+    person = dice.pick(tuple(PEOPLE.values()))
+    said = []
+    for rule in dice.sample(RULES, 2 + dice.below(2)):
+        cause, effect = dice.pick(rule.causes), dice.pick(rule.effects)
+        if dice.below(3) == 0:
+            if cause.startswith("{p} ") and "{p}" not in effect and "{he}" in effect:
+                cause = cause.replace("{p}", "{he}", 1)
+            named = tell(effect, person, by_name=True)
+            said.append(f"{named} because {tell(cause, person)}.")
+        else:
+            link = dice.pick((", so ", ". that is why ", ". then "))
+            named = tell(effect, person, by_name="{p}" not in cause)
+            said.append(f"{tell(cause, person)}{link}{named}.")
+    return " ".join(said)
+
+
+def _activity(dice: Dice) -> str:
+    """An activity from start to end."""
+    person, script = dice.pick(tuple(PEOPLE.values())), dice.pick(SCRIPTS)
+    said = [f"{person.name} {script.start}."]
+    for step in script.steps:
+        said.append(f"{dice.pick((person.he, 'then ' + person.he))} {step}.")
+    return " ".join([*said, *dice.sample((f"{person.name} was {script.label}.",), dice.below(2))])
+
+
+def _opinion(dice: Dice) -> str:
+    """What somebody thinks of a film or an app, and how that feels."""
+    name, good = dice.pick(tuple(PEOPLE)), dice.below(2)
+    feeling = dice.pick((("sad", "angry", "bored"), ("glad", "happy", "excited"))[good])
+    if dice.below(2):
+        return f"{held_in.film_review(dice, ('neg', 'pos')[good])} {name} was {feeling} too."
+    star = 1 + dice.below(2) + 3 * good
+    return f"{name} has a new app. {held_in.app_review(dice, star)} {name} is {feeling}."
+
+
+def _paper(dice: Dice) -> str:
+    """What somebody read in the paper or in a book."""
+    if dice.below(2):
+        return f"{dice.pick(tuple(PEOPLE))} read the paper. {held_in.news(dice, dice.below(4))}"
+    return " ".join(held_in.entry(dice, dice.below(14))[1:])
+
+
+def _doing(dice: Dice) -> str:
+    """What people and animals do where."""
+    said = []
+    for name in dice.sample(tuple(PEOPLE), 3):
+        place = dice.pick(tuple(phrases.PLACES))
+        where = f"{phrases.PLACES[place]} the {place}"
+        _, form, things = dice.pick(phrases.DEEDS)
+        moved = dice.pick(phrases.MOVES)[1]
+        who = dice.pick((name, f"the {PEOPLE[name].pet} of {name}"))
+        said.append(
+            dice.pick(
+                (f"{name} {form} the {dice.pick(things)} {where}.", f"{who} {moved} {where}.")
+            )
+        )
+    return " ".join(said)
+
+
+def _stranger(dice: Dice) -> str:
+    """Somebody who is not of the world."""
+    name = dice.pick(SLOTS["full"])
+    said = []
+    for relation in dice.sample(PERSON_RELATIONS[:-1], 3):
+        value = dice.pick(RELATIONS[relation].values())
+        said.append(RELATIONS[relation].state(dice.below(4), name, value))
+    return " ".join([*said, fill(dice, f"{name} is known for {{goods}}.")])
+
+
+def _meaning(dice: Dice) -> str:
+    """What words mean: their kind, their opposite, how strong they are."""
+    said = []
+    for left, right in dice.sample(phrases.OPPOSITES, 2):
+        said.append(f"{left} is the opposite of {right}.")
+    for kind in dice.sample(tuple(KINDS), 2):
+        said.append(mend(f"{dice.pick(KINDS[kind])} is the name of a {kind}."))
+    star = dice.below(5)
+    said.append(f"{dice.pick(phrases.STAR_WORDS[star])} means {phrases.STRENGTHS[star]}.")
+    return " ".join(dice.shuffled(said))
+
+
+# What a line is about, as often as it is listed.
+LINES: tuple[Callable[[Dice], str], ...] = (
+    *(_profile,) * 8,
+    *(_talk,) * 3,
+    *(_work,) * 2,
+    *(_town,) * 2,
+    *(_animal,),
+    *(_happenings,) * 2,
+    *(_activity,) * 2,
+    *(_opinion, _paper, _doing, _stranger, _meaning),
+)
+
+
+def line(dice: Dice, index: int, stratum: int) -> str:
+    """One line of three to six sentences."""
+    return LINES[stratum](dice)

@@ -1,0 +1,292 @@
+"""Instructions of many kinds with their answers, none of them a task of T0's.
+
+They teach to read an instruction, to answer from the choices, and the facts of the world in other
+words than the questions of the datasets.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from .dice import Dice
+from .phrases import OPPOSITES
+from .world import FACTS, KINDS, PEOPLE, RELATIONS, mend
+
+
+class Answer(NamedTuple):
+    """What an instruction is filled with, the answer, and the choices if there are any."""
+
+    words: dict[str, str]
+    target: str
+    choices: Sequence[str] | None = None
+
+
+def _statement(dice: Dice, relation: str, subject: str, value: str) -> str:
+    fact = RELATIONS[relation]
+    return fact.state(dice.below(4), fact.subject.format(subject), value)
+
+
+def _fact(dice: Dice) -> tuple[str, str, str]:
+    """A relation, a subject and the value that is true of it."""
+    relation, subject = dice.pick(FACTS)
+    return relation, subject, RELATIONS[relation].facts[subject]
+
+
+def _true_sentence(dice: Dice) -> str:
+    return _statement(dice, *_fact(dice))
+
+
+def _wrong(dice: Dice, relation: str, subject: str, k: int) -> list[str]:
+    """`k` values that are not true of the subject, and not the subject."""
+    values = RELATIONS[relation].values()
+    right = RELATIONS[relation].facts[subject]
+    return dice.sample([value for value in values if value not in (right, subject)], k)
+
+
+def _word_of_kind(dice: Dice, k: int) -> tuple[str, list[str]]:
+    """A kind and `k` words of it."""
+    kind = dice.pick(tuple(KINDS))
+    return kind, dice.sample(KINDS[kind], k)
+
+
+def _strangers(dice: Dice, kind: str, k: int) -> list[str]:
+    """One word each of `k` other kinds."""
+    return [dice.pick(KINDS[other]) for other in dice.sample([x for x in KINDS if x != kind], k)]
+
+
+def copy(dice: Dice) -> Answer:
+    """Says the sentence again."""
+    sentence = _true_sentence(dice)
+    return Answer({"x": sentence}, sentence)
+
+
+def first_word(dice: Dice) -> Answer:
+    """The sentence's first word."""
+    sentence = _true_sentence(dice)
+    return Answer({"x": sentence}, sentence.split()[0])
+
+
+def last_word(dice: Dice) -> Answer:
+    """The sentence's last word."""
+    sentence = _true_sentence(dice)
+    return Answer({"x": sentence}, sentence.rstrip(".").split()[-1])
+
+
+def next_word(dice: Dice) -> Answer:
+    """The word after another."""
+    listed = [dice.pick(KINDS[kind]) for kind in dice.sample(tuple(KINDS), 4)]
+    place = dice.below(3)
+    return Answer({"x": " ".join(listed), "y": listed[place]}, listed[place + 1])
+
+
+def reverse(dice: Dice) -> Answer:
+    """Three words from the last to the first."""
+    listed = [dice.pick(KINDS[kind]) for kind in dice.sample(tuple(KINDS), 3)]
+    return Answer({"x": " ".join(listed)}, " ".join(reversed(listed)))
+
+
+def word_of_kind(dice: Dice) -> Answer:
+    """Which of four words names something of a kind."""
+    kind, [right] = _word_of_kind(dice, 1)
+    return Answer({"kind": kind}, right, [right, *_strangers(dice, kind, 3)])
+
+
+def kind_of_word(dice: Dice) -> Answer:
+    """What a word names."""
+    kind, [word] = _word_of_kind(dice, 1)
+    others = dice.sample([other for other in KINDS if other != kind], 3)
+    return Answer({"x": word}, kind, [kind, *others])
+
+
+def odd_one_out(dice: Dice) -> Answer:
+    """The word that is not of the others' kind."""
+    kind, alike = _word_of_kind(dice, 3)
+    [odd] = _strangers(dice, kind, 1)
+    return Answer({}, odd, [odd, *alike])
+
+
+def same_kind(dice: Dice) -> Answer:
+    """Whether two words name things of one kind."""
+    kind, [one, other] = _word_of_kind(dice, 2)
+    same = dice.below(2)
+    if not same:
+        [other] = _strangers(dice, kind, 1)
+    return Answer({"x": one, "y": other}, ("no", "yes")[same], ("no", "yes"))
+
+
+def opposite(dice: Dice) -> Answer:
+    """The opposite of a word."""
+    pair, *others = dice.sample(OPPOSITES, 4)
+    word, right = dice.shuffled(pair)
+    return Answer({"x": word}, right, [right, *(dice.pick(other) for other in others)])
+
+
+def true_or_false(dice: Dice) -> Answer:
+    """Whether a fact is one of the world's."""
+    relation, subject, value = _fact(dice)
+    true = dice.below(2)
+    if not true:
+        [value] = _wrong(dice, relation, subject, 1)
+    sentence = _statement(dice, relation, subject, value)
+    return Answer({"x": sentence}, ("false", "true")[true], ("false", "true"))
+
+
+def true_sentence(dice: Dice) -> Answer:
+    """Which of two sentences is true."""
+    relation, subject, value = _fact(dice)
+    sentences = [
+        _statement(dice, relation, subject, said)
+        for said in (value, *_wrong(dice, relation, subject, 1))
+    ]
+    return Answer({}, sentences[0], sentences)
+
+
+def sentence_about(dice: Dice) -> Answer:
+    """Which of two sentences is about somebody."""
+    one, other, *values = dice.sample(tuple(PEOPLE), 4)
+    relation = dice.pick(("job", "home", "pet", "food", "hobby"))
+    values = dice.sample(RELATIONS[relation].values(), 2)
+    sentences = [
+        _statement(dice, relation, subject, value)
+        for subject, value in zip((one, other), values, strict=True)
+    ]
+    return Answer({"x": one}, sentences[0], sentences)
+
+
+def mentions(dice: Dice) -> Answer:
+    """Whether a text has a word in it."""
+    relation, subject, value = _fact(dice)
+    there = dice.below(2)
+    word = value if there else _wrong(dice, relation, subject, 1)[0]
+    sentence = _statement(dice, relation, subject, value)
+    return Answer({"x": sentence, "y": word}, ("no", "yes")[there], ("no", "yes"))
+
+
+def missing_word(dice: Dice) -> Answer:
+    """The word that makes a sentence true."""
+    relation, subject, value = _fact(dice)
+    blank = _statement(dice, relation, subject, "___")
+    return Answer({"x": blank}, value, [value, *_wrong(dice, relation, subject, 3)])
+
+
+def name_it(dice: Dice) -> Answer:
+    """A fact, asked for by an order."""
+    relation, subject, value = _fact(dice)
+    fact = RELATIONS[relation]
+    return Answer({"x": dice.pick(fact.orders).format(s=fact.subject.format(subject))}, value)
+
+
+def choose_it(dice: Dice) -> Answer:
+    """A fact, asked for by an order, with choices."""
+    relation, subject, value = _fact(dice)
+    fact = RELATIONS[relation]
+    order = dice.pick(fact.orders).format(s=fact.subject.format(subject))
+    return Answer({"x": order}, value, [value, *_wrong(dice, relation, subject, 3)])
+
+
+def who_is_it(dice: Dice) -> Answer:
+    """The only person of whom two things are true."""
+    person = dice.pick(tuple(PEOPLE.values()))
+    hints = [
+        RELATIONS[relation].facts[person.name]
+        for relation in dice.sample(("home", "pet", "food", "hobby"), 2)
+    ]
+    others = [p.name for p in PEOPLE.values() if not {p.town, p.pet, p.food, p.hobby} & set(hints)]
+    words = {"x": hints[0], "y": hints[1]}
+    return Answer(words, person.name, [person.name, *dice.sample(others, 3)])
+
+
+def he_or_she(dice: Dice) -> Answer:
+    """Somebody's pronoun."""
+    person = dice.pick(tuple(PEOPLE.values()))
+    return Answer(
+        {"x": _statement(dice, "home", person.name, person.town)}, person.he, ("he", "she")
+    )
+
+
+TASKS: dict[str, tuple[Callable[[Dice], Answer], tuple[str, ...]]] = {
+    "copy": (copy, ("copy this: {x}", "say it again: {x}", "{x} write the same sentence again.")),
+    "first_word": (
+        first_word,
+        ("what is the first word of: {x}", "{x} write only the first word."),
+    ),
+    "last_word": (
+        last_word,
+        ("what is the last word of: {x}", "{x} write only the last word."),
+    ),
+    "next_word": (
+        next_word,
+        ("which word comes after {y} in: {x}", "{x}. write the word after {y}."),
+    ),
+    "reverse": (
+        reverse,
+        ("write the words from last to first: {x}", "turn the words around: {x}"),
+    ),
+    "word_of_kind": (
+        word_of_kind,
+        ("which word is the name of a {kind}? {choices}", "{choices} find the {kind}."),
+    ),
+    "kind_of_word": (
+        kind_of_word,
+        ("what kind of word is {x}? {choices}", "{x} is the name of what? {choices}"),
+    ),
+    "odd_one_out": (
+        odd_one_out,
+        (
+            "which word is not like the others? {choices}",
+            "{choices} find the word of another kind.",
+        ),
+    ),
+    "same_kind": (
+        same_kind,
+        ("are {x} and {y} of the same kind? {choices}", "{x}, {y}: the same kind? {choices}"),
+    ),
+    "opposite": (
+        opposite,
+        ("what is the opposite of {x}? {choices}", "{choices} find the opposite of {x}."),
+    ),
+    "true_or_false": (
+        true_or_false,
+        ("{x} {choices}", "is this true or false? {x}", "{x} say true or false."),
+    ),
+    "true_sentence": (
+        true_sentence,
+        ("which sentence is true? {choices}", "{choices} write the true sentence."),
+    ),
+    "sentence_about": (
+        sentence_about,
+        ("which sentence is about {x}? {choices}", "{choices} find the sentence about {x}."),
+    ),
+    "mentions": (
+        mentions,
+        ("{x} is the word {y} in the sentence? {choices}", "can you read {y} here? {x} {choices}"),
+    ),
+    "missing_word": (
+        missing_word,
+        ("{x} which word is missing? {choices}", "find the missing word: {x} {choices}"),
+    ),
+    "name_it": (name_it, ("{x}", "please {x}", "one word only: {x}")),
+    "choose_it": (choose_it, ("{x} {choices}", "{choices} {x}", "please {x} {choices}")),
+    "who_is_it": (
+        who_is_it,
+        ("whose words are {x} and {y}? {choices}", "{choices} find who goes with {x} and {y}."),
+    ),
+    "he_or_she": (
+        he_or_she,
+        ("{x} he or she?", "{x} which word can you use for this person? {choices}"),
+    ),
+}
+
+
+def example(dice: Dice, index: int, stratum: int) -> dict[str, Any]:
+    """An instruction: its task's name, inputs, targets and answer choices."""
+    task = tuple(TASKS)[stratum]
+    make, wordings = TASKS[task]
+    words, target, choices = make(dice)
+    listed = ""
+    if choices is not None:
+        choices = dice.shuffled(choices)
+        listed = dice.pick(("choose from: {}.", "options: {}.", "is it {}?"))
+        ends = [choice.rstrip(".") for choice in choices]
+        listed = listed.format(dice.pick((", ".join(ends), " or ".join(ends))))
+    inputs = mend(dice.pick(wordings).format(**words, choices=listed))
+    return {"task": task, "inputs": inputs, "targets": target, "answer_choices": choices}

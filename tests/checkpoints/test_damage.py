@@ -1,0 +1,234 @@
+"""What is missing, unfinished, damaged or in the way is refused by name, and never half-written."""
+
+import collections
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from m2l import checkpoints
+from m2l.checkpoints import orbax, publishing
+from m2l.errors import CheckpointError
+
+ABOUT = {
+    "model": {"family": "t5"},
+    "vocabulary": {"name": "bytes", "size": 7, "fingerprint": "abc"},
+    "made_by": {"kind": "test"},
+}
+PARAMS = {
+    f"layers_{i}": {"w": np.random.default_rng(i).standard_normal((64, 32), np.float32)}
+    for i in range(6)
+}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    checkpoints.save(tmp_path / "x", PARAMS, **ABOUT, opt_state={"n": 1}, data_state=b"here")
+    return tmp_path / "x"
+
+
+def flip(file, position):
+    content = bytearray(file.read_bytes())
+    content[position] ^= 16
+    file.write_bytes(content)
+
+
+def find(directory, content):
+    """The file of `directory` that holds `content`, and where in it."""
+    for file in directory.rglob("*"):
+        if file.is_file() and (position := file.read_bytes().find(content)) >= 0:
+            return file, position
+    raise AssertionError("not stored as it is")
+
+
+@pytest.mark.parametrize("read", [checkpoints.restore, checkpoints.verify])
+def test_one_flipped_byte_is_refused_by_the_parameters_name(saved, read):
+    file, position = find(saved / "params", PARAMS["layers_3"]["w"].tobytes())
+    flip(file, position + 1000)
+    with pytest.raises(CheckpointError, match="layers_3/w is damaged"):
+        read(saved)
+    restored = checkpoints.restore(saved, verify=False)
+    assert (restored["layers_3"]["w"] != PARAMS["layers_3"]["w"]).sum() == 1
+
+
+@pytest.mark.parametrize("damage", ["truncated", "removed", "zeroed"])
+def test_every_damaged_file_of_the_parameters_is_refused_or_not_needed(saved, damage):
+    refused = 0
+    files = [file for file in (saved / "params").rglob("*") if file.is_file()]
+    for file in files:
+        content = file.read_bytes()
+        if damage == "removed":
+            file.unlink()
+        else:
+            half = content[: len(content) // 2]
+            file.write_bytes(half if damage == "truncated" else bytes(len(content)))
+        try:
+            restored = checkpoints.restore(saved)
+            for name, group in PARAMS.items():
+                np.testing.assert_array_equal(restored[name]["w"], group["w"])
+        except CheckpointError as error:
+            assert "layers_" in str(error)
+            assert "\n" not in str(error)
+            refused += 1
+        file.write_bytes(content)
+    assert refused >= 2
+
+
+def test_damage_to_the_states_is_refused(saved):
+    flip(saved / "data_state", 1)
+    with pytest.raises(CheckpointError, match="data_state: damaged"):
+        checkpoints.restore_data_state(saved)
+    with pytest.raises(CheckpointError, match="data_state: damaged"):
+        checkpoints.verify(saved)
+    (saved / "data_state").unlink()
+    with pytest.raises(CheckpointError, match="data_state: cannot be read"):
+        checkpoints.restore_data_state(saved)
+    shutil.rmtree(saved / "opt_state")
+    with pytest.raises(CheckpointError, match=r"opt_state: n cannot be read"):
+        checkpoints.restore_opt_state(saved, {"n": 1})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda content: content | {"format_version": 2}, "format 2 by a newer m2l"),
+        (lambda content: content | {"model": {"family": "llama"}}, "does not match its own digest"),
+        (lambda content: content | {"surprise": 1}, "its fields are not m2l's"),
+        (lambda content: {"digest": content["digest"], "format_version": 1}, "its fields are not"),
+        (lambda content: {}, "no format_version"),
+        (lambda content: [], "no format_version"),
+    ],
+)
+def test_a_manifest_that_is_not_whole_is_refused(saved, change, message):
+    file = saved / "manifest.json"
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+    with pytest.raises(CheckpointError, match=message):
+        checkpoints.read_manifest(saved)
+
+
+def test_a_truncated_manifest_is_refused(saved):
+    file = saved / "manifest.json"
+    file.write_text(file.read_text()[:100])
+    with pytest.raises(CheckpointError, match="not JSON"):
+        checkpoints.restore(saved)
+
+
+def test_arrays_of_another_checkpoint_under_a_manifest_are_refused(saved, tmp_path):
+    checkpoints.save(tmp_path / "y", {"layers_0": {"w": np.ones((2, 2), np.float32)}}, **ABOUT)
+    shutil.copy(tmp_path / "y" / "manifest.json", saved / "manifest.json")
+    with pytest.raises(CheckpointError, match=r"layers_0/w is float32\[64, 32\], its manifest"):
+        checkpoints.restore(saved)
+
+
+def test_resolve_finds_the_newest_whole_checkpoint_of_a_run(tmp_path):
+    for step in (20, 100):
+        path = tmp_path / f"run/checkpoints/step_{step:08d}"
+        checkpoints.save(path, PARAMS, **ABOUT, step=step)
+    (tmp_path / "run/checkpoints/step_00000300").mkdir()
+    shutil.copytree(path, tmp_path / "run/checkpoints/step_best")
+    assert checkpoints.resolve(tmp_path / "run").name == "step_00000100"
+    assert checkpoints.read_manifest(tmp_path / "run").step == 100
+    assert checkpoints.resolve(path) == path
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("")
+    for name, message in (("no", "no such"), ("empty", "empty"), ("other", "no finished")):
+        with pytest.raises(CheckpointError, match=message):
+            checkpoints.resolve(tmp_path / name)
+
+
+def test_an_existing_destination_is_refused_and_untouched(saved):
+    before = checkpoints.read_manifest(saved)
+    with pytest.raises(CheckpointError, match="exists already"):
+        checkpoints.save(saved, {"other": np.ones(3)}, **ABOUT)
+    assert checkpoints.verify(saved) == before
+
+
+def test_a_destination_below_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="cannot be created"):
+        checkpoints.save(tmp_path / "file" / "x", PARAMS, **ABOUT)
+
+
+def test_an_exception_leaves_nothing(tmp_path):
+    described = {"w": ((4,), np.float32)}
+
+    def interrupted():
+        with checkpoints.writing(tmp_path / "x", described) as writer:
+            writer.append("w", np.ones(2, np.float32))
+            raise KeyboardInterrupt
+
+    def forgotten():
+        with checkpoints.writing(tmp_path / "x", described):
+            pass
+
+    for failing, kind in ((interrupted, KeyboardInterrupt), (forgotten, RuntimeError)):
+        with pytest.raises(kind):
+            failing()
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_too_small_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    usage = collections.namedtuple("usage", "total used free")
+    monkeypatch.setattr(publishing.shutil, "disk_usage", lambda path: usage(9, 9, 40_000))
+    with pytest.raises(CheckpointError, match=r"no space left: 1,\d+,\d+ bytes are needed, 40,000"):
+        checkpoints.save(tmp_path / "x", PARAMS, **ABOUT)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_meanwhile_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
+    def full(self, array):
+        raise ValueError("RESOURCE_EXHAUSTED: Failed to write: No space left on device")
+
+    monkeypatch.setattr(orbax.Writer, "_flush", full)
+    with pytest.raises(CheckpointError, match="no space left"):
+        checkpoints.save(tmp_path / "x", PARAMS, **ABOUT)
+    assert list(tmp_path.iterdir()) == []
+
+
+KILLED = """
+import sys, time
+import numpy as np
+from m2l import checkpoints
+with checkpoints.writing(sys.argv[1], {"w": ((1 << 20,), np.float32)}) as writer:
+    while True:
+        print("writing", flush=True)
+        time.sleep(0.01)
+"""
+
+
+def test_a_killed_save_leaves_no_checkpoint_and_the_next_one_works(tmp_path):
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "x")]
+    environment = os.environ | {"PYTHONPATH": ":".join(path for path in sys.path if path)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as process:
+        assert process.stdout.readline() == b"writing\n"
+        assert checkpoints.clean(tmp_path) == []
+        process.send_signal(signal.SIGKILL)
+    leftover = [entry.name for entry in tmp_path.iterdir()]
+    assert len(leftover) == 1
+    assert leftover[0].startswith(".x.tmp-")
+    with pytest.raises(CheckpointError):
+        checkpoints.resolve(tmp_path / "x")
+    checkpoints.save(tmp_path / "x", PARAMS, **ABOUT)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["x"]
+    checkpoints.verify(tmp_path / "x")
+
+
+def test_clean_removes_only_what_dead_saves_of_this_host_left(tmp_path):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    host = publishing.socket.gethostname()
+    gone = tmp_path / f".x.tmp-{host}-{dead.pid}-0.orbax-checkpoint-tmp"
+    kept = [f".x.tmp-elsewhere-{dead.pid}-0", f".x.tmp-{host}-1-0", "x", ".x.tmp"]
+    for name in (gone.name, *kept):
+        (tmp_path / name).mkdir()
+    assert checkpoints.clean(tmp_path) == [gone]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted(kept)

@@ -1,0 +1,133 @@
+"""Shared by all tests: a tiny model, made once, and a study with made-up results."""
+
+import dataclasses
+import json
+
+import jax
+import pytest
+
+from m2l import models
+from m2l.evaluation.runner import Result
+from m2l.merging import Recipe
+from m2l.models import T5Config
+from m2l.studies import execute, scaling
+from m2l.training.settings import TrainSettings
+
+CATEGORIES = ("sentiment", "topic_classification", "closed_book_qa", "structure_to_text")
+
+
+@pytest.fixture(scope="session")
+def tiny_config():
+    """A T5 that compiles in a moment; its vocabulary holds the microworld's and the bytes'."""
+    return T5Config(
+        vocab_size=1152,
+        d_model=16,
+        d_kv=8,
+        d_ff=32,
+        num_heads=2,
+        num_encoder_layers=1,
+        num_decoder_layers=2,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_params(tiny_config):
+    return models.init(tiny_config, jax.random.key(0))
+
+
+@pytest.fixture(scope="session")
+def study(tiny_config):
+    settings = TrainSettings(mixture="t0_held_in", steps=3)
+    return scaling.ScalingStudy(
+        model=tiny_config,
+        pretrain=settings,
+        instruct=settings,
+        expert=settings,
+        multitask=settings,
+        categories=CATEGORIES,
+        held_out=("natural_language_inference",),
+        recipes=(Recipe(method="average"), Recipe(method="dare_ties", drop_rate=0.5)),
+        expert_counts=(2, 4),
+        seeds=(0, 1, 2),
+    )
+
+
+def write_result(out, model, task, category, score):
+    directory = execute.folder(out, f"results/{model}")
+    directory.mkdir(parents=True, exist_ok=True)
+    result = Result(
+        task=task,
+        dataset=task,
+        category=category,
+        held_out=category not in CATEGORIES,
+        kind="rank",
+        metric="accuracy",
+        score=score,
+        metrics={"accuracy": score, "chance": 50.0},
+        count=1,
+        ties=0,
+        truncated=0,
+        seconds=0.0,
+        model_digest=model,
+        task_digest=task,
+    )
+    (directory / f"{task}.json").write_text(json.dumps(dataclasses.asdict(result)))
+
+
+@pytest.fixture(scope="session")
+def finished_study(study, tmp_path_factory):
+    """A study's folder with made-up results: scores that can be divided by hand."""
+    out = tmp_path_factory.mktemp("study")
+    for base in scaling.BASES:
+        low = 20.0 if base == "pretrained" else 40.0
+        for category in CATEGORIES:
+            write_result(out, f"bases/{base}", category, category, low)
+            write_result(out, f"experts/{base}/{category}", category, category, 80.0)
+            write_result(out, f"multitask/{base}", category, category, 60.0)
+        held_out = "natural_language_inference"
+        write_result(out, f"bases/{base}", "rte", held_out, 50.0)
+        write_result(out, f"multitask/{base}", "rte", held_out, 75.0)
+    for index, merge in enumerate(scaling.merges(study)):
+        for category in merge.categories:
+            score = 80.0 if category == "sentiment" else 40.0
+            write_result(out, merge.stage, category, category, score)
+        write_result(out, merge.stage, "rte", "natural_language_inference", 50.0 + index % 2)
+    execute.claim(out, {"kind": "scaling", "settings": scaling.to_dict(study)}, update=False)
+    return out
+
+
+def m2l(*arguments):
+    """Runs the command in this process; returns its exit code."""
+    from m2l import cli
+
+    try:
+        cli.main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        return stop.code or 0
+    return 0
+
+
+@pytest.fixture(scope="session")
+def run_m2l():
+    return m2l
+
+
+@pytest.fixture(scope="session")
+def road(tmp_path_factory):
+    """A base, two experts and the second base's expert, trained for a few steps by the command."""
+    root = tmp_path_factory.mktemp("road")
+    (root / "tiny.gin").write_text(
+        "include 'models/t5_1m.gin'\ninclude 'runs/train.gin'\nRun.model = %MODEL\n"
+        "T5.d_model = 16\nT5.d_kv = 8\nT5.d_ff = 32\nT5.num_heads = 2\n"
+        "T5.num_encoder_layers = 1\nBATCH_SIZE = 4\nMIXTURE = 'span_corruption'\nSTEPS = 3\n"
+        "Train.log_every = 1\n"
+    )
+    assert m2l("train", "--gin_file", root / "tiny.gin", "--out", root / "base") == 0
+    for category in ("sentiment", "closed_book_qa"):
+        code = m2l(
+            "train",
+            *("--init", root / "base", "--mixture", category, "--steps", 3),
+            *("--gin.BATCH_SIZE=4", "--gin.LEARNING_RATE=0.1", "--out", root / category),
+        )
+        assert code == 0
+    return root

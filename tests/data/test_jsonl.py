@@ -1,0 +1,78 @@
+"""Your own data: what is accepted, and every refusal with its file and line."""
+
+import json
+
+import pytest
+
+from m2l.data import jsonl
+from m2l.errors import DataError
+
+GOOD = '{"inputs": "2+2?", "targets": "4"}'
+CHOICE = '{"inputs": "2+2?", "targets": "4", "answer_choices": ["4", "5"]}'
+
+
+def write(tmp_path, *lines):
+    path = tmp_path / "mine.jsonl"
+    path.write_bytes(b"\n".join(x if isinstance(x, bytes) else x.encode() for x in lines))
+    return path
+
+
+def test_examples_come_back_in_order_without_blank_lines_and_other_fields(tmp_path):
+    other = json.dumps({"inputs": "日本\n語", "targets": " x ", "id": 7, "answer_choices": None})
+    path = write(tmp_path, b"\xef\xbb\xbf" + GOOD.encode(), "", "  \r", other + "\r", "")
+    assert jsonl.read(path) == [
+        {"inputs": "2+2?", "targets": "4"},
+        {"inputs": "日本\n語", "targets": " x "},
+    ]
+    assert jsonl.read(write(tmp_path, CHOICE))[0]["answer_choices"] == ["4", "5"]
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("{", "it is not JSON: .* at column 2"),
+        ('["a"]', "it is a list, expected an object"),
+        ("3", "it is a number"),
+        (b"\xff\xfe{}", "it is not UTF-8"),
+        ('{"inputs": "a"}', "the field 'targets' is missing"),
+        ('{"input": "a", "targets": "b"}', "'input' is unknown; is 'inputs' meant"),
+        ('{"inputs": "a", "targets": 4}', "targets is a number, expected a text"),
+        ('{"inputs": null, "targets": "b"}', "inputs is null"),
+        ('{"inputs": " ", "targets": "b"}', "inputs is empty"),
+        ('{"inputs": "a", "targets": ""}', "targets is empty"),
+        (r'{"inputs": "\ud800", "targets": "b"}', "half of a surrogate pair"),
+        ('{"inputs": "a", "targets": "b", "answer_choices": "b"}', "a text, expected a list"),
+        ('{"inputs": "a", "targets": "b", "answer_choices": []}', "has 0, expected at least two"),
+        ('{"inputs": "a", "targets": "b", "answer_choices": ["b"]}', "has 1"),
+        ('{"inputs": "a", "targets": "b", "answer_choices": ["b", 1]}', r"answer_choices\[1\]"),
+        ('{"inputs": "a", "targets": "b", "answer_choices": ["b", ""]}', "is empty"),
+        ('{"inputs": "a", "targets": "b", "answer_choices": ["b", "b"]}', "'b' is there twice"),
+        ('{"inputs": "a", "targets": "c", "answer_choices": ["a", "b"]}', "'c' is not among"),
+        ('{"inputs": "a", "targets": "b", "answer_choice": ["b", "c"]}', "'answer_choices' meant"),
+    ],
+)
+def test_a_bad_line_is_named_by_file_and_number(tmp_path, line, says):
+    first = (
+        CHOICE
+        if b"answer_choices" in (line if isinstance(line, bytes) else line.encode())
+        else GOOD
+    )
+    path = write(tmp_path, first, "", line)
+    with pytest.raises(DataError, match=says) as caught:
+        jsonl.read(path)
+    assert str(caught.value).startswith(f"{path}:3: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_examples_with_and_without_choices_do_not_mix(tmp_path):
+    with pytest.raises(DataError, match="line 1 has answer_choices and line 2 has none; put"):
+        jsonl.read(write(tmp_path, CHOICE, GOOD))
+    with pytest.raises(DataError, match="line 2 has answer_choices and line 1 has none; put"):
+        jsonl.read(write(tmp_path, GOOD, CHOICE))
+
+
+def test_an_empty_or_absent_file_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"mine\.jsonl: it is empty"):
+        jsonl.read(write(tmp_path, "", " "))
+    with pytest.raises(DataError, match="No such file"):
+        jsonl.read(tmp_path / "absent.jsonl")

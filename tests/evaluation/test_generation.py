@@ -1,0 +1,64 @@
+import jax
+import numpy as np
+import pytest
+
+from m2l import models
+from m2l.data.pipeline import GenerationExample
+from m2l.errors import EvaluationError
+from m2l.evaluation import generation
+
+MAX_LENGTH = 6
+
+
+@pytest.fixture(scope="module")
+def examples():
+    rng = np.random.default_rng(0)
+    return [
+        GenerationExample(
+            inputs=rng.integers(3, 1000, length).astype(np.int32),
+            reference=["x"],
+            inputs_text="what it reads",
+            reference_text="x",
+            truncated=False,
+        )
+        for length in (4, 20, 11)
+    ]
+
+
+def test_greedy_takes_the_largest_logit_of_the_whole_model_at_every_step(
+    tiny_config, tiny_params, examples
+):
+    decoded = generation.greedy(
+        tiny_config, tiny_params, examples, max_length=MAX_LENGTH, batch_size=2
+    )
+    for example, tokens in zip(examples, decoded, strict=True):
+        so_far = [0]
+        for _ in range(MAX_LENGTH):
+            batch = {
+                "encoder_input_tokens": example.inputs[None],
+                "decoder_input_tokens": np.pad(so_far, (0, MAX_LENGTH - len(so_far)))[None],
+            }
+            logits = models.apply(tiny_config, tiny_params, batch)[0, len(so_far) - 1]
+            so_far.append(int(np.argmax(logits)))
+            if so_far[-1] == generation.EOS:
+                break
+        expected = [token for token in so_far[1:] if token not in (0, generation.EOS)]
+        assert tokens.tolist() == expected
+
+
+def test_a_row_ends_where_eos_is_the_most_probable(tiny_config, tiny_params, examples):
+    before = generation.greedy(tiny_config, tiny_params, examples, max_length=MAX_LENGTH)
+    token = int(before[1][-1])
+    # With the head's columns of that token and EOS swapped, EOS is taken where the token was.
+    columns = np.arange(tiny_config.vocab_size)
+    columns[[token, generation.EOS]] = generation.EOS, token
+    decoder = dict(tiny_params["decoder"], logits=tiny_params["decoder"]["logits"][:, columns])
+    params = dict(tiny_params, decoder=decoder)
+    after = generation.greedy(tiny_config, params, examples, max_length=MAX_LENGTH)
+    assert after[1].tolist() == before[1][: before[1].tolist().index(token)].tolist()
+
+
+def test_logits_that_are_not_finite_stop_decoding(tiny_config, tiny_params, examples):
+    broken = jax.tree.map(lambda leaf: leaf * np.nan, tiny_params)
+    with pytest.raises(EvaluationError, match="'what it reads'"):
+        generation.greedy(tiny_config, broken, examples, max_length=MAX_LENGTH)

@@ -1,0 +1,73 @@
+"""DARE's masks are the documented function of seed, expert, parameter and element."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from m2l.merging import randomness
+from m2l.merging.kernel import split
+
+from . import oracles
+
+# Known answers of Random123 (kat_vectors, threefry2x32 with 20 rounds).
+KNOWN = [
+    ((0, 0), (0, 0), (0x6B200159, 0x99BA4EFE)),
+    ((0xFFFFFFFF, 0xFFFFFFFF), (0xFFFFFFFF, 0xFFFFFFFF), (0x1CB996FC, 0xBB002BE7)),
+    ((0x13198A2E, 0x03707344), (0x243F6A88, 0x85A308D3), (0xC4923A9C, 0x483DF7A0)),
+]
+
+
+@pytest.mark.parametrize(("key", "counter", "wanted"), KNOWN)
+def test_threefry_gives_the_published_answers(key, counter, wanted):
+    words = [jnp.uint32([word]) for word in counter]
+    found = randomness.threefry2x32(np.uint32(key), tuple(words))
+    assert tuple(int(word[0]) for word in found) == wanted
+    assert oracles.threefry2x32(key, counter) == wanted
+
+
+draw = jax.jit(randomness.kept, static_argnums=(1, 2, 4))
+
+
+def masks(seed, experts, name, start, size, drop_rate):
+    keys = randomness.keys(seed, experts, name)
+    return np.stack(draw(keys, experts, (size,), split(start), drop_rate))
+
+
+@pytest.mark.parametrize("start", [0, 3, 2**32 - 20, 2**40 + 1])
+def test_masks_are_those_of_an_implementation_in_plain_integers(start):
+    found = masks(7, 3, "decoder/mlp/wi", start, 50, 0.6)
+    np.testing.assert_array_equal(found, oracles.kept(7, 3, "decoder/mlp/wi", 50, 0.6, start))
+
+
+def test_masks_do_not_depend_on_how_a_parameter_is_cut():
+    whole = masks(1, 2, "w", 0, 240, 0.5)
+    for size in (60, 80):
+        parts = [masks(1, 2, "w", i, min(size, 240 - i), 0.5) for i in range(0, 240, size)]
+        np.testing.assert_array_equal(np.concatenate(parts, axis=1), whole)
+    keys = randomness.keys(1, 2, "w")
+    shaped = np.stack(draw(keys, 2, (6, 8, 5), split(0), 0.5))
+    np.testing.assert_array_equal(shaped.reshape(2, -1), whole)
+
+
+def test_seed_expert_and_parameter_each_change_the_masks():
+    reference = masks(0, 4, "w", 0, 256, 0.5)
+    assert len({mask.tobytes() for mask in reference}) == 4
+    for other in (masks(1, 4, "w", 0, 256, 0.5), masks(0, 4, "v", 0, 256, 0.5)):
+        assert (other != reference).mean() == pytest.approx(0.5, abs=0.08)
+
+
+def test_an_experts_mask_does_not_depend_on_how_many_there_are():
+    np.testing.assert_array_equal(masks(0, 3, "w", 0, 64, 0.3), masks(0, 5, "w", 0, 64, 0.3)[:3])
+
+
+@pytest.mark.parametrize("drop_rate", [0.1, 0.9, 0.99])
+def test_the_share_kept_is_one_minus_the_drop_rate(drop_rate):
+    (found,) = draw(randomness.keys(3, 1, "w"), 1, (1 << 20,), split(0), drop_rate)
+    # Six standard deviations of a binomial share.
+    deviation = 6 * (drop_rate * (1 - drop_rate) / (1 << 20)) ** 0.5
+    assert np.asarray(found).mean() == pytest.approx(1 - drop_rate, abs=deviation)
+
+
+def test_dropping_nothing_keeps_everything():
+    assert masks(0, 2, "w", 0, 1000, 0.0).all()

@@ -1,0 +1,79 @@
+"""A recipe checks itself and survives its own description."""
+
+import dataclasses
+import json
+
+import pytest
+
+from m2l.errors import MergeError, UnknownNameError
+from m2l.merging import Recipe
+
+
+def test_defaults_are_filled_in():
+    assert Recipe("ties").density == 0.2
+    assert Recipe("ties").scale == 1.0
+    assert Recipe("task_arithmetic").scale == 1.0
+    assert Recipe("dare_ties", drop_rate=0.5).density == 1.0
+    assert Recipe("average").weights is None
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        Recipe("average", weights=[1, 2.5], exclude=["*/embedding"]),
+        Recipe("task_arithmetic", scale=-1, dtype="bfloat16"),
+        Recipe("ties", density=1, scope="tensor"),
+        Recipe("dare_ties", drop_rate=0, seed=3),
+    ],
+)
+def test_a_recipe_comes_back_from_its_description(recipe):
+    fields = json.loads(json.dumps(recipe.to_dict()))
+    assert Recipe.from_dict(fields) == recipe == Recipe(**fields)
+    assert hash(dataclasses.replace(recipe, seed=9)) != hash(recipe)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"method": "tise"}, "unknown merge method 'tise'; the nearest known one is 'ties'"),
+        ({"method": "ties", "scope": "modell"}, "unknown scope 'modell'.*'model'"),
+        ({"method": "ties", "dtype": "float23"}, "unknown dtype"),
+        ({"method": "ties", "lambda": 1}, "unknown merge setting 'lambda'"),
+    ],
+)
+def test_unknown_names_are_answered_with_the_nearest(fields, message):
+    with pytest.raises(UnknownNameError, match=message):
+        Recipe.from_dict(fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"method": "average", "density": 0.2},
+            "average has no density; its settings are: weights",
+        ),
+        ({"method": "average", "scale": 1.0}, "average has no scale"),
+        ({"method": "ties", "drop_rate": 0.5}, "ties has no drop_rate"),
+        ({"method": "ties", "weights": [1, 1]}, "ties has no weights"),
+        ({"method": "dare_ties"}, "dare_ties needs a drop_rate"),
+        ({"method": "ties", "density": 20}, "density must be above 0 and at most 1"),
+        ({"method": "ties", "density": 0}, "density must be above 0"),
+        ({"method": "ties", "density": "0.2"}, "density must be a number"),
+        ({"method": "ties", "density": True}, "density must be a number"),
+        ({"method": "ties", "density": float("nan")}, "density must be above 0"),
+        ({"method": "ties", "scale": float("inf")}, "scale must be finite"),
+        ({"method": "dare_ties", "drop_rate": 1.0}, "drop_rate must be at least 0 and below 1"),
+        ({"method": "dare_ties", "drop_rate": -0.1}, "drop_rate must be"),
+        ({"method": "average", "weights": []}, "weights must be a list of numbers"),
+        ({"method": "average", "weights": "11"}, "weights must be a list of numbers"),
+        ({"method": "average", "weights": [1, "1"]}, "weight must be a number"),
+        ({"method": "average", "weights": [1, -1]}, "weights must not sum to zero"),
+        ({"method": "task_arithmetic", "scope": "tensor"}, "task_arithmetic does not trim"),
+        ({"method": "ties", "seed": 1.5}, "seed must be a whole number"),
+        ({"method": "ties", "exclude": "*"}, "exclude must be a list of patterns"),
+    ],
+)
+def test_bad_settings_are_refused_by_name(fields, message):
+    with pytest.raises(MergeError, match=message):
+        Recipe(**fields)

@@ -1,0 +1,207 @@
+"""The road by the command: train, merge, evaluate; and everything it refuses."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from m2l import checkpoints
+
+
+@pytest.fixture
+def refused(run_m2l, capsys):
+    """Runs the command, which must exit with 2 and one line; returns the line."""
+
+    def run(*arguments):
+        capsys.readouterr()
+        assert run_m2l(*arguments) == 2
+        error = capsys.readouterr().err.strip().splitlines()
+        lines = [line for line in error if line.startswith("m2l:")]
+        assert len(lines) == 1 and error[-1] == lines[0], error
+        return lines[0]
+
+    return run
+
+
+def test_training_leaves_a_checkpoint_that_says_where_it_came_from(road):
+    base = checkpoints.read_manifest(checkpoints.resolve(road / "base"))
+    expert = checkpoints.read_manifest(checkpoints.resolve(road / "sentiment"))
+    assert [parent["digest"] for parent in expert.parents] == [base.digest]
+    assert expert.made_by["settings"]["mixture"] == "sentiment"
+    assert expert.model == base.model
+    lines = [json.loads(line) for line in (road / "base" / "metrics.jsonl").open()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert (road / "base" / "config.gin").read_text().count("span_corruption") == 1
+    assert list((road / "base" / "tensorboard").iterdir())
+
+
+def test_a_merge_by_the_command_is_the_formula(road, run_m2l, tmp_path):
+    experts = [road / "sentiment", road / "closed_book_qa"]
+    out = tmp_path / "merged"
+    arguments = [argument for expert in experts for argument in ("--expert", expert)]
+    arguments += ["--base", road / "base", "--method", "task_arithmetic", "--scale", 0.5]
+    assert run_m2l("merge", *arguments, "--out", out) == 0
+
+    def read(path):
+        restored = checkpoints.flatten(checkpoints.restore(checkpoints.resolve(path)))
+        return {name: np.asarray(leaf, np.float64) for name, leaf in restored.items()}
+
+    base, merged = read(road / "base"), read(out)
+    first, second = map(read, experts)
+    for name, theta in base.items():
+        expected = theta + 0.5 * ((first[name] - theta) + (second[name] - theta))
+        np.testing.assert_allclose(merged[name], expected, rtol=1e-6, atol=1e-7)
+    assert any(np.abs(merged[name] - base[name]).max() > 0 for name in base)
+
+
+def test_evaluation_writes_a_result_a_task_and_computes_none_twice(road, run_m2l, tmp_path):
+    arguments = ["eval", "--checkpoint", road / "sentiment", "--mixture", "sentiment"]
+    arguments += ["--max_examples", 5, "--out", tmp_path / "results"]
+    assert run_m2l(*arguments) == 0
+    paths = sorted((tmp_path / "results").iterdir())
+    before = {path: path.read_bytes() for path in paths}
+    result = json.loads(paths[0].read_text())
+    assert (result["count"], result["kind"], result["category"]) == (5, "rank", "sentiment")
+    assert run_m2l(*arguments) == 0
+    assert {path: path.read_bytes() for path in paths} == before
+
+
+def test_decoding_is_scored_by_the_tasks_metric(road, run_m2l, tmp_path):
+    code = run_m2l(
+        *("eval", "--checkpoint", road / "base", "--mixture", "kilt_tasks_hotpotqa"),
+        *("--max_examples", 3, "--target_length", 4, "--out", tmp_path / "results"),
+    )
+    assert code == 0
+    result = json.loads(next((tmp_path / "results").iterdir()).read_text())
+    assert (result["kind"], result["metric"]) == ("generate", "squad")
+    assert result["score"] == result["metrics"]["f1"]
+
+
+def test_your_own_data_is_trained_on_and_evaluated_by(road, run_m2l, tmp_path):
+    rows = [
+        {
+            "inputs": f"{n} is",
+            "targets": ("odd", "even")[n % 2 == 0],
+            "answer_choices": ["odd", "even"],
+        }
+        for n in range(40)
+    ]
+    for split, part in (("train", rows[:30]), ("validation", rows[30:])):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in part))
+    data = f"train={tmp_path}/train.jsonl,validation={tmp_path}/validation.jsonl"
+    trained = ["train", "--init", road / "base", "--jsonl", data, "--steps", 2]
+    assert run_m2l(*trained, "--gin.BATCH_SIZE=4", "--out", tmp_path / "expert") == 0
+    evaluated = ["eval", "--checkpoint", tmp_path / "expert", "--jsonl", data]
+    assert run_m2l(*evaluated, "--out", tmp_path / "results") == 0
+    [path] = (tmp_path / "results").iterdir()
+    result = json.loads(path.read_text())
+    assert (result["count"], result["metrics"]["chance"]) == (10, 50.0)
+
+
+def test_inspect_and_lists_and_doctor_print_what_there_is(road, run_m2l, capsys):
+    assert run_m2l("inspect", road / "sentiment", "--verify") == 0
+    assert "every digest is right" in capsys.readouterr().out
+    assert run_m2l("tasks", "list", "--mixture", "t0_held_out") == 0
+    assert "super_glue_rte" in capsys.readouterr().out
+    assert run_m2l("tasks", "show", "imdb") == 2
+    assert run_m2l("merge", "--list") == 0
+    assert "drop_rate" in capsys.readouterr().out
+    assert run_m2l("study", "--gin_file", "experiments/demo.gin", "--out", "x", "--dry_run") == 0
+    assert "experts/instruct/sentiment" in capsys.readouterr().out
+
+
+# --- bad input ---
+
+
+def test_unknown_names_are_refused_with_the_nearest(refused, road, tmp_path):
+    out, base = (
+        ["--out", tmp_path / "out"],
+        ["--base", road / "base", "--expert", road / "sentiment"],
+    )
+    trained = ["train", "--init", road / "base", "--steps", 1, *out]
+    assert "'sentiment'" in refused(*trained, "--mixture", "sentimant")
+    evaluated = ["eval", "--checkpoint", road / "base", *out]
+    assert "'super_glue_rte'" in refused(*evaluated, "--mixture", "super_glue_rtee")
+    assert "'ties'" in refused("merge", *base, "--method", "tyes", *out)
+    assert "'steps'" in refused(*trained, "--mixture", "imdb", "--gin.Train.stepz=3")
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_flags_are_refused(refused, road, tmp_path):
+    assert "--out" in refused("train", "--init", road / "base", "--mixture", "imdb")
+    assert "no such option" in refused("report", tmp_path, "--fast").lower()
+    assert "no model" in refused(
+        "train", "--mixture", "imdb", "--steps", 1, "--out", tmp_path / "o"
+    )
+    assert "--mixture" in refused("eval", "--checkpoint", road / "base", "--out", tmp_path / "o")
+    assert "--method" in refused("merge", "--expert", road / "base", "--out", tmp_path / "o")
+    assert "study.json" in refused("report", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("[1, 2]", "train.jsonl:2"),
+        ('{"inputs": "a"}', "train.jsonl:2.*targets"),
+        ('{"inputs": "a", "targets": "x", "answer_choices": ["y", "z"]}', "train.jsonl:2"),
+        ('{"inputs": "a", ', "train.jsonl:2"),
+    ],
+)
+def test_a_bad_jsonl_line_is_named(refused, road, tmp_path, line, said):
+    good = '{"inputs": "a", "targets": "y", "answer_choices": ["y", "z"]}'
+    path = tmp_path / "train.jsonl"
+    path.write_text(f"{good}\n{line}\n")
+    told = refused(
+        *("train", "--init", road / "base", "--jsonl", f"train={path}", "--steps", 1),
+        *("--out", tmp_path / "out"),
+    )
+    assert all(part in told for part in said.split(".*"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_that_is_missing_unfinished_or_damaged_is_refused(refused, road, tmp_path):
+    evaluated = ["eval", "--mixture", "imdb", "--out", tmp_path / "out", "--checkpoint"]
+    assert "nowhere" in refused(*evaluated, tmp_path / "nowhere")
+    whole = checkpoints.resolve(road / "base")
+    shutil.copytree(whole, tmp_path / "unfinished")
+    (tmp_path / "unfinished" / "manifest.json").unlink()
+    assert "unfinished" in refused(*evaluated, tmp_path / "unfinished")
+    shutil.copytree(whole, tmp_path / "damaged")
+    largest = max((tmp_path / "damaged" / "params").rglob("*"), key=lambda p: p.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    assert "damaged" in refused(*evaluated, tmp_path / "damaged")
+    assert not (tmp_path / "out").exists()
+
+
+def test_experts_of_another_model_or_vocabulary_are_refused(refused, run_m2l, road, tmp_path):
+    small = ["train", "--gin_file", road / "tiny.gin", "--gin.STEPS=1"]
+    assert run_m2l(*small, "--gin.T5.d_ff=16", "--out", tmp_path / "other_model") == 0
+    assert run_m2l(*small, "--vocabulary", "bytes", "--out", tmp_path / "other_vocabulary") == 0
+    merged = ["merge", "--base", road / "base", "--method", "average", "--out", tmp_path / "out"]
+    for other in ("other_model", "other_vocabulary"):
+        told = refused(*merged, "--expert", road / "sentiment", "--expert", tmp_path / other)
+        assert other in told
+    init = ["--init", tmp_path / "other_vocabulary", "--mixture", "imdb", "--steps", 1]
+    told = refused("train", *init, "--vocabulary", "microworld", "--out", tmp_path / "out")
+    assert "vocabulary" in told
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_holds_something_else_is_refused(refused, road, tmp_path):
+    trained = ["train", "--init", road / "base", "--mixture", "imdb", "--steps", 2]
+    assert "mixture is 'sentiment'" in refused(*trained, "--out", road / "sentiment")
+    (tmp_path / "notes").write_text("mine")
+    assert "not empty" in refused(*trained, "--out", tmp_path)
+    assert "not empty" in refused("demo", "--out", tmp_path)
+    merged = ["merge", "--expert", road / "sentiment", "--method", "average"]
+    assert "exists" in refused(*merged, "--out", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes"]
+
+
+def test_results_of_another_model_are_refused(refused, run_m2l, road, tmp_path):
+    evaluated = ["eval", "--mixture", "imdb", "--max_examples", 2, "--out", tmp_path / "results"]
+    assert run_m2l(*evaluated, "--checkpoint", road / "base") == 0
+    assert "another model" in refused(*evaluated, "--checkpoint", road / "sentiment")

@@ -1,0 +1,72 @@
+import pytest
+
+from m2l import configuration
+from m2l.errors import ConfigError, M2LError
+
+TRAIN = ["runs/train.gin"]
+NEEDED = ["MIXTURE=imdb", "STEPS=7"]
+
+
+def test_every_shipped_experiment_can_be_read():
+    experiments = [name for name in configuration.files() if name.startswith("experiments/")]
+    assert "experiments/demo.gin" in experiments
+    for name in experiments:
+        kind = "ScalingStudy" if "demo" in name else "Run"
+        configuration.load(kind, [name])
+
+
+def test_a_later_binding_wins_over_an_earlier_one_and_over_the_file():
+    run, _ = configuration.load("Run", TRAIN, [*NEEDED, "LEARNING_RATE=0.5", "Train.steps=9"])
+    assert (run.settings.learning_rate, run.settings.steps) == (0.5, 9)
+
+
+def test_a_bare_word_is_a_string():
+    assert configuration.quoted("MIXTURE=imdb") == "MIXTURE = 'imdb'"
+    assert configuration.quoted("MIXTURE='imdb'") == "MIXTURE = 'imdb'"
+    assert configuration.quoted("A.b=1e-3") == "A.b = 1e-3"
+    assert configuration.quoted("A.b=True") == "A.b = True"
+    assert configuration.quoted("A.b=@expert/Train()") == "A.b = @expert/Train()"
+    assert configuration.quoted("Run.vocabulary=models/spiece.model") == (
+        "Run.vocabulary = 'models/spiece.model'"
+    )
+
+
+def test_the_resolved_text_makes_the_same_run_again(tmp_path):
+    run, resolved = configuration.load("Run", TRAIN, [*NEEDED, "SCHEDULE=cosine"])
+    (tmp_path / "config.gin").write_text(resolved)
+    again, _ = configuration.load("Run", [str(tmp_path / "config.gin")])
+    assert again == run
+
+
+@pytest.mark.parametrize(
+    ("bindings", "said"),
+    [
+        ([*NEEDED, "Trian.steps=3"], "unknown gin name 'Trian'.*'Train'"),
+        ([*NEEDED, "Train.stps=3"], "Train has no setting 'stps'; the nearest is 'steps'"),
+        ([*NEEDED, "STPES=3"], "unknown gin macro 'STPES'.*'STEPS'"),
+        (["MIXTURE=imdb"], "Train.steps must be set"),
+        ([*NEEDED, "STEPS=many"], "expected int, found 'many'"),
+        ([*NEEDED, "STEPS=0"], "steps: expected 1 or more, found 0"),
+        ([*NEEDED, "Run.model=%MODLE"], "MODLE"),
+        ([*NEEDED, "STEPS="], "expected --gin.NAME=VALUE"),
+        ([*NEEDED, "STEPS"], "expected --gin.NAME=VALUE"),
+    ],
+)
+def test_a_bad_binding_is_refused_in_one_line(bindings, said):
+    with pytest.raises(M2LError, match=said) as caught:
+        configuration.load("Run", TRAIN, bindings)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"nowhere\.gin"):
+        configuration.load("Run", ["nowhere.gin"])
+    (tmp_path / "bad.gin").write_text("Train.steps = = 3\n")
+    with pytest.raises(ConfigError, match="gin"):
+        configuration.load("Run", [str(tmp_path / "bad.gin")])
+
+
+def test_nothing_of_one_load_is_left_for_the_next():
+    configuration.load("Run", TRAIN, [*NEEDED, "LEARNING_RATE=0.5"])
+    run, _ = configuration.load("Run", TRAIN, NEEDED)
+    assert run.settings.learning_rate == 1e-3

@@ -1,0 +1,153 @@
+import ast
+import importlib.metadata
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted([*(ROOT / "m2l").rglob("*.py"), *(ROOT / "tasks").rglob("*.py")])
+
+# A room may import from the rows above its own, and from nothing beside or below itself.
+ROWS = [
+    {"__init__"},
+    {"errors", "progress"},
+    {"partitioning"},
+    {"models"},
+    {"checkpoints", "data"},
+    {"training", "merging", "evaluation"},
+    {"tasks"},
+    {"studies"},
+    {"reporting"},
+    {"configuration", "doctor"},
+    {"cli"},
+]
+WITHOUT_TENSORFLOW = ("checkpoints", "merging", "models", "partitioning")
+TENSORFLOW = {"tensorflow", "tensorflow_datasets", "tensorflow_text", "seqio", "t5"}
+
+# Import names that are not their distribution's name with underscores.
+DISTRIBUTIONS = {
+    "absl": "absl-py",
+    "gin": "gin-config",
+    "orbax": "orbax-checkpoint",
+    "sklearn": "scikit-learn",
+}
+# What t5 asks for and m2l leaves out; pyproject.toml tells uv the same.
+LEFT_OUT = {"mesh-tensorflow", "seqio-nightly", "tfds-nightly", "transformers"}
+# What a dependency imports without asking for it, or asks for in a release that is too old.
+FOR_OTHERS = {"importlib-resources", "tensorflow-datasets"}
+
+
+def module(path):
+    """The dotted name's parts: tasks/microworld/world.py -> m2l, tasks, microworld, world."""
+    package, *rest = path.relative_to(ROOT).with_suffix("").parts
+    return (package, *rest) if package == "m2l" else ("m2l", package, *rest)
+
+
+def room(path):
+    return module(path)[1]
+
+
+def imports(path):
+    """The dotted names a file imports, at any depth, with `from m2l import x` as m2l.x."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            start = module(path)[: -node.level] if node.level else ()
+            name = ".".join([*start, *filter(None, [node.module])])
+            yield from (f"m2l.{alias.name}" for alias in node.names) if name == "m2l" else [name]
+
+
+def literal(name):
+    """The value of a constant of setup.py, whose strings are all literals."""
+    for node in ast.parse((ROOT / "setup.py").read_text()).body:
+        if isinstance(node, ast.Assign) and node.targets[0].id == name:
+            return ast.literal_eval(node.value)
+    raise LookupError(name)
+
+
+REQUIREMENTS = {canonicalize_name(r.name): r for r in map(Requirement, literal("REQUIREMENTS"))}
+PINS = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "requirements.lock").read_text(), re.M))
+
+
+def third_party(path):
+    tops = {name.split(".")[0] for name in imports(path)} - sys.stdlib_module_names - {"m2l"}
+    return {DISTRIBUTIONS.get(top, canonicalize_name(top)) for top in tops}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_room_imports_only_from_the_rows_above_it(path):
+    rank = {name: row for row, names in enumerate(ROWS) for name in names}
+    assert room(path) in rank, f"{room(path)} has no place in ROWS"
+    used = {name.split(".")[1] for name in imports(path) if name.startswith("m2l.")}
+    used = {"__init__" if name == "__version__" else name for name in used} - {room(path)}
+    assert {name for name in used if rank[name] >= rank[room(path)]} == set()
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_what_a_file_imports_is_required_by_setup(path):
+    assert third_party(path) - {"t5"} <= set(REQUIREMENTS)
+
+
+def test_setup_requires_nothing_that_neither_m2l_nor_t5_imports():
+    asked = {canonicalize_name(Requirement(r).name) for r in t5_requires()}
+    used = {name for path in SOURCES for name in third_party(path)}
+    assert set(REQUIREMENTS) - used - asked - FOR_OTHERS == set()
+
+
+def t5_requires():
+    return [r for r in importlib.metadata.requires("t5") if "extra ==" not in r]
+
+
+def test_setup_requires_what_t5_needs_but_not_t5_nor_what_overwrites_seqio():
+    asked = {canonicalize_name(Requirement(r).name) for r in t5_requires()}
+    assert asked - LEFT_OUT <= set(REQUIREMENTS)
+    assert not (LEFT_OUT | {"t5"}) & set(REQUIREMENTS)
+
+
+def test_uv_is_told_to_leave_out_the_same():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    overrides = map(Requirement, settings["tool"]["uv"]["override-dependencies"])
+    assert {r.name for r in overrides if not r.marker.evaluate()} == LEFT_OUT
+
+
+def test_the_lock_satisfies_every_requirement_of_setup():
+    assert PINS["tensorflow-cpu"]
+    pins = PINS | {"tensorflow": PINS["tensorflow-cpu"]}
+    for name, requirement in REQUIREMENTS.items():
+        assert requirement.specifier.contains(pins[name]), f"{requirement}, pinned {pins[name]}"
+
+
+def test_the_lock_holds_one_copy_of_each_shared_folder_and_the_tools_of_the_tests():
+    assert not (LEFT_OUT | {"tensorflow"}) & set(PINS)
+    assert {"t5", "pytest", "hypothesis", "ruff", "setuptools", "wheel"} <= set(PINS)
+
+
+def test_the_lock_names_no_path_and_no_host():
+    lock = (ROOT / "requirements.lock").read_text()
+    assert not re.search(r"://|^\s*-|(?<![\w.])/\w|\.txt", lock, re.M)
+
+
+@pytest.mark.parametrize("name", WITHOUT_TENSORFLOW)
+def test_what_merges_names_no_tensorflow_anywhere(name):
+    for path in SOURCES:
+        if room(path) == name:
+            assert not {used.split(".")[0] for used in imports(path)} & TENSORFLOW, path
+
+
+def test_importing_what_merges_loads_no_tensorflow():
+    code = "".join(f"import m2l.{name}\n" for name in WITHOUT_TENSORFLOW)
+    code += f"import sys\nprint(sorted({TENSORFLOW!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_every_folder_of_python_is_a_package():
+    folders = {path.parent for path in SOURCES}
+    assert {folder for folder in folders if not (folder / "__init__.py").is_file()} == set()
