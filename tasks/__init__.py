@@ -9,7 +9,7 @@ from typing import Any
 
 from m2l.data import jsonl
 from m2l.data.prompts import Dataset, Prompt, TaskInfo, written_out
-from m2l.errors import DataError, UnknownNameError
+from m2l.errors import DataError, M2LError, UnknownNameError
 from m2l.tasks import flan, t0_held_in, t0_held_out
 
 SPAN_CORRUPTION = "span_corruption"
@@ -21,8 +21,9 @@ _registered: dict[str, str] = {}
 
 def datasets() -> tuple[Dataset, ...]:
     """Every declared dataset, your own included."""
+    instructions = flan.datasets(_registered.get("source", SOURCES[0]))
     own = (dataset for dataset, _ in _own.values())
-    return (*t0_held_in.DATASETS, *t0_held_out.DATASETS, *flan.DATASETS, *own)
+    return (*t0_held_in.DATASETS, *t0_held_out.DATASETS, *instructions, *own)
 
 
 def _prompts() -> dict[str, tuple[Dataset, Prompt]]:
@@ -73,7 +74,7 @@ def mixtures() -> dict[str, tuple[str, ...]]:
             names += [dataset.category, "t0_held_in"]
         elif dataset in t0_held_out.DATASETS:
             names += [dataset.category, "t0_held_out"]
-        elif dataset in flan.DATASETS:
+        elif dataset.category == flan.MIXTURE:
             names += [dataset.category]
         for name in names:
             found.setdefault(name, []).append(task)
@@ -109,10 +110,20 @@ def register(vocabulary: str = "microworld", source: str = "microworld") -> None
         raise UnknownNameError("source of records", source, SOURCES)
     settings = {"vocabulary": vocabulary, "source": source}
     if _registered != settings:
-        from m2l.tasks import registry
+        _put(settings)
 
-        registry.register(vocabulary, source, datasets(), _own, mixtures())
-        _registered.update(settings)
+
+def _put(settings: dict[str, str]) -> None:
+    from m2l.tasks import registry
+
+    before = dict(_registered)
+    _registered.update(settings)
+    try:
+        registry.register(**settings, declared=datasets(), own=_own, mixtures=mixtures())
+    except M2LError:
+        _registered.clear()
+        _registered.update(before)
+        raise
 
 
 def register_jsonl(files: Mapping[str, str | Path], name: str = "jsonl") -> None:
@@ -135,9 +146,8 @@ def register_jsonl(files: Mapping[str, str | Path], name: str = "jsonl") -> None
             raise UnknownNameError("split of JSON lines", split, splits)
     if not files:
         raise DataError("JSON lines need a file for at least one split, as train=FILE")
-    _own.pop(name, None)
     taken = {dataset.name for dataset in datasets()} | set(task_names()) | mixtures().keys()
-    if name in taken:
+    if name in taken and name not in _own:
         raise DataError(f"the name {name!r} is taken by a declared task or mixture; choose another")
     records = {split: jsonl.read(path) for split, path in files.items()}
     with_choices = {split: "answer_choices" in examples[0] for split, examples in records.items()}
@@ -149,10 +159,15 @@ def register_jsonl(files: Mapping[str, str | Path], name: str = "jsonl") -> None
             "them in all its splits or in none"
         )
     dataset = written_out(name, category=name, choices=all(with_choices.values()), splits=files)
+    before = dict(_own)
     _own[name] = (dataset, records)
-    if settings := dict(_registered):
-        _registered.clear()
-        register(**settings)
+    if _registered:
+        try:
+            _put(dict(_registered))
+        except M2LError:
+            _own.clear()
+            _own.update(before)
+            raise
 
 
 def render(

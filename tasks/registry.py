@@ -82,7 +82,7 @@ def _rate(dataset: Dataset) -> Callable[[seqio.Task], float]:
 
     def rate(task: seqio.Task) -> float:
         size = task.num_input_examples("train")
-        if dataset in flan.DATASETS:
+        if dataset.category == flan.MIXTURE:
             return float(min(size, flan.MAX_EXAMPLES))
         if size > T0_MAX_EXAMPLES:
             return float(T0_MAX_EXAMPLES // len(dataset.prompts))
@@ -109,7 +109,7 @@ def records_of(source: str, dataset: Dataset) -> Records:
     """A dataset's records: read once, whichever prompts and vocabularies they meet."""
 
     def read(split: str) -> Sequence[Record]:
-        if dataset in flan.DATASETS:
+        if dataset.category == flan.MIXTURE:
             return _instructions(source, split).get(flan.family(dataset), [])
         return _module(source).records(dataset.name, split)
 

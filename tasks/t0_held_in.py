@@ -21,8 +21,8 @@ IMDB = Dataset(
         ),
         Prompt(
             name="liked_it",
-            inputs="did the viewer like this film, yes or no? {text}",
-            answer_choices=("no", "yes"),
+            inputs="did the viewer like this film, Yes or No? {text}",
+            answer_choices=("No", "Yes"),
         ),
     ),
 )
@@ -171,12 +171,12 @@ WIKI_QA = Dataset(
         Prompt(
             name="is_it_right",
             inputs="question: {question} answer: {answer} is this the right answer?",
-            answer_choices=("no", "yes"),
+            answer_choices=("No", "Yes"),
         ),
         Prompt(
             name="does_it_answer",
-            inputs='does "{answer}" answer the question "{question}", yes or no?',
-            answer_choices=("no", "yes"),
+            inputs='does "{answer}" answer the question "{question}", Yes or No?',
+            answer_choices=("No", "Yes"),
         ),
     ),
 )

@@ -91,7 +91,7 @@ ANLI_R1 = Dataset(
         Prompt(
             name="does_it_follow",
             inputs='{premise} does it follow that "{hypothesis}"? choose from: {answer_choices}.',
-            answer_choices=("yes", "maybe", "no"),
+            answer_choices=("Yes", "Maybe", "No"),
         ),
         Prompt(
             name="true_or_false",
@@ -112,12 +112,12 @@ RTE = Dataset(
         Prompt(
             name="does_it_follow",
             inputs='{premise} does it follow that "{hypothesis}"? choose from: {answer_choices}.',
-            answer_choices=("yes", "no"),
+            answer_choices=("Yes", "No"),
         ),
         Prompt(
             name="can_we_say",
             inputs='can we say "{hypothesis}" when we know this? {premise}',
-            answer_choices=("yes", "no"),
+            answer_choices=("Yes", "No"),
         ),
     ),
 )

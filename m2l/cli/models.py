@@ -75,6 +75,8 @@ def train(
 @click.option("--density", type=float, help="Share of each task vector that ties keeps.")
 @click.option("--scale", type=float, help="lambda: what the merged task vector is multiplied by.")
 @click.option("--drop_rate", type=float, help="Share of each task vector that dare drops.")
+@click.option("--weights", help="One number an expert: 0.7,0.3. For average, task_arithmetic.")
+@click.option("--scope", help="What ties trims over: model (the paper's) or tensor.")
 @click.option("--seed", type=int, help="Of the methods that draw at random.")
 @click.option("--exclude", multiple=True, help="Parameters taken from the base: a pattern.")
 @click.option("--dtype", help="Of the merged parameters: float32 or bfloat16.")
@@ -101,11 +103,20 @@ def merge(
         if not value:
             raise ConfigError(f"m2l merge: {flag} is missing")
     given = {name: value for name, value in settings.items() if value not in (None, ())}
+    if "weights" in given:
+        given["weights"] = _numbers("--weights", given["weights"])
     recipe = merging.Recipe(method=method, **given)
     manifest = merging.merge(base, list(experts), recipe, out)
     rows = [(p["role"], p["path"], p["digest"][:16]) for p in manifest.parents]
     print_table(f"{method} of {len(experts)} experts", ["role", "checkpoint", "digest"], rows)
     click.echo(f"merged checkpoint: {out}  digest {manifest.digest[:16]}")
+
+
+def _numbers(flag: str, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise ConfigError(f"{flag} {text}: expected numbers with commas between") from error
 
 
 @click.command("eval")

@@ -1,5 +1,6 @@
 """A study's figures, drawn from its tables; each as svg, pdf and png."""
 
+import io
 from pathlib import Path
 
 import matplotlib
@@ -97,10 +98,19 @@ def gains(experts: pd.DataFrame) -> Figure:
         return figure
 
 
+def svg(figure: Figure) -> str:
+    """The figure as an svg document, the same bytes for the same figure."""
+    text = io.StringIO()
+    with matplotlib.rc_context(_STYLE):
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(text, format="svg", metadata=nothing)
+    return text.getvalue()
+
+
 def write(figure: Figure, directory: Path, name: str) -> None:
     """Writes NAME.svg, NAME.pdf and NAME.png (200 dots an inch)."""
     directory.mkdir(parents=True, exist_ok=True)
+    (directory / f"{name}.svg").write_text(svg(figure))
     with matplotlib.rc_context(_STYLE):
-        figure.savefig(directory / f"{name}.svg", metadata={"Date": None})
         figure.savefig(directory / f"{name}.pdf", metadata={"CreationDate": None})
         figure.savefig(directory / f"{name}.png", dpi=200)

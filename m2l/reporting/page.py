@@ -1,6 +1,5 @@
 """A study's report: tables, figures, and one HTML page that needs no network."""
 
-import io
 import json
 import re
 from pathlib import Path
@@ -32,10 +31,8 @@ def read_study(out: Path) -> ScalingStudy:
 
 def _svg(figure: Figure, name: str) -> markupsafe.Markup:
     """The figure as an svg element; ids carry the figure's name, for a page has many figures."""
-    text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None})
-    element = text.getvalue()[text.getvalue().index("<svg") :]
-    element = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', element)
+    text = figures.svg(figure)
+    element = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', text[text.index("<svg") :])
     element = re.sub(r'(xlink:href="|url\()#([^")]+)', rf"\1#{name}-\2", element)
     return markupsafe.Markup(element)
 

@@ -33,9 +33,10 @@ def claim(out: Path, study: Mapping[str, Any], *, update: bool) -> None:
     record = out / _RECORD
     if record.exists():
         held = json.loads(record.read_text())
-        differs = held["kind"] != study["kind"] or not update
+        if held["kind"] != study["kind"]:
+            raise ConfigError(f"{out} holds a {held['kind']} study; choose another --out")
         for name, value in study["settings"].items():
-            if differs and held["settings"].get(name) != value:
+            if not update and held["settings"].get(name) != value:
                 raise ConfigError(
                     f"{out} holds another study: its {name} is {held['settings'].get(name)!r}, "
                     f"here it is {value!r}; choose another --out, or redo what changes by --update"

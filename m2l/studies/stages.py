@@ -38,7 +38,7 @@ def run_merge(stage: Stage, out: Path, inputs: Mapping[str, Path]) -> None:
     if out.exists():
         return
     experts = [path for role, path in sorted(inputs.items()) if role.startswith("expert_")]
-    merge(inputs["base"], experts, Recipe(**stage.settings), out)
+    merge(inputs["base"], experts, Recipe(**stage.settings), out, progress=False)
 
 
 @functools.lru_cache(maxsize=1)

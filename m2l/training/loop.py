@@ -248,10 +248,11 @@ def _check_same_model(
                 f"{init}: its model's {name} is {manifest.model.get(name)!r}, the configured "
                 f"model's is {value!r}; leave the model out to take the checkpoint's own"
             )
-    if manifest.vocabulary["fingerprint"] != vocabulary["fingerprint"]:
+    own, used = manifest.vocabulary, vocabulary
+    if own["fingerprint"] != used["fingerprint"]:
         raise CheckpointError(
-            f"{init}: it was made with vocabulary {manifest.vocabulary['name']!r}, this run uses "
-            f"{vocabulary['name']!r}; name the checkpoint's own with --vocabulary"
+            f"{init}: it was made with vocabulary {own['name']!r} ({own['fingerprint'][:8]}), this "
+            f"run uses {used['name']!r} ({used['fingerprint'][:8]}); a model reads its own alone"
         )
 
 

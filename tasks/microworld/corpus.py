@@ -102,13 +102,12 @@ def _happenings(dice: Dice) -> str:
     said = []
     for rule in dice.sample(RULES, 2 + dice.below(2)):
         cause, effect = dice.pick(rule.causes), dice.pick(rule.effects)
-        if dice.below(3) == 0:
-            if cause.startswith("{p} ") and "{p}" not in effect and "{he}" in effect:
-                cause = cause.replace("{p}", "{he}", 1)
+        if dice.below(2):
+            link = dice.pick((" because ", ". why? because ", ". this happened because "))
             named = tell(effect, person, by_name=True)
-            said.append(f"{named} because {tell(cause, person)}.")
+            said.append(f"{named}{link}{tell(cause, person)}.")
         else:
-            link = dice.pick((", so ", ". that is why ", ". then "))
+            link = dice.pick((", so ", ". that is why ", ". because of this "))
             named = tell(effect, person, by_name="{p}" not in cause)
             said.append(f"{tell(cause, person)}{link}{named}.")
     return " ".join(said)
@@ -186,8 +185,8 @@ LINES: tuple[Callable[[Dice], str], ...] = (
     *(_work,) * 2,
     *(_town,) * 2,
     *(_animal,),
-    *(_happenings,) * 2,
-    *(_activity,) * 2,
+    *(_happenings,) * 4,
+    *(_activity,) * 3,
     *(_opinion, _paper, _doing, _stranger, _meaning),
 )
 

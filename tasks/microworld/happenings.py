@@ -34,22 +34,16 @@ weather: it rained all day / it rained all night
 => the streets got wet / the river was full
 weather: it snowed all night / it snowed all day
 => the hills were white / the road was white
-weather broken: there was a strong storm / the storm was strong
-=> a tree fell / the tree was broken
-weather: it was a very cold night / the night was very cold
-=> the lake had ice / there was ice on the lake
-weather sun: it was a hot day / the day was very hot
+sun weather: it was a hot day / the day was very hot
 => the wet clothes got dry / the wet grass got dry
 broken: {p} dropped the glass / the glass fell on the floor
 => the glass broke / the glass was broken
 fire: {p} left the bread in the oven / the oven was too hot
 => the bread was black / the bread got black
-body work: {p} ran a long way / {p} worked all day
+body: {p} ran a long way / {p} worked all day
 => {he} got tired / {he} was tired
 body: {p} ate nothing all day / {p} had no food
 => {he} got hungry / {he} wanted to eat
-body: {p} drank nothing all day / {p} had no water
-=> {he} wanted to drink / {he} wanted some water
 body: {p} left the coat at home / {p} had no coat
 => {he} felt cold / {he} was cold
 mishap: {p} lost the key / {p} had no key
@@ -60,28 +54,20 @@ mishap: {p} lost an old friend / the pet of {p} ran away
 => {he} felt sad / {he} was sad
 mishap: {p} saw a bear / {p} met a bear in the forest
 => {he} felt afraid / {he} was afraid
-mishap work: {p} missed the bus / {p} got up late
-=> {he} came late to work / {he} was late for work
-mishap body: {p} fell off the horse / {p} fell on the ice
-=> {he} hurt a leg / {he} could not walk
 mishap body: {p} ate too much cake / {p} ate bad fish
 => {he} felt sick / {he} was sick
 light sleep: {p} turned off the lamp / the lamp went off
 => the room got dark / the room was dark
-weather sun: {p} gave the flowers water / {p} put seeds in the soil
+sun weather: {p} gave the flowers water / {p} put seeds in the soil
 => the flowers grew / the garden was full of flowers
-fun joy: {p} told a funny story / {p} had a funny hat
+joy: {p} told a funny story / {p} had a funny hat
 => everybody laughed / the children laughed
 sleep: {p} played a soft song / {p} was quiet for the baby
 => the baby went to sleep / the baby slept
 animal: {p} gave the cat some fish / {p} gave the cat some food
 => the cat was full / the cat slept well
-air weather: {p} opened the window / {p} opened all windows
-=> fresh air came in / the room had fresh air
-joy work: {p} sold many pictures / {p} found a better job
-=> {he} got more money / {he} had more money
 joy: {p} got a letter from a friend / {p} met an old friend
-=> {he} smiled / {he} felt happy
+=> {he} felt happy / {he} was happy
 mishap body: {p} had nothing to do / {p} waited all day
 => {he} got bored / {he} was bored
 mishap: {p} cut a finger / the saw cut {p}
@@ -90,16 +76,8 @@ clean: {p} washed the floor / {p} cleaned the house
 => the floor was clean / the house was clean
 animal weather: {p} left the gate open / the gate was open all night
 => the sheep ran away / the sheep left the farm
-joy work: {p} learned every day / {p} read many books
-=> {he} passed the test / the teacher praised {p}
-bus weather: the bus had no oil / the bus lost a wheel
-=> the bus stopped / the bus could not go on
-fire sun air: {p} made a fire / {p} put wood on the fire
+sun fire: {p} made a fire / {p} put wood on the fire
 => the room got warm / the house was warm
-joy: {p} helped an old man / {p} carried the bag of an old man
-=> the old man thanked {p} / the old man gave {p} some money
-mishap: a man took the bag of {p} / {p} lost a lot of money
-=> {he} got angry / {he} felt angry
 """)
 
 

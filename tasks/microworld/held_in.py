@@ -40,15 +40,18 @@ def imdb(dice: Dice, index: int, stratum: int) -> Record:
 
 
 def app_review(dice: Dice, star: int) -> str:
-    """Three sentences of one strength in random order, two by their adjectives, and a plain one."""
-    templates = dice.sample(phrases.APP_SENTENCES, 2)
-    adjectives = dice.sample(phrases.STAR_WORDS[star - 1], 2)
-    slots = {"part": phrases.APP_PARTS}
-    said = [
-        fill(dice, template, slots, word=word)
-        for template, word in zip(templates, adjectives, strict=True)
-    ]
-    said.append(dice.pick(phrases.STAR_SENTENCES[star - 1]))
+    """Three sentences of one strength in random order, two by their adjectives, and a plain one.
+
+    In a third of the reviews one of the adjectives is a star better or worse than the rest.
+    """
+    strengths = [star - 1, star - 1]
+    if dice.below(3) == 0:
+        strengths[0] = max(0, star - 2) if dice.below(2) else min(4, star)
+    said = [dice.pick(phrases.STAR_SENTENCES[star - 1])]
+    adjectives = []
+    for strength, template in zip(strengths, dice.sample(phrases.APP_SENTENCES, 2), strict=True):
+        adjectives.append(dice.other(phrases.STAR_WORDS[strength], *adjectives))
+        said.append(fill(dice, template, {"part": phrases.APP_PARTS}, word=adjectives[-1]))
     return " ".join([fill(dice, dice.pick(phrases.APP_FACTS)), *dice.shuffled(said)])
 
 
@@ -169,15 +172,16 @@ def kilt_tasks_hotpotqa() -> Iterator[Record]:
 def wiki_qa(dice: Dice, index: int, stratum: int) -> Record:
     """A question about somebody and a true sentence; label 1 if the sentence answers it.
 
-    One that does not says something else about the same person, or the same about another. A
-    sentence is as often an answer as not, so that only the pair decides.
+    One that does not says something else about the same person, the same about another, or
+    something else about another. A sentence is as often an answer as not: only the pair decides.
     """
     relation, subject = dice.pick(PERSON_RELATIONS), dice.pick(tuple(PEOPLE))
     said, about = relation, subject
     if stratum == 0:
-        if dice.below(5) < 3:
+        wrong = dice.below(3)
+        if wrong != 1:
             said = dice.other(PERSON_RELATIONS, relation)
-        else:
+        if wrong != 0:
             about = dice.other(tuple(PEOPLE), subject, PEOPLE[subject].friend)
     return {
         "question_id": f"Q{index}",

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -31,6 +33,7 @@ def test_greedy_takes_the_largest_logit_of_the_whole_model_at_every_step(
     decoded = generation.greedy(
         tiny_config, tiny_params, examples, max_length=MAX_LENGTH, batch_size=2
     )
+    apply = jax.jit(functools.partial(models.apply, tiny_config))
     for example, tokens in zip(examples, decoded, strict=True):
         so_far = [0]
         for _ in range(MAX_LENGTH):
@@ -38,7 +41,7 @@ def test_greedy_takes_the_largest_logit_of_the_whole_model_at_every_step(
                 "encoder_input_tokens": example.inputs[None],
                 "decoder_input_tokens": np.pad(so_far, (0, MAX_LENGTH - len(so_far)))[None],
             }
-            logits = models.apply(tiny_config, tiny_params, batch)[0, len(so_far) - 1]
+            logits = apply(tiny_params, batch)[0, len(so_far) - 1]
             so_far.append(int(np.argmax(logits)))
             if so_far[-1] == generation.EOS:
                 break

@@ -1,0 +1,190 @@
+"""Examples of evaluation: from the tasks' own rows, whole, distinguishable, flagged when cut."""
+
+import json
+
+import numpy as np
+import pytest
+import seqio
+import tensorflow as tf
+from t5.evaluation.metrics import rank_classification
+
+from m2l import tasks
+from m2l.data import pipeline
+from m2l.errors import DataError, UnknownNameError
+
+LENGTHS = {"inputs": 96, "targets": 32}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered():
+    tasks.register()
+
+
+def own(tmp_path, name, lines):
+    path = tmp_path / f"{name}.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    tasks.register_jsonl({"validation": path}, name=name)
+
+
+def made_up_score(tokens, text):
+    """Some number of a choice: any function of it shows whether rows and examples agree."""
+    return -float(np.sum(np.asarray(tokens) * np.arange(1, len(tokens) + 1)) % 17) - len(text) % 3
+
+
+@pytest.mark.parametrize(
+    ("task", "classes"),
+    [("dbpedia_14_category", 14), ("super_glue_copa_choose", None), ("hellaswag_goes_on", None)],
+)
+def test_ranking_agrees_with_t5s_metric_on_the_same_rows(task, classes):
+    examples = pipeline.ranking_examples(task, "validation", lengths=LENGTHS, max_examples=20)
+    twin = seqio.TaskRegistry.get(f"{task}_score_eval")
+    rows = twin.get_dataset(LENGTHS, split="validation", shuffle=False).as_numpy_iterator()
+    rows = [row for row in rows if row["idx"][0] < 20]
+    targets = [twin.postprocess_fn(None, example=row, is_target=True) for row in rows]
+    scores = [made_up_score(row["targets"], row["inputs_pretokenized"]) for row in rows]
+    # Ties would be settled by order alone on both sides, and hide a wrong grouping.
+    scores = [score + 1e-4 * place for place, score in enumerate(scores)]
+    of_t5 = rank_classification(targets, scores, num_classes=classes)["accuracy"]
+    place, right = 0, 0
+    for example in examples:
+        ours = []
+        for choice in example.choices:
+            ours.append(made_up_score(choice, example.inputs_text.encode()) + 1e-4 * place)
+            place += 1
+        right += example.is_correct[int(np.argmax(ours))]
+    assert place == len(rows)
+    assert 100 * right / len(examples) == pytest.approx(of_t5)
+    assert [row["inputs"].tolist() for row in rows if row["idx"][1] == 0] == [
+        example.inputs.tolist() for example in examples
+    ]
+
+
+def test_texts_and_tokens_belong_together():
+    vocabulary = seqio.TaskRegistry.get("imdb_liked_it").output_features["targets"].vocabulary
+    [example] = pipeline.ranking_examples(
+        "imdb_liked_it", "validation", lengths=LENGTHS, max_examples=1
+    )
+    assert example.choices_text == ("No", "Yes")
+    assert sum(example.is_correct) == 1
+    assert vocabulary.decode(example.inputs.tolist()) == example.inputs_text
+    for choice, text in zip(example.choices, example.choices_text, strict=True):
+        assert choice.dtype == np.int32
+        assert choice.tolist() == [*vocabulary.encode(text), 1]
+    assert not example.truncated
+
+
+def test_a_twin_may_be_named_itself_and_a_limit_counts_examples():
+    by_task = pipeline.ranking_examples("imdb_liked_it", "validation", lengths=LENGTHS)
+    by_twin = pipeline.ranking_examples(
+        "imdb_liked_it_score_eval", "validation", lengths=LENGTHS, max_examples=7
+    )
+    assert len(by_twin) == 7
+    assert [example.inputs_text for example in by_task[:7]] == [e.inputs_text for e in by_twin]
+    assert len(by_task) == seqio.TaskRegistry.get("imdb_liked_it").num_input_examples("validation")
+
+
+def test_what_is_cut_is_cut_as_in_training_and_flagged(tmp_path):
+    own(
+        tmp_path,
+        "cut",
+        [
+            {"inputs": "a b c d e f g", "targets": "x", "answer_choices": ["x", "y"]},
+            {
+                "inputs": "a",
+                "targets": "one two three four",
+                "answer_choices": ["x", "one two three four"],
+            },
+            {"inputs": "a", "targets": "x", "answer_choices": ["x", "y"]},
+        ],
+    )
+    short = {"inputs": 3, "targets": 4}
+    examples = pipeline.ranking_examples("cut", "validation", lengths=short)
+    assert [example.truncated for example in examples] == [True, True, False]
+    twin = seqio.TaskRegistry.get("cut_score_eval")
+    rows = list(twin.get_dataset(short, "validation", shuffle=False).as_numpy_iterator())
+    assert [row["targets"].tolist() for row in rows] == [
+        choice.tolist() for example in examples for choice in example.choices
+    ]
+    assert [row["inputs"].tolist() for row in rows[::2]] == [e.inputs.tolist() for e in examples]
+
+
+def test_free_text_keeps_every_reference_and_flags_answers_that_do_not_fit(tmp_path):
+    [example] = pipeline.generation_examples(
+        "kilt_tasks_hotpotqa_quiz", "validation", lengths=LENGTHS, max_examples=1
+    )
+    assert example.reference == (example.reference_text,)
+    assert example.inputs_text.endswith("answer in one or two words.")
+    own(
+        tmp_path, "free", [{"inputs": "q", "targets": "a"}, {"inputs": "q", "targets": "a b c d e"}]
+    )
+    examples = pipeline.generation_examples(
+        "free", "validation", lengths={"inputs": 5, "targets": 3}
+    )
+    assert [example.truncated for example in examples] == [False, True]
+    assert examples[1].reference == ("a b c d e",)
+
+
+def test_choices_that_only_differ_where_they_are_cut_off_are_refused(tmp_path):
+    lines = [
+        {"inputs": "q", "targets": "a", "answer_choices": ["a", "b"]},
+        {"inputs": "q", "targets": "a b c d", "answer_choices": ["a b c d", "a b c e"]},
+    ]
+    own(tmp_path, "alike", lines)
+    with pytest.raises(DataError, match="'alike', example 1: the choices 'a b c d' and 'a b c e'"):
+        pipeline.ranking_examples("alike", "validation", lengths={"inputs": 5, "targets": 3})
+
+
+def row(example, choice, *, inputs=(5,), targets=(6, 1), is_correct=False):
+    return {
+        "idx": tf.constant([example, choice]),
+        "inputs": tf.constant(inputs, tf.int32),
+        "targets": tf.constant(targets, tf.int32),
+        "is_correct": tf.constant(is_correct),
+        "inputs_pretokenized": tf.constant("q"),
+        "targets_pretokenized": tf.constant(f"choice {choice}"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
+        ([row(0, 0, is_correct=True)], "example 0: the rows of its choices are incomplete"),
+        ([row(0, 0), row(0, 2, is_correct=True)], "incomplete"),
+        ([row(0, 0), row(0, 1, targets=(7, 1))], "0 of its 2 choices are its target"),
+        ([row(0, 0, is_correct=True), row(0, 1, targets=(1,))], "'choice 1' has no tokens"),
+        (
+            [row(3, 0, inputs=(), is_correct=True), row(3, 1, inputs=(), targets=(7, 1))],
+            "example 3: its inputs are empty",
+        ),
+    ],
+)
+def test_rows_that_cannot_be_scored_are_refused(rows, says):
+    spec = {
+        name: tf.TensorSpec([None] * value.shape.rank, value.dtype)
+        for name, value in rows[0].items()
+    }
+    spec["idx"] = tf.TensorSpec([2], tf.int32)
+
+    class Broken:
+        splits = ("validation",)
+
+        def get_dataset(self, *arguments, **named):
+            return tf.data.Dataset.from_generator(lambda: iter(rows), output_signature=spec)
+
+    registry = seqio.TaskRegistry._REGISTRY
+    registry["broken_score_eval"] = Broken()
+    try:
+        with pytest.raises(DataError, match=says) as caught:
+            pipeline.ranking_examples("broken", "validation", lengths=LENGTHS)
+    finally:
+        del registry["broken_score_eval"]
+    assert "task 'broken'" in str(caught.value)
+
+
+def test_a_task_of_the_other_kind_is_refused():
+    with pytest.raises(UnknownNameError, match="task with answer choices 'wiki_bio_who"):
+        pipeline.ranking_examples("wiki_bio_who", "validation", lengths=LENGTHS)
+    with pytest.raises(DataError, match="'imdb_liked_it' is not answered in free text"):
+        pipeline.generation_examples("imdb_liked_it", "validation", lengths=LENGTHS)
+    with pytest.raises(DataError, match="no split 'test'"):
+        pipeline.generation_examples("wiki_bio_who", "test", lengths=LENGTHS)

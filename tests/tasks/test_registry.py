@@ -1,0 +1,257 @@
+"""The registry: names, mixtures and rates as T0 has them, over every declared dataset."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import seqio
+
+from m2l import tasks
+from m2l.errors import DataError, UnknownNameError
+from m2l.tasks import microworld, registry, t0_held_in, t0_held_out
+
+ALL = [(dataset, prompt) for dataset in tasks.datasets() for prompt in dataset.prompts]
+NAMES = [dataset.task_name(prompt) for dataset, prompt in ALL]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered():
+    tasks.register()
+
+
+def own(path, *lines):
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+def test_the_study_has_four_held_in_categories_and_two_held_out_ones_of_two_datasets_each():
+    for datasets, categories, held_out in (
+        (t0_held_in.DATASETS, 4, False),
+        (t0_held_out.DATASETS, 2, True),
+    ):
+        of_category = {}
+        for dataset in datasets:
+            of_category.setdefault(dataset.category, []).append(dataset.name)
+            assert dataset.held_out is held_out
+            assert len(dataset.prompts) >= 2
+            assert len({prompt.inputs for prompt in dataset.prompts}) == len(dataset.prompts)
+        assert len(of_category) == categories
+        assert all(len(names) == 2 for names in of_category.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_task_is_registered_and_has_a_twin_exactly_if_it_has_choices(name):
+    dataset, prompt = ALL[NAMES.index(name)]
+    info = tasks.info(name)
+    assert name in seqio.TaskRegistry.names()
+    assert (f"{name}_score_eval" in seqio.TaskRegistry.names()) == (info.kind == "rank")
+    assert (info.dataset, info.prompt, info.category) == (
+        dataset.name,
+        prompt.name,
+        dataset.category,
+    )
+    assert info.metric == ("accuracy" if info.kind == "rank" else prompt.metrics[0])
+    if prompt.num_choices:
+        assert info.chance == pytest.approx(100 / prompt.num_choices)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_prompt_shows_its_first_examples_and_none_is_cut(name):
+    shown = tasks.render(name, 2, lengths={"inputs": 96, "targets": 32})
+    assert shown.count("--- example") == 2
+    assert ", cut" not in shown
+    assert shown.startswith(f"{name}: {tasks.info(name).category}, ")
+    assert shown.count("\n  * ") == (2 if tasks.info(name).kind == "rank" else 0)
+
+
+def test_prompts_say_what_they_were_written_to_say():
+    def shown(task):
+        return tasks.render(task, 1).split("\n")[2:]
+
+    review = microworld.records("imdb", "test")[0]
+    assert shown("imdb_liked_it")[0] == (
+        f"did the viewer like this film, Yes or No? {review['text']}"
+    )
+    news = microworld.records("ag_news", "test")[0]
+    assert shown("ag_news_section")[0] == (
+        f"{news['text']} which section of the paper is this from? "
+        "choose from: world, sports, business, science."
+    )
+    bio = microworld.records("wiki_bio", "val")[0]
+    table = bio["input_text"]["table"]
+    facts = "; ".join(
+        f"{header.replace('_', ' ')}: {cell.strip()}"
+        for header, cell in zip(table["column_header"], table["content"], strict=True)
+    )
+    assert shown("wiki_bio_who") == [
+        f"{facts}. who is {bio['input_text']['context'].strip()}?",
+        f"  = {bio['target_text']}",
+    ]
+    words = microworld.records("common_gen", "validation")[0]
+    assert shown("common_gen_use_all")[0] == (
+        f"{', '.join(words['concepts'])}. use all of these words in one sentence."
+    )
+
+
+def test_derived_fields_follow_the_record():
+    copa = microworld.records("super_glue_copa", "validation")[0]
+    asks = {"cause": "why did this happen?", "effect": "what happened then?"}[copa["question"]]
+    right = copa[f"choice{copa['label'] + 1}"]
+    shown = tasks.render("super_glue_copa_why_or_what_then", 1).split("\n")
+    assert shown[2] == f"{copa['premise']} {asks}"
+    assert f"  * {right}" in shown
+    story = microworld.records("hellaswag", "validation")[0]
+    shown = tasks.render("hellaswag_goes_on", 1).split("\n")
+    assert f"  * {story['endings'][int(story['label'])]}" in shown
+    reviews = microworld.records("app_reviews", "train")
+    review = reviews[len(reviews) * 95 // 100]
+    shown = tasks.render("app_reviews_stars", 1).split("\n")
+    assert f"  * {['one', 'two', 'three', 'four', 'five'][review['star'] - 1]}" in shown
+    question = microworld.records("kilt_tasks_hotpotqa", "validation")[0]
+    shown = tasks.render("kilt_tasks_hotpotqa_question", 1).split("\n")
+    assert shown[-1] == f"  = {question['output'][0]['answer']}"
+
+
+def test_mixtures_are_per_dataset_per_category_and_the_wholes():
+    mixtures = tasks.mixtures()
+    assert mixtures["imdb"] == ("imdb_positive_or_negative", "imdb_liked_it")
+    assert mixtures["sentiment"] == (*mixtures["imdb"], *mixtures["app_reviews"])
+    categories = {dataset.category for dataset in t0_held_in.DATASETS}
+    assert set(mixtures["t0_held_in"]) == {task for c in categories for task in mixtures[c]}
+    assert not set(mixtures["t0_held_in"]) & set(mixtures["t0_held_out"])
+    assert not set(mixtures["flan_without_t0"]) & {
+        *mixtures["t0_held_in"],
+        *mixtures["t0_held_out"],
+    }
+    for name, members in mixtures.items():
+        assert {task.name for task in seqio.MixtureRegistry.get(name).tasks} == set(members)
+    assert tasks.tasks_in("sentiment") == mixtures["sentiment"]
+    assert tasks.tasks_in("imdb_liked_it") == ("imdb_liked_it",)
+    assert tasks.tasks_in("span_corruption") == ("span_corruption",)
+
+
+def test_a_dataset_above_t0s_cap_shares_it_among_its_prompts():
+    mixture = seqio.MixtureRegistry.get("topic_classification")
+    real = mixture.get_rate(seqio.TaskRegistry.get("ag_news_section"))
+    assert real == len(microworld.records("ag_news", "train"))
+
+    class Huge:
+        def num_input_examples(self, split):
+            return 560_000
+
+    rate = mixture.rate_per_task_name["dbpedia_14_category"]
+    assert rate(Huge()) == 500_000 // len(t0_held_in.DBPEDIA_14.prompts)
+    flan_rate = seqio.MixtureRegistry.get("flan_without_t0").rate_per_task_name["flan_copy"]
+    assert flan_rate(Huge()) == 30_000
+
+
+def test_every_instruction_is_in_the_task_of_its_family():
+    for split in ("train", "validation"):
+        found = {}
+        for record in microworld.instructions(split):
+            choices = record["answer_choices"] is not None
+            found.setdefault((f"flan_{record['task']}", choices), []).append(record)
+        assert {name for name, _ in found} == set(tasks.tasks_in("flan_without_t0"))
+        for (name, choices), records in found.items():
+            assert tasks.info(name).kind == ("rank" if choices else "generate")
+            assert seqio.TaskRegistry.get(name).num_input_examples(split) == len(records)
+
+
+def test_seqios_own_metrics_run_on_the_tasks_targets():
+    for name, perfect in (
+        ("wiki_bio_who", {"rougeLsum", "bleu"}),
+        ("common_gen_use_all", {"bleu"}),
+    ):
+        task = seqio.TaskRegistry.get(name)
+        rows = list(task.get_dataset(None, "validation", shuffle=False).take(5).as_numpy_iterator())
+        targets = [task.postprocess_fn("", example=row, is_target=True) for row in rows]
+        predictions = [task.postprocess_fn(f" {of_one[0]} ", is_target=False) for of_one in targets]
+        scores = {}
+        for metric in task.predict_metric_fns:
+            scores |= metric(targets, predictions)
+        assert all(scores[key] == pytest.approx(100) for key in perfect)
+
+
+def test_an_unknown_name_is_answered_with_the_nearest():
+    with pytest.raises(UnknownNameError, match="nearest known one is 'imdb_liked_it'"):
+        tasks.info("imdb_likedit")
+    with pytest.raises(UnknownNameError, match="nearest known one is 'sentiment'"):
+        tasks.tasks_in("sentimint")
+    with pytest.raises(UnknownNameError, match="nearest known one is 'microworld'"):
+        tasks.register(source="microwrld")
+
+
+def test_importing_and_listing_need_no_tensorflow():
+    script = (
+        "import sys; from m2l import tasks; tasks.info('imdb_liked_it'); tasks.mixtures();"
+        "print(sorted({'tensorflow', 'seqio', 't5', 'jax'} & set(sys.modules)))"
+    )
+    printed = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert printed.stdout.strip() == "[]"
+
+
+def test_registering_again_replaces_the_vocabulary_and_keeps_the_records(tmp_path):
+    path = own(tmp_path / "v.jsonl", {"inputs": "a", "targets": "b"})
+    tasks.register_jsonl({"train": path}, name="kept")
+    before = seqio.TaskRegistry.get("imdb_liked_it")
+    tasks.register()
+    assert seqio.TaskRegistry.get("imdb_liked_it") is before
+    try:
+        tasks.register(vocabulary="bytes")
+        after = seqio.TaskRegistry.get("imdb_liked_it")
+        assert after.output_features["inputs"].vocabulary.vocab_size == 384
+        assert after.source._records is before.source._records
+        row = next(seqio.TaskRegistry.get("kept").get_dataset(None).as_numpy_iterator())
+        assert np.array_equal(row["inputs"], [ord("a") + 3])
+    finally:
+        tasks.register()
+
+
+def test_a_name_that_someone_else_registered_is_left_alone(tmp_path):
+    name = "imdb_liked_it"
+    ours = seqio.TaskRegistry.get(name)
+    registry._ours.remove(name)
+    try:
+        with pytest.raises(DataError, match=f"'{name}' that is not m2l's"):
+            tasks.register(vocabulary="bytes")
+        assert seqio.TaskRegistry.get(name) is ours
+        with pytest.raises(DataError, match="not m2l's"):
+            tasks.register_jsonl(
+                {"train": own(tmp_path / "o.jsonl", {"inputs": "a", "targets": "b"})}, "new"
+            )
+        assert "new" not in tasks.task_names()
+    finally:
+        registry._ours.add(name)
+        tasks.register()
+
+
+def test_json_lines_become_a_task_with_a_twin_where_they_have_choices(tmp_path):
+    choice = {"inputs": "q", "targets": "b", "answer_choices": ["a", "b"]}
+    free = {"inputs": "q", "targets": "b"}
+    tasks.register_jsonl({"validation": own(tmp_path / "c.jsonl", choice)})
+    assert (tasks.info("jsonl").kind, tasks.info("jsonl").metric) == ("rank", "accuracy")
+    assert tasks.render("jsonl", 5).split("\n")[2:] == ["q", "  - a", "  * b"]
+    assert tasks.tasks_in("jsonl") == ("jsonl",)
+    tasks.register_jsonl({"train": own(tmp_path / "f.jsonl", free)})
+    assert tasks.info("jsonl").metrics == ("squad", "rouge")
+    assert "jsonl_score_eval" not in seqio.TaskRegistry.names()
+    assert seqio.TaskRegistry.get("jsonl").num_input_examples("train") == 1
+
+
+def test_json_lines_that_do_not_fit_together_are_refused(tmp_path):
+    choice = own(
+        tmp_path / "c.jsonl", {"inputs": "q", "targets": "b", "answer_choices": ["a", "b"]}
+    )
+    free = own(tmp_path / "f.jsonl", {"inputs": "q", "targets": "b"})
+    with pytest.raises(DataError, match=r"c\.jsonl has answer_choices and .*f\.jsonl has none"):
+        tasks.register_jsonl({"train": choice, "validation": free})
+    with pytest.raises(DataError, match="'sentiment' is taken"):
+        tasks.register_jsonl({"train": free}, name="sentiment")
+    with pytest.raises(UnknownNameError, match="nearest known one is 'validation'"):
+        tasks.register_jsonl({"valid": free})
+    with pytest.raises(DataError, match="at least one split"):
+        tasks.register_jsonl({})

@@ -1,0 +1,211 @@
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from m2l import checkpoints, models, partitioning, tasks
+from m2l.data import vocabularies
+from m2l.errors import CheckpointError, ConfigError, M2LError, Stopped
+from m2l.training import loop, optimizers, state
+from m2l.training.settings import TrainSettings
+
+SETTINGS = TrainSettings(
+    mixture="sentiment", steps=6, batch_size=4, learning_rate=0.05, save_every=2, log_every=1
+)
+
+
+@pytest.fixture(scope="module")
+def train(tiny_config):
+    """Trains the tiny model; returns the last checkpoint."""
+    tasks.register()
+    described = vocabularies.describe(vocabularies.load("microworld"), "microworld")
+
+    def run(out, settings=SETTINGS, **kwargs):
+        arguments = {
+            "config": tiny_config,
+            "vocabulary": described,
+            "data": {"source": "microworld"},
+        }
+        return loop.train(out, settings=settings, **(arguments | kwargs))
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole(train, tmp_path_factory):
+    """A run that nothing interrupted."""
+    return train(tmp_path_factory.mktemp("whole") / "run")
+
+
+def figures(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").open()]
+    return [(line["step"], line["loss"], line["learning_rate"]) for line in lines]
+
+
+def at_step(monkeypatch, step, act):
+    """Does something in the middle of a run, when the learning rate of `step` is asked for."""
+    schedule = optimizers.schedule
+
+    def interrupted(*args, **kwargs):
+        rate = schedule(*args, **kwargs)
+        return lambda at: (act() if at == step else None) or rate(at)
+
+    monkeypatch.setattr(optimizers, "schedule", interrupted)
+
+
+def test_sigterm_saves_and_the_run_goes_on_to_the_same_bits(train, whole, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        at_step(patch, 2, lambda: signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(Stopped, match="stopped at step 3 of 6"):
+            train(out)
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step_00000003"]
+    last = train(out)
+    assert checkpoints.read_manifest(last).digest == checkpoints.read_manifest(whole).digest
+    assert figures(out) == figures(whole.parents[1])
+
+
+def test_a_run_that_was_killed_goes_on_from_its_last_save_to_the_same_bits(
+    train, whole, tmp_path, monkeypatch
+):
+    class Killed(BaseException):
+        pass
+
+    def kill():
+        raise Killed
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        at_step(patch, 5, kill)
+        with pytest.raises(Killed):
+            train(out)
+    assert [step for step, *_ in figures(out)][-1] >= 4
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')
+    last = train(out)
+    assert checkpoints.read_manifest(last).digest == checkpoints.read_manifest(whole).digest
+    assert figures(out) == figures(whole.parents[1])
+
+
+def test_a_finished_run_is_not_run_again(train, whole, monkeypatch):
+    before = figures(whole.parents[1])
+    monkeypatch.setattr(loop.pipeline, "training_batches", lambda *_, **__: pytest.fail("read"))
+    assert train(whole.parents[1]) == whole
+    assert figures(whole.parents[1]) == before
+
+
+def test_a_folder_of_other_settings_is_refused(train, whole):
+    with pytest.raises(ConfigError, match=r"its seed is 0, this one's is 1"):
+        train(whole.parents[1], dataclasses.replace(SETTINGS, seed=1))
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(train, whole, tmp_path):
+    short = dataclasses.replace(SETTINGS, steps=2)
+    digests = [
+        checkpoints.read_manifest(train(tmp_path / str(i), settings)).digest
+        for i, settings in enumerate((short, short, dataclasses.replace(short, seed=1)))
+    ]
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_all_runs_of_a_model_share_one_compilation(train, whole, tiny_config, tmp_path):
+    trained = dataclasses.replace(tiny_config, dropout_rate=SETTINGS.dropout_rate)
+    step = state.train_step(trained, "adafactor", "float32", partitioning.make_mesh())
+    compiled = step._cache_size()
+    other = dataclasses.replace(SETTINGS, mixture="closed_book_qa", learning_rate=0.2, steps=2)
+    train(tmp_path / "other", dataclasses.replace(other, schedule="cosine"), init=whole)
+    assert step._cache_size() == compiled
+
+
+def test_an_expert_starts_from_its_base(train, whole, tmp_path):
+    still = dataclasses.replace(SETTINGS, steps=1, learning_rate=1e-30)
+    expert = train(tmp_path / "expert", still, init=whole)
+    base, after = checkpoints.restore(whole), checkpoints.restore(expert)
+    jax.tree.map(np.testing.assert_array_equal, base, after)
+
+
+def test_a_base_of_another_model_is_refused(train, whole, tiny_config, tmp_path):
+    other = dataclasses.replace(tiny_config, d_ff=48)
+    with pytest.raises(CheckpointError, match="d_ff is 32, the configured model's is 48"):
+        train(tmp_path / "run", config=other, init=whole)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(train, tmp_path):
+    wild = dataclasses.replace(SETTINGS, learning_rate=1e30)
+    with pytest.raises(M2LError, match=r"step [2-6]: the loss is"):
+        train(tmp_path / "run", wild)
+    assert not any((tmp_path / "run" / "checkpoints").glob("step_00000006"))
+
+
+def test_training_learns(train, tmp_path):
+    long = dataclasses.replace(SETTINGS, steps=60, batch_size=16, save_every=60, dropout_rate=0.0)
+    train(tmp_path / "run", long)
+    losses = [loss for _, loss, _ in figures(tmp_path / "run")]
+    assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5])
+
+
+def test_old_checkpoints_go_and_as_many_as_asked_stay(train, tmp_path):
+    last = train(tmp_path / "run", dataclasses.replace(SETTINGS, keep=2))
+    names = sorted(path.name for path in last.parent.iterdir())
+    assert names == ["step_00000004", "step_00000006"]
+
+
+EIGHT_DEVICES = """
+import json, sys
+import jax, numpy as np
+from m2l import models, partitioning
+from m2l.models import T5Config
+from m2l.training import state
+
+config = T5Config(**json.loads(sys.argv[1]))
+batch = {name: np.array(value, np.int32) for name, value in json.load(sys.stdin).items()}
+mesh = partitioning.make_mesh(data=2, fsdp=2, model=2)
+placed = state.shardings(config, "adafactor", mesh)
+make = jax.jit(
+    lambda: state.fresh(config, "adafactor", jax.random.key(0)), out_shardings=placed
+)
+current = make()
+with jax.set_mesh(mesh):
+    step = state.train_step(config, "adafactor", "float32", mesh)
+    for _ in range(3):
+        current, metrics = step(current, batch, np.float32(0.1), jax.random.key(1))
+print(json.dumps([jax.device_count(), float(metrics["loss"])]))
+"""
+
+
+def test_eight_devices_compute_what_one_does(tiny_config):
+    config = dataclasses.replace(tiny_config, dropout_rate=0.0)
+    rng = np.random.default_rng(0)
+    batch = {
+        "encoder_input_tokens": rng.integers(2, 1000, (8, 12)),
+        "decoder_input_tokens": rng.integers(2, 1000, (8, 6)),
+        "decoder_target_tokens": rng.integers(2, 1000, (8, 6)),
+        "decoder_loss_weights": np.ones((8, 6), int),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", EIGHT_DEVICES, json.dumps(dataclasses.asdict(config))],
+        input=json.dumps({name: value.tolist() for name, value in batch.items()}),
+        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    devices, loss = json.loads(done.stdout)
+    assert devices == 8
+
+    current = state.around("adafactor", models.init(config, jax.random.key(0)))
+    mesh = partitioning.make_mesh()
+    step = state.train_step(config, "adafactor", "float32", mesh)
+    batch = {name: value.astype(np.int32) for name, value in batch.items()}
+    with jax.set_mesh(mesh):
+        for _ in range(3):
+            current, metrics = step(current, batch, np.float32(0.1), jax.random.key(1))
+    # Sums over devices are taken in another order.
+    assert loss == pytest.approx(float(metrics["loss"]), rel=1e-5)
