@@ -45,7 +45,6 @@ def tasks_list(mixture: str | None) -> None:
     """Every task with its dataset, category, kind and metric."""
     from m2l import tasks as registry
 
-    registry.register()
     names = registry.tasks_in(mixture) if mixture else registry.task_names()
     infos = [registry.info(name) for name in names]
     rows = [
@@ -65,5 +64,4 @@ def tasks_show(task: str, n: int, split: str) -> None:
     """Examples of a task, as the model will see them."""
     from m2l import tasks as registry
 
-    registry.register()
     click.echo(registry.render(task, n, split=split))

@@ -25,13 +25,16 @@ _MONTHS = words(
 
 
 def film_review(dice: Dice, opinion: str) -> str:
-    """What a film is about and two or three opinions; a quarter grant the other side a point."""
+    """What a film is about and three opinions, one of which may not be the writer's last word."""
     film = fill(dice, "the {adj} {noun}")
-    templates = dice.sample(phrases.OPINIONS[opinion], 2 + dice.below(2))
-    if dice.below(4) == 0:
+    templates = dice.sample(phrases.OPINIONS[opinion], 3)
+    doubt = dice.below(3)
+    if doubt == 0:
         templates[0] = phrases.CONCESSIONS[opinion]
-    first = fill(dice, dice.pick(phrases.FILM_FACTS), film=film)
-    return " ".join([first, *(fill(dice, template, _FILM_SLOTS) for template in templates)])
+    elif doubt == 1:
+        templates[0] = dice.pick(phrases.OPINIONS["pos" if opinion == "neg" else "neg"])
+    said = [fill(dice, template, _FILM_SLOTS) for template in dice.shuffled(templates)]
+    return " ".join([fill(dice, dice.pick(phrases.FILM_FACTS), film=film), *said])
 
 
 def imdb(dice: Dice, index: int, stratum: int) -> Record:
@@ -40,16 +43,15 @@ def imdb(dice: Dice, index: int, stratum: int) -> Record:
 
 
 def app_review(dice: Dice, star: int) -> str:
-    """Three sentences of one strength in random order, two by their adjectives, and a plain one.
-
-    In a third of the reviews one of the adjectives is a star better or worse than the rest.
-    """
-    strengths = [star - 1, star - 1]
-    if dice.below(3) == 0:
-        strengths[0] = max(0, star - 2) if dice.below(2) else min(4, star)
-    said = [dice.pick(phrases.STAR_SENTENCES[star - 1])]
+    """A plain sentence and three opinions; in half of the reviews one is a star off the others."""
+    strengths = [star - 1] * 3
+    if dice.below(2):
+        strengths[dice.below(3)] = max(0, star - 2) if dice.below(2) else min(4, star)
+    said = [dice.pick(phrases.STAR_SENTENCES[strengths[0]])]
     adjectives = []
-    for strength, template in zip(strengths, dice.sample(phrases.APP_SENTENCES, 2), strict=True):
+    for strength, template in zip(
+        strengths[1:], dice.sample(phrases.APP_SENTENCES, 2), strict=True
+    ):
         adjectives.append(dice.other(phrases.STAR_WORDS[strength], *adjectives))
         said.append(fill(dice, template, {"part": phrases.APP_PARTS}, word=adjectives[-1]))
     return " ".join([fill(dice, dice.pick(phrases.APP_FACTS)), *dice.shuffled(said)])
@@ -66,9 +68,12 @@ def app_reviews(dice: Dice, index: int, stratum: int) -> Record:
 
 
 def news(dice: Dice, label: int) -> str:
-    """Where it is from, a headline, and one or two details of one topic."""
+    """Where it is from, a headline and two details; in a third, one detail is of another topic."""
     headlines, details = phrases.NEWS[label]
-    chosen = ["{town}:", dice.pick(headlines), *dice.sample(details, 1 + dice.below(2))]
+    chosen = dice.sample(details, 2)
+    if dice.below(3) == 0:
+        chosen[0] = dice.pick(phrases.NEWS[dice.other(range(4), label)][1])
+    chosen = ["{town}:", dice.pick(headlines), *dice.shuffled(chosen)]
     return " ".join(fill(dice, template) for template in chosen)
 
 
