@@ -2,6 +2,10 @@
 
 import dataclasses
 import json
+import os
+
+# What a test compiles is compiled for it, not found in a cache of the person who runs it.
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
 
 import jax
 import pytest

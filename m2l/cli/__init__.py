@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -24,6 +25,9 @@ def cli(debug: bool) -> None:
     the later wins. A bare word as VALUE is a string.
     """
 
+
+# What only the person at the machine can mend.
+_NOT_OURS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 for _command in (
     studies.demo,
@@ -78,6 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             expanded.append(argument)
     debug = "--debug" in expanded
+    # Everything on disk appears whole or not at all, so that any work can be broken off; training,
+    # while it runs, takes the signal itself and saves first.
+    before = signal.signal(signal.SIGTERM, _stop)
     try:
         if expanded and not {"-h", "--help", "--version"} & set(expanded):
             _prepare()
@@ -95,9 +102,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         _fail(str(error))
     except OSError as error:
-        if debug or error.errno != errno.ENOSPC:
+        if debug or error.errno not in _NOT_OURS:
             raise
-        _fail(f"no space left on the disk of {error.filename}; free some, and run this again")
+        _fail(f"{error.filename}: {error.strerror.lower()}; mend that, and run this again")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _stop(*_: object) -> None:
+    raise Stopped("stopped; the same command goes on from what is finished")
 
 
 def _fail(message: str) -> None:

@@ -64,4 +64,5 @@ def tasks_show(task: str, n: int, split: str) -> None:
     """Examples of a task, as the model will see them."""
     from m2l import tasks as registry
 
+    registry.register()
     click.echo(registry.render(task, n, split=split))

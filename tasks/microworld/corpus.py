@@ -43,12 +43,14 @@ def _profile(dice: Dice) -> str:
 
 
 def _talk(dice: Dice) -> str:
-    """Two people talk about others: questions and their answers."""
+    """Questions about people and their answers, short or as a sentence about him or her."""
     said = []
     for relation in dice.sample(PERSON_RELATIONS, 3):
-        name, fact = dice.pick(tuple(PEOPLE)), RELATIONS[relation]
-        question = dice.pick(fact.questions).format(s=name)
-        said.append(f"{question} {fact.state(dice.below(4), name, fact.facts[name])}")
+        person, fact = dice.pick(tuple(PEOPLE.values())), RELATIONS[relation]
+        value = fact.facts[person.name]
+        question = dice.pick(fact.questions).format(s=person.name)
+        answers = (f"{value}.", fact.state(0, person.he, value))
+        said.append(f"{question} {dice.pick(answers)}")
     return " ".join(said)
 
 

@@ -59,10 +59,10 @@ STAR_SENTENCES = (
     ("it always works.", "i love it.", "everybody should get it."),
 )
 APP_FACTS = (
-    "i got it in {town}.",
-    "{name} told me about it.",
-    "it is for a {job} with a {animal}.",
+    "{name} got it in {town}.",
+    "{name} told {name2} about it.",
     "{name} and {name2} got it too.",
+    "it is for a {job} with a {animal}.",
 )
 APP_SENTENCES = ("this app is {word}.", "the {part} is {word}.", "i find the {part} {word}.")
 

@@ -1,0 +1,201 @@
+"""The embedded data's answers: true in its world, told by its text, given away by nothing."""
+
+import collections
+import functools
+import math
+import re
+
+import pytest
+from sklearn.feature_extraction.text import CountVectorizer
+from sklearn.linear_model import LogisticRegression
+
+from m2l.tasks import microworld
+from m2l.tasks.microworld import world
+
+records = functools.cache(microworld.records)
+corpus = functools.cache(microworld.corpus)
+
+# Giveaways. Half of the training records teach, the other half test: 1,470 questions.
+
+
+def _choices(dataset):
+    for record in records(dataset, "train"):
+        if dataset == "super_glue_copa":
+            yield [record["choice1"], record["choice2"]], record["label"]
+        else:
+            yield record["endings"], int(record["label"])
+
+
+def _is_chance(right, chance):
+    """Whether so many right answers are within four standard errors of guessing."""
+    share = sum(right) / len(right)
+    return abs(share - chance) < 4 * math.sqrt(chance * (1 - chance) / len(right))
+
+
+@pytest.mark.parametrize("dataset", ["super_glue_copa", "hellaswag"])
+def test_choices_alone_do_not_give_the_answer_away(dataset):
+    asked = list(_choices(dataset))
+    chance = 1 / len(asked[0][0])
+    teach, test = asked[: len(asked) // 2], asked[len(asked) // 2 :]
+    for guess in (
+        lambda choices: 0,
+        lambda choices: max(range(len(choices)), key=lambda i: len(choices[i])),
+        lambda choices: min(range(len(choices)), key=lambda i: len(choices[i])),
+    ):
+        assert _is_chance([guess(choices) == label for choices, label in asked], chance)
+    bags = CountVectorizer(token_pattern=r"\w+")
+    model = LogisticRegression(C=0.1).fit(
+        bags.fit_transform([choice for choices, _ in teach for choice in choices]),
+        [i == label for choices, label in teach for i in range(len(choices))],
+    )
+    right = [
+        model.decision_function(bags.transform(choices)).argmax() == label
+        for choices, label in test
+    ]
+    assert _is_chance(right, chance)
+
+
+def _bag_of_words_accuracy(texts, labels, test_texts, test_labels):
+    bags = CountVectorizer(token_pattern=r"\w+")
+    model = LogisticRegression(C=1.0, max_iter=200).fit(bags.fit_transform(texts), labels)
+    return list(model.predict(bags.transform(test_texts)) == test_labels)
+
+
+@pytest.mark.parametrize("field", ["premise", "hypothesis"])
+@pytest.mark.parametrize("dataset", ["super_glue_rte", "anli_r1"])
+def test_one_half_of_an_inference_does_not_give_the_label_away(dataset, field):
+    made = records(dataset, next(iter(microworld.DATASETS[dataset].splits)))
+    texts, labels = [r[field] for r in made], [r["label"] for r in made]
+    half = len(made) // 2
+    right = _bag_of_words_accuracy(texts[:half], labels[:half], texts[half:], labels[half:])
+    assert _is_chance(right, 1 / len(set(labels)))
+
+
+def test_only_question_and_sentence_together_decide_wiki_qa():
+    made = records("wiki_qa", "train")
+    half = len(made) // 2
+    labels = [r["label"] for r in made]
+    for text in (
+        lambda r: r["answer"],
+        lambda r: r["question"],
+        lambda r: f"{r['question']} {r['answer']}",
+    ):
+        texts = [text(r) for r in made]
+        right = _bag_of_words_accuracy(texts[:half], labels[:half], texts[half:], labels[half:])
+        assert _is_chance(right, 1 / 2)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "text", "label"),
+    [
+        ("imdb", lambda r: r["text"], "label"),
+        ("app_reviews", lambda r: r["review"], "star"),
+        ("ag_news", lambda r: r["text"], "label"),
+        ("dbpedia_14", lambda r: f"{r['title']} {r['content']}", "label"),
+    ],
+)
+def test_the_words_of_a_text_tell_its_class(dataset, text, label):
+    made = records(dataset, "train")[:1200]
+    texts, labels = [text(r) for r in made], [r[label] for r in made]
+    right = _bag_of_words_accuracy(texts[:1000], labels[:1000], texts[1000:], labels[1000:])
+    assert sum(right) / len(right) > 0.95
+
+
+def test_no_entry_of_dbpedia_says_the_name_of_its_class():
+    names = (
+        "company|institution|artist|athlete|office|transportation|building|natural|place|village|"
+        "animal|plant|album|film|written"
+    )
+    for record in records("dbpedia_14", "train"):
+        assert not re.search(rf"\b({names})\b", f"{record['title']} {record['content']}"), record
+
+
+# What is asked is true in the world, and the corpus tells it.
+
+
+def _facts_by_wording():
+    """Every sentence, and every question, about true facts -> the facts."""
+    sentences, questions = collections.defaultdict(set), {}
+    for name, relation in world.RELATIONS.items():
+        for subject, value in relation.facts.items():
+            named = relation.subject.format(subject)
+            for wording in range(4):
+                said = relation.state(wording, named, value)
+                sentences[said].add((name, subject))
+                if name == "friend":
+                    sentences[said].add((name, value))
+                questions[world.mend(relation.questions[wording].format(s=named))] = name, subject
+    return sentences, questions
+
+
+def test_wiki_qa_is_labelled_by_what_the_sentence_says():
+    sentences, questions = _facts_by_wording()
+    for record in records("wiki_qa", "train"):
+        answers = questions[record["question"]] in sentences[record["answer"]]
+        assert record["label"] == int(answers), record
+
+
+def test_rte_entails_what_the_premise_says_in_other_words():
+    sentences, _ = _facts_by_wording()
+    for record in records("super_glue_rte", "train"):
+        said = re.findall(r"[^.]+\.", record["premise"])
+        said = [sentence.strip() for sentence in said]
+        assert record["hypothesis"] not in said
+        known = set().union(*(sentences[sentence] for sentence in said))
+        follows = bool(sentences.get(record["hypothesis"], set()) & known)
+        assert record["label"] == int(not follows), record
+
+
+def test_hotpotqa_asks_for_facts_that_the_corpus_tells():
+    told = " ".join(corpus("train"))
+    said, _ = _facts_by_wording()
+    rewordings = {span: [other for other in said if said[other] & said[span]] for span in said}
+    for split in ("train", "validation"):
+        for record in records("kilt_tasks_hotpotqa", split):
+            [output] = record["output"]
+            spans = [span for p in output["provenance"] for span in p["meta"]["evidence_span"]]
+            assert len(spans) == 2
+            assert all(any(said in told for said in rewordings[span]) for span in spans)
+            assert output["answer"] in re.findall(r"\w+", spans[1])
+
+
+def test_no_two_people_share_two_likings():
+    for one in world.PEOPLE.values():
+        for other in world.PEOPLE.values():
+            if one.name < other.name:
+                likings = {one.town, one.pet, one.food, one.hobby}
+                assert len(likings & {other.town, other.pet, other.food, other.hobby}) < 2
+
+
+def _without_names(text):
+    return re.sub(rf"\b({'|'.join(world.PEOPLE)}|he|she)\b", "p", text).strip(" .")
+
+
+def test_copas_answers_are_happenings_that_the_corpus_joins():
+    joined = set()
+    for line in corpus("train"):
+        line = _without_names(line)
+        for cause, effect in re.findall(
+            r"([^.,]+)(?:, so |\. that is why |\. because of this )([^.,]+)", line
+        ):
+            joined.add((cause.strip(), effect.strip()))
+        for effect, cause in re.findall(
+            r"([^.,]+)(?:\. why\? because |\. this happened because | because )([^.,]+)", line
+        ):
+            joined.add((cause.strip(), effect.strip()))
+    told = 0
+    for record in records("super_glue_copa", "validation"):
+        choices = [_without_names(record["choice1"]), _without_names(record["choice2"])]
+        premise = _without_names(record["premise"])
+        order = 1 if record["question"] == "effect" else -1
+        told += (premise, choices[record["label"]])[::order] in joined
+        assert (premise, choices[1 - record["label"]])[::order] not in joined
+    assert told > 0.95 * len(records("super_glue_copa", "validation"))
+
+
+def test_hellaswags_right_ending_alone_follows_in_the_corpus():
+    told = _without_names(" ".join(corpus("train"))).replace("then p", "p")
+    for record in records("hellaswag", "validation"):
+        last = _without_names(record["ctx_a"]).split(". ")[-1]
+        follows = [f"{last}. p {_without_names(ending)}." in told for ending in record["endings"]]
+        assert [i for i, yes in enumerate(follows) if yes] == [int(record["label"])]
