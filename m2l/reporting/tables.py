@@ -36,7 +36,8 @@ def performance(study: ScalingStudy, out: Path) -> pd.DataFrame:
     means = frame.groupby(["base", "method", "experts"], sort=False)[["held_in", "held_out"]].mean()
     wide = means.unstack("experts")
     wide.columns = [f"{what}, {count}" for what, count in wide.columns]
-    order = [(base, method) for base in BASES.values() for method in frame["method"].unique()]
+    methods = sorted(frame["method"].unique(), key=lambda name: name == METHODS["multitask"])
+    order = [(base, method) for base in BASES.values() for method in methods]
     wide = wide.reindex(pd.MultiIndex.from_tuples(order, names=["base", "method"]))
     return wide.reset_index().rename(columns=lambda name: name.replace("held_", "held-"))
 

@@ -12,7 +12,6 @@ from m2l.errors import ConfigError
 from m2l.studies.plan import Plan, Stage
 
 _RECORD = "study.json"
-_MARK = "stage.json"
 
 Run = Callable[[Stage, Path, Mapping[str, Path]], None]
 
@@ -51,18 +50,24 @@ def claim(out: Path, study: Mapping[str, Any], *, update: bool) -> None:
 
 def folder(out: Path, name: str) -> Path:
     """Where a stage's output lies."""
-    return out / name / "output"
+    return out / name
 
 
-def _write_mark(directory: Path, digest: str, finished: bool) -> None:
-    unfinished = directory / f".{_MARK}.{os.getpid()}.tmp"
+def _mark(out: Path, name: str) -> Path:
+    """The file that says how far a stage is."""
+    return out / "stages" / f"{name}.json"
+
+
+def _write_mark(mark: Path, digest: str, finished: bool) -> None:
+    mark.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = mark.with_name(f".{mark.name}.{os.getpid()}.tmp")
     unfinished.write_text(json.dumps({"digest": digest, "finished": finished}) + "\n")
-    unfinished.rename(directory / _MARK)
+    unfinished.rename(mark)
 
 
 def state(plan: Plan, out: Path, name: str) -> str:
     """ "done", "begun" (by the same settings and inputs), "outdated" (by others) or "missing"."""
-    mark = out / name / _MARK
+    mark = _mark(out, name)
     if not mark.exists():
         return "missing"
     held = json.loads(mark.read_text())
@@ -92,14 +97,14 @@ def execute(plan: Plan, out: Path, runners: Mapping[str, Run]) -> int:
         found = state(plan, out, stage.name)
         if found == "done":
             continue
-        directory = out / stage.name
+        output, mark = folder(out, stage.name), _mark(out, stage.name)
         if found == "outdated":
-            shutil.rmtree(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        _write_mark(directory, plan.digest(stage.name), finished=False)
+            if output.exists():
+                shutil.rmtree(output)
+        _write_mark(mark, plan.digest(stage.name), finished=False)
         print(f"[{number}/{len(plan)}] {stage.name}", file=sys.stderr, flush=True)
         inputs = {role: folder(out, name) for role, name in stage.inputs.items()}
-        runners[stage.kind](stage, folder(out, stage.name), inputs)
-        _write_mark(directory, plan.digest(stage.name), finished=True)
+        runners[stage.kind](stage, output, inputs)
+        _write_mark(mark, plan.digest(stage.name), finished=True)
         ran += 1
     return ran

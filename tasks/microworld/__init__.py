@@ -103,10 +103,9 @@ def records(dataset: str, split: str) -> list[Record]:
     if dataset not in DATASETS:
         raise UnknownNameError("microworld dataset", dataset, DATASETS)
     found = _generate(dataset, split, DATASETS[dataset])
-    for number, record in enumerate(found):
-        for field in ("id", "uid", "split"):
-            if field in record:
-                record[field] = split if field == "split" else f"{split}-{number}"
+    for number, record in enumerate(found):  # what only the split tells: no generator knows it
+        told = {"id": f"{split}-{number}", "uid": f"{split}-{number}", "split": split}
+        record.update({field: told[field] for field in told.keys() & record.keys()})
     return found
 
 

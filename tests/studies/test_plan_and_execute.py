@@ -52,9 +52,9 @@ class Recorder:
 
     def __call__(self, stage, out, inputs):
         self.ran.append(stage.name)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        read = {role: path.read_text() for role, path in inputs.items()}
-        out.write_text(json.dumps([stage.settings, read]))
+        out.mkdir(parents=True, exist_ok=True)
+        read = {role: (path / "made").read_text() for role, path in inputs.items()}
+        (out / "made").write_text(json.dumps([stage.settings, read]))
 
 
 def run(of, out):
@@ -71,15 +71,15 @@ def test_finished_stages_are_not_run_again(tmp_path):
 def test_a_changed_setting_reruns_only_what_depends_on_it(tmp_path):
     run(plan(), tmp_path)
     assert run(plan(steps=4), tmp_path) == ["base", "expert", "merged"]
-    assert execute.folder(tmp_path, "base").read_text() == json.dumps([{"steps": 4}, {}])
+    assert (tmp_path / "base" / "made").read_text() == json.dumps([{"steps": 4}, {}])
 
 
 def test_a_stage_that_broke_off_is_run_again_over_what_it_left(tmp_path):
     class Broken(Recorder):
         def __call__(self, stage, out, inputs):
             if stage.name == "expert":
-                out.parent.mkdir(parents=True, exist_ok=True)
-                (out.parent / "half").write_text("done")
+                out.mkdir(parents=True, exist_ok=True)
+                (out / "half").write_text("done")
                 raise KeyboardInterrupt
             super().__call__(stage, out, inputs)
 

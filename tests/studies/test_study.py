@@ -36,7 +36,7 @@ ARGUMENTS = ["study", "--gin_file", "experiments/demo.gin", *(f"--gin.{b}" for b
 def results(out):
     """Every result, apart from how long it took."""
     found = {}
-    for path in sorted((out / "results").rglob("output/*.json")):
+    for path in sorted((out / "results").rglob("*.json")):
         result = json.loads(path.read_text())
         del result["seconds"]
         found[str(path.relative_to(out))] = result
@@ -64,7 +64,7 @@ def test_a_study_killed_at_a_random_moment_ends_with_the_same_results(
     command = [sys.executable, "-c", "from m2l.cli import main; main()", *ARGUMENTS]
     with subprocess.Popen([*command, "--out", str(out)], stderr=subprocess.PIPE) as process:
         # From the first checkpoint on, at a moment that differs from run to run of this test.
-        while not list(out.glob("bases/*/output/checkpoints/step_*")) and process.poll() is None:
+        while not list(out.glob("bases/*/checkpoints/step_*")) and process.poll() is None:
             time.sleep(0.05)
         time.sleep(random.uniform(0, 15))
         process.send_signal(signal.SIGKILL)
