@@ -70,7 +70,7 @@ setup(
     package_data={
         "m2l.gin_configs": ["**/*.gin"],
         "m2l.tasks": ["**/*.model"],
-        "m2l.reporting": ["*.css", "*.html", "*.jinja", "*.js"],
+        "m2l.reporting": ["*.jinja"],
     },
     entry_points={"console_scripts": ["m2l = m2l.cli:main"]},
     zip_safe=False,

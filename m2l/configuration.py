@@ -23,11 +23,14 @@ from m2l.training.settings import TrainSettings
 
 @dataclasses.dataclass(frozen=True)
 class TrainingRun:
-    """What `m2l train` runs: a model, what to do with it, and where the data comes from."""
+    """What `m2l train` runs: a model, what to do with it, and where the data comes from.
+
+    Without a model or a vocabulary, those of the checkpoint it starts from are taken.
+    """
 
     settings: TrainSettings
     model: T5Config | None = None
-    vocabulary: str = "microworld"
+    vocabulary: str | None = None
     source: str = "microworld"
 
 
@@ -152,7 +155,10 @@ def load(name: str, files: Sequence[str], bindings: Sequence[str] = ()) -> tuple
             gin.parse_config([quoted(binding) for binding in bindings])
             built = gin.get_configurable(name)()
             return built, gin.operative_config_str()
-    except (ValueError, TypeError, SyntaxError, OSError, M2LError) as error:
+    except (
+        *(ValueError, TypeError, SyntaxError, OSError, ImportError, AttributeError, RuntimeError),
+        M2LError,
+    ) as error:
         raise _plain(error) from error
     finally:
         gin.clear_config()

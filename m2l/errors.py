@@ -44,5 +44,8 @@ class EvaluationError(M2LError):
     """Scores or results that cannot be believed: non-finite, incomplete, or of other examples."""
 
 
-class Stopped(Exception):
-    """Not an error: work that was asked to stop (SIGTERM) has saved what it had and ends."""
+class Stopped(BaseException):
+    """Not an error: work that was asked to stop (SIGTERM) has saved what it had and ends.
+
+    No Exception, for it is raised from a signal's handler, inside any library's `except`.
+    """

@@ -1,5 +1,6 @@
 """One progress bar for long work: a live bar in a terminal, plain lines elsewhere."""
 
+import shutil
 import sys
 import time
 from types import TracebackType
@@ -57,6 +58,8 @@ class Progress:
 
     def _show(self, line: str) -> None:
         self._shown = time.monotonic()
+        if self._terminal:
+            line = line[: shutil.get_terminal_size().columns - 1]
         sys.stderr.write(f"\r\x1b[2K{line}" if self._terminal else f"{line}\n")
         sys.stderr.flush()
 

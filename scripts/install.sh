@@ -5,7 +5,7 @@ set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 venv="$root/.venv"
 stamp="$venv/m2l-installed"
-{ : <&0; } 2>/dev/null || exec </dev/null
+source "$root/scripts/env.sh"
 
 wanted="$(echo "$root" | cat - "$root"/{requirements.lock,setup.py,m2l/__init__.py} | sha256sum)"
 found="$(cat "$stamp" 2>/dev/null || true)"
@@ -13,22 +13,26 @@ if [[ "$found" == "$wanted" && -x "$venv/bin/python" ]]; then
     exit 0
 fi
 
-is_recent() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
+# The lock is resolved for these.
+is_supported() {
+    "$1" -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null
+}
 
 # An interrupted pip can leave a package half-written that it later takes for installed: such an
 # environment is made anew.
-if [[ "$found" == unfinished ]] || ! is_recent "$venv/bin/python" ||
+if [[ "$found" == unfinished ]] || ! is_supported "$venv/bin/python" ||
     ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
     python=
     for candidate in ${PYTHON:+"$PYTHON"} python3.11 python3.12 python3; do
-        if is_recent "$candidate"; then
+        if is_supported "$candidate"; then
             python="$candidate"
             break
         fi
     done
     if [[ -z "$python" ]]; then
-        echo "m2l needs Python 3.11 or newer, and neither python3.11 nor python3 is one:" \
-            "install it, or name it with PYTHON=/path/to/python" >&2
+        echo "requirements.lock is for Python 3.11 and 3.12, and none of" \
+            "${PYTHON:+$PYTHON, }python3.11, python3.12 and python3 is one:" \
+            "install one, or name it with PYTHON=/path/to/python" >&2
         exit 2
     fi
     if ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then

@@ -46,7 +46,7 @@ def info(task: str) -> TaskInfo:
         UnknownNameError: there is none.
     """
     if task == SPAN_CORRUPTION:
-        return TaskInfo(task, "corpus", "", "pretraining", False, "train", (), None, False)
+        return TaskInfo(task, "corpus", "", "pretraining", False, "train", (), False)
     known = _prompts()
     if task not in known:
         raise UnknownNameError("task", task, task_names())
@@ -59,7 +59,6 @@ def info(task: str) -> TaskInfo:
         held_out=dataset.held_out,
         kind="generate" if prompt.answer_choices is None else "rank",
         metrics=prompt.metrics,
-        chance=100.0 / prompt.num_choices if prompt.num_choices else None,
         original_task=prompt.original_task,
     )
 

@@ -79,6 +79,14 @@ HELLASWAG = Dataset(
     ),
 )
 
+
+def _claim(example: Mapping[str, Any]) -> dict[str, Any]:
+    """The hypothesis as it stands between quotes in a question, without its full stop."""
+    import tensorflow as tf
+
+    return {"claim": tf.strings.regex_replace(example["hypothesis"], r"\.?\s*$", "")}
+
+
 ANLI_R1 = Dataset(
     name="anli_r1",
     category="natural_language_inference",
@@ -86,16 +94,18 @@ ANLI_R1 = Dataset(
     hub="facebook/anli",
     paper="Nie et al. (2020)",
     fields={"premise": "string", "hypothesis": "string", "label": range(3)},
+    derived={"claim": "string"},
+    derive=_claim,
     splits={"train": "train_r1", "validation": "dev_r1"},
     prompts=(
         Prompt(
             name="does_it_follow",
-            inputs='{premise} does it follow that "{hypothesis}"? choose from: {answer_choices}.',
+            inputs='{premise} does it follow that "{claim}"? choose from: {answer_choices}.',
             answer_choices=("Yes", "Maybe", "No"),
         ),
         Prompt(
             name="true_or_false",
-            inputs='true, unclear or false: "{hypothesis}" judge by this: {premise}',
+            inputs='is it true, unclear or false that "{claim}"? judge by this: {premise}',
             answer_choices=("true", "unclear", "false"),
         ),
     ),
@@ -108,15 +118,17 @@ RTE = Dataset(
     hub="aps/super_glue, rte",
     paper="Dagan et al. (2006), Wang et al. (2019)",
     fields={"premise": "string", "hypothesis": "string", "label": range(2)},
+    derived={"claim": "string"},
+    derive=_claim,
     prompts=(
         Prompt(
             name="does_it_follow",
-            inputs='{premise} does it follow that "{hypothesis}"? choose from: {answer_choices}.',
+            inputs='{premise} does it follow that "{claim}"? choose from: {answer_choices}.',
             answer_choices=("Yes", "No"),
         ),
         Prompt(
             name="can_we_say",
-            inputs='can we say "{hypothesis}" when we know this? {premise}',
+            inputs='can we say "{claim}" when we know this? {premise}',
             answer_choices=("Yes", "No"),
         ),
     ),

@@ -10,7 +10,7 @@ os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
 import jax
 import pytest
 
-from m2l import models
+from m2l import files, models
 from m2l.evaluation.runner import Result
 from m2l.merging import Recipe
 from m2l.models import T5Config
@@ -58,7 +58,6 @@ def study(tiny_config):
 
 def write_result(out, model, task, category, score):
     directory = execute.folder(out, f"results/{model}")
-    directory.mkdir(parents=True, exist_ok=True)
     result = Result(
         task=task,
         dataset=task,
@@ -82,7 +81,11 @@ def write_result(out, model, task, category, score):
 def finished_study(study, tmp_path_factory):
     """A study's folder with made-up results: scores that can be divided by hand."""
     out = tmp_path_factory.mktemp("study")
-    execute.claim(out, {"kind": "scaling", "settings": scaling.to_dict(study)}, update=False)
+    files.claim(out, "study.json", {"kind": "scaling", **scaling.to_dict(study)})
+    nothing = dict.fromkeys(
+        ("train", "merge", "evaluate"), lambda stage, made, inputs: made.mkdir(parents=True)
+    )
+    execute.execute(scaling.plan(study), out, nothing)
     for base in scaling.BASES:
         low = 20.0 if base == "pretrained" else 40.0
         for category in CATEGORIES:

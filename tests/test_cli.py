@@ -1,7 +1,9 @@
 """The road by the command: train, merge, evaluate; and everything it refuses."""
 
+import errno
 import json
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -100,6 +102,8 @@ def test_your_own_data_is_trained_on_and_evaluated_by(road, run_m2l, tmp_path):
 
 
 def test_inspect_and_lists_and_doctor_print_what_there_is(road, run_m2l, capsys):
+    assert run_m2l("doctor") == 0
+    assert "jax" in capsys.readouterr().out
     assert run_m2l("inspect", road / "sentiment", "--verify") == 0
     assert "every digest is right" in capsys.readouterr().out
     assert run_m2l("tasks", "list", "--mixture", "t0_held_out") == 0
@@ -162,17 +166,17 @@ def test_a_bad_jsonl_line_is_named(refused, road, tmp_path, line, said):
 
 def test_a_checkpoint_that_is_missing_unfinished_or_damaged_is_refused(refused, road, tmp_path):
     evaluated = ["eval", "--mixture", "imdb", "--out", tmp_path / "out", "--checkpoint"]
-    assert "nowhere" in refused(*evaluated, tmp_path / "nowhere")
+    assert "there is no such checkpoint" in refused(*evaluated, tmp_path / "a")
     whole = checkpoints.resolve(road / "base")
-    shutil.copytree(whole, tmp_path / "unfinished")
-    (tmp_path / "unfinished" / "manifest.json").unlink()
-    assert "unfinished" in refused(*evaluated, tmp_path / "unfinished")
-    shutil.copytree(whole, tmp_path / "damaged")
-    largest = max((tmp_path / "damaged" / "params").rglob("*"), key=lambda p: p.stat().st_size)
+    shutil.copytree(whole, tmp_path / "b")
+    (tmp_path / "b" / "manifest.json").unlink()
+    assert "no finished checkpoint" in refused(*evaluated, tmp_path / "b")
+    shutil.copytree(whole, tmp_path / "c")
+    largest = max((tmp_path / "c" / "params").rglob("*"), key=lambda path: path.stat().st_size)
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1
     largest.write_bytes(content)
-    assert "damaged" in refused(*evaluated, tmp_path / "damaged")
+    assert "digest" in refused(*evaluated, tmp_path / "c")
     assert not (tmp_path / "out").exists()
 
 
@@ -205,3 +209,49 @@ def test_results_of_another_model_are_refused(refused, run_m2l, road, tmp_path):
     evaluated = ["eval", "--mixture", "imdb", "--max_examples", 2, "--out", tmp_path / "results"]
     assert run_m2l(*evaluated, "--checkpoint", road / "base") == 0
     assert "another model" in refused(*evaluated, "--checkpoint", road / "sentiment")
+    fewer = [*evaluated, "--max_examples", 1]
+    assert "other examples" in refused(*fewer, "--checkpoint", road / "base")
+    into_a_run = [
+        "eval",
+        "--mixture",
+        "imdb",
+        "--checkpoint",
+        road / "base",
+        "--out",
+        road / "base",
+    ]
+    assert "run.json" in refused(*into_a_run)
+
+
+def test_a_file_where_a_folder_goes_is_refused(refused, road, tmp_path):
+    (tmp_path / "out").write_text("mine")
+    assert str(tmp_path / "out") in refused(
+        *("eval", "--mixture", "imdb", "--checkpoint", road / "base", "--out", tmp_path / "out")
+    )
+    assert "not a directory" in refused("demo", "--out", tmp_path / "out" / "demo")
+
+
+def test_a_vocabulary_that_the_model_has_no_room_for_is_refused(refused, road, tmp_path):
+    small = ["train", "--gin_file", road / "tiny.gin", "--gin.T5.vocab_size=512"]
+    assert "room for 512" in refused(*small, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(refused, road, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "results"))
+
+    monkeypatch.setattr("m2l.files.write", full)
+    arguments = ["eval", "--mixture", "imdb", "--max_examples", 2, "--checkpoint", road / "base"]
+    assert "no space left on device" in refused(*arguments, "--out", tmp_path / "results")
+    assert not list((tmp_path / "results").iterdir())
+
+
+def test_sigterm_outside_training_ends_with_code_0(road, run_m2l, tmp_path, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("m2l.evaluation.ranking.score_examples", interrupted)
+    arguments = ["eval", "--mixture", "imdb", "--max_examples", 2, "--checkpoint", road / "base"]
+    assert run_m2l(*arguments, "--out", tmp_path / "results") == 0
+    assert "m2l: stopped" in capsys.readouterr().err

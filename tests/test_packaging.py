@@ -17,7 +17,7 @@ SOURCES = sorted([*(ROOT / "m2l").rglob("*.py"), *(ROOT / "tasks").rglob("*.py")
 ROWS = [
     {"__init__"},
     {"errors", "progress"},
-    {"partitioning"},
+    {"files", "partitioning"},
     {"models"},
     {"checkpoints", "data"},
     {"training", "merging", "evaluation"},

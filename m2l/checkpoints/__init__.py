@@ -2,10 +2,9 @@
 
 from m2l.checkpoints.manifest import Manifest
 from m2l.checkpoints.orbax import Writer, save, writing
-from m2l.checkpoints.publishing import check_absent, clean
+from m2l.checkpoints.publishing import check_absent, clean, remove
 from m2l.checkpoints.reading import (
     Parameter,
-    open_parameter,
     open_parameters,
     read_manifest,
     resolve,
@@ -23,9 +22,9 @@ __all__ = [
     "check_absent",
     "clean",
     "flatten",
-    "open_parameter",
     "open_parameters",
     "read_manifest",
+    "remove",
     "resolve",
     "restore",
     "restore_data_state",

@@ -76,6 +76,7 @@ class Manifest:
     def write(self, directory: Path) -> None:
         """Writes manifest.json into `directory`."""
         content = {"digest": self.digest} | dataclasses.asdict(self)
+        content = {"checksum": _checksum(content)} | content
         (directory / FILE_NAME).write_text(json.dumps(content, indent=1) + "\n")
 
     @classmethod
@@ -83,7 +84,7 @@ class Manifest:
         """Reads manifest.json of `directory`.
 
         Raises:
-            CheckpointError: It is missing, is not what m2l wrote, or was written by a newer m2l.
+            CheckpointError: It is missing, damaged, edited, or was written by a newer m2l.
         """
         file = directory / FILE_NAME
         try:
@@ -103,12 +104,12 @@ class Manifest:
                 f"{file}: written in format {found} by a newer m2l; this one reads up to "
                 f"{FORMAT_VERSION}: upgrade m2l"
             )
-        digest = content.pop("digest", None)
-        try:
-            manifest = cls(**content | {"parents": tuple(content.get("parents", ()))})
-            intact = manifest.digest == digest
-        except (TypeError, KeyError) as error:
-            raise CheckpointError(f"{file}: damaged, its fields are not m2l's: {error}") from error
-        if not intact:
-            raise CheckpointError(f"{file}: damaged or edited, it does not match its own digest")
-        return manifest
+        if content.pop("checksum", None) != _checksum(content):
+            raise CheckpointError(f"{file}: damaged or edited, it does not match its own checksum")
+        del content["digest"]
+        return cls(**content | {"parents": tuple(content["parents"])})
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    # In the file's order: sorted, keys that JSON turns into strings could change places.
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()

@@ -47,6 +47,22 @@ def clean(directory: str | os.PathLike) -> list[Path]:
     return removed
 
 
+def remove(directory: str | os.PathLike) -> None:
+    """Removes a checkpoint: at once under its name, so that no kill leaves a part of it there."""
+    directory = Path(directory).absolute()
+    doomed = _temporary(directory)
+    directory.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _temporary(directory: Path) -> Path:
+    """A name beside `directory` that `clean` recognises."""
+    serial = next(_serial)
+    return directory.parent / (
+        f".{directory.name}.tmp-{socket.gethostname()}-{os.getpid()}-{serial}"
+    )
+
+
 def _alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
@@ -88,9 +104,7 @@ def publishing(directory: str | os.PathLike, size: int) -> Iterator[Path]:
         raise CheckpointError(
             f"{directory}: no space left: {size:,} bytes are needed, {free:,} are free in {parent}"
         )
-    temporary = parent / (
-        f".{directory.name}.tmp-{socket.gethostname()}-{os.getpid()}-{next(_serial)}"
-    )
+    temporary = _temporary(directory)
     _being_written.add(temporary.name)
     try:
         yield temporary

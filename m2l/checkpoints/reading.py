@@ -17,7 +17,7 @@ from m2l.checkpoints.manifest import FILE_NAME as MANIFEST
 from m2l.checkpoints.manifest import Manifest, sha256
 from m2l.checkpoints.orbax import DATA_STATE, OPT_STATE, PARAMS, array_spec, boxes
 from m2l.checkpoints.trees import flatten_state, unflatten
-from m2l.errors import CheckpointError, UnknownNameError
+from m2l.errors import CheckpointError
 
 # Holds the chunk that consecutive slices of a parameter share, so that it is read once.
 _CACHE_BYTES = 32 << 20
@@ -128,19 +128,6 @@ def open_parameters(path: str | os.PathLike) -> dict[str, Parameter]:
     """Opens every parameter of a checkpoint, in the manifest's order; nothing is read yet."""
     directory = resolve(path)
     return _open(directory, PARAMS, Manifest.read(directory).parameters)
-
-
-def open_parameter(path: str | os.PathLike, name: str) -> Parameter:
-    """Opens one parameter of a checkpoint, by its name "a/b/c".
-
-    Raises:
-        UnknownNameError: The checkpoint has no such parameter.
-    """
-    directory = resolve(path)
-    records = Manifest.read(directory).parameters
-    if name not in records:
-        raise UnknownNameError("parameter", name, records)
-    return _open(directory, PARAMS, {name: records[name]})[name]
 
 
 def _open(directory: Path, item: str, records: Mapping[str, Mapping]) -> dict[str, Parameter]:

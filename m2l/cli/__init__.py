@@ -27,7 +27,10 @@ def cli(debug: bool) -> None:
 
 
 # What only the person at the machine can mend.
-_NOT_OURS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+_NOT_OURS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP),
+}
 
 for _command in (
     studies.demo,
@@ -59,8 +62,12 @@ def _prepare() -> None:
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     import logging
 
-    import jax
     from absl import logging as absl_logging
+
+    try:
+        import jax
+    except (ImportError, RuntimeError):
+        return  # `m2l doctor` says what is wrong; other commands fail at their own import.
 
     absl_logging.set_verbosity(absl_logging.ERROR)
     logging.getLogger("jax").setLevel(logging.ERROR)
@@ -91,6 +98,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         cli.main(expanded, prog_name="m2l", standalone_mode=False)
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.ctx.get_help())
+        sys.exit(2)
     except click.ClickException as error:
         _fail(error.format_message().replace("\n", " "))
     except click.Abort:
@@ -104,7 +114,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except OSError as error:
         if debug or error.errno not in _NOT_OURS:
             raise
-        _fail(f"{error.filename}: {error.strerror.lower()}; mend that, and run this again")
+        what = (error.strerror or str(error)).lower()
+        _fail(f"{error.filename or 'the output'}: {what}; mend that, and run this again")
+    except ModuleNotFoundError as error:
+        if debug or error.name != "t5":
+            raise
+        _fail("t5 is not installed: pip install --no-deps t5==0.9.4 (m2l doctor says why so)")
     finally:
         signal.signal(signal.SIGTERM, before)
 

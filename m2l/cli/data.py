@@ -9,8 +9,10 @@ from m2l.cli.options import print_table
 from m2l.errors import ConfigError
 
 
-def jsonl_files(value: str | None) -> dict[str, Path]:
+def jsonl_files(value: str | None, mixture: str | None) -> dict[str, Path]:
     """`train=FILE,validation=FILE` as a dict."""
+    if value and mixture not in (None, "jsonl"):
+        raise ConfigError(f"--jsonl is the task `jsonl`: leave --mixture {mixture} out")
     files = {}
     for part in value.split(",") if value else []:
         split, found, path = part.partition("=")

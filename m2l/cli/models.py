@@ -1,6 +1,8 @@
 """`m2l train`, `m2l merge`, `m2l eval`, `m2l inspect`."""
 
 import json
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +34,8 @@ def train(
     """Train a model, or go on where a stopped run left off."""
     from m2l import checkpoints, configuration, models
 
-    files = jsonl_files(jsonl)
-    mixture = mixture or ("jsonl" if files else None)
+    files = jsonl_files(jsonl, mixture)
+    mixture = "jsonl" if files else mixture
     flags = [f"Train.mixture={mixture!r}"] if mixture else []
     flags += [f"Train.steps={steps}"] if steps is not None else []
     flags += [f"Run.vocabulary={vocabulary!r}"] if vocabulary else []
@@ -42,10 +44,11 @@ def train(
     if init is not None:
         manifest = checkpoints.read_manifest(checkpoints.resolve(init))
         config = config or models.from_dict(manifest.model)
-        vocabulary_name = vocabulary or manifest.vocabulary["name"]
+        vocabulary_name = vocabulary_name or manifest.vocabulary["name"]
+    vocabulary_name = vocabulary_name or "microworld"
     if config is None:
         raise ConfigError(
-            "m2l train: no model; name an --init checkpoint or a gin file with a MODEL"
+            "m2l train: no model; name an --init checkpoint, or --gin_file models/t5_1m.gin"
         )
 
     from m2l.data import vocabularies
@@ -60,7 +63,7 @@ def train(
         settings=run.settings,
         data=data,
         init=init,
-        resolved_config=resolved,
+        resolved_config=f"# {shlex.join(['m2l', *sys.argv[1:]])}\n{resolved}",
     )
     final = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
     rows = [(name, float(value)) for name, value in final.items() if name != "step"]
@@ -129,6 +132,7 @@ def _numbers(flag: str, text: str) -> tuple[float, ...]:
 @click.option("--batch_size", type=click.IntRange(min=1), default=32, show_default=True)
 @click.option("--input_length", type=click.IntRange(min=1), default=512, show_default=True)
 @click.option("--target_length", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--vocabulary", help="Where the checkpoint's own now lies, if it was a file.")
 @click.option("--source", default="microworld", show_default=True, help="Of the raw records.")
 def evaluate(
     checkpoint: Path,
@@ -140,6 +144,7 @@ def evaluate(
     batch_size: int,
     input_length: int,
     target_length: int,
+    vocabulary: str | None,
     source: str,
 ) -> None:
     """Evaluate a checkpoint: rank classification where there are answer choices, else decoding."""
@@ -147,8 +152,8 @@ def evaluate(
 
     from m2l import checkpoints, models
 
-    files = jsonl_files(jsonl)
-    mixture = mixture or ("jsonl" if files else None)
+    files = jsonl_files(jsonl, mixture)
+    mixture = "jsonl" if files else mixture
     if mixture is None:
         raise ConfigError("m2l eval: name a --mixture, or your own data with --jsonl")
     directory = checkpoints.resolve(checkpoint)
@@ -158,9 +163,10 @@ def evaluate(
     from m2l.data import vocabularies
     from m2l.evaluation import runner
 
-    name = manifest.vocabulary["name"]
-    vocabulary = vocabularies.load(name)
-    if vocabularies.describe(vocabulary, name)["fingerprint"] != manifest.vocabulary["fingerprint"]:
+    name = vocabulary or manifest.vocabulary["name"]
+    loaded_vocabulary = vocabularies.load(name)
+    described = vocabularies.describe(loaded_vocabulary, name)
+    if described["fingerprint"] != manifest.vocabulary["fingerprint"]:
         raise DataError(f"vocabulary {name!r} is not the one that {directory} was trained with")
     register(name, source, files)
     infos = [registry.info(task) for task in registry.tasks_in(mixture)]
@@ -178,9 +184,8 @@ def evaluate(
         jax.device_put(checkpoints.restore(directory)),
         loaded,
         out,
-        vocabulary=vocabulary,
+        vocabulary=loaded_vocabulary,
         model_digest=manifest.digest,
-        max_target_length=target_length,
         batch_size=batch_size,
     )
     rows = [(r.task, r.metric, r.score, r.count, r.ties, r.truncated) for r in results]

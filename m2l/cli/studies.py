@@ -46,18 +46,24 @@ def _study(
     dry_run: bool,
     update: bool,
 ) -> None:
-    from m2l import configuration
+    from m2l import configuration, files
     from m2l.studies import execute, scaling
 
     settings, resolved = configuration.load("ScalingStudy", gin_files, bindings)
+    scaling.check_mixtures(settings)
     plan = scaling.plan(settings)
     plan = plan.needed_for(only) if only else plan
     if dry_run:
         rows = [(stage.name, stage.kind, execute.state(plan, out, stage.name)) for stage in plan]
         print_table(f"{len(plan)} stages", ["stage", "kind", "state"], rows)
         return
-    execute.claim(out, {"kind": "scaling", "settings": scaling.to_dict(settings)}, update=update)
-    (out / "config.gin").write_text(resolved)
+    content = {"kind": "scaling", **scaling.to_dict(settings)}
+    try:
+        files.check_claim(out, "study.json", content, what="study", update=update)
+    except ConfigError as error:
+        raise ConfigError(f"{error} (or redo what changes with m2l study --update)") from error
+    files.claim(out, "study.json", content)
+    files.write(out / "config.gin", resolved)
     from m2l.studies import stages
 
     ran = execute.execute(plan, out, stages.runners(settings.categories + settings.held_out))
@@ -75,7 +81,7 @@ def _report(directory: Path) -> None:
     from m2l.reporting import page, tables
 
     path = page.write(directory)
-    frame = tables.performance(page.read_study(directory), directory)
+    frame = tables.performance(tables.cells(page.read_study(directory), directory))
     rows = [tuple(row) for row in frame.itertuples(index=False)]
     print_table("normalised performance, by number of experts merged", list(frame.columns), rows)
     click.echo(f"report: {path}")

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +52,27 @@ def read(path: str | Path) -> list[dict[str, Any]]:
 
 def _object(line: bytes, where: str) -> dict[str, Any]:
     try:
-        value = json.loads(line.decode("utf-8-sig"))
+        value = json.loads(line.decode("utf-8-sig"), object_pairs_hook=partial(_fields, where))
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: it is not UTF-8 text: {error.reason}") from error
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: it is not JSON: {error.msg} at column {error.colno}") from error
+    except ValueError as error:  # the one that Python refuses to convert
+        raise DataError(f"{where}: it has a number of too many digits") from error
+    except RecursionError as error:
+        raise DataError(f"{where}: its lists and objects are nested too deeply") from error
     if not isinstance(value, dict):
         raise DataError(f"{where}: it is {_kind(value)}, expected an object with named fields")
     return value
+
+
+def _fields(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in fields:
+            raise DataError(f"{where}: the field {name!r} is there twice")
+        fields[name] = value
+    return fields
 
 
 def _kind(value: Any) -> str:

@@ -268,7 +268,6 @@ class TaskInfo:
         held_out: Whether experts are never trained on it.
         kind: "rank" (answer choices), "generate" (free text) or "train" (nothing to evaluate).
         metrics: The metrics' names, the headline metric first.
-        chance: The accuracy in percent of guessing, where the number of choices is fixed.
         original_task: Whether it asks what the dataset was made to ask.
     """
 
@@ -279,7 +278,6 @@ class TaskInfo:
     held_out: bool
     kind: str
     metrics: tuple[str, ...]
-    chance: float | None
     original_task: bool
 
     @property

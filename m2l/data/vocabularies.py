@@ -62,15 +62,17 @@ def describe(vocabulary: seqio.Vocabulary, name: str) -> dict[str, Any]:
         name: The name it was loaded by.
 
     Returns:
-        {"name", "size": number of ids, sentinels included, "fingerprint": sha256 in hexadecimal of
-        what decides the ids}: equal for equal vocabularies, wherever their files lie.
+        {"name": a file's path made absolute, "size": number of ids, sentinels included,
+        "fingerprint": sha256 in hexadecimal of what decides the ids}: equal for equal
+        vocabularies, wherever their files lie.
     """
     digest = hashlib.sha256()
     digest.update(f"{type(vocabulary).__name__} extra_ids={vocabulary.extra_ids}\n".encode())
     if isinstance(vocabulary, seqio.SentencePieceVocabulary):
         digest.update(Path(vocabulary.sentencepiece_model_file).read_bytes())
+    shipped = name in ("bytes", "microworld")
     return {
-        "name": name,
+        "name": name if shipped else str(Path(name).expanduser().resolve()),
         "size": vocabulary.vocab_size,
         "fingerprint": digest.hexdigest(),
     }

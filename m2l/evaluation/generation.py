@@ -10,10 +10,9 @@ import numpy as np
 
 from m2l import models
 from m2l.data.pipeline import GenerationExample
+from m2l.data.vocabularies import EOS
 from m2l.errors import EvaluationError
 from m2l.evaluation.ranking import bucket
-
-EOS = 1
 
 
 @functools.cache

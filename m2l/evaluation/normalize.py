@@ -5,6 +5,7 @@ task's own expert, held-out tasks by the base model; then the mean over the data
 over categories, and (by the caller) over seeds.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from statistics import fmean
@@ -22,15 +23,19 @@ def dataset_scores(results: Iterable[Result]) -> dict[str, float]:
 
 
 def normalized(results: Iterable[Result], reference: Mapping[str, Result]) -> float:
-    """The mean over categories, then datasets, of score divided by the reference's score.
+    """The mean over a category's datasets, then categories, of score over the reference's score.
 
     Args:
         results: The model's results, one for each task.
         reference: By task name, the results that stand for 1.0: at least those of `results`.
 
+    Returns:
+        1.0 where the model does as well as the reference; NaN if the reference scores 0 on a whole
+        dataset, for nothing can be divided by it.
+
     Raises:
         EvaluationError: there are no results; a task lacks its reference; the reference was scored
-            on other examples; a reference scores 0 on a whole dataset.
+            on other examples.
     """
     results = list(results)
     if not results:
@@ -48,9 +53,5 @@ def normalized(results: Iterable[Result], reference: Mapping[str, Result]) -> fl
     ones = dataset_scores(reference[result.task] for result in results)
     ratios = defaultdict(list)
     for dataset, score in dataset_scores(results).items():
-        if ones[dataset] == 0:
-            raise EvaluationError(
-                f"{dataset}: the reference scores 0, so nothing can be divided by it"
-            )
-        ratios[category_of[dataset]].append(score / ones[dataset])
+        ratios[category_of[dataset]].append(score / ones[dataset] if ones[dataset] else math.nan)
     return fmean(fmean(of_category) for of_category in ratios.values())

@@ -3,17 +3,17 @@
 import dataclasses
 import hashlib
 import json
-import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import m2l
+from m2l import files
 from m2l.data import pipeline
 from m2l.data.pipeline import GenerationExample, RankingExample
 from m2l.data.prompts import TaskInfo
-from m2l.errors import DataError, EvaluationError
+from m2l.errors import ConfigError, DataError, EvaluationError
 from m2l.evaluation import generation, metrics, ranking
 from m2l.progress import Progress
 
@@ -27,11 +27,14 @@ class TaskData:
     Attributes:
         info: What the task is.
         examples: RankingExamples of a task with answer choices, GenerationExamples of others.
-        digest: sha256 of everything that decides a score: tokens, choices, answers, metric.
+        max_length: Tokens that may be generated.
+        digest: sha256 of everything that decides a score: tokens, choices, answers, metrics,
+            and for generation how many tokens there may be.
     """
 
     info: TaskInfo
     examples: Sequence[RankingExample] | Sequence[GenerationExample]
+    max_length: int
     digest: str
 
 
@@ -81,21 +84,30 @@ def load_tasks(
         lengths: Tokens kept of "inputs" and "targets".
         max_examples: How many examples of each task, from its first; None takes all.
     """
-    loaded = []
-    for info in infos:
-        read = pipeline.ranking_examples if info.kind == "rank" else pipeline.generation_examples
-        examples = read(info.name, split, lengths=lengths, max_examples=max_examples)
-        if not examples:
-            raise DataError(f"task {info.name}: its split {split!r} has no examples")
-        digest = hashlib.sha256(f"{info.kind} {info.metric} {split}".encode())
-        for example in examples:
-            if isinstance(example, RankingExample):
-                answer = [[choice.tolist() for choice in example.choices], list(example.is_correct)]
-            else:
-                answer = example.reference
-            digest.update(json.dumps([example.inputs.tolist(), answer]).encode())
-        loaded.append(TaskData(info, examples, digest.hexdigest()))
+    infos, loaded, max_length = list(infos), [], lengths["targets"]
+    with Progress("read tasks", len(infos), "tasks") as progress:
+        for info in infos:
+            read = (
+                pipeline.ranking_examples if info.kind == "rank" else pipeline.generation_examples
+            )
+            examples = read(info.name, split, lengths=lengths, max_examples=max_examples)
+            if not examples:
+                raise DataError(f"task {info.name}: its split {split!r} has no examples")
+            loaded.append(TaskData(info, examples, max_length, _digest(info, max_length, examples)))
+            progress.update(len(loaded))
     return loaded
+
+
+def _digest(info: TaskInfo, max_length: int, examples: Sequence[Any]) -> str:
+    decided_by = [info.kind, info.metrics, max_length if info.kind == "generate" else None]
+    digest = hashlib.sha256(json.dumps(decided_by).encode())
+    for example in examples:
+        if isinstance(example, RankingExample):
+            answer = [[choice.tolist() for choice in example.choices], list(example.is_correct)]
+        else:
+            answer = example.reference
+        digest.update(json.dumps([example.inputs.tolist(), answer]).encode())
+    return digest.hexdigest()
 
 
 def read_result(path: Path) -> Result:
@@ -116,12 +128,6 @@ def read_result(path: Path) -> Result:
         raise EvaluationError(f"{path}: not a result of `m2l eval` ({error})") from error
 
 
-def _write(result: Result, path: Path) -> None:
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    unfinished.write_text(json.dumps(dataclasses.asdict(result), indent=1) + "\n")
-    unfinished.rename(path)
-
-
 def _finished(path: Path, model_digest: str, task: TaskData) -> Result | None:
     """The result already there, if it is of this model and these examples."""
     if not path.exists():
@@ -132,8 +138,12 @@ def _finished(path: Path, model_digest: str, task: TaskData) -> Result | None:
             f"{path} is the result of another model ({held.model_digest[:12]}, this one is "
             f"{model_digest[:12]}); choose another --out, or delete it"
         )
-    same = held.task_digest == task.digest and held.m2l_version == m2l.__version__
-    return held if same else None
+    if held.task_digest != task.digest:
+        raise EvaluationError(
+            f"{path} is the result of other examples or settings ({held.count} examples then, "
+            f"{len(task.examples)} now); choose another --out, or delete it"
+        )
+    return held if held.m2l_version == m2l.__version__ else None
 
 
 def evaluate(
@@ -144,7 +154,6 @@ def evaluate(
     *,
     vocabulary: Any,
     model_digest: str,
-    max_target_length: int,
     batch_size: int = 32,
     dtype: str = "float32",
     description: str = "evaluate",
@@ -158,7 +167,6 @@ def evaluate(
         out: Where `TASK.json` files go; made if need be.
         vocabulary: The seqio vocabulary, to read what the model generates.
         model_digest: The digest of the model's manifest; results of another model are refused.
-        max_target_length: Tokens to generate at most.
         batch_size: Examples in a batch.
         dtype: The dtype to compute in.
         description: What the progress bar calls it.
@@ -167,6 +175,9 @@ def evaluate(
         A result for each task, in their order.
     """
     out = Path(out)
+    for record in ("run.json", "study.json", "manifest.json"):
+        if (out / record).exists():
+            raise ConfigError(f"{out} holds something else ({record}); choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     results = []
     with Progress(description, sum(len(t.examples) for t in tasks), "examples") as progress:
@@ -182,7 +193,7 @@ def evaluate(
             result = _finished(path, model_digest, task)
             if result is None:
                 figures, ties, seconds = _figures(
-                    config, params, task, vocabulary, max_target_length, batch_size, dtype, on_done
+                    config, params, task, vocabulary, batch_size, dtype, on_done
                 )
                 result = Result(
                     task=task.info.name,
@@ -200,7 +211,7 @@ def evaluate(
                     model_digest=model_digest,
                     task_digest=task.digest,
                 )
-                _write(result, path)
+                files.write(path, json.dumps(dataclasses.asdict(result), indent=1) + "\n")
             else:
                 on_done(len(task.examples))
             results.append(result)
@@ -212,7 +223,6 @@ def _figures(
     params: Any,
     task: TaskData,
     vocabulary: Any,
-    max_target_length: int,
     batch_size: int,
     dtype: str,
     on_done: Any,
@@ -225,8 +235,11 @@ def _figures(
         seconds = time.monotonic() - start
         ranked = ranking.rank(task.info.name, task.examples, scores)
         return {"accuracy": ranked.accuracy, "chance": ranked.chance}, ranked.ties, seconds
-    decoded = generation.greedy(config, params, task.examples, max_length=max_target_length, **how)
+    decoded = generation.greedy(config, params, task.examples, max_length=task.max_length, **how)
     seconds = time.monotonic() - start
     texts = [vocabulary.decode(tokens.tolist()).strip() for tokens in decoded]
     references = [example.reference for example in task.examples]
-    return metrics.metric(task.info.metric)(references, texts), 0, seconds
+    figures: dict[str, float] = {}
+    for name in task.info.metrics:
+        figures |= metrics.metric(name)(references, texts)
+    return figures, 0, seconds

@@ -13,8 +13,6 @@ from m2l.errors import MergeError
 from m2l.merging.methods import METHODS
 from m2l.merging.recipe import Recipe
 
-# Settings of a model that training may change and that its parameters do not depend on.
-_NOT_COMPARED = {"dropout_rate"}
 _DIFFERENCES_SHOWN = 3
 
 
@@ -58,7 +56,7 @@ def check_alike(sources: Sequence[tuple[Path, Manifest]]) -> None:
             differing = [
                 f"{name} is {mine.get(name, 'missing')} and not {reference.get(name, 'there')}"
                 for name in names
-                if mine.get(name) != reference.get(name) and name not in _NOT_COMPARED
+                if mine.get(name) != reference.get(name)
             ]
             if differing:
                 more = len(differing) - _DIFFERENCES_SHOWN
@@ -86,7 +84,7 @@ def warn_of_repetition(sources: Sequence[tuple[Path, Manifest]]) -> None:
     for path, manifest in sources:
         if manifest.digest in seen:
             warnings.warn(
-                f"{path} is the same model as {seen[manifest.digest]}: it counts twice",
+                f"{path} is the same model as {seen[manifest.digest]}",
                 stacklevel=3,
             )
         seen.setdefault(manifest.digest, path)

@@ -173,9 +173,9 @@ class _Work:
         recipe = self.recipe
         settings = {
             "scale": None if recipe.scale is None else np.float32(recipe.scale),
-            "weights": np.asarray(recipe.weights or (1.0,) * self._experts, np.float32),
+            "weights": recipe.weights_for(self._experts),
         }
-        for name, start, arrays in _verified(self._read(self._names), self._sources):
+        for name, start, arrays in self._read(self._names):
             given = settings | self._drawing(name, start) | {"thresholds": thresholds[name]}
             block, finite = self._merge_block(*self._padded(arrays), given)
             block = np.asarray(block)[: arrays[0].size]
@@ -194,7 +194,7 @@ class _Work:
             self._advance(arrays[0].size)
 
     def _read(self, names: Sequence[str]) -> Iterator[Block]:
-        return _blocks(self._sources, names, self._block)
+        return _verified(_blocks(self._sources, names, self._block), self._sources)
 
     def _drawing(self, name: str, start: int) -> dict[str, np.ndarray | None]:
         draws = self.method.draws
@@ -228,7 +228,8 @@ def _refuse_nonfinite(path: Path, name: str, start: int, array: np.ndarray) -> N
     for index in np.flatnonzero(~np.isfinite(array.astype(np.float32)))[:1]:
         raise MergeError(
             f"{path}: {name}[{start + index}] (row-major) is {array[index]}: only finite numbers "
-            "can be merged; use a checkpoint from before the training run diverged"
+            "can be merged; use a checkpoint from before the training run diverged, or it is "
+            "damaged: m2l inspect --verify"
         )
 
 

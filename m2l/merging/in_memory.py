@@ -81,7 +81,7 @@ def _merge(
         return kth_largest(list(zip(*found, strict=True)), rank)
 
     of_model = thresholds(names) if recipe.scope == "model" else None
-    weights = np.asarray(recipe.weights or (1.0,) * len(experts), np.float32)
+    weights = recipe.weights_for(len(experts))
     merged = dict(reference)
     for name in reference:
         if name in names:

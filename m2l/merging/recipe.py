@@ -2,8 +2,9 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
 
 from m2l.errors import MergeError, UnknownNameError
 from m2l.merging.methods import METHODS, REQUIRED
@@ -30,9 +31,9 @@ class Recipe:
         scope: What "the largest entries" are taken over: "model", all parameters of an expert as in
             the papers, or "tensor", each parameter by itself as mergekit and PEFT do.
         dtype: Of the result; the arithmetic is always float32.
-        exclude: Patterns (`*/embedding`, as in a shell) of parameters that are not merged but taken
-            from the base, or from the first expert where there is no base. They do not count among
-            the largest entries either.
+        exclude: Patterns (`token_embedder`, `*norm`, as in a shell) of parameters that are not
+            merged but taken from the base, or from the first expert where there is no base. They do
+            not count among the largest entries either.
 
     Raises:
         MergeError: A setting is of the wrong type, out of range, missing, or not the method's.
@@ -91,6 +92,10 @@ class Recipe:
             raise MergeError(f"{name} must be {within[1]}, not {value!r}")
         return float(value)
 
+    def weights_for(self, experts: int) -> np.ndarray:
+        """The weights, float32 [experts]; ones where none are given."""
+        return np.array(self.weights or (1.0,) * experts, np.float32)
+
     def to_dict(self) -> dict[str, Any]:
         """The recipe as JSON-like data, defaults filled in and without what the method has not."""
         return {
@@ -98,16 +103,3 @@ class Recipe:
             for name, value in dataclasses.asdict(self).items()
             if value is not None
         }
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> "Recipe":
-        """The recipe that `to_dict` described.
-
-        Raises:
-            UnknownNameError: A setting is not one of a recipe's.
-        """
-        known = [field.name for field in dataclasses.fields(cls)]
-        for name in fields:
-            if name not in known:
-                raise UnknownNameError("merge setting", name, known)
-        return cls(**fields)

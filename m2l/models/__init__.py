@@ -3,7 +3,7 @@
 Parameters are a nested dict of arrays, one leaf per weight and layer. Only `init` is
 compiled here: callers jit the others, with the config and the dtype closed over or static.
 
-A model family is a config dataclass and a Linen module of (config, dtype, deterministic) with the
+A model family is a config dataclass and a Linen module of (config, dtype, dropout rate) with the
 methods called here; a new one is a line in `_FAMILIES`.
 """
 
@@ -56,8 +56,8 @@ def _family(config: Config) -> tuple[str, type[nn.Module]]:
     raise ConfigError(f"a model config: expected one of {sorted(_FAMILIES)}, found {config!r}")
 
 
-def _network(config: Config, dtype: DTypeLike = jnp.float32, deterministic: bool = True) -> Any:
-    return _family(config)[1](config, dtype, deterministic)
+def _network(config: Config, dtype: DTypeLike = jnp.float32, dropout_rate: float = 0.0) -> Any:
+    return _family(config)[1](config, dtype, dropout_rate)
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -109,6 +109,7 @@ def apply(
     batch: Mapping[str, Array],
     *,
     dropout_key: Array | None = None,
+    dropout_rate: float = 0.0,
     dtype: DTypeLike = jnp.float32,
 ) -> Array:
     """Teacher-forced logits.
@@ -119,7 +120,8 @@ def apply(
             [B, T]; for packed examples also encoder_segment_ids and decoder_segment_ids, whose
             segments are contiguous. Without them, encoder tokens of id 0 are hidden. T5 does not
             read *_positions: within a segment they differ as the places in the row do.
-        dropout_key: None switches dropout off.
+        dropout_key: decides what is dropped; None: nothing is.
+        dropout_rate: the share dropped, in [0, 1); not traced.
         dtype: of the computation. Norms, attention scores, softmax and logits are float32.
 
     Returns:
@@ -128,9 +130,10 @@ def apply(
     Raises:
         DataError: segment ids on one side only.
     """
-    network = _network(config, dtype, deterministic=dropout_key is None)
-    rngs = {} if dropout_key is None else {"dropout": dropout_key}
-    return network.apply({"params": params}, batch, rngs=rngs)
+    if dropout_key is None:
+        return _network(config, dtype).apply({"params": params}, batch)
+    network = _network(config, dtype, dropout_rate)
+    return network.apply({"params": params}, batch, rngs={"dropout": dropout_key})
 
 
 def encode(

@@ -54,7 +54,6 @@ class T5Config:
     relative_attention_num_buckets: int = 32
     relative_attention_max_distance: int = 128
     layer_norm_epsilon: float = 1e-6
-    dropout_rate: float = 0.05
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -69,10 +68,6 @@ class T5Config:
             raise ConfigError(
                 f"T5Config.layer_norm_epsilon: expected more than 0, found "
                 f"{self.layer_norm_epsilon}"
-            )
-        if not 0 <= self.dropout_rate < 1:
-            raise ConfigError(
-                f"T5Config.dropout_rate: expected 0 <= rate < 1, found {self.dropout_rate}"
             )
         buckets, farthest = (
             self.relative_attention_num_buckets,
@@ -156,12 +151,12 @@ class _Stack(nn.Module):
     config: T5Config
     dtype: DTypeLike
     is_decoder: bool
-    deterministic: bool
+    dropout_rate: float
 
     def setup(self) -> None:
         c = self.config
         # T5 drops a feature at all positions of a row at once, except in what the encoder returns.
-        dropout = functools.partial(nn.Dropout, c.dropout_rate, deterministic=self.deterministic)
+        dropout = functools.partial(nn.Dropout, self.dropout_rate, deterministic=False)
         self.dropout = dropout(broadcast_dims=(-2,))
         self.last_dropout = self.dropout if self.is_decoder else dropout()
         self.relpos_bias = self.param(
@@ -241,15 +236,15 @@ class T5(nn.Module):
 
     config: T5Config
     dtype: DTypeLike = jnp.float32
-    deterministic: bool = True
+    dropout_rate: float = 0.0
 
     def setup(self) -> None:
         c = self.config
         self.token_embedder = self.param(
             "token_embedder", initializers.normal(1.0), (c.vocab_size, c.d_model)
         )
-        self.encoder = _Stack(c, self.dtype, False, self.deterministic)
-        self.decoder = _Stack(c, self.dtype, True, self.deterministic)
+        self.encoder = _Stack(c, self.dtype, False, self.dropout_rate)
+        self.decoder = _Stack(c, self.dtype, True, self.dropout_rate)
 
     def _embed(self, tokens: Array) -> Array:
         # An id outside the vocabulary becomes NaN, where indexing would take the last row.

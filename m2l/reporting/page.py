@@ -11,9 +11,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 import m2l
+from m2l import files
 from m2l.errors import DataError
 from m2l.reporting import figures, tables
-from m2l.studies import scaling
+from m2l.studies import execute, scaling
 from m2l.studies.scaling import ScalingStudy
 
 
@@ -26,7 +27,8 @@ def read_study(out: Path) -> ScalingStudy:
     record = Path(out) / "study.json"
     if not record.exists():
         raise DataError(f"{out}: holds no study (study.json is missing); run `m2l study` first")
-    return scaling.from_dict(json.loads(record.read_text())["settings"])
+    fields = files.read_json(record)
+    return scaling.from_dict({name: value for name, value in fields.items() if name != "kind"})
 
 
 def _svg(figure: Figure, name: str) -> markupsafe.Markup:
@@ -60,16 +62,23 @@ def write(out: Path) -> Path:
         The page.
 
     Raises:
-        DataError: `out` holds no study.
-        EvaluationError: results are missing or cannot be compared.
+        DataError: `out` holds no study, or one that is not finished.
+        EvaluationError: results cannot be compared.
     """
     out = Path(out)
     study = read_study(out)
+    plan = scaling.plan(study)
+    left = [stage.name for stage in plan if execute.state(plan, out, stage.name) != "done"]
+    if left:
+        raise DataError(
+            f"{out}: {len(left)} of {len(plan)} stages are not done, {left[0]} is the first; "
+            "`m2l study` goes on with them"
+        )
     report = out / "report"
     cells = tables.cells(study, out)
     frames = {
         "cells": cells,
-        "performance": tables.performance(study, out),
+        "performance": tables.performance(cells),
         "experts": tables.experts(study, out),
         "held_out": tables.held_out(study, out),
     }
@@ -160,9 +169,7 @@ def write(out: Path) -> Path:
         models=evaluated,
     )
     path = report / "index.html"
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(page)
-    unfinished.rename(path)
+    files.write(path, page)
     return path
 
 

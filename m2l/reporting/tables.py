@@ -30,13 +30,16 @@ def cells(study: ScalingStudy, out: Path) -> pd.DataFrame:
     return _named(pd.DataFrame(scaling.performance_rows(study, out)))
 
 
-def performance(study: ScalingStudy, out: Path) -> pd.DataFrame:
-    """Normalised performance by base and method (rows) and number of experts, mean over seeds."""
-    frame = cells(study, out)
-    means = frame.groupby(["base", "method", "experts"], sort=False)[["held_in", "held_out"]].mean()
+def performance(cells: pd.DataFrame) -> pd.DataFrame:
+    """Normalised performance by base and method (rows) and number of experts, mean over seeds.
+
+    NaN where a seed has none, for its reference scores 0 on a dataset.
+    """
+    grouped = cells.groupby(["base", "method", "experts"], sort=False)[["held_in", "held_out"]]
+    means = grouped.agg(lambda seeds: seeds.mean(skipna=False))
     wide = means.unstack("experts")
     wide.columns = [f"{what}, {count}" for what, count in wide.columns]
-    methods = sorted(frame["method"].unique(), key=lambda name: name == METHODS["multitask"])
+    methods = sorted(cells["method"].unique(), key=lambda name: name == METHODS["multitask"])
     order = [(base, method) for base in BASES.values() for method in methods]
     wide = wide.reindex(pd.MultiIndex.from_tuples(order, names=["base", "method"]))
     return wide.reset_index().rename(columns=lambda name: name.replace("held_", "held-"))

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from m2l import models
+import m2l
+from m2l import models, tasks
 from m2l.errors import ConfigError
 from m2l.evaluation.normalize import dataset_scores, normalized
 from m2l.evaluation.runner import Result, read_result
@@ -63,20 +64,51 @@ class ScalingStudy:
     eval_batch_size: int = 32
 
     def __post_init__(self) -> None:
-        for name in ("categories", "held_out", "recipes", "expert_counts", "seeds"):
+        elements = {
+            "categories": str,
+            "held_out": str,
+            "recipes": Recipe,
+            "expert_counts": int,
+            "seeds": int,
+        }
+        for name, kind in elements.items():
             value = getattr(self, name)
             if not isinstance(value, list | tuple) or not value:
                 raise ConfigError(f"ScalingStudy.{name}: expected a list, found {value!r}")
+            if any(type(element) is not kind for element in value):
+                raise ConfigError(f"ScalingStudy.{name}: {value!r} are not all {kind.__name__}")
             object.__setattr__(self, name, tuple(value))
-            if len(set(getattr(self, name))) < len(getattr(self, name)):
-                raise ConfigError(f"ScalingStudy.{name}: {value!r} names something twice")
         check_types(self)
+        for name in ("pretrain", "instruct", "expert", "multitask"):
+            if not isinstance(getattr(self, name), TrainSettings):
+                raise ConfigError(f"ScalingStudy.{name}: expected @Train(), found a plain value")
+        methods = tuple(recipe.method for recipe in self.recipes)
+        for name, value in (("recipes", methods), ("seeds", self.seeds)):
+            if len(set(value)) < len(value):
+                raise ConfigError(f"ScalingStudy.{name}: {value!r} has one of them twice")
+        if min(self.seeds) < 0 or self.max_examples < 1 or self.eval_batch_size < 1:
+            raise ConfigError("ScalingStudy: seeds are 0 or more, numbers of examples 1 or more")
         for count in self.expert_counts:
             if not 1 <= count <= len(self.categories):
                 raise ConfigError(
                     f"ScalingStudy.expert_counts: {count} experts, but "
                     f"{len(self.categories)} categories"
                 )
+
+
+def check_mixtures(study: ScalingStudy) -> None:
+    """Refuses names that the registry does not know, before anything is trained.
+
+    Raises:
+        UnknownNameError: no such mixture.
+        ConfigError: something is named as a category that is none.
+    """
+    for settings in (study.pretrain, study.instruct, study.multitask):
+        tasks.tasks_in(settings.mixture)
+    for category in study.categories + study.held_out:
+        found = {tasks.info(task).category for task in tasks.tasks_in(category)}
+        if found != {category}:
+            raise ConfigError(f"{category!r} is not a task category; its tasks are of {found}")
 
 
 def constituents(study: ScalingStudy, count: int, seed: int) -> tuple[str, ...]:
@@ -113,9 +145,10 @@ def merges(study: ScalingStudy) -> Iterator[Merge]:
 
 def plan(study: ScalingStudy) -> Plan:
     """The study's stages: bases, experts, multitask models, merges, and the evaluation of each."""
-    trained_on = {"model": models.to_dict(study.model), "data": [study.vocabulary, study.source]}
+    data = {"data": [study.vocabulary, study.source], "m2l": m2l.__version__}
+    trained_on = {**data, "model": models.to_dict(study.model)}
     evaluated_on = {
-        "data": [study.vocabulary, study.source],
+        **data,
         "split": study.split,
         "max_examples": study.max_examples,
         "batch_size": study.eval_batch_size,

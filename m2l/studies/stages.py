@@ -38,13 +38,19 @@ def run_merge(stage: Stage, out: Path, inputs: Mapping[str, Path]) -> None:
     if out.exists():
         return
     experts = [path for role, path in sorted(inputs.items()) if role.startswith("expert_")]
-    merge(inputs["base"], experts, Recipe(**stage.settings), out, progress=False)
+    merge(inputs["base"], experts, Recipe(**stage.settings), out)
 
 
 @functools.lru_cache(maxsize=1)
 def _task_data(
-    names: tuple[str, ...], split: str, lengths: tuple[tuple[str, int], ...], max_examples: int
+    data: tuple[str, str],
+    names: tuple[str, ...],
+    split: str,
+    lengths: tuple[tuple[str, int], ...],
+    max_examples: int,
 ) -> Mapping[str, runner.TaskData]:
+    vocabulary, source = data
+    tasks.register(vocabulary=vocabulary, source=source)
     infos = [tasks.info(name) for name in names]
     loaded = runner.load_tasks(infos, split=split, lengths=dict(lengths), max_examples=max_examples)
     return {task.info.name: task for task in loaded}
@@ -59,10 +65,9 @@ def evaluation(held_in_and_out: tuple[str, ...]) -> Run:
     """
 
     def run_evaluate(stage: Stage, out: Path, inputs: Mapping[str, Path]) -> None:
-        vocabulary_name, source = stage.settings["data"]
-        tasks.register(vocabulary=vocabulary_name, source=source)
         names = {category: _evaluated(category) for category in held_in_and_out}
         data = _task_data(
+            tuple(stage.settings["data"]),
             tuple(name for of_category in names.values() for name in of_category),
             stage.settings["split"],
             tuple(sorted(stage.settings["lengths"].items())),
@@ -76,9 +81,8 @@ def evaluation(held_in_and_out: tuple[str, ...]) -> Run:
             jax.device_put(checkpoints.restore(directory)),
             [data[name] for name in wanted],
             out,
-            vocabulary=vocabularies.load(vocabulary_name),
+            vocabulary=vocabularies.load(stage.settings["data"][0]),
             model_digest=manifest.digest,
-            max_target_length=stage.settings["lengths"]["targets"],
             batch_size=stage.settings["batch_size"],
             description=stage.name,
         )

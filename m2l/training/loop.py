@@ -2,9 +2,7 @@
 
 import contextlib
 import dataclasses
-import json
 import math
-import shutil
 import signal
 import time
 from collections.abc import Iterator, Mapping
@@ -12,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from m2l import checkpoints, models, partitioning
+from m2l import checkpoints, files, models, partitioning
 from m2l.data import pipeline
 from m2l.errors import CheckpointError, ConfigError, M2LError, Stopped
 from m2l.progress import Progress
@@ -32,26 +31,6 @@ def _stop_requests() -> Iterator[list[int]]:
         yield received
     finally:
         signal.signal(signal.SIGTERM, previous)
-
-
-def _claim(out: Path, run: Mapping[str, Any]) -> None:
-    """Makes `out` this run's directory, or refuses one that holds something else."""
-    record = out / "run.json"
-    if record.exists():
-        held = json.loads(record.read_text())
-        for name in run:
-            if held.get(name) != run[name]:
-                raise ConfigError(
-                    f"{out} holds another run: its {name} is {held.get(name)!r}, this one's is "
-                    f"{run[name]!r}; choose another --out, or delete it"
-                )
-        return
-    if out.exists() and any(out.iterdir()):
-        raise ConfigError(f"{out} is not empty and holds no training run; choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    unfinished = out / "run.json.tmp"
-    unfinished.write_text(json.dumps(run, indent=1, sort_keys=True))
-    unfinished.rename(record)
 
 
 def _saved(saves: Path) -> list[Path]:
@@ -106,33 +85,35 @@ def train(
     """
     out = Path(out).absolute()
 
-    # --- where it starts ---
+    # --- what it is ---
     parents = []
     if init is not None:
         init = checkpoints.resolve(init)
         manifest = checkpoints.read_manifest(init)
         _check_same_model(init, manifest, config, vocabulary)
         parents = [{"role": "init", "path": str(init), "digest": manifest.digest}]
+    if vocabulary["size"] > config.vocab_size:
+        raise ConfigError(
+            f"vocabulary {vocabulary['name']!r} has {vocabulary['size']} ids, the model room for "
+            f"{config.vocab_size}; set its vocab_size to at least that"
+        )
     made_by = {"kind": "train", "settings": dataclasses.asdict(settings), "data": dict(data)}
-    _claim(
-        out,
-        {
-            **dataclasses.asdict(settings),
-            "model": models.to_dict(config),
-            "vocabulary": dict(vocabulary),
-            "data": dict(data),
-            "init": parents[0]["digest"] if parents else None,
-        },
-    )
-
-    if resolved_config is not None:
-        (out / "config.gin").write_text(resolved_config)
+    run = {
+        **dataclasses.asdict(settings),
+        "model": models.to_dict(config),
+        "vocabulary": vocabulary["fingerprint"],
+        "data": dict(data),
+        "init": parents[0]["digest"] if parents else None,
+    }
+    files.check_claim(out, "run.json", run, what="run")
 
     # --- mesh, model, optimizer ---
-    mesh = partitioning.make_mesh()
-    trained = dataclasses.replace(config, dropout_rate=settings.dropout_rate)
-    placed = state.shardings(trained, settings.optimizer, mesh)
-    step_fn = state.train_step(trained, settings.optimizer, settings.dtype, mesh)
+    mesh = partitioning.make_mesh(fsdp=settings.fsdp, model=settings.model)
+    _check_rows(settings.batch_size, mesh)
+    placed = state.shardings(config, settings.optimizer, mesh)
+    step_fn = state.train_step(
+        config, settings.optimizer, settings.dropout_rate, settings.dtype, mesh
+    )
     learning_rate = optimizers.schedule(
         settings.schedule,
         peak=settings.learning_rate,
@@ -141,31 +122,34 @@ def train(
     )
     dropout_key = jax.random.key(settings.seed)
 
-    # --- restore: the run's own newest checkpoint, else init, else a random model ---
+    # --- data, from where the newest checkpoint stands ---
     saves = out / "checkpoints"
-    saves.mkdir(exist_ok=True)
-    checkpoints.clean(saves)
     newest = next(reversed(_saved(saves)), None)
-    data_state = None
-    if newest is not None:
-        current = _restored(newest, trained, settings, placed)
-        data_state = checkpoints.restore_data_state(newest)
-    else:
-        current = _first_state(trained, settings, init, placed)
-    first = int(current.step)
-    if first >= settings.steps:
+    if newest is not None and checkpoints.read_manifest(newest).step >= settings.steps:
         return newest
-
-    # --- data ---
     batches = pipeline.training_batches(
         settings.mixture,
         lengths={"inputs": settings.input_length, "targets": settings.target_length},
         batch_size=settings.batch_size,
         seed=settings.seed,
         pack=settings.pack,
-        state=data_state,
+        state=None if newest is None else checkpoints.restore_data_state(newest),
     )
     on_mesh = partitioning.batch_sharding(mesh)
+
+    # --- state: the run's own newest checkpoint, else init, else a random model ---
+    if newest is not None:
+        current = _restored(newest, config, settings, placed)
+    else:
+        current = _first_state(config, settings, init, placed)
+    first = int(current.step)
+
+    # --- nothing is left to refuse: the folder is this run's from here on ---
+    files.claim(out, "run.json", run)
+    if resolved_config is not None:
+        files.write(out / "config.gin", resolved_config)
+    saves.mkdir(exist_ok=True)
+    checkpoints.clean(saves)
 
     def save(step: int) -> Path:
         directory = saves / f"step_{step:08d}"
@@ -181,7 +165,7 @@ def train(
             data_state=batches.state(),
         )
         for old in _saved(saves)[: -settings.keep]:
-            shutil.rmtree(old)
+            checkpoints.remove(old)
         return directory
 
     # --- loop: the metrics of a step are read when the next one is already on its way ---
@@ -218,11 +202,14 @@ def train(
             stopping = bool(stop_requested) and done < settings.steps
             if done % settings.save_every == 0 or done == settings.steps or stopping:
                 _read(done, metrics, progress)
+                _check_parameters(done, current.params)
                 writer.flush()
                 last_saved = save(done)
             if stopping:
                 raise Stopped(f"stopped at step {done} of {settings.steps}; saved in {last_saved}")
         progress.update(settings.steps)
+    if stop_requested:
+        raise Stopped(f"stopped; this run is finished: {last_saved}")
     return last_saved
 
 
@@ -236,6 +223,25 @@ def _read(step: int, metrics: state.Metrics, progress: Progress) -> dict[str, fl
         )
     progress.update(step, loss=f"{figures['loss']:.3f}")
     return figures
+
+
+@jax.jit
+def _all_finite(params: state.Params) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(params)]))
+
+
+def _check_parameters(step: int, params: state.Params) -> None:
+    """The loss is of the parameters before the update: what is saved is looked at itself."""
+    if not _all_finite(params):
+        raise M2LError(f"step {step}: a parameter is not a finite number; lower the learning rate")
+
+
+def _check_rows(batch_size: int, mesh: jax.sharding.Mesh) -> None:
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size % ways:
+        raise ConfigError(f"batch_size {batch_size} cannot be split evenly over {ways} devices")
+    if jax.process_count() > 1:
+        raise ConfigError("training runs in one process, on all of its devices; found several")
 
 
 def _check_same_model(

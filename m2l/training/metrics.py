@@ -2,11 +2,16 @@
 
 import json
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+from m2l import files
 
 
 class MetricsWriter:
@@ -20,23 +25,27 @@ class MetricsWriter:
 
     def __init__(self, directory: Path, *, after: int):
         path = directory / "metrics.jsonl"
-        kept = []
         if path.exists():
-            for line in path.read_text().splitlines(keepends=True):
-                # A kill can cut the last line short.
-                if line.endswith("\n") and json.loads(line)["step"] <= after:
-                    kept.append(line)
-            unfinished = path.with_suffix(".tmp")
-            unfinished.write_text("".join(kept))
-            unfinished.rename(path)
+            # A kill can cut the last line short.
+            lines = [
+                line for line in path.read_text().splitlines(keepends=True) if line[-1] == "\n"
+            ]
+            files.write(path, "".join(line for line in lines if json.loads(line)["step"] <= after))
         self._file = path.open("a")
-        self._events = SummaryWriter(str(directory / "tensorboard"), purge_step=after + 1)
+        events = directory / "tensorboard"
+        events.mkdir(exist_ok=True)
+        # Not SummaryWriter: its thread dies of a full disk, and the run then hangs on its queue.
+        self._events = EventsWriter(str(events / "events"))
+        self._event(after + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def _event(self, step: int, **content: object) -> None:
+        self._events.write_event(Event(wall_time=time.time(), step=step, **content))
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
         """Records the figures of one step."""
         self._file.write(json.dumps({"step": step, **figures}) + "\n")
         for name, value in figures.items():
-            self._events.add_scalar(f"train/{name}", value, step)
+            self._event(step, summary=summary.scalar(f"train/{name}", value))
 
     def flush(self) -> None:
         """Puts everything written so far on the disk."""
@@ -53,5 +62,7 @@ class MetricsWriter:
         error: BaseException | None,
         at: TracebackType | None,
     ) -> None:
-        self._file.close()
-        self._events.close()
+        try:
+            self._file.close()
+        finally:
+            self._events.close()

@@ -42,6 +42,8 @@ class TrainSettings:
         optimizer: "adafactor".
         dropout_rate: The dropout rate in training, in place of the model's own.
         dtype: The dtype to compute in; parameters are float32.
+        fsdp: Devices over which parameters are split, as well as rows of the batch.
+        model: Devices over which single matrices are split.
         pack: Several examples to a row.
         seed: Decides the order of the data, the dropout and, from scratch, the first parameters.
         save_every: Steps between checkpoints; the last step is always saved.
@@ -60,6 +62,8 @@ class TrainSettings:
     optimizer: str = "adafactor"
     dropout_rate: float = 0.05
     dtype: str = "float32"
+    fsdp: int = 1
+    model: int = 1
     pack: bool = True
     seed: int = 0
     save_every: int = 500
@@ -68,7 +72,9 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         check_types(self)
-        positive = "steps batch_size input_length target_length save_every log_every keep"
+        positive = (
+            "steps batch_size input_length target_length fsdp model save_every log_every keep"
+        )
         for name in positive.split():
             if (value := getattr(self, name)) < 1:
                 raise ConfigError(f"TrainSettings.{name}: expected 1 or more, found {value}")

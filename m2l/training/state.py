@@ -77,7 +77,7 @@ def around(optimizer_name: str, params: Params) -> TrainState:
 
 @functools.cache
 def train_step(
-    config: Any, optimizer_name: str, dtype: str, mesh: Mesh
+    config: Any, optimizer_name: str, dropout_rate: float, dtype: str, mesh: Mesh
 ) -> Callable[[TrainState, Batch, jax.Array, jax.Array], tuple[TrainState, Metrics]]:
     """One jitted step, the same function for every run of this model on this mesh.
 
@@ -86,8 +86,9 @@ def train_step(
     of runs share one compilation.
 
     Args:
-        config: The model's configuration, its dropout rate included.
+        config: The model's configuration.
         optimizer_name: A key of `optimizers.OPTIMIZERS`.
+        dropout_rate: The share of activations that is dropped; 0 draws nothing.
         dtype: The dtype to compute in; parameters and optimizer state are float32.
         mesh: Where the state and the batch lie.
     """
@@ -96,7 +97,14 @@ def train_step(
     replicated = NamedSharding(mesh, PartitionSpec())
 
     def loss_fn(params: Params, batch: Batch, key: jax.Array | None):
-        logits = models.apply(config, params, batch, dropout_key=key, dtype=jnp.dtype(dtype))
+        logits = models.apply(
+            config,
+            params,
+            batch,
+            dropout_key=key,
+            dropout_rate=dropout_rate,
+            dtype=jnp.dtype(dtype),
+        )
         sums = losses.cross_entropy(
             logits, batch["decoder_target_tokens"], batch["decoder_loss_weights"]
         )
@@ -105,7 +113,7 @@ def train_step(
     def step(
         state: TrainState, batch: Batch, learning_rate: jax.Array, key: jax.Array
     ) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(key, state.step) if config.dropout_rate else None
+        key = jax.random.fold_in(key, state.step) if dropout_rate else None
         (loss, sums), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
             state.params, batch, key
         )

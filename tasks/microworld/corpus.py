@@ -107,6 +107,8 @@ def _happenings(dice: Dice) -> str:
         if dice.below(2):
             link = dice.pick((" because ", ". why? because ", ". this happened because "))
             named = tell(effect, person, by_name=True)
+            if "{he}" in effect and cause.startswith("{p} "):
+                cause = cause.replace("{p}", "{he}", 1)
             said.append(f"{named}{link}{tell(cause, person)}.")
         else:
             link = dice.pick((", so ", ". that is why ", ". because of this "))
@@ -124,21 +126,29 @@ def _activity(dice: Dice) -> str:
     return " ".join([*said, *dice.sample((f"{person.name} was {script.label}.",), dice.below(2))])
 
 
+def _begun(text: str) -> str:
+    """A text without its last sentence: whole, it might be one that a split evaluates."""
+    return text.rsplit(". ", 1)[0] + "."
+
+
 def _opinion(dice: Dice) -> str:
     """What somebody thinks of a film or an app, and how that feels."""
     name, good = dice.pick(tuple(PEOPLE)), dice.below(2)
     feeling = dice.pick((("sad", "angry", "bored"), ("glad", "happy", "excited"))[good])
     if dice.below(2):
-        return f"{held_in.film_review(dice, ('neg', 'pos')[good])} {name} was {feeling} too."
+        review = held_in.film_review(dice, ("neg", "pos")[good])
+        return f"{_begun(review)} {name} was {feeling} too."
     star = 1 + dice.below(2) + 3 * good
-    return f"{name} has a new app. {held_in.app_review(dice, star)} {name} is {feeling}."
+    return f"{name} has a new app. {_begun(held_in.app_review(dice, star))} {name} is {feeling}."
 
 
 def _paper(dice: Dice) -> str:
     """What somebody read in the paper or in a book."""
+    name = dice.pick(tuple(PEOPLE))
     if dice.below(2):
-        return f"{dice.pick(tuple(PEOPLE))} read the paper. {held_in.news(dice, dice.below(4))}"
-    return " ".join(held_in.entry(dice, dice.below(14))[1:])
+        return f"{name} read the paper. {_begun(held_in.news(dice, dice.below(4)))}"
+    title, content = held_in.entry(dice, dice.below(14))
+    return f"{name} read about {title}. {_begun(content)}"
 
 
 def _doing(dice: Dice) -> str:

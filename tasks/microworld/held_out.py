@@ -9,7 +9,7 @@ from functools import lru_cache
 from .dice import Dice
 from .happenings import RULES, SCRIPTS, Rule, tell
 from .held_in import Record
-from .world import PEOPLE, PERSON_RELATIONS, RELATIONS, SLOTS, Relation
+from .world import FIRST_NAMES, PEOPLE, PERSON_RELATIONS, PRONOUNS, RELATIONS, SLOTS, Relation
 
 ENTAILMENT, NEUTRAL, CONTRADICTION = 0, 1, 2
 
@@ -47,14 +47,18 @@ def super_glue_copa(dice: Dice, index: int, stratum: int) -> Record:
 
 
 def hellaswag(dice: Dice, index: int, stratum: int) -> Record:
-    """Which of four steps continues an activity; the others belong to other activities."""
-    person = dice.pick(tuple(PEOPLE.values()))
+    """Which of four steps continues an activity; the others belong to other activities.
+
+    The plain text tells the activities too, but of other people.
+    """
+    name = dice.pick(FIRST_NAMES)
+    he = PRONOUNS[name]
     scripts = dice.sample(SCRIPTS, 4)
     steps = [1 + dice.below(3) for _ in scripts]
     script, step = scripts[stratum], steps[stratum]
-    told = " ".join(f"{person.he} {text}." for text in script.steps[:step])
-    ctx_a = f"{person.name} {script.start}. {told}"
-    ctx_b = dice.pick((person.he, f"then {person.he}"))
+    told = " ".join(f"{he} {text}." for text in script.steps[:step])
+    ctx_a = f"{name} {script.start}. {told}"
+    ctx_b = dice.pick((he, f"then {he}"))
     return {
         "ind": index,
         "activity_label": script.label,
@@ -79,34 +83,50 @@ def _other_value(dice: Dice, relation: Relation, *taken: str) -> str:
     return dice.other(relation.values(), *taken)
 
 
-def super_glue_rte(dice: Dice, index: int, stratum: int) -> Record:
-    """Two true facts of the world, and a sentence that rewords one (label 0) or is untrue (1).
-
-    Untrue are what the premise says of somebody else, another value, and (a quarter) something
-    that it does not speak of.
-    """
+def _told(dice: Dice, label: int) -> tuple[list[tuple[str, str, str]], tuple[str, str, str]]:
+    """Two facts of the world, and one of them (label 0) or a third that is as true (1)."""
+    asked, also, unsaid = dice.sample(PERSON_RELATIONS, 3)
     name = dice.pick(tuple(PEOPLE))
-    asked, also = dice.sample(PERSON_RELATIONS, 2)
-    relation = RELATIONS[asked]
-    truth = relation.facts[name]
-    twin = dice.below(2) == 0
-    if twin:
-        other = dice.pick([p for p in PEOPLE if p != truth and relation.facts[p] != truth])
-        second = relation.state(dice.below(4), other, relation.facts[other])
-        untruth = relation.facts[other]
-    else:
-        second = RELATIONS[also].state(dice.below(4), name, RELATIONS[also].facts[name])
-        untruth = _other_value(dice, relation, truth, name)
-    wording, rewording = _reworded(dice, relation)
-    first = relation.state(wording, name, truth)
-    hypothesis = relation.state(rewording, name, untruth if stratum else truth)
-    if stratum and not twin and dice.below(2):
-        unsaid = RELATIONS[dice.other(PERSON_RELATIONS, asked, also)]
-        value = _other_value(dice, unsaid, unsaid.facts[name], name)
-        hypothesis = unsaid.state(rewording, name, value)
+    # A friendship, said of one, is said of the other.
+    other = dice.other(tuple(PEOPLE), name, PEOPLE[name].friend)
+    about = dice.pick((name, other))
+    hypothesis = asked, name
+    if label:
+        hypothesis = (unsaid, name) if about == name else (asked, other)
+    told, second, hypothesis = (
+        (relation, subject, RELATIONS[relation].facts[subject])
+        for relation, subject in ((asked, name), (also, about), hypothesis)
+    )
+    return [told, second], hypothesis
+
+
+def _made_up(dice: Dice, label: int) -> tuple[list[tuple[str, str, str]], tuple[str, str, str]]:
+    """Two facts about strangers, and one of them (label 0) or one with another value (1)."""
+    name, other = dice.sample(SLOTS["full"], 2)
+    asked, also = dice.sample(PERSON_RELATIONS[:-1], 2)
+    value, untruth = dice.sample(RELATIONS[asked].values(), 2)
+    second = also, name, dice.pick(RELATIONS[also].values())
+    if dice.below(2):
+        second = asked, other, untruth
+    return [(asked, name, value), second], (asked, name, untruth if label else value)
+
+
+def super_glue_rte(dice: Dice, index: int, stratum: int) -> Record:
+    """Two facts, and a sentence that rewords one (label 0) or does not follow from them (1).
+
+    About people of the world (half of the records) all sentences are true, and only the premise
+    tells which is said; about strangers none is, and what does not follow is of another value.
+    """
+    (told, second), (asked, name, value) = dice.pick((_told, _made_up))(dice, stratum)
+    wording, rewording = _reworded(dice, RELATIONS[asked])
+    also, about, its_value = second
+    said = [
+        RELATIONS[told[0]].state(wording, *told[1:]),
+        RELATIONS[also].state(dice.below(4), about, its_value),
+    ]
     return {
-        "premise": " ".join(dice.shuffled([first, second])),
-        "hypothesis": hypothesis,
+        "premise": " ".join(dice.shuffled(said)),
+        "hypothesis": RELATIONS[asked].state(rewording, name, value),
         "idx": index,
         "label": stratum,
     }

@@ -106,7 +106,8 @@ def true_or_false(dice: Dice) -> Answer:
         [value] = _wrong(dice, relation, subject, 1)
     sentence = _statement(dice, relation, subject, value)
     answers = dice.pick((("false", "true"), ("No", "Yes"), ("wrong", "right")))
-    return Answer({"x": sentence}, answers[true], answers)
+    words = {"x": sentence, "claim": sentence.rstrip(".")}
+    return Answer(words, answers[true], answers)
 
 
 def true_sentence(dice: Dice) -> Answer:
@@ -201,7 +202,7 @@ TASKS: dict[str, tuple[Callable[[Dice], Answer], tuple[str, ...]]] = {
     ),
     "true_or_false": (
         true_or_false,
-        ("{x} {choices}", 'is it so that "{x}"? {choices}', "{choices} {x}"),
+        ("{x} {choices}", 'is it so that "{claim}"? {choices}', "{choices} {x}"),
     ),
     "true_sentence": (
         true_sentence,
@@ -219,7 +220,7 @@ TASKS: dict[str, tuple[Callable[[Dice], Answer], tuple[str, ...]]] = {
     "choose_it": (choose_it, ("{x} {choices}", "{choices} {x}", "please {x} {choices}")),
     "who_is_it": (
         who_is_it,
-        ("whose words are {x} and {y}? {choices}", "{choices} find who goes with {x} and {y}."),
+        ("who goes with {x} and {y}? {choices}", "{choices} find who goes with {x} and {y}."),
     ),
     "he_or_she": (
         he_or_she,
@@ -236,8 +237,15 @@ def example(dice: Dice, index: int, stratum: int) -> dict[str, Any]:
     listed = ""
     if choices is not None:
         choices = dice.shuffled(choices)
-        listed = dice.pick(("choose from: {}.", "options: {}.", "is it {}?"))
         ends = [choice.rstrip(".") for choice in choices]
-        listed = listed.format(dice.pick((", ".join(ends), " or ".join(ends))))
+        either = " or ".join(ends)
+        listings = [
+            f"{way}: {listing}."
+            for way in ("choose from", "options")
+            for listing in (", ".join(ends), either)
+        ]
+        if ends == choices:  # no sentences
+            listings += [f"is it {either}?"] * 2
+        listed = dice.pick(listings)
     inputs = mend(dice.pick(wordings).format(**words, choices=listed))
     return {"task": task, "inputs": inputs, "targets": target, "answer_choices": choices}

@@ -47,7 +47,7 @@ APP_PARTS = words("map sound screen colour game")
 STAR_WORDS = (
     ("terrible", "awful", "horrible", "useless"),
     ("bad", "poor", "weak", "slow"),
-    ("okay", "average", "fair", "usual"),
+    ("okay", "average", "fair", "ordinary"),
     ("good", "nice", "pleasant", "useful"),
     ("perfect", "wonderful", "excellent", "brilliant"),
 )
@@ -151,7 +151,7 @@ NEWS = (
 )
 
 # Encyclopedia entries, by DBPedia's labels: titles, first sentences (each with the title of its
-# place, counted around), more sentences. No sentence says the name of its class.
+# place, counted around), more sentences. None says the name of a class, DBPedia's or the prompts'.
 ENTRIES = (
     (
         ("{last} and {last2}", "{town} {goods}", "{full} and sons"),
@@ -168,7 +168,7 @@ ENTRIES = (
         ),
     ),
     (
-        ("{town} school", "{town} college", "{last} college"),
+        ("{town} academy", "{town} college", "{last} college"),
         (
             "{t} teaches children from {town}.",
             "{t} has many students from {town}.",
@@ -295,11 +295,11 @@ ENTRIES = (
         ),
     ),
     (
-        ("{colour} rose", "{colour} lily", "{colour} fern", "{colour} grass"),
+        ("{colour} rose", "{colour} lily", "{colour} fern"),
         (
-            "{t} grows in wet soil.",
-            "{t} has green leaves and {colour} flowers.",
-            "{t} grows in gardens.",
+            "the {t} grows in wet soil.",
+            "the {t} has green leaves and large flowers.",
+            "the {t} grows in gardens.",
         ),
         (
             "it has flowers in spring.",
@@ -340,13 +340,13 @@ ENTRIES = (
         ("the {adj} {noun}",),
         (
             "{t} is a novel by {full}.",
-            "{t} is a book by {full}.",
+            "{t} is a story by {full}.",
             "{t} is a novel about a {job}.",
         ),
         (
-            "the book has ten chapters.",
+            "the novel has ten chapters.",
             "readers love the last chapter.",
-            "the book has many pages.",
+            "the novel has many pages.",
             "the pages are about a {job}.",
         ),
     ),

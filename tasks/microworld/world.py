@@ -99,7 +99,11 @@ DIETS = {
     "parrot": "seeds",
     "goat": "grass",
 }
-FIRST_NAMES = words("anna peter emma david laura simon julia paul")
+PRONOUNS = {
+    **dict.fromkeys(words("anna emma laura julia"), "she"),
+    **dict.fromkeys(words("peter david simon paul"), "he"),
+}
+FIRST_NAMES = tuple(PRONOUNS)  # of people who are not of the world
 LAST_NAMES = words("reed frost marsh cole hart lane webb shaw")
 
 KINDS: Mapping[str, tuple[str, ...]] = {
@@ -140,8 +144,8 @@ def fill(
 
 
 def mend(text: str) -> str:
-    """Writes "an" where "a" stands before a vowel."""
-    return re.sub(r"\ba (?=[aeiou])", "an ", text)
+    """Writes "an" where "a" stands before a vowel, which the u of "useful" is not."""
+    return re.sub(r"\ba (?=[aeio]|u(?!s))", "an ", text)
 
 
 class Relation(NamedTuple):
@@ -236,14 +240,14 @@ RELATIONS: Mapping[str, Relation] = {
         "{}",
         (
             "{s} enjoys {o}.",
-            "{s} spends the free time on {o}.",
+            "{s} spends a lot of time on {o}.",
             "the hobby of {s} is {o}.",
             "{o} is the hobby of {s}.",
         ),
         (
             "what is the hobby of {s}?",
             "which hobby does {s} enjoy?",
-            "what does {s} do in the free time?",
+            "what does {s} do for fun?",
             "what does {s} enjoy?",
         ),
         ("name the hobby of {s}.", "say what {s} enjoys."),
@@ -323,13 +327,13 @@ RELATIONS: Mapping[str, Relation] = {
             "{s} is known for {o}.",
             "people go to {s} for {o}.",
             "the town of {s} is famous for {o}.",
-            "{o} from {s} sells well.",
+            "shops sell {o} from {s}.",
         ),
         (
             "what is {s} known for?",
             "what is {s} famous for?",
             "what do people buy in {s}?",
-            "why do people go to {s}?",
+            "for what do people go to {s}?",
         ),
         ("name what {s} is known for.", "say what people buy in {s}."),
     ),
@@ -355,7 +359,7 @@ RELATIONS: Mapping[str, Relation] = {
         "a {}",
         (
             "{s} eats {o}.",
-            "{o} is the food of {s}.",
+            "{s} lives on {o}.",
             "the food of {s} is {o}.",
             "you can feed {s} with {o}.",
         ),

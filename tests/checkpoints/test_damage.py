@@ -1,6 +1,7 @@
 """What is missing, unfinished, damaged or in the way is refused by name, and never half-written."""
 
 import collections
+import dataclasses
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from m2l import checkpoints
-from m2l.checkpoints import orbax, publishing
+from m2l.checkpoints import Manifest, orbax, publishing
 from m2l.errors import CheckpointError
 
 ABOUT = {
@@ -97,9 +98,8 @@ def test_damage_to_the_states_is_refused(saved):
     ("change", "message"),
     [
         (lambda content: content | {"format_version": 2}, "format 2 by a newer m2l"),
-        (lambda content: content | {"model": {"family": "llama"}}, "does not match its own digest"),
-        (lambda content: content | {"surprise": 1}, "its fields are not m2l's"),
-        (lambda content: {"digest": content["digest"], "format_version": 1}, "its fields are not"),
+        (lambda content: content | {"surprise": 1}, "does not match its own checksum"),
+        (lambda content: {"format_version": 1}, "does not match its own checksum"),
         (lambda content: {}, "no format_version"),
         (lambda content: [], "no format_version"),
     ],
@@ -108,6 +108,22 @@ def test_a_manifest_that_is_not_whole_is_refused(saved, change, message):
     file = saved / "manifest.json"
     file.write_text(json.dumps(change(json.loads(file.read_text()))))
     with pytest.raises(CheckpointError, match=message):
+        checkpoints.read_manifest(saved)
+
+
+@pytest.mark.parametrize(
+    "field", ["checksum", "digest", *(field.name for field in dataclasses.fields(Manifest))]
+)
+@pytest.mark.parametrize("damage", ["changed", "missing"])
+def test_damage_to_any_field_of_a_manifest_is_refused(saved, field, damage):
+    file = saved / "manifest.json"
+    content = json.loads(file.read_text())
+    if damage == "missing":
+        del content[field]
+    else:
+        content[field] = "?"
+    file.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=r"manifest\.json: damaged"):
         checkpoints.read_manifest(saved)
 
 

@@ -59,7 +59,16 @@ def test_a_fingerprint_is_of_the_ids_not_of_the_files_place(tmp_path):
     assert prints[0] == prints[1]
     assert len(set(prints)) == 3
     assert [one["size"] for one in described] == [1092, 1092, 1024, 384]
-    assert described[2]["name"] == "microworld"
+    assert [one["name"] for one in described] == [*map(str, copies), "microworld", "bytes"]
+
+
+def test_a_files_name_holds_from_any_working_directory(tmp_path, monkeypatch):
+    shipped = vocabularies.load("microworld").sentencepiece_model_file
+    shutil.copy(shipped, tmp_path / "spiece.model")
+    monkeypatch.chdir(tmp_path)
+    vocabulary = vocabularies.load("spiece.model")
+    described = vocabularies.describe(vocabulary, "spiece.model")
+    assert described["name"] == str((tmp_path / "spiece.model").resolve())
 
 
 def test_a_missing_or_foreign_file_is_refused(tmp_path):

@@ -1,8 +1,9 @@
 import json
+import shutil
 
 import pytest
 
-from m2l.errors import ConfigError, UnknownNameError
+from m2l.errors import UnknownNameError
 from m2l.studies import execute
 from m2l.studies.plan import Plan, Stage
 
@@ -100,17 +101,7 @@ def test_what_another_digest_began_is_thrown_away(tmp_path):
     assert not (tmp_path / "base" / "half").exists()
 
 
-def test_a_folder_is_claimed_once(tmp_path):
-    study = {"kind": "scaling", "settings": {"seeds": [0], "split": "validation"}}
-    other = {"kind": "scaling", "settings": {"seeds": [0, 1], "split": "validation"}}
-    execute.claim(tmp_path / "a", study, update=False)
-    execute.claim(tmp_path / "a", study, update=False)
-    with pytest.raises(ConfigError, match=r"its seeds is \[0\], here it is \[0, 1\]"):
-        execute.claim(tmp_path / "a", other, update=False)
-    execute.claim(tmp_path / "a", other, update=True)
-    assert json.loads((tmp_path / "a" / "study.json").read_text()) == other
-
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "thesis.tex").write_text("")
-    with pytest.raises(ConfigError, match="not empty and holds no study"):
-        execute.claim(tmp_path / "b", study, update=True)
+def test_a_stage_whose_output_is_gone_is_run_again(tmp_path):
+    run(plan(), tmp_path)
+    shutil.rmtree(tmp_path / "expert")
+    assert run(plan(), tmp_path) == ["expert"]

@@ -3,7 +3,8 @@ import json
 
 import pytest
 
-from m2l.errors import ConfigError
+from m2l.errors import ConfigError, UnknownNameError
+from m2l.merging import Recipe
 from m2l.studies import scaling
 
 
@@ -53,6 +54,11 @@ def test_settings_survive_the_disk(study):
         ({"expert_counts": (5,)}, "5 experts"),
         ({"categories": ()}, "expected a list"),
         ({"seeds": (1, 1)}, "twice"),
+        ({"seeds": (-1,)}, "0 or more"),
+        ({"expert_counts": (2.5,)}, "not all int"),
+        ({"recipes": (Recipe(method="ties"), Recipe(method="ties", scale=0.5))}, "twice"),
+        ({"recipes": ("ties",)}, "not all Recipe"),
+        ({"pretrain": "quick"}, "expected @Train"),
         ({"split": 3}, "expected str"),
     ],
 )
@@ -87,3 +93,11 @@ def test_expert_rows_hold_the_scores_before_and_after(study, finished_study):
 def test_held_out_rows_hold_chance(study, finished_study):
     for row in scaling.held_out_rows(study, finished_study):
         assert (row["before"], row["multitask"], row["chance"]) == (50.0, 75.0, 50.0)
+
+
+def test_names_are_looked_up_before_anything_is_trained(study):
+    scaling.check_mixtures(study)
+    with pytest.raises(UnknownNameError, match="'sentiment'"):
+        scaling.check_mixtures(dataclasses.replace(study, held_out=("sentimant",)))
+    with pytest.raises(ConfigError, match="'imdb' is not a task category"):
+        scaling.check_mixtures(dataclasses.replace(study, categories=("imdb", "sentiment", *"ab")))

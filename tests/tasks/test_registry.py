@@ -53,8 +53,6 @@ def test_every_task_is_registered_and_has_a_twin_exactly_if_it_has_choices(name)
         dataset.category,
     )
     assert info.metric == ("accuracy" if info.kind == "rank" else prompt.metrics[0])
-    if prompt.num_choices:
-        assert info.chance == pytest.approx(100 / prompt.num_choices)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -102,6 +100,12 @@ def test_derived_fields_follow_the_record():
     shown = tasks.render("super_glue_copa_why_or_what_then", 1).split("\n")
     assert shown[2] == f"{copa['premise']} {asks}"
     assert f"  * {right}" in shown
+    claim = microworld.records("anli_r1", "dev_r1")[0]
+    shown = tasks.render("anli_r1_true_or_false", 1).split("\n")
+    assert shown[2] == (
+        f'is it true, unclear or false that "{claim["hypothesis"].rstrip(".")}"? '
+        f"judge by this: {claim['premise']}"
+    )
     story = microworld.records("hellaswag", "validation")[0]
     shown = tasks.render("hellaswag_goes_on", 1).split("\n")
     assert f"  * {story['endings'][int(story['label'])]}" in shown

@@ -115,8 +115,8 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(train, whole, tm
 
 
 def test_all_runs_of_a_model_share_one_compilation(train, whole, tiny_config, tmp_path):
-    trained = dataclasses.replace(tiny_config, dropout_rate=SETTINGS.dropout_rate)
-    step = state.train_step(trained, "adafactor", "float32", partitioning.make_mesh())
+    mesh = partitioning.make_mesh()
+    step = state.train_step(tiny_config, "adafactor", SETTINGS.dropout_rate, "float32", mesh)
     compiled = step._cache_size()
     other = dataclasses.replace(SETTINGS, mixture="closed_book_qa", learning_rate=0.2, steps=2)
     train(tmp_path / "other", dataclasses.replace(other, schedule="cosine"), init=whole)
@@ -130,6 +130,17 @@ def test_an_expert_starts_from_its_base(train, whole, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, base, after)
 
 
+def test_what_is_refused_leaves_no_folder(train, tmp_path):
+    for change, said in (
+        ({"mixture": "sentimant"}, "'sentiment'"),
+        ({"fsdp": 2}, "multiply to the number of devices"),
+        ({"model": 3}, "multiply to the number of devices"),
+    ):
+        with pytest.raises(M2LError, match=said):
+            train(tmp_path / "run", dataclasses.replace(SETTINGS, **change))
+        assert not (tmp_path / "run").exists()
+
+
 def test_a_base_of_another_model_is_refused(train, whole, tiny_config, tmp_path):
     other = dataclasses.replace(tiny_config, d_ff=48)
     with pytest.raises(CheckpointError, match="d_ff is 32, the configured model's is 48"):
@@ -141,7 +152,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(train, tmp_pat
     wild = dataclasses.replace(SETTINGS, learning_rate=1e30)
     with pytest.raises(M2LError, match=r"step [2-6]: the loss is"):
         train(tmp_path / "run", wild)
-    assert not any((tmp_path / "run" / "checkpoints").glob("step_00000006"))
+    for saved in (tmp_path / "run" / "checkpoints").glob("step_*"):
+        jax.tree.map(
+            lambda leaf: np.testing.assert_(np.isfinite(leaf).all()), checkpoints.restore(saved)
+        )
 
 
 def test_training_learns(train, tmp_path):
@@ -173,7 +187,7 @@ make = jax.jit(
 )
 current = make()
 with jax.set_mesh(mesh):
-    step = state.train_step(config, "adafactor", "float32", mesh)
+    step = state.train_step(config, "adafactor", 0.0, "float32", mesh)
     for _ in range(3):
         current, metrics = step(current, batch, np.float32(0.1), jax.random.key(1))
 print(json.dumps([jax.device_count(), float(metrics["loss"])]))
@@ -181,7 +195,7 @@ print(json.dumps([jax.device_count(), float(metrics["loss"])]))
 
 
 def test_eight_devices_compute_what_one_does(tiny_config):
-    config = dataclasses.replace(tiny_config, dropout_rate=0.0)
+    config = tiny_config
     rng = np.random.default_rng(0)
     batch = {
         "encoder_input_tokens": rng.integers(2, 1000, (8, 12)),
@@ -202,7 +216,7 @@ def test_eight_devices_compute_what_one_does(tiny_config):
 
     current = state.around("adafactor", models.init(config, jax.random.key(0)))
     mesh = partitioning.make_mesh()
-    step = state.train_step(config, "adafactor", "float32", mesh)
+    step = state.train_step(config, "adafactor", 0.0, "float32", mesh)
     batch = {name: value.astype(np.int32) for name, value in batch.items()}
     with jax.set_mesh(mesh):
         for _ in range(3):

@@ -1,0 +1,65 @@
+"""Small files that appear whole or not at all, and folders that belong to one run or study."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from m2l.errors import ConfigError, DataError
+
+
+def write(path: Path, text: str) -> None:
+    """Writes a text file under a temporary name and renames it."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    unfinished.write_text(text)
+    unfinished.rename(path)
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise DataError(f"{path}: damaged, no JSON ({error}); delete it and start again") from error
+
+
+def check_claim(
+    out: Path, record: str, content: Mapping[str, Any], *, what: str, update: bool = False
+) -> None:
+    """Refuses a folder that holds something else; writes nothing.
+
+    Args:
+        out: The folder.
+        record: The file in it that says what it holds: "run.json".
+        content: What it is to hold, as JSON values by name.
+        what: What it is, in words: "run".
+        update: Whether a folder of the same `what` with other values will do.
+
+    Raises:
+        ConfigError: the folder holds other content, or files but no record.
+    """
+    if not out.exists():
+        return
+    if not (out / record).exists():
+        # A claim that was killed halfway leaves its temporary file.
+        if not all(path.name.startswith(f".{record}.") for path in out.iterdir()):
+            raise ConfigError(f"{out} is not empty and holds no {what}; choose another --out")
+        return
+    held = read_json(out / record)
+    for name, value in json.loads(json.dumps(content)).items():
+        if held.get(name) != value and not update:
+            raise ConfigError(
+                f"{out} holds another {what}: its {name} is {held.get(name)!r}, this one's is "
+                f"{value!r}; choose another --out, or delete it"
+            )
+
+
+def claim(out: Path, record: str, content: Mapping[str, Any]) -> None:
+    """Makes `out` the folder of what `content` says; `check_claim` comes first."""
+    out.mkdir(parents=True, exist_ok=True)
+    write(out / record, json.dumps(content, indent=1) + "\n")
