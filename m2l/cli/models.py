@@ -197,11 +197,15 @@ def evaluate(
 @click.command()
 @click.argument("checkpoint", type=DIRECTORY)
 @click.option("--verify", is_flag=True, help="Compute every digest anew.")
-def inspect(checkpoint: Path, verify: bool) -> None:
+@click.option("--fsdp", type=click.IntRange(min=1), default=1, help="Show a mesh: its fsdp axis.")
+@click.option("--model", type=click.IntRange(min=1), default=1, help="And its model axis.")
+def inspect(checkpoint: Path, verify: bool, fsdp: int, model: int) -> None:
     """What is in a checkpoint and where it came from."""
     import math
 
-    from m2l import checkpoints
+    from jax.sharding import AbstractMesh
+
+    from m2l import checkpoints, models, partitioning
 
     directory = checkpoints.resolve(checkpoint)
     manifest = checkpoints.read_manifest(directory)
@@ -210,6 +214,12 @@ def inspect(checkpoint: Path, verify: bool) -> None:
         for name, p in manifest.parameters.items()
     ]
     print_table(str(directory), ["parameter", "shape", "dtype", "digest"], rows)
+    if fsdp * model > 1:
+        mesh = AbstractMesh((1, fsdp, model), partitioning.MESH_AXES)
+        placed = partitioning.table(models.spec(models.from_dict(manifest.model)), mesh)
+        rows = [(row.name, str(tuple(row.spec)), row.mib_per_device) for row in placed]
+        print_table(f"fsdp {fsdp}, model {model}", ["parameter", "axes", "MiB/device"], rows)
+        click.echo(f"MiB per device: {sum(row.mib_per_device for row in placed):.1f}")
     total = sum(math.prod(p["shape"]) for p in manifest.parameters.values())
     click.echo(f"parameters: {total:,}  digest {manifest.digest[:16]}  step {manifest.step}")
     click.echo(f"model: {json.dumps(manifest.model)}")

@@ -110,7 +110,7 @@ def records(dataset: str, split: str) -> list[Record]:
 
 
 def corpus(split: str) -> list[str]:
-    """Lines of plain text about the world, three to six sentences each.
+    """Lines of plain text about the world: two to nine sentences each, most often three to six.
 
     Raises:
         UnknownNameError: the split is neither train nor validation.

@@ -147,8 +147,7 @@ def _paper(dice: Dice) -> str:
     name = dice.pick(tuple(PEOPLE))
     if dice.below(2):
         return f"{name} read the paper. {_begun(held_in.news(dice, dice.below(4)))}"
-    title, content = held_in.entry(dice, dice.below(14))
-    return f"{name} read about {title}. {_begun(content)}"
+    return f"{name} read a page. {_begun(held_in.entry(dice, dice.below(14))[1])}"
 
 
 def _doing(dice: Dice) -> str:
@@ -204,5 +203,5 @@ LINES: tuple[Callable[[Dice], str], ...] = (
 
 
 def line(dice: Dice, index: int, stratum: int) -> str:
-    """One line of three to six sentences."""
+    """One line of two to nine sentences, most often three to six."""
     return LINES[stratum](dice)

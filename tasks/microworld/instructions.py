@@ -245,7 +245,7 @@ def example(dice: Dice, index: int, stratum: int) -> dict[str, Any]:
             for listing in (", ".join(ends), either)
         ]
         if ends == choices:  # no sentences
-            listings += [f"is it {either}?"] * 2
+            listings.append(f"is it {either}?")
         listed = dice.pick(listings)
     inputs = mend(dice.pick(wordings).format(**words, choices=listed))
     return {"task": task, "inputs": inputs, "targets": target, "answer_choices": choices}

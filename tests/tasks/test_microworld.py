@@ -250,6 +250,9 @@ def test_unknown_names_are_refused_with_the_nearest():
 def test_text_and_instructions_are_as_many_as_said():
     assert [len(corpus(split)) for split in ("train", "validation")] == [6000, 300]
     assert [len(instructions(split)) for split in ("train", "validation")] == [8000, 400]
+    sentences = [len(re.findall(r"[.?](?= |$)", line)) for line in corpus("train")]
+    assert set(sentences) == set(range(2, 10))
+    assert sum(3 <= n <= 6 for n in sentences) > 0.95 * len(sentences)
 
 
 def test_an_instruction_has_its_answer_among_its_choices_anywhere():
@@ -259,6 +262,8 @@ def test_an_instruction_has_its_answer_among_its_choices_anywhere():
         choices = example["answer_choices"]
         if choices is not None:
             assert len(set(choices)) == len(choices)
+            if either := re.search(r"is it (?!so that)(.*)\?", example["inputs"]):
+                assert either[1].split(" or ") == choices
             places[len(choices)][choices.index(example["targets"])] += 1
     for count, at in places.items():
         assert len(at) == count
