@@ -1,6 +1,9 @@
+import math
+
+import jax
 import pytest
 
-from m2l import configuration
+from m2l import configuration, models
 from m2l.errors import ConfigError, M2LError
 
 TRAIN = ["runs/train.gin"]
@@ -70,3 +73,22 @@ def test_nothing_of_one_load_is_left_for_the_next():
     configuration.load("Run", TRAIN, [*NEEDED, "LEARNING_RATE=0.5"])
     run, _ = configuration.load("Run", TRAIN, NEEDED)
     assert run.settings.learning_rate == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("size", "millions"),
+    # As the models' authors and hubs give them.
+    [("small", 77), ("base", 248), ("large", 783), ("xl", 2850), ("xxl", 11135)],
+)
+def test_the_published_sizes_have_the_published_numbers_of_parameters(size, millions):
+    run, _ = configuration.load("Run", [f"models/t5_1_1_{size}.gin", *TRAIN], NEEDED)
+    specs = jax.tree.leaves(models.spec(run.model))
+    total = sum(math.prod(spec.shape) for spec in specs)
+    assert total / 1e6 == pytest.approx(millions, rel=2e-3)
+
+
+def test_a_vocabulary_left_out_is_the_checkpoints_own():
+    run, _ = configuration.load("Run", TRAIN, NEEDED)
+    assert (run.vocabulary, run.model) == (None, None)
+    run, _ = configuration.load("Run", TRAIN, [*NEEDED, "VOCABULARY=bytes"])
+    assert run.vocabulary == "bytes"
