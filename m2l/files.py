@@ -29,7 +29,13 @@ def read_json(path: Path) -> Any:
 
 
 def check_claim(
-    out: Path, record: str, content: Mapping[str, Any], *, what: str, update: bool = False
+    out: Path,
+    record: str,
+    content: Mapping[str, Any],
+    *,
+    what: str,
+    update: bool = False,
+    mend: str = "delete it",
 ) -> None:
     """Refuses a folder that holds something else; writes nothing.
 
@@ -39,6 +45,7 @@ def check_claim(
         content: What it is to hold, as JSON values by name.
         what: What it is, in words: "run".
         update: Whether a folder of the same `what` with other values will do.
+        mend: What can be done about other values, but for choosing another folder.
 
     Raises:
         ConfigError: the folder holds other content, or files but no record.
@@ -55,7 +62,7 @@ def check_claim(
         if held.get(name) != value and not update:
             raise ConfigError(
                 f"{out} holds another {what}: its {name} is {held.get(name)!r}, this one's is "
-                f"{value!r}; choose another --out, or delete it"
+                f"{value!r}; choose another --out, or {mend}"
             )
 
 

@@ -58,10 +58,8 @@ def _study(
         print_table(f"{len(plan)} stages", ["stage", "kind", "state"], rows)
         return
     content = {"kind": "scaling", **scaling.to_dict(settings)}
-    try:
-        files.check_claim(out, "study.json", content, what="study", update=update)
-    except ConfigError as error:
-        raise ConfigError(f"{error} (or redo what changes with m2l study --update)") from error
+    mend = "redo what changes with m2l study --update"
+    files.check_claim(out, "study.json", content, what="study", update=update, mend=mend)
     files.claim(out, "study.json", content)
     files.write(out / "config.gin", resolved)
     from m2l.studies import stages
