@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import functools
 import logging
+import os
 import re
 from collections.abc import Iterator, Sequence
 from importlib import resources
@@ -119,6 +120,22 @@ def _plain(error: Exception) -> M2LError:
 
 
 @contextlib.contextmanager
+def _file_search() -> Iterator[None]:
+    """Files are looked up beside the caller, then among m2l's own, and nowhere else.
+
+    gin would also take the folders of a relative name for Python packages, and fail where one is
+    there without being a package: `runs/` beside `runs/train.gin`.
+    """
+    state = gin.config._LOCATION_PREFIXES, gin.config._FILE_READERS
+    gin.config._LOCATION_PREFIXES = ["", str(directory())]
+    gin.config._FILE_READERS = [(open, os.path.isfile)]
+    try:
+        yield
+    finally:
+        gin.config._LOCATION_PREFIXES, gin.config._FILE_READERS = state
+
+
+@contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps gin from logging what the raised error says already."""
     level = logging.root.level
@@ -148,8 +165,7 @@ def load(name: str, files: Sequence[str], bindings: Sequence[str] = ()) -> tuple
     """
     gin.clear_config()
     try:
-        with _quiet():
-            gin.add_config_file_search_path(str(directory()))
+        with _quiet(), _file_search():
             gin.parse_config_files_and_bindings(list(files), [], finalize_config=False)
             _refuse_unknown_macros(bindings, _macros([gin.config_str()]))
             gin.parse_config([quoted(binding) for binding in bindings])

@@ -69,6 +69,24 @@ def test_a_missing_file_is_named(tmp_path):
         configuration.load("Run", [str(tmp_path / "bad.gin")])
 
 
+def test_folders_named_like_those_of_the_gin_files_do_no_harm(tmp_path, monkeypatch):
+    for name in ("runs", "models", "experiments"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    configuration.load("ScalingStudy", ["experiments/demo.gin"])
+    configuration.load("Run", TRAIN, NEEDED)
+
+
+def test_a_file_beside_you_comes_before_one_of_m2ls_own(tmp_path, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "train.gin").write_text(
+        "Run.settings = @Train()\nTrain.mixture = 'mine'\nTrain.steps = 3\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert configuration.load("Run", TRAIN)[0].settings.mixture == "mine"
+
+
 def test_nothing_of_one_load_is_left_for_the_next():
     configuration.load("Run", TRAIN, [*NEEDED, "LEARNING_RATE=0.5"])
     run, _ = configuration.load("Run", TRAIN, NEEDED)
