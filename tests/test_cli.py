@@ -143,6 +143,13 @@ def test_wrong_flags_are_refused(refused, road, tmp_path):
     assert "study.json" in refused("report", tmp_path)
 
 
+def test_a_models_file_is_enough_to_train_from_scratch(run_m2l, tmp_path):
+    arguments = ["train", "--gin_file", "models/t5_tiny.gin", "--mixture", "imdb", "--steps", 1]
+    assert run_m2l(*arguments, "--gin.BATCH_SIZE=2", "--out", tmp_path / "run") == 0
+    manifest = checkpoints.read_manifest(checkpoints.resolve(tmp_path / "run"))
+    assert (manifest.model["d_model"], manifest.step) == (64, 1)
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [

@@ -39,7 +39,9 @@ def train(
     flags = [f"Train.mixture={mixture!r}"] if mixture else []
     flags += [f"Train.steps={steps}"] if steps is not None else []
     flags += [f"Run.vocabulary={vocabulary!r}"] if vocabulary else []
-    run, resolved = configuration.load("Run", gin_files or ("runs/train.gin",), [*bindings, *flags])
+    # The settings' own file comes first, so that a model's file alone will do.
+    gin_files = ("runs/train.gin", *gin_files)
+    run, resolved = configuration.load("Run", gin_files, [*bindings, *flags])
     config, vocabulary_name = run.model, run.vocabulary
     if init is not None:
         manifest = checkpoints.read_manifest(checkpoints.resolve(init))
