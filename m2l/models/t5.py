@@ -28,6 +28,7 @@ from m2l.models.layers import (
     relative_position_buckets,
     rms_norm,
 )
+from m2l.models.settings import check_choice, check_fields
 from m2l.partitioning import constrain
 
 PAD_ID = 0
@@ -38,7 +39,19 @@ Cache = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class T5Config:
-    """The dimensions of a T5 1.1, named as Hugging Face's T5Config names them.
+    """The dimensions and variants of a T5, named as Hugging Face's T5Config names them.
+
+    The defaults are T5 1.1's, and with them FLAN-T5's, T0's and mT5's. T5 1.0 is
+    `feed_forward_proj="relu"` and `tie_word_embeddings=True`.
+
+    Attributes:
+        model_type: What Hugging Face calls the model: "t5" or "mt5". The network is the same.
+        feed_forward_proj: "relu", "gelu" (the exact form), "gated-gelu" (the tanh form) or
+            "gated-silu".
+        tie_word_embeddings: Whether the embedding is the output's matrix as well.
+        scale_decoder_outputs: Whether what a tied output matrix is given is first multiplied by
+            d_model ** -0.5, as T5 1.0 does.
+        decoder_start_token_id: The token that starts every target.
 
     Raises:
         ConfigError: a value of the wrong type or out of range.
@@ -54,20 +67,30 @@ class T5Config:
     relative_attention_num_buckets: int = 32
     relative_attention_max_distance: int = 128
     layer_norm_epsilon: float = 1e-6
+    model_type: str = "t5"
+    feed_forward_proj: str = "gated-gelu"
+    tie_word_embeddings: bool = False
+    scale_decoder_outputs: bool = False
+    decoder_start_token_id: int = dataclasses.field(default=0, metadata={"least": 0})
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type is int and (type(value) is not int or value < 1):
-                raise ConfigError(
-                    f"T5Config.{field.name}: expected a positive integer, found {value!r}"
-                )
-            if field.type is float and type(value) not in (int, float):
-                raise ConfigError(f"T5Config.{field.name}: expected a number, found {value!r}")
+        check_fields(self)
+        check_choice(self, "model_type", ("t5", "mt5"))
+        check_choice(self, "feed_forward_proj", ("relu", "gelu", "gated-gelu", "gated-silu"))
         if not self.layer_norm_epsilon > 0:
             raise ConfigError(
                 f"T5Config.layer_norm_epsilon: expected more than 0, found "
                 f"{self.layer_norm_epsilon}"
+            )
+        if self.scale_decoder_outputs and not self.tie_word_embeddings:
+            raise ConfigError(
+                "T5Config.scale_decoder_outputs: only a tied output is scaled; set "
+                "tie_word_embeddings as well"
+            )
+        if self.decoder_start_token_id >= self.vocab_size:
+            raise ConfigError(
+                f"T5Config.decoder_start_token_id: {self.decoder_start_token_id} is outside the "
+                f"vocabulary of {self.vocab_size}"
             )
         buckets, farthest = (
             self.relative_attention_num_buckets,
