@@ -19,11 +19,14 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from m2l.errors import ConfigError, UnknownNameError
-from m2l.models.layers import ParamSpec, spec_of
+from m2l.models.layers import Execution, ParamSpec, spec_of
+from m2l.models.llama import Llama, LlamaConfig
 from m2l.models.t5 import T5, T5Config
 
 __all__ = [
     "Config",
+    "Execution",
+    "LlamaConfig",
     "ParamSpec",
     "T5Config",
     "apply",
@@ -31,21 +34,23 @@ __all__ = [
     "decode_step",
     "encode",
     "from_dict",
+    "hidden",
     "init",
     "spec",
     "start_decoding",
     "to_dict",
+    "unembedding",
 ]
 
 Array = jax.Array
-Config = T5Config
+Config = T5Config | LlamaConfig
 Params = Mapping[str, Any]
 Cache = dict[str, Any]
+Memory = Any
 
-_FAMILIES: dict[str, tuple[type[Config], type[nn.Module]]] = {"t5": (T5Config, T5)}
-
-_SHORTEST_BATCH = {
-    name: np.ones((1, 1), np.int32) for name in ("encoder_input_tokens", "decoder_input_tokens")
+_FAMILIES: dict[str, tuple[type[Config], type[nn.Module]]] = {
+    "t5": (T5Config, T5),
+    "llama": (LlamaConfig, Llama),
 }
 
 
@@ -56,8 +61,13 @@ def _family(config: Config) -> tuple[str, type[nn.Module]]:
     raise ConfigError(f"a model config: expected one of {sorted(_FAMILIES)}, found {config!r}")
 
 
-def _network(config: Config, dtype: DTypeLike = jnp.float32, dropout_rate: float = 0.0) -> Any:
-    return _family(config)[1](config, dtype, dropout_rate)
+def _network(config: Config, execution: Execution = Execution()) -> Any:  # noqa: B008, frozen
+    return _family(config)[1](config, execution)
+
+
+def _shortest_batch(config: Config) -> dict[str, np.ndarray]:
+    sides = ["decoder"] if config.decoder_only else ["encoder", "decoder"]
+    return {f"{side}_input_tokens": np.ones((1, 1), np.int32) for side in sides}
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -90,7 +100,7 @@ def from_dict(values: Mapping[str, Any]) -> Config:
 
 def spec(config: Config) -> dict[str, Any]:
     """The ParamSpec of every parameter, nested as the parameters are. Makes no arrays."""
-    return spec_of(_network(config), _SHORTEST_BATCH)
+    return spec_of(_network(config), _shortest_batch(config))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -100,7 +110,7 @@ def init(config: Config, key: Array) -> dict[str, Any]:
     The same key gives the same values, whatever the mesh. Compiled here; to have the parameters
     born on a mesh, jit it with `out_shardings`.
     """
-    return _network(config).init(key, _SHORTEST_BATCH)["params"]
+    return _network(config).init(key, _shortest_batch(config))["params"]
 
 
 def apply(
@@ -109,87 +119,132 @@ def apply(
     batch: Mapping[str, Array],
     *,
     dropout_key: Array | None = None,
-    dropout_rate: float = 0.0,
-    dtype: DTypeLike = jnp.float32,
+    execution: Execution = Execution(),  # noqa: B008, frozen
 ) -> Array:
     """Teacher-forced logits.
 
     Args:
-        params: of any float dtype; they are cast to `dtype` where they are used.
-        batch: int32 arrays by seqio's names: encoder_input_tokens [B, S], decoder_input_tokens
-            [B, T]; for packed examples also encoder_segment_ids and decoder_segment_ids, whose
-            segments are contiguous. Without them, encoder tokens of id 0 are hidden. T5 does not
-            read *_positions: within a segment they differ as the places in the row do.
+        params: of any float dtype; they are cast to the computation's dtype where they are used.
+        batch: int32 arrays by seqio's names. An encoder-decoder's: encoder_input_tokens [B, S],
+            decoder_input_tokens [B, T]; for packed examples also encoder_segment_ids and
+            decoder_segment_ids, whose segments are contiguous. Without them, encoder tokens of id
+            0 are hidden. T5 does not read *_positions: within a segment they differ as the places
+            in the row do. A decoder's: decoder_input_tokens [B, T], and for packed examples
+            decoder_segment_ids and decoder_positions (rotary angles follow these).
         dropout_key: decides what is dropped; None: nothing is.
-        dropout_rate: the share dropped, in [0, 1); not traced.
-        dtype: of the computation. Norms, attention scores, softmax and logits are float32.
+        execution: how it is computed.
 
     Returns:
         logits [B, T, V], float32; NaN where a token is outside the vocabulary.
 
     Raises:
-        DataError: segment ids on one side only.
+        DataError: a batch for the other kind of model, or segment ids without what belongs to them.
     """
+    return _run(config, params, dropout_key, execution, "__call__", batch)
+
+
+def hidden(
+    config: Config,
+    params: Params,
+    batch: Mapping[str, Array],
+    *,
+    dropout_key: Array | None = None,
+    execution: Execution = Execution(),  # noqa: B008, frozen
+) -> Array:
+    """What `apply` multiplies with `unembedding` to get the logits: [B, T, D].
+
+    For losses that never hold all logits. The logits of a config with a `logit_softcap` c are
+    c tanh(product / c).
+    """
+    return _run(config, params, dropout_key, execution, "hidden", batch)
+
+
+def unembedding(config: Config, params: Params) -> Array:
+    """The output's matrix [D, V]: the embedding's transpose where they are tied."""
+    if config.tie_word_embeddings:
+        return params["token_embedder"].T
+    return params["decoder"]["logits"]
+
+
+def _run(
+    config: Config,
+    params: Params,
+    dropout_key: Array | None,
+    execution: Execution,
+    method: str,
+    *arguments: Any,
+) -> Any:
     if dropout_key is None:
-        return _network(config, dtype).apply({"params": params}, batch)
-    network = _network(config, dtype, dropout_rate)
-    return network.apply({"params": params}, batch, rngs={"dropout": dropout_key})
+        execution = dataclasses.replace(execution, dropout_rate=0.0)
+    rngs = None if dropout_key is None else {"dropout": dropout_key}
+    network = _network(config, execution)
+    return network.apply({"params": params}, *arguments, rngs=rngs, method=method)
 
 
 def encode(
     config: Config,
     params: Params,
-    encoder_input_tokens_BxS: Array,
+    tokens_BxS: Array,
+    mask_BxS: Array,
     *,
     dtype: DTypeLike = jnp.float32,
-) -> Array:
-    """The encoded inputs [B, S, D] in `dtype`; tokens of id 0 are hidden from all others."""
-    network = _network(config, dtype)
-    return network.apply({"params": params}, encoder_input_tokens_BxS, method="encode")
+) -> Memory:
+    """What inputs are to all that follows them, as a pytree.
+
+    Args:
+        tokens_BxS: int32, the inputs; of a decoder, the prefix without its last token, which
+            starts what follows.
+        mask_BxS: bool, False at padding, which is at the end.
+
+    Returns:
+        The encoder's output [B, S, D], or a decoder's keys and values per layer, in `dtype`.
+    """
+    return _run(config, params, None, Execution(dtype), "encode", tokens_BxS, mask_BxS)
 
 
 def decode(
     config: Config,
     params: Params,
-    encoded_BxSxD: Array,
-    encoder_mask_BxS: Array,
-    decoder_input_tokens: Array,
+    memory: Memory,
+    mask_BxS: Array,
+    tokens: Array,
     *,
     dtype: DTypeLike = jnp.float32,
 ) -> Array:
-    """Teacher-forced logits over inputs that are encoded already.
+    """Teacher-forced logits of what follows inputs that are encoded already.
 
     Args:
-        encoder_mask_BxS: bool, False at padding (`encoder_input_tokens != 0`).
-        decoder_input_tokens: int32 [B, T], or [B, C, T] for C targets of each input: the keys
-            and values of an input are then computed once and read by all C.
+        memory: what `encode` gave.
+        mask_BxS: what `encode` was given.
+        tokens: int32 [B, T], or [B, C, T] for C targets of each input: the keys and values of an
+            input are then computed once and read by all C. The first token of each is the one that
+            starts targets or, of a decoder, the last of the prefix.
 
     Returns:
-        float32 logits: the shape of `decoder_input_tokens`, and V.
+        float32 logits: the shape of `tokens`, and V.
 
     Raises:
-        DataError: decoder tokens of another rank, or for another number of inputs.
+        DataError: tokens of another rank, or for another number of inputs.
     """
-    arguments = encoded_BxSxD, encoder_mask_BxS, decoder_input_tokens
-    return _network(config, dtype).apply({"params": params}, *arguments, method="decode")
+    return _run(config, params, None, Execution(dtype), "decode", memory, mask_BxS, tokens)
 
 
 def start_decoding(
     config: Config,
     params: Params,
-    encoded_BxSxD: Array,
-    encoder_mask_BxS: Array,
+    memory: Memory,
+    mask_BxS: Array,
     max_length: int,
     *,
     dtype: DTypeLike = jnp.float32,
 ) -> Cache:
     """The cache for decoding up to `max_length` tokens with `decode_step`, as a pytree.
 
-    Holds what every step reads: keys and values of the encoded inputs, computed here once, and
-    room [B, H, max_length, d_kv] per layer for those of the decoded tokens; all in `dtype`.
+    Holds what every step reads: keys and values of the inputs, computed once, and room
+    [B, heads, max_length, size] per layer for those of the decoded tokens; all in `dtype`.
     """
-    arguments = encoded_BxSxD, encoder_mask_BxS, max_length
-    return _network(config, dtype).apply({"params": params}, *arguments, method="start_decoding")
+    arguments = memory, mask_BxS, max_length
+    return _run(config, params, None, Execution(dtype), "start_decoding", *arguments)
 
 
 def decode_step(
@@ -204,7 +259,8 @@ def decode_step(
     """Decodes one position.
 
     Args:
-        tokens_B: int32, the token at `position` of each row: 0 at position 0, then what was chosen.
+        tokens_B: int32, the token at `position` of each row: at position 0 the one that starts
+            targets or, of a decoder, the last of the prefix; then what was chosen.
         position: int32 scalar, may be traced; less than the cache's max_length, and larger by one
             at every step.
         dtype: that of the cache.
@@ -213,4 +269,4 @@ def decode_step(
         float32 logits [B, V] of the next token, and the cache with this position added.
     """
     arguments = cache, tokens_B, position
-    return _network(config, dtype).apply({"params": params}, *arguments, method="decode_step")
+    return _run(config, params, None, Execution(dtype), "decode_step", *arguments)

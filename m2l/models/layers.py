@@ -1,11 +1,11 @@
-"""The parts that networks are made of: norm, relative positions, attention, gated MLP.
+"""The parts that networks are made of: norm, relative positions, attention, MLP, and their stack.
 
 Letters in names are axes: B rows, L or Q (query) or S (key) positions, H heads, K features of a
 head, D features of the model, R distances.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -16,6 +16,8 @@ import numpy as np
 from flax.linen import initializers
 from jax.typing import DTypeLike
 
+from m2l.errors import DataError, UnknownNameError
+from m2l.models.attention import IMPLEMENTATIONS, attend
 from m2l.partitioning import constrain
 
 Array = jax.Array
@@ -30,6 +32,11 @@ AXES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "key": ("embed", "heads"),
         "value": ("embed", "heads"),
         "out": ("heads", "embed"),
+        "query_bias": ("heads",),
+        "key_bias": ("heads",),
+        "value_bias": ("heads",),
+        "out_bias": ("norm",),
+        "wi": ("embed", "mlp"),
         "wi_0": ("embed", "mlp"),
         "wi_1": ("embed", "mlp"),
         "wo": ("mlp", "embed"),
@@ -37,11 +44,104 @@ AXES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "pre_self_attention_norm": ("norm",),
         "pre_cross_attention_norm": ("norm",),
         "pre_mlp_norm": ("norm",),
+        "post_self_attention_norm": ("norm",),
+        "post_mlp_norm": ("norm",),
     }
 )
 """Logical axes of each parameter, by the last part of its name."""
 
-_HIDDEN = -1e10
+REMAT: Mapping[str, Callable[..., bool] | None] = MappingProxyType(
+    {
+        "none": None,
+        "full": jax.checkpoint_policies.nothing_saveable,
+        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    }
+)
+"""What of a layer is kept for the gradient. none: all; full: its input; dots: and what its weights
+were multiplied to."""
+
+ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = MappingProxyType(
+    {
+        "relu": nn.relu,
+        "gelu": lambda x: nn.gelu(x, approximate=False),
+        "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
+        "silu": nn.silu,
+    }
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """How a network is computed: none of it changes what is computed, but for dropout.
+
+    Attributes:
+        dtype: Of the computation; norms, attention scores, softmax and logits are float32.
+        dropout_rate: The share dropped, in [0, 1).
+        attention: One of `attention.IMPLEMENTATIONS`.
+        remat: One of REMAT.
+        scan_layers: Whether layers are scanned over (compiled once), stacked within the step alone.
+
+    Raises:
+        UnknownNameError: there is no such attention or remat.
+    """
+
+    dtype: DTypeLike = jnp.float32
+    dropout_rate: float = 0.0
+    attention: str = "auto"
+    remat: str = "none"
+    scan_layers: bool = False
+
+    def __post_init__(self) -> None:
+        for name, known in (("attention", IMPLEMENTATIONS), ("remat", REMAT)):
+            if getattr(self, name) not in known:
+                raise UnknownNameError(name, getattr(self, name), known)
+
+    def dropout(self, *broadcast_dims: int) -> nn.Dropout:
+        """A module that drops; with `broadcast_dims`, the same at all places of these axes."""
+        return nn.Dropout(self.dropout_rate, broadcast_dims, deterministic=False)
+
+
+def through(
+    layers: Sequence[nn.Module],
+    x: Array,
+    each: Sequence[tuple[int, ...]],
+    shared: tuple[Any, ...],
+    execution: Execution,
+) -> Array:
+    """x through layer after layer, `x = layer(x, *each[i], *shared)`, rematerialised or scanned.
+
+    Args:
+        layers: Alike but for their parameters, and bound.
+        each: Per layer, what is its own; where layers are scanned over and it differs, traced.
+        shared: What all of them are given.
+    """
+    first, policy = layers[0], REMAT[execution.remat]
+    if first.is_initializing() or (policy is None and not execution.scan_layers):
+        for layer, own in zip(layers, each, strict=True):
+            x = layer(x, *own, *shared)
+        return x
+    key = first.make_rng("dropout") if execution.dropout_rate else None
+    alone = first.clone(parent=None, name=None)
+
+    def run(own: tuple[Any, ...] | None) -> Callable[..., Array]:
+        def layer(x: Array, params: Any, number: Array, traced: tuple[Any, ...]) -> Array:
+            rngs = None if key is None else {"dropout": jax.random.fold_in(key, number)}
+            given = traced if own is None else own
+            return alone.apply({"params": params}, x, *given, *shared, rngs=rngs)
+
+        return layer if policy is None else jax.checkpoint(layer, policy=policy)
+
+    params = [layer.variables["params"] for layer in layers]
+    if not execution.scan_layers:
+        for number, (of_layer, own) in enumerate(zip(params, each, strict=True)):
+            x = run(own)(x, of_layer, jnp.int32(number), ())
+        return x
+    alike = len(set(each)) == 1
+    layer = run(each[0] if alike else None)
+    traced = () if alike else tuple(jnp.array(column) for column in zip(*each, strict=True))
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
+    items = stacked, jnp.arange(len(layers)), traced
+    return jax.lax.scan(lambda x, item: (layer(x, *item), None), x, items)[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,41 +232,13 @@ def bias_matrix(bias_by_distance_HxR: Array, query_length: int, key_length: int)
     return rows[:, :, query_length - 1 :]
 
 
-def hide(mask: Array, bias: Array | float = 0.0) -> Array:
-    """The additive attention bias, float32: `bias` where the bool mask allows, else -1e10."""
-    return jnp.where(mask, bias, jnp.float32(_HIDDEN))
-
-
-def attend(
-    query_BxHxQxK: Array,
-    key_BxHxSxK: Array,
-    value_BxHxSxK: Array,
-    bias: Array,
-    dropout: Callable[[Array], Array],
-) -> Array:
-    """Softmax attention without scaling; scores, bias and softmax in float32.
-
-    Args:
-        bias: float32, added to the scores, broadcastable to [B, H, Q, S]; `hide` makes it.
-        dropout: applied to the attention weights [B, H, Q, S].
-
-    Returns:
-        [B, H, Q, K] in the dtype of the values. A query that sees no key reads the mean of all.
-    """
-    scores_BxHxQxS = jnp.einsum(
-        "bhqk,bhsk->bhqs", query_BxHxQxK, key_BxHxSxK, preferred_element_type=jnp.float32
-    )
-    weights_BxHxQxS = jax.nn.softmax(scores_BxHxQxS + bias).astype(value_BxHxSxK.dtype)
-    return jnp.einsum("bhqs,bhsk->bhqk", dropout(weights_BxHxQxS), value_BxHxSxK)
-
-
 class Attention(nn.Module):
     """Multi-head attention without biases; 1 / sqrt(d_kv) is in the query's initialisation."""
 
     num_heads: int
     d_kv: int
     d_model: int
-    dropout: nn.Dropout
+    execution: Execution
 
     def setup(self) -> None:
         joined = self.num_heads * self.d_kv
@@ -176,10 +248,11 @@ class Attention(nn.Module):
         self.key = self.param("key", unit, (self.d_model, joined))
         self.value = self.param("value", unit, (self.d_model, joined))
         self.out = self.param("out", unit, (joined, self.d_model))
+        self.dropout = self.execution.dropout(-2)
 
     def _heads(self, x_BxLxD: Array, kernel: Array) -> Array:
         joined = constrain(dense(x_BxLxD, kernel), "batch", None, "heads")
-        return joined.reshape(*joined.shape[:2], self.num_heads, self.d_kv).swapaxes(1, 2)
+        return split_heads(joined, self.num_heads)
 
     def keys_values(self, x_BxSxD: Array) -> KeysValues:
         """The keys and the values of a sequence, each [B, H, S, K]."""
@@ -187,26 +260,70 @@ class Attention(nn.Module):
 
     def __call__(self, x_BxQxD: Array, keys_values: KeysValues, bias: Array) -> Array:
         """What each position of x reads: [B, Q, D]; `bias` as for `attend`."""
-        query_BxHxQxK = self._heads(x_BxQxD, self.query)
-        read_BxHxQxK = attend(query_BxHxQxK, *keys_values, bias, self.dropout)
-        joined = read_BxHxQxK.swapaxes(1, 2).reshape(*x_BxQxD.shape[:2], -1)
-        return dense(joined, self.out)
+        read_BxHxQxK = attend(
+            self._heads(x_BxQxD, self.query),
+            *keys_values,
+            bias,
+            scale=1.0,
+            dropout=self.dropout if self.execution.dropout_rate else None,
+            implementation=self.execution.attention,
+        )
+        return dense(join_heads(read_BxHxQxK), self.out)
 
 
-class GatedMlp(nn.Module):
-    """(gelu(x wi_0) * x wi_1) wo, with the tanh form of GELU and no biases (Shazeer 2020)."""
+def split_heads(x_BxLxHK: Array, heads: int) -> Array:
+    """[B, H, L, K]"""
+    return x_BxLxHK.reshape(*x_BxLxHK.shape[:2], heads, -1).swapaxes(1, 2)
+
+
+def join_heads(x_BxHxLxK: Array) -> Array:
+    """[B, L, H * K]"""
+    rows, heads, length, size = x_BxHxLxK.shape
+    return x_BxHxLxK.swapaxes(1, 2).reshape(rows, length, heads * size)
+
+
+class Mlp(nn.Module):
+    """act(x wi) wo or, gated, (act(x wi_0) * x wi_1) wo, without biases (Shazeer 2020)."""
 
     d_model: int
     d_ff: int
-    dropout: nn.Dropout
+    activation: str
+    gated: bool
+    kernel_init: Callable[..., Array]
+    execution: Execution
 
     def setup(self) -> None:
-        init = initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
-        self.wi_0 = self.param("wi_0", init, (self.d_model, self.d_ff))
-        self.wi_1 = self.param("wi_1", init, (self.d_model, self.d_ff))
-        self.wo = self.param("wo", init, (self.d_ff, self.d_model))
+        names = ("wi_0", "wi_1") if self.gated else ("wi",)
+        self.wi = [self.param(name, self.kernel_init, (self.d_model, self.d_ff)) for name in names]
+        self.wo = self.param("wo", self.kernel_init, (self.d_ff, self.d_model))
+        self.dropout = self.execution.dropout(-2)
 
     def __call__(self, x_BxLxD: Array) -> Array:
-        gate = nn.gelu(dense(x_BxLxD, self.wi_0), approximate=True)
-        hidden = constrain(gate * dense(x_BxLxD, self.wi_1), "batch", None, "mlp")
-        return dense(self.dropout(hidden), self.wo)
+        hidden = ACTIVATIONS[self.activation](dense(x_BxLxD, self.wi[0]))
+        if self.gated:
+            hidden = hidden * dense(x_BxLxD, self.wi[1])
+        return dense(self.dropout(constrain(hidden, "batch", None, "mlp")), self.wo)
+
+
+def embed(table_VxD: Array, tokens_BxL: Array, dtype: DTypeLike) -> Array:
+    """The rows of the table, [B, L, D]; NaN where an id is outside the vocabulary."""
+    # Indexing would take the last row.
+    table = constrain(table_VxD, "vocab", None)
+    embedded = jnp.take(table, tokens_BxL, axis=0, mode="fill")
+    return constrain(embedded.astype(dtype), "batch", None, None)
+
+
+def empty_cache(layers: int, room: tuple[int, ...], dtype: DTypeLike) -> list[KeysValues]:
+    """Room for the keys and values of what is decoded; distinct arrays, so it can be donated."""
+    empty = [jnp.zeros(room, dtype) for _ in range(2 * layers)]
+    return list(zip(empty[::2], empty[1::2], strict=True))
+
+
+def check_continuations(tokens: Array, mask_BxS: Array) -> None:
+    """Raises DataError unless the tokens are [B, T] or [B, C, T] for B inputs."""
+    shape, inputs = tokens.shape, mask_BxS.shape[0]
+    if len(shape) not in (2, 3) or shape[0] != inputs:
+        raise DataError(
+            f"decoder_input_tokens: expected [B, T] or [B, C, T] for B = {inputs} encoded "
+            f"inputs, found {list(shape)}"
+        )

@@ -1,4 +1,4 @@
-"""T5 1.1 (Raffel et al. 2020; Shazeer 2020): an encoder and a decoder with relative positions.
+"""T5 1.0 and 1.1 (Raffel et al. 2020; Shazeer 2020): encoder, decoder, relative positions.
 
 Letters in names are axes: B inputs, C answer choices of an input, N = B * C decoder rows, S input
 and T target positions, D features, V vocabulary, H heads, R distances.
@@ -7,34 +7,42 @@ and T target positions, D features, V vocabulary, H heads, R distances.
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.linen import initializers
-from jax.typing import DTypeLike
 
 from m2l.errors import ConfigError, DataError
+from m2l.models.attention import hide, same_segment
 from m2l.models.layers import (
     Array,
     Attention,
-    GatedMlp,
+    Execution,
     KeysValues,
+    Mlp,
     bias_matrix,
+    check_continuations,
     dense,
-    hide,
+    embed,
+    empty_cache,
     relative_position_buckets,
     rms_norm,
+    through,
 )
 from m2l.models.settings import check_choice, check_fields
 from m2l.partitioning import constrain
 
-PAD_ID = 0
-"""Fills inputs up, and starts every target."""
-
 Cache = dict[str, Any]
+
+_FEED_FORWARD = {  # its activation, and whether it is gated
+    "relu": ("relu", False),
+    "gelu": ("gelu", False),
+    "gated-gelu": ("gelu_tanh", True),
+    "gated-silu": ("silu", True),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +65,9 @@ class T5Config:
         ConfigError: a value of the wrong type or out of range.
     """
 
+    decoder_only: ClassVar[bool] = False
+    logit_softcap: ClassVar[float] = 0.0
+
     vocab_size: int
     d_model: int
     d_kv: int
@@ -76,7 +87,7 @@ class T5Config:
     def __post_init__(self) -> None:
         check_fields(self)
         check_choice(self, "model_type", ("t5", "mt5"))
-        check_choice(self, "feed_forward_proj", ("relu", "gelu", "gated-gelu", "gated-silu"))
+        check_choice(self, "feed_forward_proj", _FEED_FORWARD)
         if not self.layer_norm_epsilon > 0:
             raise ConfigError(
                 f"T5Config.layer_norm_epsilon: expected more than 0, found "
@@ -109,38 +120,51 @@ class T5Config:
 
 
 class _Layer(nn.Module):
-    """Self-attention, in a decoder cross-attention, and a gated MLP; each normed, each added."""
+    """Self-attention, in a decoder cross-attention, and an MLP; each normed, each added."""
 
     config: T5Config
-    dtype: DTypeLike
     is_decoder: bool
-    dropout: nn.Dropout
+    execution: Execution
 
     def setup(self) -> None:
         c = self.config
         ones = initializers.ones, (c.d_model,)
-        attention = functools.partial(Attention, c.num_heads, c.d_kv, c.d_model, self.dropout)
+        attention = functools.partial(Attention, c.num_heads, c.d_kv, c.d_model, self.execution)
         self.pre_self_attention_norm = self.param("pre_self_attention_norm", *ones)
         self.self_attention = attention()
         if self.is_decoder:
             self.pre_cross_attention_norm = self.param("pre_cross_attention_norm", *ones)
             self.cross_attention = attention()
         self.pre_mlp_norm = self.param("pre_mlp_norm", *ones)
-        self.mlp = GatedMlp(c.d_model, c.d_ff, self.dropout)
+        init = initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+        feed_forward = _FEED_FORWARD[c.feed_forward_proj]
+        self.mlp = Mlp(c.d_model, c.d_ff, *feed_forward, init, self.execution)
+        # T5 drops a feature at all positions of a row at once.
+        self.dropout = self.execution.dropout(-2)
 
     def _norm(self, x: Array, scale_D: Array) -> Array:
-        return rms_norm(x, scale_D, self.config.layer_norm_epsilon, self.dtype)
+        return rms_norm(x, scale_D, self.config.layer_norm_epsilon, self.execution.dtype)
 
     def memory(self, encoded_BxSxD: Array) -> KeysValues:
-        """What the cross-attention reads from."""
+        """The keys and values that this layer reads the encoded inputs by."""
         return self.cross_attention.keys_values(encoded_BxSxD)
 
     def __call__(
         self,
         x_NxTxD: Array,
         bias: Array,
-        memory: KeysValues | None = None,
+        encoded_BxSxD: Array | None = None,
         memory_bias: Array | None = None,
+    ) -> Array:
+        memory = None if encoded_BxSxD is None else self.memory(encoded_BxSxD)
+        return self.run(x_NxTxD, bias, memory, memory_bias)[0]
+
+    def run(
+        self,
+        x_NxTxD: Array,
+        bias: Array,
+        memory: KeysValues | None,
+        memory_bias: Array | None,
         past: KeysValues | None = None,
         position: Array | None = None,
     ) -> tuple[Array, KeysValues]:
@@ -172,27 +196,25 @@ class _Stack(nn.Module):
     """The layers of an encoder or a decoder, their one table of position biases, the last norm."""
 
     config: T5Config
-    dtype: DTypeLike
     is_decoder: bool
-    dropout_rate: float
+    execution: Execution
 
     def setup(self) -> None:
         c = self.config
-        # T5 drops a feature at all positions of a row at once, except in what the encoder returns.
-        dropout = functools.partial(nn.Dropout, self.dropout_rate, deterministic=False)
-        self.dropout = dropout(broadcast_dims=(-2,))
-        self.last_dropout = self.dropout if self.is_decoder else dropout()
+        # One mask for all positions of a row, except in what the encoder returns.
+        self.dropout = self.execution.dropout(-2)
+        self.last_dropout = self.dropout if self.is_decoder else self.execution.dropout()
         self.relpos_bias = self.param(
             "relpos_bias",
             initializers.variance_scaling(1.0, "fan_avg", "uniform"),
             (c.num_heads, c.relative_attention_num_buckets),
         )
         self.layers = [
-            _Layer(c, self.dtype, self.is_decoder, self.dropout, name=f"layers_{i:02}")
+            _Layer(c, self.is_decoder, self.execution, name=f"layers_{i:02}")
             for i in range(c.num_decoder_layers if self.is_decoder else c.num_encoder_layers)
         ]
         self.norm = self.param("norm", initializers.ones, (c.d_model,))
-        if self.is_decoder:
+        if self.is_decoder and not c.tie_word_embeddings:
             self.logits = self.param(
                 "logits",
                 initializers.variance_scaling(1.0, "fan_in", "truncated_normal"),
@@ -210,11 +232,11 @@ class _Stack(nn.Module):
         return self.relpos_bias.astype(jnp.float32)[:, buckets]
 
     def _finish(self, x: Array) -> Array:
-        x = rms_norm(x, self.norm, self.config.layer_norm_epsilon, self.dtype)
+        x = rms_norm(x, self.norm, self.config.layer_norm_epsilon, self.execution.dtype)
         x = self.last_dropout(x)
-        if not self.is_decoder:
-            return x
-        return constrain(dense(x, self.logits, jnp.float32), "batch", None, "vocab")
+        if self.is_decoder and self.config.scale_decoder_outputs:
+            x = x * self.config.d_model**-0.5
+        return x
 
     def memories(self, encoded_BxSxD: Array) -> list[KeysValues]:
         return [layer.memory(encoded_BxSxD) for layer in self.layers]
@@ -223,33 +245,34 @@ class _Stack(nn.Module):
         self,
         x_NxTxD: Array,
         mask: Array,
-        memories: list[KeysValues] | None = None,
+        encoded_BxSxD: Array | None = None,
         memory_bias: Array | None = None,
     ) -> Array:
-        """All positions at once: the encoded input [B, S, D], or a decoder's logits [N, T, V].
+        """All positions at once: the encoded input [B, S, D], or what logits are made of.
 
         `mask` is bool, broadcastable to [N, H, T, T].
         """
         length = x_NxTxD.shape[1]
         # Once for all layers, mask included: their gradients are summed before the rows are.
         bias = hide(mask, bias_matrix(self._bias_by_distance(length), length, length))
-        x_NxTxD = self.dropout(x_NxTxD)
-        for layer, memory in zip(self.layers, memories or [None] * len(self.layers), strict=True):
-            x_NxTxD, _ = layer(x_NxTxD, bias, memory, memory_bias)
-        return self._finish(x_NxTxD)
+        shared = (bias, encoded_BxSxD, memory_bias)
+        each = [()] * len(self.layers)
+        return self._finish(
+            through(self.layers, self.dropout(x_NxTxD), each, shared, self.execution)
+        )
 
     def step(self, x_Bx1xD: Array, cache: Cache, position: Array) -> tuple[Array, Cache]:
-        """One position of a decoder: its logits [B, 1, V], and the cache with it added."""
+        """One position of a decoder, [B, 1, D], and the cache with it added."""
         max_length = cache["self"][0][0].shape[2]
         by_distance_HxR = self._bias_by_distance(max_length)
         row_Hx1xT = jax.lax.dynamic_slice_in_dim(
             by_distance_HxR, max_length - 1 - position, max_length, axis=1
         )[:, None]
         bias = hide(jnp.arange(max_length) <= position, row_Hx1xT)
-        memory_bias = hide(cache["encoder_mask"][:, None, None, :])
+        memory_bias = hide(cache["mask"][:, None, None, :])
         presents = []
         for layer, memory, past in zip(self.layers, cache["cross"], cache["self"], strict=True):
-            x_Bx1xD, present = layer(x_Bx1xD, bias, memory, memory_bias, past, position)
+            x_Bx1xD, present = layer.run(x_Bx1xD, bias, memory, memory_bias, past, position)
             presents.append(present)
         return self._finish(x_Bx1xD), {**cache, "self": presents}
 
@@ -258,81 +281,71 @@ class T5(nn.Module):
     """The network behind `m2l.models`, whose functions of the same names say what these do."""
 
     config: T5Config
-    dtype: DTypeLike = jnp.float32
-    dropout_rate: float = 0.0
+    execution: Execution
 
     def setup(self) -> None:
         c = self.config
         self.token_embedder = self.param(
             "token_embedder", initializers.normal(1.0), (c.vocab_size, c.d_model)
         )
-        self.encoder = _Stack(c, self.dtype, False, self.dropout_rate)
-        self.decoder = _Stack(c, self.dtype, True, self.dropout_rate)
+        self.encoder = _Stack(c, False, self.execution)
+        self.decoder = _Stack(c, True, self.execution)
 
     def _embed(self, tokens: Array) -> Array:
-        # An id outside the vocabulary becomes NaN, where indexing would take the last row.
-        table = constrain(self.token_embedder, "vocab", None)
-        embedded = jnp.take(table, tokens, axis=0, mode="fill")
-        return constrain(embedded.astype(self.dtype), "batch", None, None)
+        return embed(self.token_embedder, tokens, self.execution.dtype)
 
-    def _decode(
-        self, encoded_BxSxD: Array, visible: Array, tokens_NxT: Array, causal: Array
-    ) -> Array:
-        memories = self.decoder.memories(encoded_BxSxD)
-        return self.decoder(self._embed(tokens_NxT), causal, memories, hide(visible))
+    def unembed(self, hidden: Array) -> Array:
+        tied = self.config.tie_word_embeddings
+        kernel_DxV = self.token_embedder.T if tied else self.decoder.logits
+        return constrain(dense(hidden, kernel_DxV, jnp.float32), "batch", None, "vocab")
 
     def __call__(self, batch: Mapping[str, Array]) -> Array:
+        return self.unembed(self.hidden(batch))
+
+    def hidden(self, batch: Mapping[str, Array]) -> Array:
+        if "encoder_input_tokens" not in batch:
+            raise DataError("a batch for T5: expected encoder_input_tokens, found none")
         inputs, targets = batch["encoder_input_tokens"], batch["decoder_input_tokens"]
         segments = [name for name in batch if name.endswith("_segment_ids")]
         if not segments:
-            return self.decode(self.encode(inputs), inputs != PAD_ID, targets)
+            mask_BxS = inputs != 0
+            encoded_BxSxD = self.encode(inputs, mask_BxS)
+            return self._decode(encoded_BxSxD, mask_BxS[:, None, None, :], targets, True)
         if len(segments) == 1:
             raise DataError(
                 f"a packed batch: expected encoder_segment_ids and decoder_segment_ids, found only "
                 f"{segments[0]}"
             )
         of_input, of_target = batch["encoder_segment_ids"], batch["decoder_segment_ids"]
-        encoded_BxSxD = self.encoder(self._embed(inputs), _same_segment(of_input, of_input))
-        causal = _causal(targets.shape[1]) & _same_segment(of_target, of_target)
-        return self._decode(encoded_BxSxD, _same_segment(of_target, of_input), targets, causal)
+        encoded_BxSxD = self.encoder(self._embed(inputs), same_segment(of_input, of_input))
+        of_one = same_segment(of_target, of_target)
+        return self._decode(encoded_BxSxD, same_segment(of_target, of_input), targets, of_one)
 
-    def encode(self, tokens_BxS: Array) -> Array:
-        return self.encoder(self._embed(tokens_BxS), (tokens_BxS != PAD_ID)[:, None, None, :])
+    def _decode(
+        self, encoded_BxSxD: Array, visible: Array, tokens_NxT: Array, mask: Array | bool
+    ) -> Array:
+        # Padding needs no mask of its own: it is behind everything else.
+        causal = np.tril(np.ones((tokens_NxT.shape[1],) * 2, bool)) & mask
+        return self.decoder(self._embed(tokens_NxT), causal, encoded_BxSxD, hide(visible))
 
-    def decode(self, encoded_BxSxD: Array, encoder_mask_BxS: Array, tokens: Array) -> Array:
-        shape, inputs = tokens.shape, encoded_BxSxD.shape[0]
-        if len(shape) not in (2, 3) or shape[0] != inputs:
-            raise DataError(
-                f"decoder_input_tokens: expected [B, T] or [B, C, T] for B = {inputs} encoded "
-                f"inputs, found {list(shape)}"
-            )
-        # Padding needs no mask: it is at the end, and its id is also the one that starts a target.
-        causal = _causal(shape[-1])
-        tokens_NxT = tokens.reshape(-1, shape[-1])
-        visible = encoder_mask_BxS[:, None, None, :]
-        return self._decode(encoded_BxSxD, visible, tokens_NxT, causal).reshape(*shape, -1)
+    def encode(self, tokens_BxS: Array, mask_BxS: Array) -> Array:
+        return self.encoder(self._embed(tokens_BxS), mask_BxS[:, None, None, :])
 
-    def start_decoding(
-        self, encoded_BxSxD: Array, encoder_mask_BxS: Array, max_length: int
-    ) -> Cache:
+    def decode(self, encoded_BxSxD: Array, mask_BxS: Array, tokens: Array) -> Array:
+        check_continuations(tokens, mask_BxS)
+        tokens_NxT = tokens.reshape(-1, tokens.shape[-1])
+        hidden = self._decode(encoded_BxSxD, mask_BxS[:, None, None, :], tokens_NxT, True)
+        return self.unembed(hidden).reshape(*tokens.shape, -1)
+
+    def start_decoding(self, encoded_BxSxD: Array, mask_BxS: Array, max_length: int) -> Cache:
         c = self.config
         room = (encoded_BxSxD.shape[0], c.num_heads, max_length, c.d_kv)
-        # Distinct arrays, so that a caller may donate the cache.
-        empty = [jnp.zeros(room, self.dtype) for _ in range(2 * c.num_decoder_layers)]
         return {
-            "encoder_mask": encoder_mask_BxS,
+            "mask": mask_BxS,
             "cross": self.decoder.memories(encoded_BxSxD),
-            "self": list(zip(empty[::2], empty[1::2], strict=True)),
+            "self": empty_cache(c.num_decoder_layers, room, self.execution.dtype),
         }
 
     def decode_step(self, cache: Cache, tokens_B: Array, position: Array) -> tuple[Array, Cache]:
-        logits_Bx1xV, cache = self.decoder.step(self._embed(tokens_B[:, None]), cache, position)
-        return logits_Bx1xV[:, 0], cache
-
-
-def _same_segment(of_query_BxQ: Array, of_key_BxS: Array) -> Array:
-    return (of_query_BxQ[:, :, None] == of_key_BxS[:, None, :])[:, None]
-
-
-def _causal(length: int) -> np.ndarray:
-    return np.tril(np.ones((length, length), bool))
+        hidden_Bx1xD, cache = self.decoder.step(self._embed(tokens_B[:, None]), cache, position)
+        return self.unembed(hidden_Bx1xD)[:, 0], cache

@@ -188,7 +188,7 @@ def test_packed_logits_equal_the_formula_on_each_example_alone(examples, expecte
 def test_answer_choices_of_an_input_are_scored_as_if_each_were_alone(batch):
     inputs, targets = batch["encoder_input_tokens"], batch["decoder_input_tokens"]
     choices_BxCxT = np.stack([targets, np.roll(targets, 1, 0), np.roll(targets, 2, 0)], axis=1)
-    encoded = encode(PARAMS, inputs)
+    encoded = encode(PARAMS, inputs, inputs != 0)
     scored = np.asarray(decode(PARAMS, encoded, inputs != 0, choices_BxCxT))
     assert scored.shape == (4, 3, T, CONFIG.vocab_size)
     for choice in range(3):
@@ -201,7 +201,7 @@ def test_decoding_step_by_step_equals_teacher_forcing(batch, logits):
 
     @jax.jit
     def all_steps(params):
-        encoded = models.encode(CONFIG, params, inputs)
+        encoded = models.encode(CONFIG, params, inputs, inputs != 0)
         cache = models.start_decoding(CONFIG, params, encoded, inputs != 0, max_length=T + 4)
 
         def step(cache, at):
@@ -217,7 +217,9 @@ def test_decoding_step_by_step_equals_teacher_forcing(batch, logits):
 def test_bfloat16_computation_gives_float32_logits_near_the_float32_ones(made, batch):
     exact = np.asarray(apply(made, batch))
     halved = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), made)
-    low = jax.jit(functools.partial(models.apply, CONFIG, dtype=jnp.bfloat16))(halved, batch)
+    low = jax.jit(functools.partial(models.apply, CONFIG, execution=models.Execution(jnp.bfloat16)))(
+        halved, batch
+    )
     assert low.dtype == jnp.float32
     error = np.sqrt(np.mean((np.asarray(low) - exact) ** 2)) / exact.std()
     # A bfloat16 keeps 8 bits, 0.2% on average, and five layers add their roundings up.
@@ -286,7 +288,8 @@ def bare():
 
     @functools.partial(jax.jit, static_argnames="rate")
     def run(key, rate):
-        return models.apply(config, params, batch, dropout_key=key, dropout_rate=rate)
+        execution = models.Execution(dropout_rate=rate)
+        return models.apply(config, params, batch, dropout_key=key, execution=execution)
 
     return lambda seed, rate=0.2: np.asarray(
         run(None if seed is None else jax.random.key(seed), rate=rate)

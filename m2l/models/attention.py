@@ -1,0 +1,270 @@
+"""Attention: one function, a reference in einsums, and the kernels that devices have for it.
+
+Letters in names are axes: B rows, H heads of queries, G heads of keys and values (each serves
+H / G neighbouring heads of queries), Q or T (query) and S (key) positions, K features of a head.
+"""
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from m2l.errors import UnknownNameError
+from m2l.partitioning import RULES
+
+Array = jax.Array
+
+IMPLEMENTATIONS = ("auto", "einsum", "xla", "cudnn", "splash")
+"""auto: cudnn on a GPU, splash on a TPU where they can do what is asked, einsum elsewhere."""
+
+_HIDDEN = -1e10
+_SPLASH_BLOCK = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Causal:
+    """A query sees the keys of its own segment that are not behind it, itself included.
+
+    Attributes:
+        segments_BxT: int32, the segments of queries and keys alike; 0 is padding. None: one.
+        window: How many positions it sees, itself included; 0: all. May be traced.
+    """
+
+    segments_BxT: Array | None = None
+    window: int | Array = 0
+
+    def mask(self, length: int) -> Array:
+        """bool, broadcastable to [B, H, T, T]."""
+        distance_TxT = np.arange(length)[:, None] - np.arange(length)
+        seen = jnp.asarray(distance_TxT >= 0)
+        if not (isinstance(self.window, int) and self.window == 0):
+            seen &= (distance_TxT < self.window) | (jnp.asarray(self.window) == 0)
+        seen = seen[None, None]
+        if self.segments_BxT is None:
+            return seen
+        return seen & same_segment(self.segments_BxT, self.segments_BxT)
+
+
+def same_segment(of_query_BxQ: Array, of_key_BxS: Array) -> Array:
+    """bool [B, 1, Q, S]."""
+    return (of_query_BxQ[:, :, None] == of_key_BxS[:, None, :])[:, None]
+
+
+def hide(mask: Array, bias: Array | float = 0.0) -> Array:
+    """The additive attention bias, float32: `bias` where the bool mask allows, else -1e10."""
+    return jnp.where(mask, bias, jnp.float32(_HIDDEN))
+
+
+def attend(
+    query_BxHxQxK: Array,
+    key_BxGxSxK: Array,
+    value_BxGxSxK: Array,
+    visible: Array | Causal,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    dropout: Callable[[Array], Array] | None = None,
+    implementation: str = "auto",
+) -> Array:
+    """Softmax attention; scores, bias and softmax in float32, whichever implementation.
+
+    Args:
+        visible: What a query sees: an additive float32 bias, broadcastable to [B, H, Q, S], which
+            `hide` makes, or `Causal` where Q = S.
+        scale: What the scores are multiplied by.
+        softcap: c of c tanh(scores / c), before the bias; 0: none.
+        dropout: Applied to the attention weights [B, H, Q, S]; None: there is none.
+        implementation: One of IMPLEMENTATIONS. One that cannot do what is asked here gives way to
+            einsum, with a warning that says why.
+
+    Returns:
+        [B, H, Q, K] in the dtype of the values. A query that sees no key reads the mean of all
+        (einsum), or something finite (the others).
+
+    Raises:
+        UnknownNameError: there is no such implementation.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise UnknownNameError("attention implementation", implementation, IMPLEMENTATIONS)
+    automatic = implementation == "auto"
+    if automatic:
+        implementation = _OF_DEVICE.get(jax.default_backend(), "einsum")
+    obstacle = _obstacle(implementation, query_BxHxQxK, visible, softcap, dropout)
+    if obstacle:
+        _tell(implementation, obstacle, automatic)
+        implementation = "einsum"
+    if implementation == "splash":
+        return _splash(query_BxHxQxK, key_BxGxSxK, value_BxGxSxK, visible, scale, softcap)
+    bias = visible
+    if isinstance(visible, Causal):
+        bias = hide(visible.mask(query_BxHxQxK.shape[2]))
+    if implementation == "einsum":
+        return attend_parts(
+            query_BxHxQxK,
+            [(key_BxGxSxK, value_BxGxSxK, bias)],
+            scale=scale,
+            softcap=softcap,
+            dropout=dropout,
+        )
+    query, key, value = (x.swapaxes(1, 2) for x in (query_BxHxQxK, key_BxGxSxK, value_BxGxSxK))
+    if isinstance(visible, Causal) and visible.segments_BxT is None:
+        window = (visible.window - 1, 0) if visible.window else None
+        how = {"is_causal": True, "local_window_size": window}
+    else:
+        how = {"bias": jnp.broadcast_to(bias, (*bias.shape[:2], query.shape[1], key.shape[1]))}
+    attended = jax.nn.dot_product_attention(
+        query, key, value, scale=scale, implementation=implementation, **how
+    )
+    return attended.swapaxes(1, 2)
+
+
+_OF_DEVICE = {"gpu": "cudnn", "tpu": "splash"}
+
+
+def _obstacle(
+    implementation: str,
+    query_BxHxQxK: Array,
+    visible: Array | Causal,
+    softcap: float,
+    dropout: Callable[[Array], Array] | None,
+) -> str | None:
+    """Why an implementation cannot do this; None if it can."""
+    length, size = query_BxHxQxK.shape[-2:]
+    if implementation == "einsum":
+        return None
+    if dropout is not None:
+        return "it drops no attention weights, and this is training with dropout on them"
+    if isinstance(visible, Causal) and not isinstance(visible.window, int):
+        return "the layers have different windows and are scanned over"
+    if implementation == "splash":
+        if not isinstance(visible, Causal):
+            return "it takes no bias"
+        if length % _SPLASH_BLOCK or size % _SPLASH_BLOCK:
+            return f"{length} positions of {size} features are not both multiples of 128"
+        return None
+    if softcap:
+        return "it has no softcap"
+    if implementation == "cudnn":
+        if jax.default_backend() != "gpu":
+            return "the device is no GPU"
+        if query_BxHxQxK.dtype not in (jnp.bfloat16, jnp.float16):
+            return f"it computes in bfloat16 or float16, not in {query_BxHxQxK.dtype}"
+        if size > 128 or size % 8 or length % 2:
+            return (
+                f"heads of {size} features and {length} positions: it takes up to 128 features, "
+                "a multiple of 8, and an even number of positions"
+            )
+    return None
+
+
+@functools.cache
+def _tell(implementation: str, obstacle: str, automatic: bool) -> None:
+    which = "this device's attention kernel" if automatic else "the attention asked for"
+    warnings.warn(f"{which}, {implementation}, gives way to einsum: {obstacle}", stacklevel=3)
+
+
+def attend_parts(
+    query_BxHxQxK: Array,
+    parts: Sequence[tuple[Array, Array, Array]],
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    dropout: Callable[[Array], Array] | None = None,
+) -> Array:
+    """Attention over keys that lie in several arrays, as if they were one behind another.
+
+    Args:
+        parts: Keys [A, G, S, K], values of the same shape and the bias of each, broadcastable to
+            [B, H, Q, S]. A may be a divisor of B: keys are then shared by B / A neighbouring rows,
+            without being repeated.
+
+    Returns:
+        [B, H, Q, K], as `attend` does.
+    """
+    scores = [
+        _product("{q}k,{s}k->{qs}", query_BxHxQxK, key, jnp.float32) for key, _, _ in parts
+    ]
+    scores = [score if scale == 1.0 else score * scale for score in scores]
+    if softcap:
+        scores = [softcap * jnp.tanh(score / softcap) for score in scores]
+    scores = [score + bias for score, (_, _, bias) in zip(scores, parts, strict=True)]
+    whole = scores[0] if len(scores) == 1 else jnp.concatenate(scores, axis=-1)
+    weights_BxHxQxS = jax.nn.softmax(whole).astype(parts[0][1].dtype)
+    if dropout is not None:
+        weights_BxHxQxS = dropout(weights_BxHxQxS)
+    ends = np.cumsum([score.shape[-1] for score in scores])
+    read = [
+        _product("{qs},{s}k->{q}k", weights, value)
+        for weights, (_, value, _) in zip(
+            jnp.split(weights_BxHxQxS, ends[:-1], axis=-1), parts, strict=True
+        )
+    ]
+    return functools.reduce(jnp.add, read)
+
+
+def _product(
+    equation: str, left_BxHxQxX: Array, right_AxGxSxK: Array, dtype: jnp.dtype | None = None
+) -> Array:
+    """A product of every row and head of queries with the keys or values that serve it."""
+    (rows, heads), (keys, groups) = left_BxHxQxX.shape[:2], right_AxGxSxK.shape[:2]
+    shared, repeats, rest = rows // keys, heads // groups, left_BxHxQxX.shape[2:]
+    if shared == 1:  # neighbouring heads lie behind one another: one larger matrix
+        left = left_BxHxQxX.reshape(rows, groups, repeats * rest[0], rest[1])
+        letters = {"q": "agq", "s": "ags", "qs": "agqs"}
+    else:
+        left = left_BxHxQxX.reshape(keys, shared, groups, repeats * rest[0], rest[1])
+        letters = {"q": "acgq", "s": "ags", "qs": "acgqs"}
+    product = jnp.einsum(
+        equation.format(**letters), left, right_AxGxSxK, preferred_element_type=dtype
+    )
+    return product.reshape(rows, heads, rest[0], product.shape[-1])
+
+
+def _splash(
+    query_BxHxTxK: Array,
+    key_BxGxTxK: Array,
+    value_BxGxTxK: Array,
+    visible: Causal,
+    scale: float,
+    softcap: float,
+) -> Array:
+    """The TPU kernel that skips what no query sees; elsewhere it is interpreted (for tests)."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as kernels
+
+    length = query_BxHxTxK.shape[2]
+    if visible.window:
+        mask = kernels.LocalMask((length, length), (visible.window - 1, 0), 0)
+    else:
+        mask = kernels.CausalMask((length, length))
+    interpret = jax.default_backend() != "tpu"
+    segments_BxT = visible.segments_BxT
+    if segments_BxT is None:
+        segments_BxT = jnp.ones((query_BxHxTxK.shape[0], length), jnp.int32)
+
+    def local(query: Array, key: Array, value: Array, segments: Array) -> Array:
+        kernel = kernels.make_splash_mha(
+            kernels.MultiHeadMask([mask] * query.shape[1]),
+            head_shards=1,
+            q_seq_shards=1,
+            attn_logits_soft_cap=softcap or None,
+            interpret=interpret,
+        )
+        return jax.vmap(kernel)(query * scale, key, value, kernels.SegmentIds(segments, segments))
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty:
+        heads = PartitionSpec(RULES["batch"], RULES["heads"])
+        local = jax.shard_map(
+            local,
+            in_specs=(heads, heads, heads, PartitionSpec(RULES["batch"])),
+            out_specs=heads,
+            check_vma=False,
+        )
+    return local(query_BxHxTxK, key_BxGxTxK, value_BxGxTxK, segments_BxT).astype(
+        value_BxGxTxK.dtype
+    )
