@@ -18,9 +18,11 @@ REQUIREMENTS = [
     "gin-config>=0.5.0",
     "huggingface-hub>=0.34",
     "jax>=0.10.2,<0.11",
-    "jinja2>=3.1",
+    "jinja2>=3.1.6",
     "markupsafe>=2.1",
     "matplotlib>=3.9",
+    "ml-dtypes>=0.5",
+    "msgpack>=1.1",
     "numpy>=2.0",
     "optax>=0.2.8",
     "orbax-checkpoint==0.12.*",
@@ -41,6 +43,7 @@ REQUIREMENTS = [
     "importlib-resources>=6.0",
     "tensorboardX>=2.6",
     "tensorstore>=0.1.84",
+    "tokenizers>=0.21",
     # t5 itself is not here: it asks for seqio-nightly and tfds-nightly, which overwrite seqio and
     # tensorflow-datasets file by file. `pip install --no-deps t5==0.9.4` adds its preprocessors
     # and metrics; the following are what these import.
@@ -63,7 +66,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     install_requires=REQUIREMENTS,
-    extras_require={"test": ["hypothesis>=6.100", "pytest>=8.0", "ruff>=0.12"]},
+    extras_require={"test": ["hypothesis>=6.100", "pytest>=8.0", "ruff>=0.12", "safetensors>=0.5"]},
     packages=[
         *find_packages(include=["m2l", "m2l.*"]),
         "m2l.gin_configs",

@@ -17,7 +17,7 @@ import gin
 
 from m2l.errors import ConfigError, M2LError, UnknownNameError
 from m2l.merging import Recipe
-from m2l.models import T5Config
+from m2l.models import Config, LlamaConfig, T5Config
 from m2l.studies.scaling import ScalingStudy
 from m2l.training.settings import TrainSettings
 
@@ -30,13 +30,14 @@ class TrainingRun:
     """
 
     settings: TrainSettings
-    model: T5Config | None = None
+    model: Config | None = None
     vocabulary: str | None = None
     source: str = "microworld"
 
 
 CONFIGURABLES = {
     "T5": T5Config,
+    "Llama": LlamaConfig,
     "Train": TrainSettings,
     "Run": TrainingRun,
     "Merge": Recipe,

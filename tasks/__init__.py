@@ -14,6 +14,9 @@ from m2l.errors import DataError, M2LError, UnknownNameError
 from m2l.tasks import flan, sources
 
 SPAN_CORRUPTION = "span_corruption"
+LANGUAGE_MODELING = "language_modeling"
+OF_CORPUS = (SPAN_CORRUPTION, LANGUAGE_MODELING)
+"""What base models are pretrained by: encoder-decoders by the first, decoders by the second."""
 ORIGINAL = "_original"
 
 _own: dict[str, tuple[Dataset, dict[str, list[dict[str, Any]]]]] = {}
@@ -60,7 +63,7 @@ def _wholes(dataset: Dataset) -> tuple[str, ...]:
 
 def task_names() -> tuple[str, ...]:
     """Every task's name, `_score_eval` twins left out."""
-    return (*_prompts(), SPAN_CORRUPTION)
+    return (*_prompts(), *OF_CORPUS)
 
 
 def info(task: str) -> TaskInfo:
@@ -69,7 +72,7 @@ def info(task: str) -> TaskInfo:
     Raises:
         UnknownNameError: there is none.
     """
-    if task == SPAN_CORRUPTION:
+    if task in OF_CORPUS:
         return TaskInfo(task, "corpus", "", "pretraining", False, "train", (), False)
     known = _prompts()
     if task not in known:
@@ -96,8 +99,7 @@ def datasets_of(mixture: str) -> tuple[Dataset, ...]:
     known = _prompts()
     return tuple(
         dict.fromkeys(
-            sources.CORPUS if task == SPAN_CORRUPTION else known[task][0]
-            for task in tasks_in(mixture)
+            sources.CORPUS if task in OF_CORPUS else known[task][0] for task in tasks_in(mixture)
         )
     )
 

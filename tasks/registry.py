@@ -17,7 +17,7 @@ from m2l.data.rendering import renderer
 from m2l.data.sources import Records, RecordSource
 from m2l.errors import DataError
 from m2l.evaluation import metrics, seqio_metrics
-from m2l.tasks import SPAN_CORRUPTION, flan, sources
+from m2l.tasks import LANGUAGE_MODELING, SPAN_CORRUPTION, flan, sources
 
 # T0 (Sanh et al., 2022, section 4): a dataset counts once per prompt, and at most this often.
 T0_MAX_EXAMPLES = 500_000
@@ -35,21 +35,22 @@ def register(
     """Registers all tasks and mixtures, in place of those registered here before.
 
     Args:
-        vocabulary: The vocabulary's name or path.
+        vocabulary: What `vocabularies.load` takes.
         source: Where the records of the declared datasets come from (see `m2l.tasks.sources`).
         declared: All datasets.
         own: By name, those that bring their records with them, and these.
         mixtures: Mixture name -> task names.
 
     Raises:
-        DataError: no such vocabulary; or someone else registered one of the names.
+        DataError: no such vocabulary, or one that targets cannot go on in; or someone else
+            registered one of the names.
     """
     shared = vocabularies.load(vocabulary)
     features = {
         "inputs": seqio.Feature(vocabulary=shared, add_eos=False),
-        "targets": seqio.Feature(vocabulary=shared, add_eos=True),
+        "targets": seqio.Feature(vocabulary=vocabularies.continuing(shared), add_eos=True),
     }
-    tasks = [corpus_task(records_of(source, sources.CORPUS), features)]
+    tasks = corpus_tasks(records_of(source, sources.CORPUS), vocabulary)
     rates: dict[str, Callable[[seqio.Task], float]] = {}
     declared = tuple(declared)
     prompts = Counter(sources.asked(dataset) for dataset in declared for _ in dataset.prompts)
@@ -174,17 +175,35 @@ def prompted_tasks(
     ]
 
 
-def corpus_task(records: Records, features: Mapping[str, seqio.Feature]) -> seqio.Task:
-    """Span corruption of unlabelled text: what a base model is pretrained on."""
+def corpus_tasks(records: Records, vocabulary: str) -> list[seqio.Task]:
+    """What base models are pretrained by, from unlabelled text.
 
-    return seqio.Task(
-        SPAN_CORRUPTION,
-        source=RecordSource(SPAN_CORRUPTION, records, lambda record: {"targets": record["text"]}),
-        preprocessors=[
-            functools.partial(tokenize, copy_pretokenized=False),
-            span_corruption,
-            append_eos,
-        ],
-        output_features=features,
-        shuffle_buffer_size=None,
-    )
+    Span corruption for encoder-decoders; for decoders the text itself, as targets of no inputs.
+    """
+    # The text continues nothing, and is no message of a chat.
+    bare = vocabularies.load(vocabulary.removeprefix("chat:"))
+    features = {
+        "inputs": seqio.Feature(vocabulary=bare, add_eos=False),
+        "targets": seqio.Feature(vocabulary=bare, add_eos=True),
+    }
+    corruption = [functools.partial(tokenize, copy_pretokenized=False), span_corruption, append_eos]
+    make = functools.partial(seqio.Task, output_features=features, shuffle_buffer_size=None)
+
+    def text(record: Mapping[str, Any]) -> dict[str, Any]:
+        return {"targets": record["text"]}
+
+    def text_of_nothing(record: Mapping[str, Any]) -> dict[str, Any]:
+        return {"inputs": "", "targets": record["text"]}
+
+    return [
+        make(
+            SPAN_CORRUPTION,
+            source=RecordSource(SPAN_CORRUPTION, records, text),
+            preprocessors=corruption,
+        ),
+        make(
+            LANGUAGE_MODELING,
+            source=RecordSource(LANGUAGE_MODELING, records, text_of_nothing),
+            preprocessors=[tokenize, append_eos],
+        ),
+    ]

@@ -13,6 +13,7 @@ from m2l.checkpoints.reading import (
     restore_opt_state,
     verify,
 )
+from m2l.checkpoints.tokenizer import check_tokenizer
 from m2l.checkpoints.trees import flatten, unflatten
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Parameter",
     "Writer",
     "check_absent",
+    "check_tokenizer",
     "clean",
     "flatten",
     "open_parameters",

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from m2l import __version__
+from m2l.checkpoints import tokenizer
 from m2l.errors import CheckpointError
 
 FORMAT_VERSION = 1
@@ -46,6 +47,9 @@ class Manifest:
         parameters: name -> {"shape", "dtype", "digest"}, digests as `sha256` gives them.
         opt_state: The same for the optimizer state's leaves, by key path; None without one.
         data_state: SHA-256 of the data pipeline's position; None without one.
+        tokenizer: SHA-256 of each of the vocabulary's files that the checkpoint carries, by name;
+            None where it carries none. The vocabulary's name is then where they lie: an absolute
+            path here, relative on disk, so that a checkpoint can be moved.
         versions: The versions it was written with.
         format_version: The layout of the directory and of this file.
     """
@@ -59,6 +63,7 @@ class Manifest:
     parameters: Mapping[str, Mapping[str, Any]]
     opt_state: Mapping[str, Mapping[str, Any]] | None = None
     data_state: str | None = None
+    tokenizer: Mapping[str, str] | None = None
     versions: Mapping[str, str] = dataclasses.field(default_factory=versions)
     format_version: int = FORMAT_VERSION
 
@@ -76,6 +81,8 @@ class Manifest:
     def write(self, directory: Path) -> None:
         """Writes manifest.json into `directory`."""
         content = {"digest": self.digest} | dataclasses.asdict(self)
+        if self.tokenizer is not None:
+            content["vocabulary"]["name"] = tokenizer.name_in(self.vocabulary["name"])
         content = {"checksum": _checksum(content)} | content
         (directory / FILE_NAME).write_text(json.dumps(content, indent=1) + "\n")
 
@@ -107,6 +114,9 @@ class Manifest:
         if content.pop("checksum", None) != _checksum(content):
             raise CheckpointError(f"{file}: damaged or edited, it does not match its own checksum")
         del content["digest"]
+        if content.get("tokenizer") is not None:
+            name = tokenizer.name_in(content["vocabulary"]["name"], directory.absolute())
+            content["vocabulary"]["name"] = name
         return cls(**content | {"parents": tuple(content["parents"])})
 
 

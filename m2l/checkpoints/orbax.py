@@ -18,6 +18,7 @@ import numpy as np
 import tensorstore as ts
 from orbax.checkpoint import v1 as ocp
 
+from m2l.checkpoints import tokenizer
 from m2l.checkpoints.manifest import Manifest
 from m2l.checkpoints.publishing import publishing
 from m2l.checkpoints.trees import flatten, flatten_state, unflatten
@@ -99,9 +100,12 @@ def _settle(futures: Iterable[Any]) -> None:
 class Writer:
     """Fills a checkpoint's arrays in pieces; `finish` then describes it. See `writing`."""
 
-    def __init__(self, directory: Path, items: Mapping[str, Mapping[str, ArraySpec]]):
-        """Creates the arrays of `items` (item -> name -> shape, dtype) in `directory`."""
-        self._directory, self._items = directory, items
+    def __init__(self, directory: Path, items: Mapping[str, Mapping[str, ArraySpec]], final: Path):
+        """Creates the arrays of `items` (item -> name -> shape, dtype) in `directory`.
+
+        `final` is what the directory will be called.
+        """
+        self._directory, self._items, self._final = directory, items, final
         self.in_flight: list[Any] = []
         self._bytes = 0
         self.finished = False
@@ -176,7 +180,13 @@ class Writer:
         step: int = 0,
         data_state: bytes | None = None,
     ) -> Manifest:
-        """Waits for the arrays to be on disk, then writes the manifest and returns it."""
+        """Waits for the arrays to be on disk, then writes the manifest and returns it.
+
+        The files of a vocabulary that is named by its path are copied into the checkpoint.
+
+        Raises:
+            CheckpointError: They are not there any more, or the disk is full.
+        """
         self._wait()
         records: dict[str, dict] = {item: {} for item in self._items}
         for (item, name), array in self._arrays.items():
@@ -187,10 +197,14 @@ class Writer:
             records[item][name] = {"shape": shape, "dtype": dtype, "digest": digest}
         if data_state is not None:
             (self._directory / DATA_STATE).write_bytes(data_state)
+        vocabulary, carried = dict(vocabulary), None
+        if tokenizer.is_path(vocabulary.get("name")):
+            carried = tokenizer.carry(vocabulary["name"], self._directory)
+            vocabulary["name"] = tokenizer.name_in(vocabulary["name"], self._final)
         dtypes = {record["dtype"] for record in records[PARAMS].values()}
         manifest = Manifest(
             model=dict(model),
-            vocabulary=dict(vocabulary),
+            vocabulary=vocabulary,
             dtype=dtypes.pop() if len(dtypes) == 1 else "mixed",
             step=step,
             made_by=dict(made_by),
@@ -198,6 +212,7 @@ class Writer:
             parameters=records[PARAMS],
             opt_state=records.get(OPT_STATE),
             data_state=None if data_state is None else hashlib.sha256(data_state).hexdigest(),
+            tokenizer=carried,
         )
         manifest.write(self._directory)
         self.finished = True
@@ -227,7 +242,7 @@ def writing(
     shapes = [spec for arrays in items.values() for spec in arrays.values()]
     size = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in shapes)
     with publishing(directory, size + (1 << 20)) as temporary:
-        writer = Writer(temporary, items)
+        writer = Writer(temporary, items, Path(directory).absolute())
         try:
             yield writer
         finally:
@@ -255,7 +270,8 @@ def save(
         directory: The checkpoint to make; must not exist.
         params: Nested dict of numpy or jax arrays; sharded ones must be addressable from here.
         model: The model's configuration, as `models.to_dict` gives it.
-        vocabulary: {"name", "size", "fingerprint"}.
+        vocabulary: {"name", "size", "fingerprint"}; if the name is an absolute path, the files of
+            the tokenizer there become part of the checkpoint.
         made_by: What made it, as JSON-like data.
         parents: {"role", "path", "digest"} of each checkpoint it was made from.
         step: The training step.
@@ -264,7 +280,7 @@ def save(
 
     Raises:
         CheckpointError: `directory` exists or cannot be created, the disk is full, or a parameter
-            has a name that cannot be stored.
+            has a name that cannot be stored; or the vocabulary's files are gone.
     """
     items = {PARAMS: flatten(params)}
     if opt_state is not None:

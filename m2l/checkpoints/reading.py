@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import tensorstore as ts
 
+from m2l.checkpoints import tokenizer
 from m2l.checkpoints.manifest import FILE_NAME as MANIFEST
 from m2l.checkpoints.manifest import Manifest, sha256
 from m2l.checkpoints.orbax import DATA_STATE, OPT_STATE, PARAMS, array_spec, boxes
@@ -240,4 +241,6 @@ def verify(path: str | os.PathLike) -> Manifest:
             parameter.check(sha256(parameter.read()))
     if manifest.data_state is not None:
         restore_data_state(directory)
+    if manifest.tokenizer is not None:
+        tokenizer.verify(directory, manifest.tokenizer)
     return manifest

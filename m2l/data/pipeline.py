@@ -14,6 +14,7 @@ from tensorflow.python.ops import cond_v2
 
 from m2l.data import packing
 from m2l.data.draws import Draws
+from m2l.data.layouts import EncoderDecoder, Layout
 from m2l.data.preprocessors import append_eos, tokenize
 from m2l.data.sources import RecordSource
 from m2l.errors import DataError, UnknownNameError
@@ -56,6 +57,16 @@ def _together(name: str, parts: Sequence[seqio.Task | seqio.Mixture]) -> seqio.M
             alone = isinstance(part, seqio.Task)
             rates[task.name] = seqio.mixing_rate_num_examples if alone else part.get_rate
     return seqio.Mixture(name.replace("+", "."), list(rates.items()))
+
+
+def vocabulary_of(mixture: str, split: str = "train") -> seqio.Vocabulary:
+    """The vocabulary of a task's or mixture's inputs.
+
+    Raises:
+        UnknownNameError, DataError: as `find`.
+    """
+    task = seqio.get_subtasks(find("task or mixture", mixture, split))[0]
+    return task.output_features["inputs"].vocabulary
 
 
 def as_written() -> tf.data.Options:
@@ -213,9 +224,10 @@ def training_batches(
     pack: bool = True,
     split: str = "train",
     shard: tuple[int, int] = (0, 1),
+    layout: Layout = EncoderDecoder(),  # noqa: B008, frozen
     state: bytes | None = None,
 ) -> Batches:
-    """Batches of a registered task or mixture, in seqio's EncDecFeatureConverter's names.
+    """Batches of a registered task or mixture, in the names of seqio's feature converters.
 
     The same arguments give the same batches in every process and on every machine.
 
@@ -228,12 +240,14 @@ def training_batches(
         pack: Whether several examples share a row, told apart by segment ids.
         split: The split to read.
         shard: (this process's number, how many processes); each reads its own part of the records.
+        layout: What the model reads; `layouts.of` gives it.
         state: A position from `Batches.state`, to continue exactly there.
 
     Returns:
         Batches of encoder_input_tokens [B, S], decoder_target_tokens, decoder_input_tokens and
         decoder_loss_weights [B, T], int32; packed, encoder_ and decoder_ segment_ids and positions
-        as well.
+        as well. Of a decoder: no encoder_ ones, the others [B, S + T], always with segment_ids and
+        positions.
 
     Raises:
         UnknownNameError: no such task or mixture.
@@ -250,6 +264,7 @@ def training_batches(
         "pack": pack,
         "split": split,
         "shard": list(shard),
+        "layout": [type(layout).__name__, layout.start_id],
         "tensorflow": tf.__version__,
     }
 
@@ -257,7 +272,13 @@ def training_batches(
         isinstance(task.source, RecordSource) and list(task.preprocessors) == [tokenize, append_eos]
         for task in tasks
     ):
-        stream = _drawn(provider, tasks, lengths, batch_size, pack, split, seed, shard)
+        how = (batch_size, pack, split, seed, shard, layout)
+        stream = _drawn(provider, tasks, lengths, *how)
+    elif not isinstance(layout, EncoderDecoder):
+        raise DataError(
+            f"{mixture!r} makes inputs and targets of tokens, not of texts: a decoder cannot be "
+            "trained on it; language_modeling is for pretraining decoders"
+        )
     else:
         examples = provider.get_dataset(
             dict(lengths),
@@ -271,7 +292,9 @@ def training_batches(
         )
         if examples.element_spec.keys() != lengths.keys():
             examples = examples.map(_only(lengths))
-        rows = seqio.EncDecFeatureConverter(pack=pack)(examples, dict(lengths))
+        rows = seqio.EncDecFeatureConverter(pack=pack, bos_id=layout.start_id)(
+            examples, dict(lengths)
+        )
         stream = _Piped(rows.batch(batch_size, drop_remainder=True).prefetch(_BATCHES_AHEAD))
     batches = Batches(stream, made_from)
     if state is not None:
@@ -292,6 +315,7 @@ def _drawn(
     split: str,
     seed: int,
     shard: tuple[int, int],
+    layout: Layout,
 ) -> _Drawn:
     of_task = [task.source.endless(split, seed, shard, only=lengths) for task in tasks]
     rates = [provider.get_rate(task) for task in tasks] if len(tasks) > 1 else [1.0]
@@ -317,7 +341,7 @@ def _drawn(
         return tokens("inputs", texts["inputs"]), tokens("targets", texts["targets"])
 
     def batched(examples: Iterator[Any]) -> Iterator[tuple[dict[str, np.ndarray], int]]:
-        return packing.batches(examples, lengths, batch_size, pack)
+        return packing.batches(examples, lengths, batch_size, pack, layout)
 
     return _Drawn(Draws(rates, (seed, shard[0])), example, batched)
 

@@ -1,22 +1,43 @@
-"""Vocabularies: the one shipped for the microworld, bytes, or a SentencePiece model's file."""
+"""Vocabularies: the microworld's, bytes, a SentencePiece model, a checkpoint's own tokenizer."""
 
-import hashlib
-from importlib import resources
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import seqio
-from sentencepiece import SentencePieceProcessor
+import tensorflow as tf
 
+from m2l.data import chat, tokenizer_files
+from m2l.data.chat import ChatTemplate
+from m2l.data.tokenizer_files import (
+    EOS,
+    MICROWORLD_EXTRA_IDS,
+    PAD,
+    T5_EXTRA_IDS,
+    UNKNOWN,
+    Bytes,
+    Files,
+    SentencePiece,
+    T5SentencePiece,
+    TokenizerJson,
+)
 from m2l.errors import DataError
+from m2l.files import CHAT
 
-# Sentinels for span corruption, at the end of the vocabulary. T5's own models have 100; the other
-# two bring the size to a multiple of 128, which devices like.
-T5_EXTRA_IDS = 100
-MICROWORLD_EXTRA_IDS = 32
-BYTES_EXTRA_IDS = 125
-
-PAD, EOS, UNKNOWN = 0, 1, 2
+__all__ = [
+    "EOS",
+    "MICROWORLD_EXTRA_IDS",
+    "PAD",
+    "T5_EXTRA_IDS",
+    "UNKNOWN",
+    "DecoderSentencePieceVocabulary",
+    "TokenizerVocabulary",
+    "continuing",
+    "describe",
+    "load",
+    "start_id",
+]
 
 
 def load(name: str) -> seqio.Vocabulary:
@@ -24,34 +45,34 @@ def load(name: str) -> seqio.Vocabulary:
 
     Args:
         name: "microworld" (1,024 ids; any text round trips, by bytes where it must), "bytes"
-            (ByT5's, 384 ids), or the path of a SentencePiece model such as T5's spiece.model.
+            (ByT5's, 384 ids), a SentencePiece model such as T5's spiece.model, a tokenizer.json, or
+            a directory of tokenizer files. Of a directory, spiece.model decides (T5's and mT5's),
+            else tokenizer.json, else tokenizer.model (Llama 2's). "chat:" before a path to a
+            tokenizer.json or its directory renders what is encoded by the chat template.
 
     Raises:
-        DataError: the file is missing, is no SentencePiece model, or does not number padding, end
-            of sequence and unknown 0, 1, 2.
+        DataError: the file is missing or no tokenizer; T5's does not number padding, end of
+            sequence and unknown 0, 1, 2; nothing says which token ends a text; or its chat template
+            is missing or fails.
     """
-    if name == "bytes":
-        return seqio.ByteVocabulary(extra_ids=BYTES_EXTRA_IDS)
-    if name == "microworld":
-        shipped = resources.files("m2l.tasks") / "microworld" / "vocabulary.model"
-        return seqio.SentencePieceVocabulary(str(shipped), extra_ids=MICROWORLD_EXTRA_IDS)
-    path = Path(name).expanduser()
-    if not path.is_file():
+    files = tokenizer_files.read(name)
+    if isinstance(files, TokenizerJson):
+        if not name.startswith(CHAT):
+            return TokenizerVocabulary(files)
+        directory = tokenizer_files.main_file(name).parent
+        return TokenizerVocabulary(files, chat.read(directory, files.special_tokens))
+    if name.startswith(CHAT):
         raise DataError(
-            f"vocabulary {name!r}: there is no such file, and it is not 'microworld' or 'bytes'"
+            f"vocabulary {name!r}: only a tokenizer.json knows a chat template's special tokens; "
+            "leave chat: out"
         )
-    pieces = SentencePieceProcessor()
-    try:
-        pieces.LoadFromSerializedProto(path.read_bytes())
-    except RuntimeError as error:
-        raise DataError(f"vocabulary {name!r}: the file is not a SentencePiece model") from error
-    ids = (pieces.pad_id(), pieces.eos_id(), pieces.unk_id())
-    if ids != (PAD, EOS, UNKNOWN):
-        raise DataError(
-            f"vocabulary {name!r}: it numbers padding, end of sequence and unknown {ids}, not "
-            f"{(PAD, EOS, UNKNOWN)}; train it with pad_id=0, eos_id=1, unk_id=2"
-        )
-    return seqio.SentencePieceVocabulary(str(path.resolve()), extra_ids=T5_EXTRA_IDS)
+    match files:
+        case Bytes():
+            return seqio.ByteVocabulary(extra_ids=files.extra_ids)
+        case T5SentencePiece():
+            return seqio.SentencePieceVocabulary(str(files.file), extra_ids=files.extra_ids)
+        case SentencePiece():
+            return DecoderSentencePieceVocabulary(files)
 
 
 def describe(vocabulary: seqio.Vocabulary, name: str) -> dict[str, Any]:
@@ -62,17 +83,212 @@ def describe(vocabulary: seqio.Vocabulary, name: str) -> dict[str, Any]:
         name: The name it was loaded by.
 
     Returns:
-        {"name": a file's path made absolute, "size": number of ids, sentinels included,
-        "fingerprint": sha256 in hexadecimal of what decides the ids}: equal for equal
-        vocabularies, wherever their files lie.
+        {"name": a path made absolute, "size": number of ids, sentinels included, "fingerprint":
+        sha256 in hexadecimal of what decides the ids}: equal for equal vocabularies, wherever
+        their files lie, whichever version wrote them, and with or without "chat:".
     """
-    digest = hashlib.sha256()
-    digest.update(f"{type(vocabulary).__name__} extra_ids={vocabulary.extra_ids}\n".encode())
-    if isinstance(vocabulary, seqio.SentencePieceVocabulary):
-        digest.update(Path(vocabulary.sentencepiece_model_file).read_bytes())
-    shipped = name in ("bytes", "microworld")
+    files = _files_of(vocabulary)
     return {
-        "name": name if shipped else str(Path(name).expanduser().resolve()),
-        "size": vocabulary.vocab_size,
-        "fingerprint": digest.hexdigest(),
+        "name": tokenizer_files.absolute(name),
+        "size": files.size,
+        "fingerprint": files.fingerprint,
     }
+
+
+def _files_of(vocabulary: seqio.Vocabulary) -> Files:
+    match vocabulary:
+        case _Continuing():
+            return _files_of(vocabulary.inner)
+        case TokenizerVocabulary():
+            return vocabulary.files
+        case DecoderSentencePieceVocabulary():
+            return SentencePiece(Path(vocabulary.sentencepiece_model_file), vocabulary.start_id)
+        case seqio.SentencePieceVocabulary():
+            return T5SentencePiece(Path(vocabulary.sentencepiece_model_file), vocabulary.extra_ids)
+        case seqio.ByteVocabulary():
+            return Bytes(vocabulary.extra_ids)
+    raise TypeError(f"{type(vocabulary).__name__} is not from vocabularies.load")
+
+
+def start_id(vocabulary: seqio.Vocabulary) -> int | None:
+    """The id that a decoder-only model's rows start with, before the inputs; None for none.
+
+    A tokenizer's own first token where it adds one. T5's vocabularies have none: the models start
+    with padding, as T5X's decoder-only models do.
+    """
+    return getattr(vocabulary, "start_id", PAD)
+
+
+def continuing(vocabulary: seqio.Vocabulary) -> seqio.Vocabulary:
+    """The vocabulary to encode targets with, so that they go on where the inputs end.
+
+    A decoder reads inputs and targets as one text, "inputs targets": encoded apart they must be the
+    same ids. Byte-level tokenizers need the space before the target for it, others add it
+    themselves; which it is, is tried out. Behind a chat's prompt the answer begins without one, and
+    T5's vocabularies encode targets as they are.
+
+    Returns:
+        A vocabulary of the same ids, whose `decode` gives the target back without the space. An
+        empty target has no ids.
+
+    Raises:
+        DataError: neither way gives the ids of the joint text.
+    """
+    if isinstance(vocabulary, TokenizerVocabulary) and vocabulary.chat_template:
+        return TokenizerVocabulary(vocabulary.files)
+    if not isinstance(vocabulary, TokenizerVocabulary | DecoderSentencePieceVocabulary):
+        return vocabulary
+    first, second, spaced, joint = map(vocabulary.encode, ("a", "b", " b", "a b"))
+    if joint == first + second:
+        return vocabulary
+    if joint == first + spaced:
+        return _Continuing(vocabulary)
+    raise DataError(
+        "this vocabulary's pieces reach over the space between two words, so that inputs and "
+        "targets encoded apart are not what they are as one text"
+    )
+
+
+class TokenizerVocabulary(seqio.Vocabulary):
+    """A tokenizer of Hugging Face's `tokenizers`, as seqio wants one.
+
+    Special tokens written in a text become their ids, as they do in transformers: chat prompts are
+    written so. No text gets a first or last token here; seqio's features add EOS, and `start_id`
+    says what a row starts with. `pad_id` is 0, though 0 may be a token: m2l pads with 0 and
+    tells padding by lengths. Ids beyond the vocabulary decode to nothing.
+
+    Attributes:
+        files: The tokenizer and its ends.
+        chat_template: By which texts are rendered before they are encoded, if at all.
+        start_id: What a row starts with; None if nothing, or if the chat template writes it.
+    """
+
+    def __init__(self, files: TokenizerJson, chat_template: ChatTemplate | None = None):
+        super().__init__(extra_ids=0)
+        self.files, self.chat_template = files, chat_template
+        self.start_id = files.start_id
+        # A first rendering also shows whether the template works at all.
+        if chat_template and self._encode("a")[:1] == [files.start_id]:
+            self.start_id = None
+
+    @property
+    def bos_id(self) -> int | None:
+        """The id that the tokenizer puts in front of a text."""
+        return self.files.start_id
+
+    @property
+    def eos_id(self) -> int:
+        """The id that ends a text."""
+        return self.files.eos_id
+
+    @property
+    def unk_id(self) -> None:
+        """None: nothing is replaced before it is decoded."""
+
+    @property
+    def _base_vocab_size(self) -> int:
+        return self.files.size
+
+    def _encode(self, text: str) -> list[int]:
+        if self.chat_template:
+            text = self.chat_template.render(text)
+        return self.files.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        if ids and ids[-1] == self.eos_id:
+            ids = ids[:-1]
+        return self.files.tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def _encode_tf(self, text: tf.Tensor) -> tf.Tensor:
+        # Outside a graph, numpy_function would take the null bytes off a text's end.
+        if tf.executing_eagerly():
+            return tf.constant(self._encode_bytes(text.numpy()), tf.int32)
+        ids = tf.numpy_function(self._encode_bytes, [text], tf.int32, stateful=False)
+        ids.set_shape([None])
+        return ids
+
+    def _encode_bytes(self, text: bytes) -> np.ndarray:
+        try:
+            return np.array(self._encode(text.decode(errors="replace")), np.int32)
+        except DataError as error:
+            # TensorFlow hands a ValueError on as what it is, an invalid argument.
+            raise ValueError(str(error)) from error
+
+    def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
+        if tf.executing_eagerly():
+            return tf.constant(self._decode_rows(ids.numpy()), tf.string)
+        texts = tf.numpy_function(self._decode_rows, [ids], tf.string, stateful=False)
+        texts.set_shape(ids.shape[:-1])
+        return texts
+
+    def _decode_rows(self, ids: np.ndarray) -> Any:
+        if ids.ndim == 1:
+            return self.decode(ids.tolist()).encode()
+        return np.array([self._decode_rows(row) for row in ids], object)
+
+    def _identity(self) -> tuple[str, str | None]:
+        return self.files.fingerprint, self.chat_template and self.chat_template.source
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, TokenizerVocabulary) and self._identity() == other._identity()
+
+    def __hash__(self) -> int:
+        return hash(self._identity())
+
+
+class DecoderSentencePieceVocabulary(seqio.SentencePieceVocabulary):
+    """A decoder's SentencePiece model: the ids are the file's own, and there are no sentinels.
+
+    Special tokens written in a text are encoded letter by letter, not as in transformers.
+
+    Attributes:
+        start_id: What a row starts with, if with anything.
+    """
+
+    def __init__(self, files: SentencePiece):
+        super().__init__(str(files.file), extra_ids=0)
+        self.start_id = files.start_id
+
+
+class _Continuing(seqio.Vocabulary):
+    """Encodes texts with a space before them, and takes it away again where it decodes."""
+
+    def __init__(self, inner: seqio.Vocabulary):
+        super().__init__(extra_ids=0)
+        self.inner = inner
+        self.start_id = start_id(inner)
+
+    @property
+    def bos_id(self) -> int | None:
+        return self.inner.bos_id
+
+    @property
+    def eos_id(self) -> int:
+        return self.inner.eos_id
+
+    @property
+    def unk_id(self) -> int | None:
+        return self.inner.unk_id
+
+    @property
+    def _base_vocab_size(self) -> int:
+        return self.inner._base_vocab_size
+
+    def _encode(self, text: str) -> list[int]:
+        return self.inner.encode(text and f" {text}")
+
+    def _decode(self, ids: Iterable[int]) -> str:
+        return self.inner.decode(ids).removeprefix(" ")
+
+    def _encode_tf(self, text: tf.Tensor) -> tf.Tensor:
+        space = tf.where(tf.equal(text, ""), "", " ")
+        return self.inner.encode_tf(tf.strings.join([space, text]))
+
+    def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
+        return tf.strings.regex_replace(self.inner.decode_tf(ids), r"\A ", "")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Continuing) and self.inner == other.inner
+
+    def __hash__(self) -> int:
+        return hash((type(self), self.eos_id, self.vocab_size))

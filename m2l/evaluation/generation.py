@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from m2l import models
+from m2l.data import layouts
 from m2l.data.examples import GenerationExample
 from m2l.data.vocabularies import EOS
 from m2l.errors import EvaluationError
@@ -16,38 +17,44 @@ from m2l.evaluation.ranking import bucket
 
 
 @functools.cache
-def decoder(config: Any, max_length: int, dtype: str) -> Callable[[Any, jax.Array], Any]:
+def decoder(
+    config: Any, max_length: int, eos_id: int, dtype: str
+) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
     """The jitted greedy decoder of a model: one compilation per shape, for any parameters."""
     compute = jnp.dtype(dtype)
 
-    def decode(params: Any, inputs_BxS: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Tokens int32 [B, max_length], 0 behind EOS; and whether all logits were finite."""
-        encoded_BxSxD = models.encode(config, params, inputs_BxS, dtype=compute)
-        cache = models.start_decoding(
-            config, params, encoded_BxSxD, inputs_BxS != 0, max_length, dtype=compute
-        )
-        batch = inputs_BxS.shape[0]
-        # A row of padding alone has nothing to say.
-        done_B = ~jnp.any(inputs_BxS != 0, axis=1)
-        tokens_BxT = jnp.zeros((batch, max_length), jnp.int32)
+    def decode(
+        params: Any,
+        prefix_BxS: jax.Array,
+        lengths_B: jax.Array,
+        start_B: jax.Array,
+        is_padding_B: jax.Array,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Tokens int32 [B, max_length], how many come before EOS, whether all logits are finite."""
+        mask_BxS = jnp.arange(prefix_BxS.shape[1]) < lengths_B[:, None]
+        memory = models.encode(config, params, prefix_BxS, mask_BxS, dtype=compute)
+        cache = models.start_decoding(config, params, memory, mask_BxS, max_length, dtype=compute)
+        tokens_BxT = jnp.zeros((prefix_BxS.shape[0], max_length), jnp.int32)
 
         def going(carry: Any) -> jax.Array:
-            position, _, _, done_B, _, _ = carry
+            position, _, _, done_B, *_ = carry
             return (position < max_length) & ~jnp.all(done_B)
 
         def step(carry: Any) -> Any:
-            position, last_B, tokens_BxT, done_B, finite, cache = carry
+            position, last_B, tokens_BxT, done_B, count_B, finite, cache = carry
             logits_BxV, cache = models.decode_step(
                 config, params, cache, last_B, position, dtype=compute
             )
             finite &= jnp.all(jnp.isfinite(logits_BxV) | done_B[:, None])
             next_B = jnp.where(done_B, 0, jnp.argmax(logits_BxV, axis=-1).astype(jnp.int32))
             tokens_BxT = tokens_BxT.at[:, position].set(next_B)
-            return position + 1, next_B, tokens_BxT, done_B | (next_B == EOS), finite, cache
+            done_B |= next_B == eos_id
+            count_B += ~done_B
+            return position + 1, next_B, tokens_BxT, done_B, count_B, finite, cache
 
-        start = (jnp.int32(0), jnp.zeros(batch, jnp.int32), tokens_BxT, done_B, True, cache)
-        _, _, tokens_BxT, _, finite, _ = jax.lax.while_loop(going, step, start)
-        return tokens_BxT, finite
+        start = (jnp.int32(0), start_B, tokens_BxT, is_padding_B, jnp.zeros_like(start_B), True)
+        _, _, tokens_BxT, _, count_B, finite, _ = jax.lax.while_loop(going, step, (*start, cache))
+        return tokens_BxT, count_B, finite
 
     return jax.jit(decode)
 
@@ -58,6 +65,8 @@ def greedy(
     examples: Sequence[GenerationExample],
     *,
     max_length: int,
+    layout: layouts.Layout | None = None,
+    eos_id: int = EOS,
     batch_size: int = 32,
     dtype: str = "float32",
     on_done: Callable[[int], None] = lambda count: None,
@@ -69,35 +78,45 @@ def greedy(
         params: Its parameters.
         examples: What to decode.
         max_length: Tokens to produce at most, EOS included.
+        layout: How the model reads them; of an encoder-decoder its config says it.
+        eos_id: The token that ends an answer.
         batch_size: Examples decoded together; a batch stops when all of them are done.
         dtype: The dtype to compute in.
         on_done: Told how many examples were finished, batch by batch.
 
     Returns:
-        Per example, int32 token ids without EOS and padding.
+        Per example, int32 token ids without EOS.
 
     Raises:
         EvaluationError: a logit was NaN or infinite.
     """
-    decode = decoder(config, max_length, dtype)
+    decode = decoder(config, max_length, eos_id, dtype)
+    layout = layout or layouts.of(config)
+    prompts = [layout.prompt(example.inputs) for example in examples]
     decoded: list[np.ndarray] = [np.empty(0, np.int32)] * len(examples)
     by_length: dict[int, list[int]] = {}
-    for index, example in enumerate(examples):
-        by_length.setdefault(bucket(len(example.inputs), 16), []).append(index)
+    for index, (prefix, _) in enumerate(prompts):
+        by_length.setdefault(bucket(len(prefix), 16), []).append(index)
     for length, indices in sorted(by_length.items()):
-        for start in range(0, len(indices), batch_size):
-            part = indices[start : start + batch_size]
-            inputs_BxS = np.zeros((batch_size, length), np.int32)
+        for first in range(0, len(indices), batch_size):
+            part = indices[first : first + batch_size]
+            prefix_BxS = np.zeros((batch_size, length), np.int32)
+            lengths_B, start_B = np.zeros((2, batch_size), np.int32)
             for row, index in enumerate(part):
-                inputs_BxS[row, : len(examples[index].inputs)] = examples[index].inputs
-            tokens_BxT, finite = decode(params, inputs_BxS)
+                prefix, start_B[row] = prompts[index]
+                prefix_BxS[row, : len(prefix)] = prefix
+                lengths_B[row] = len(prefix)
+            is_padding_B = np.arange(batch_size) >= len(part)
+            tokens_BxT, count_B, finite = decode(
+                params, prefix_BxS, lengths_B, start_B, is_padding_B
+            )
             if not finite:
                 raise EvaluationError(
                     f"decoding {examples[part[0]].inputs_text[:60]!r} and its batch: a logit is "
                     "not finite; the model's parameters or the arithmetic are broken"
                 )
+            tokens_BxT, count_B = np.asarray(tokens_BxT), np.asarray(count_B)
             for row, index in enumerate(part):
-                of_one = np.asarray(tokens_BxT)[row]
-                decoded[index] = of_one[(of_one != EOS) & (of_one != 0)]
+                decoded[index] = tokens_BxT[row, : count_B[row]]
             on_done(len(part))
     return decoded

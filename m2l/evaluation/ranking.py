@@ -2,13 +2,14 @@
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from m2l import models
+from m2l.data import layouts
 from m2l.data.examples import GenerationExample, RankingExample
 from m2l.errors import EvaluationError
 from m2l.evaluation import choosing
@@ -26,24 +27,43 @@ def bucket(length: int, smallest: int = 8) -> int:
     return size
 
 
+class Batch(NamedTuple):
+    """Examples of like shape; rows and choices that are padding have length 0.
+
+    Attributes:
+        prefix_BxS: int32, what is encoded.
+        lengths_B: int32, its tokens.
+        start_B: int32, the token behind it, which starts every choice.
+        choices_BxCxT: int32, EOS last.
+        sizes_BxC: int32, the tokens of each choice.
+    """
+
+    prefix_BxS: np.ndarray
+    lengths_B: np.ndarray
+    start_B: np.ndarray
+    choices_BxCxT: np.ndarray
+    sizes_BxC: np.ndarray
+
+
 @functools.cache
-def scorer(config: Any, dtype: str) -> Callable[[Any, jax.Array, jax.Array], jax.Array]:
+def scorer(config: Any, dtype: str) -> Callable[[Any, Batch], jax.Array]:
     """The jitted scoring function of a model: one compilation per shape, for any parameters."""
 
-    def score(params: Any, inputs_BxS: jax.Array, choices_BxCxT: jax.Array) -> jax.Array:
+    def score(params: Any, batch: Batch) -> jax.Array:
         """Summed log-probabilities float32 [B, C], EOS included; 0 where a choice is padding."""
-        compute = jnp.dtype(dtype)
-        encoded_BxSxD = models.encode(config, params, inputs_BxS, dtype=compute)
-        # Decoder inputs are the targets moved one to the right behind the start token, id 0.
-        starts_BxCxT = jnp.pad(choices_BxCxT, ((0, 0), (0, 0), (1, 0)))[..., :-1]
-        logits_BxCxTxV = models.decode(
-            config, params, encoded_BxSxD, inputs_BxS != 0, starts_BxCxT, dtype=compute
-        )
+        compute, choices_BxCxT = jnp.dtype(dtype), batch.choices_BxCxT
+        mask_BxS = jnp.arange(batch.prefix_BxS.shape[1]) < batch.lengths_B[:, None]
+        memory = models.encode(config, params, batch.prefix_BxS, mask_BxS, dtype=compute)
+        # What is read are the targets moved one to the right behind the start token.
+        start_BxCx1 = jnp.broadcast_to(batch.start_B[:, None, None], (*choices_BxCxT.shape[:2], 1))
+        read_BxCxT = jnp.concatenate([start_BxCx1, choices_BxCxT[..., :-1]], axis=-1)
+        logits_BxCxTxV = models.decode(config, params, memory, mask_BxS, read_BxCxT, dtype=compute)
         log_normalizer_BxCxT = jax.nn.logsumexp(logits_BxCxTxV, axis=-1)
         chosen_BxCxT = jnp.take_along_axis(logits_BxCxTxV, choices_BxCxT[..., None], axis=-1)[
             ..., 0
         ]
-        return jnp.sum((chosen_BxCxT - log_normalizer_BxCxT) * (choices_BxCxT != 0), axis=-1)
+        is_choice = jnp.arange(choices_BxCxT.shape[-1]) < batch.sizes_BxC[..., None]
+        return jnp.sum(jnp.where(is_choice, chosen_BxCxT - log_normalizer_BxCxT, 0.0), axis=-1)
 
     return jax.jit(score)
 
@@ -54,29 +74,37 @@ def _scored(example: Example) -> tuple[np.ndarray, ...]:
 
 
 def _batches(
-    examples: Sequence[Example], batch_size: int
-) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
+    examples: Sequence[Example], batch_size: int, layout: layouts.Layout
+) -> Iterator[tuple[list[int], Batch]]:
     """Every example once, with those of like shape, padded to the shape's bucket and batch size."""
+    prompts = [layout.prompt(example.inputs) for example in examples]
     by_shape: dict[Shape, list[int]] = {}
     for index, example in enumerate(examples):
         choices = _scored(example)
         shape = (
-            bucket(len(example.inputs), 16),
+            bucket(len(prompts[index][0]), 16),
             bucket(len(choices), min(len(choices), 2)),
             bucket(max(map(len, choices)), 4),
         )
         by_shape.setdefault(shape, []).append(index)
     for (inputs, num_choices, targets), indices in sorted(by_shape.items()):
-        for start in range(0, len(indices), batch_size):
-            part = indices[start : start + batch_size]
-            inputs_BxS = np.zeros((batch_size, inputs), np.int32)
-            choices_BxCxT = np.zeros((batch_size, num_choices, targets), np.int32)
+        for first in range(0, len(indices), batch_size):
+            part = indices[first : first + batch_size]
+            batch = Batch(
+                np.zeros((batch_size, inputs), np.int32),
+                np.zeros(batch_size, np.int32),
+                np.zeros(batch_size, np.int32),
+                np.zeros((batch_size, num_choices, targets), np.int32),
+                np.zeros((batch_size, num_choices), np.int32),
+            )
             for row, index in enumerate(part):
-                example = examples[index]
-                inputs_BxS[row, : len(example.inputs)] = example.inputs
-                for column, choice in enumerate(_scored(example)):
-                    choices_BxCxT[row, column, : len(choice)] = choice
-            yield part, inputs_BxS, choices_BxCxT
+                prefix, batch.start_B[row] = prompts[index]
+                batch.prefix_BxS[row, : len(prefix)] = prefix
+                batch.lengths_B[row] = len(prefix)
+                for column, choice in enumerate(_scored(examples[index])):
+                    batch.choices_BxCxT[row, column, : len(choice)] = choice
+                    batch.sizes_BxC[row, column] = len(choice)
+            yield part, batch
 
 
 def score_examples(
@@ -84,6 +112,7 @@ def score_examples(
     params: Any,
     examples: Sequence[Example],
     *,
+    layout: layouts.Layout | None = None,
     batch_size: int = 32,
     dtype: str = "float32",
     on_done: Callable[[int], None] = lambda count: None,
@@ -97,6 +126,7 @@ def score_examples(
         config: The model's configuration.
         params: Its parameters.
         examples: What to score.
+        layout: How the model reads them; of an encoder-decoder its config says it.
         batch_size: Examples in a batch.
         dtype: The dtype to compute in; log-probabilities are float32 always.
         on_done: Told how many examples were finished, batch by batch.
@@ -114,8 +144,8 @@ def score_examples(
             scores[index] = of_one[: len(_scored(examples[index]))]
         on_done(len(part))
 
-    for part, inputs_BxS, choices_BxCxT in _batches(examples, batch_size):
-        scored = score(params, inputs_BxS, choices_BxCxT)
+    for part, batch in _batches(examples, batch_size, layout or layouts.of(config)):
+        scored = score(params, batch)
         if pending is not None:
             collect(*pending)
         pending = (part, scored)

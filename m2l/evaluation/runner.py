@@ -10,6 +10,7 @@ from typing import Any
 
 import m2l
 from m2l import files
+from m2l.data import layouts
 from m2l.data.examples import (
     GenerationExample,
     RankingExample,
@@ -265,7 +266,8 @@ def _figures(
     """A task's metrics, its ties, and the seconds that the model took."""
     start = time.monotonic()
     name, examples = task.info.name, task.examples
-    how = {"batch_size": batch_size, "dtype": dtype}
+    layout = layouts.of(config, vocabulary)
+    how = {"layout": layout, "batch_size": batch_size, "dtype": dtype}
     # Scoring references is short beside decoding, which then tells of its progress alone.
     told = {} if task.decoded else {"on_done": on_done}
     scores = ranking.score_examples(config, params, examples, **how, **told)
@@ -277,9 +279,8 @@ def _figures(
     figures = {"reference_likelihood": reference_likelihood}
     if not task.decoded:
         return figures, 0, seconds
-    decoded = generation.greedy(
-        config, params, examples, max_length=task.max_length, on_done=on_done, **how
-    )
+    ending = {"max_length": task.max_length, "eos_id": vocabulary.eos_id}
+    decoded = generation.greedy(config, params, examples, on_done=on_done, **ending, **how)
     seconds = time.monotonic() - start
     texts = [vocabulary.decode(tokens.tolist()).strip() for tokens in decoded]
     references = [example.reference for example in examples]

@@ -54,7 +54,8 @@ def merge(
 
     Raises:
         MergeError: The checkpoints do not fit each other or the recipe, or hold NaN or infinity.
-        CheckpointError: One is missing or damaged, `out` exists, or the disk is full.
+        CheckpointError: One is missing or damaged, or its tokenizer is missing; `out` exists, or
+            the disk is full.
     """
     paths = [checkpoints.resolve(path) for path in experts]
     base_path = None if base is None else checkpoints.resolve(base)
@@ -65,6 +66,9 @@ def merge(
     compatibility.check_alike(list(manifests.items()))
 
     first = manifests[reference]
+    # As the experts read it: the base may have been trained without their chat template.
+    vocabulary = manifests[paths[0]].vocabulary
+    checkpoints.check_tokenizer(vocabulary)
     dtypes = {name: record["dtype"] for name, record in first.parameters.items()}
     names = compatibility.merged_names(dtypes, recipe.exclude)
     copied = [name for name in dtypes if name not in set(names)]
@@ -93,7 +97,7 @@ def merge(
             parents += [(path, "expert") for path in paths]
             return writer.finish(
                 model=first.model,
-                vocabulary=first.vocabulary,
+                vocabulary=vocabulary,
                 made_by={"kind": "merge", "recipe": recipe.to_dict()} | densities,
                 parents=tuple(
                     {"role": role, "path": str(path), "digest": manifests[path].digest}

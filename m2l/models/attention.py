@@ -186,9 +186,7 @@ def attend_parts(
     Returns:
         [B, H, Q, K], as `attend` does.
     """
-    scores = [
-        _product("{q}k,{s}k->{qs}", query_BxHxQxK, key, jnp.float32) for key, _, _ in parts
-    ]
+    scores = [_product("{q}k,{s}k->{qs}", query_BxHxQxK, key, jnp.float32) for key, _, _ in parts]
     scores = [score if scale == 1.0 else score * scale for score in scores]
     if softcap:
         scores = [softcap * jnp.tanh(score / softcap) for score in scores]

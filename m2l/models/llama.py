@@ -239,9 +239,7 @@ class _Layer(nn.Module):
         self.norms = {name: self.param(name, init, (c.hidden_size,)) for name in names}
         self.self_attention = _SelfAttention(c)
         activation = _ACTIVATIONS[c.hidden_act]
-        self.mlp = Mlp(
-            c.hidden_size, c.intermediate_size, activation, True, _INIT, self.execution
-        )
+        self.mlp = Mlp(c.hidden_size, c.intermediate_size, activation, True, _INIT, self.execution)
         self.dropout = self.execution.dropout(-2)
 
     def _norm(self, name: str, x: Array) -> Array:
@@ -314,9 +312,7 @@ class _Decoder(nn.Module):
             _Layer(c, self.execution, name=f"layers_{i:02}") for i in range(c.num_hidden_layers)
         ]
         self.windows = c.windows or (0,) * c.num_hidden_layers
-        self.norm = self.param(
-            "norm", initializers.constant(1.0 - c.norm_offset), (c.hidden_size,)
-        )
+        self.norm = self.param("norm", initializers.constant(1.0 - c.norm_offset), (c.hidden_size,))
         if not c.tie_word_embeddings:
             self.logits = self.param("logits", _INIT, (c.hidden_size, c.vocab_size))
 
@@ -329,9 +325,7 @@ class _Decoder(nn.Module):
         scale_D = self.norm + self.config.norm_offset
         return rms_norm(x, scale_D, self.config.rms_norm_eps, self.execution.dtype)
 
-    def __call__(
-        self, x_BxTxD: Array, segments_BxT: Array | None, positions_BxT: Array
-    ) -> Array:
+    def __call__(self, x_BxTxD: Array, segments_BxT: Array | None, positions_BxT: Array) -> Array:
         shared = segments_BxT, self.turns(positions_BxT)
         each = [(window,) for window in self.windows]
         return self._finish(through(self.layers, x_BxTxD, each, shared, self.execution))
@@ -424,9 +418,7 @@ class Llama(nn.Module):
         hidden, _ = self.decoder.further(x_NxTxD, memories, mask_BxS)
         return self.unembed(hidden).reshape(*tokens.shape, -1)
 
-    def start_decoding(
-        self, memories: list[KeysValues], mask_BxS: Array, max_length: int
-    ) -> Cache:
+    def start_decoding(self, memories: list[KeysValues], mask_BxS: Array, max_length: int) -> Cache:
         c = self.config
         room = (mask_BxS.shape[0], c.num_key_value_heads, max_length, c.head_dim)
         cache = empty_cache(c.num_hidden_layers, room, self.execution.dtype)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from m2l import checkpoints, files, models, partitioning
-from m2l.data import pipeline
+from m2l.data import layouts, pipeline
 from m2l.errors import CheckpointError, ConfigError, M2LError, Stopped
 from m2l.progress import Progress
 from m2l.training import optimizers, state
@@ -102,6 +102,7 @@ def train(
         **dataclasses.asdict(settings),
         "model": models.to_dict(config),
         "vocabulary": vocabulary["fingerprint"],
+        "chat": vocabulary["name"].startswith("chat:"),
         "data": dict(data),
         "init": parents[0]["digest"] if parents else None,
     }
@@ -112,7 +113,7 @@ def train(
     _check_rows(settings.batch_size, mesh)
     placed = state.shardings(config, settings.optimizer, mesh)
     step_fn = state.train_step(
-        config, settings.optimizer, settings.dropout_rate, settings.dtype, mesh
+        config, settings.optimizer, settings.execution(), mesh, settings.loss_chunk
     )
     learning_rate = optimizers.schedule(
         settings.schedule,
@@ -133,6 +134,7 @@ def train(
         batch_size=settings.batch_size,
         seed=settings.seed,
         pack=settings.pack,
+        layout=layouts.of(config, pipeline.vocabulary_of(settings.mixture)),
         state=None if newest is None else checkpoints.restore_data_state(newest),
     )
     on_mesh = partitioning.batch_sharding(mesh)
@@ -247,11 +249,12 @@ def _check_rows(batch_size: int, mesh: jax.sharding.Mesh) -> None:
 def _check_same_model(
     init: Path, manifest: checkpoints.Manifest, config: Any, vocabulary: Mapping[str, Any]
 ) -> None:
-    wanted = models.to_dict(config)
+    # A manifest of an older m2l lacks the settings that came later, which were the defaults.
+    held, wanted = models.to_dict(models.from_dict(manifest.model)), models.to_dict(config)
     for name, value in wanted.items():
-        if manifest.model.get(name) != value:
+        if held.get(name) != value:
             raise CheckpointError(
-                f"{init}: its model's {name} is {manifest.model.get(name)!r}, the configured "
+                f"{init}: its model's {name} is {held.get(name)!r}, the configured "
                 f"model's is {value!r}; leave the model out to take the checkpoint's own"
             )
     own, used = manifest.vocabulary, vocabulary

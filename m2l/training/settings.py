@@ -3,7 +3,10 @@
 import dataclasses
 from typing import Any
 
+import jax.numpy as jnp
+
 from m2l.errors import ConfigError, UnknownNameError
+from m2l.models import Execution
 from m2l.training import optimizers
 
 
@@ -42,6 +45,10 @@ class TrainSettings:
         optimizer: "adafactor".
         dropout_rate: The dropout rate in training, in place of the model's own.
         dtype: The dtype to compute in; parameters are float32.
+        attention: "auto", or one of `models.attention.IMPLEMENTATIONS`.
+        remat: "none", "full" or "dots": what of a layer is computed again for its gradient.
+        scan_layers: Whether layers are compiled once and scanned over.
+        loss_chunk: Positions of a row whose logits are held at a time; 0: all.
         fsdp: Devices over which parameters are split, as well as rows of the batch.
         model: Devices over which single matrices are split.
         pack: Several examples to a row.
@@ -62,6 +69,10 @@ class TrainSettings:
     optimizer: str = "adafactor"
     dropout_rate: float = 0.05
     dtype: str = "float32"
+    attention: str = "auto"
+    remat: str = "none"
+    scan_layers: bool = False
+    loss_chunk: int = 0
     fsdp: int = 1
     model: int = 1
     pack: bool = True
@@ -88,5 +99,13 @@ class TrainSettings:
             )
         if self.dtype not in ("float32", "bfloat16"):
             raise UnknownNameError("dtype", self.dtype, ["float32", "bfloat16"])
+        if self.loss_chunk < 0:
+            raise ConfigError(f"TrainSettings.loss_chunk: {self.loss_chunk} is below 0")
+        self.execution()
         optimizers.optimizer(self.optimizer)
         optimizers.schedule(self.schedule, peak=1.0, steps=1, warmup_steps=0)
+
+    def execution(self) -> Execution:
+        """How the network is computed."""
+        dtype = jnp.dtype(self.dtype)
+        return Execution(dtype, self.dropout_rate, self.attention, self.remat, self.scan_layers)

@@ -71,13 +71,19 @@ def fresh(config: Any, optimizer_name: str, key: jax.Array) -> TrainState:
 
 def around(optimizer_name: str, params: Params) -> TrainState:
     """The state of a run that starts from `params`."""
+    # Masters are float32, whatever the checkpoint holds: a step is less than bfloat16 can tell.
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
     opt_state = optimizers.optimizer(optimizer_name).init(params)
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state)
 
 
 @functools.cache
 def train_step(
-    config: Any, optimizer_name: str, dropout_rate: float, dtype: str, mesh: Mesh
+    config: Any,
+    optimizer_name: str,
+    execution: models.Execution,
+    mesh: Mesh,
+    loss_chunk: int = 0,
 ) -> Callable[[TrainState, Batch, jax.Array, jax.Array], tuple[TrainState, Metrics]]:
     """One jitted step, the same function for every run of this model on this mesh.
 
@@ -88,32 +94,30 @@ def train_step(
     Args:
         config: The model's configuration.
         optimizer_name: A key of `optimizers.OPTIMIZERS`.
-        dropout_rate: The share of activations that is dropped; 0 draws nothing.
-        dtype: The dtype to compute in; parameters and optimizer state are float32.
+        execution: How the network is computed; parameters and optimizer state are float32.
         mesh: Where the state and the batch lie.
+        loss_chunk: Positions of a row whose logits are held at a time; 0: all.
     """
     transformation = optimizers.optimizer(optimizer_name)
     placed = shardings(config, optimizer_name, mesh)
     replicated = NamedSharding(mesh, PartitionSpec())
 
     def loss_fn(params: Params, batch: Batch, key: jax.Array | None):
-        logits = models.apply(
-            config,
-            params,
-            batch,
-            dropout_key=key,
-            dropout_rate=dropout_rate,
-            dtype=jnp.dtype(dtype),
-        )
+        hidden = models.hidden(config, params, batch, dropout_key=key, execution=execution)
         sums = losses.cross_entropy(
-            logits, batch["decoder_target_tokens"], batch["decoder_loss_weights"]
+            hidden,
+            models.unembedding(config, params),
+            batch["decoder_target_tokens"],
+            batch["decoder_loss_weights"],
+            softcap=config.logit_softcap,
+            chunk=loss_chunk,
         )
         return sums["loss"] / jnp.maximum(sums["weight"], 1.0), sums
 
     def step(
         state: TrainState, batch: Batch, learning_rate: jax.Array, key: jax.Array
     ) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(key, state.step) if dropout_rate else None
+        key = jax.random.fold_in(key, state.step) if execution.dropout_rate else None
         (loss, sums), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
             state.params, batch, key
         )

@@ -68,9 +68,9 @@ def test_a_target_is_scored_alone_without_a_second_choice_of_padding(
     shapes = []
     scorer = ranking.scorer(tiny_config, "float32")
 
-    def seen(params, inputs_BxS, choices_BxCxT):
-        shapes.append(choices_BxCxT.shape)
-        return scorer(params, inputs_BxS, choices_BxCxT)
+    def seen(params, batch):
+        shapes.append(batch.choices_BxCxT.shape)
+        return scorer(params, batch)
 
     monkeypatch.setattr(ranking, "scorer", lambda config, dtype: seen)
     ranking.score_examples(tiny_config, tiny_params, examples, batch_size=2)

@@ -217,9 +217,9 @@ def test_decoding_step_by_step_equals_teacher_forcing(batch, logits):
 def test_bfloat16_computation_gives_float32_logits_near_the_float32_ones(made, batch):
     exact = np.asarray(apply(made, batch))
     halved = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), made)
-    low = jax.jit(functools.partial(models.apply, CONFIG, execution=models.Execution(jnp.bfloat16)))(
-        halved, batch
-    )
+    low = jax.jit(
+        functools.partial(models.apply, CONFIG, execution=models.Execution(jnp.bfloat16))
+    )(halved, batch)
     assert low.dtype == jnp.float32
     error = np.sqrt(np.mean((np.asarray(low) - exact) ** 2)) / exact.std()
     # A bfloat16 keeps 8 bits, 0.2% on average, and five layers add their roundings up.

@@ -116,7 +116,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(train, whole, tm
 
 def test_all_runs_of_a_model_share_one_compilation(train, whole, tiny_config, tmp_path):
     mesh = partitioning.make_mesh()
-    step = state.train_step(tiny_config, "adafactor", SETTINGS.dropout_rate, "float32", mesh)
+    step = state.train_step(tiny_config, "adafactor", SETTINGS.execution(), mesh)
     compiled = step._cache_size()
     other = dataclasses.replace(SETTINGS, mixture="closed_book_qa", learning_rate=0.2, steps=2)
     train(tmp_path / "other", dataclasses.replace(other, schedule="cosine"), init=whole)
@@ -187,7 +187,7 @@ make = jax.jit(
 )
 current = make()
 with jax.set_mesh(mesh):
-    step = state.train_step(config, "adafactor", 0.0, "float32", mesh)
+    step = state.train_step(config, "adafactor", models.Execution(), mesh)
     for _ in range(3):
         current, metrics = step(current, batch, np.float32(0.1), jax.random.key(1))
 print(json.dumps([jax.device_count(), float(metrics["loss"])]))
@@ -216,7 +216,7 @@ def test_eight_devices_compute_what_one_does(tiny_config):
 
     current = state.around("adafactor", models.init(config, jax.random.key(0)))
     mesh = partitioning.make_mesh()
-    step = state.train_step(config, "adafactor", 0.0, "float32", mesh)
+    step = state.train_step(config, "adafactor", models.Execution(), mesh)
     batch = {name: value.astype(np.int32) for name, value in batch.items()}
     with jax.set_mesh(mesh):
         for _ in range(3):

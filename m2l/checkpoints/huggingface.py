@@ -1,0 +1,332 @@
+"""Hugging Face's checkpoints: made checkpoints of ours, and made of ours; neither changes a bit."""
+
+import contextlib
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from m2l import models
+from m2l.checkpoints import safetensors
+from m2l.checkpoints.huggingface_card import special_tokens, write_card
+from m2l.checkpoints.huggingface_config import (
+    CONFIG,
+    read_settings,
+    to_json,
+    writes_output,
+)
+from m2l.checkpoints.huggingface_fields import read_json
+from m2l.checkpoints.importing import Origin, Tensor, float_dtype, import_tensors
+from m2l.checkpoints.manifest import FILE_NAME as MANIFEST
+from m2l.checkpoints.manifest import Manifest, sha256
+from m2l.checkpoints.publishing import check_absent, publishing
+from m2l.checkpoints.reading import Parameter, open_parameters, resolve
+from m2l.checkpoints.safetensors import StoredTensor
+from m2l.checkpoints.streaming import ahead, blocks
+from m2l.checkpoints.tokenizer import DIRECTORY as TOKENIZER
+from m2l.errors import CheckpointError
+from m2l.models import Config, LlamaConfig, T5Config
+from m2l.progress import Progress
+
+SHARD_SIZE = 5_000_000_000
+
+_OUTPUT = "lm_head.weight"
+_COMPARED = 4 << 20
+
+# Left in files by old versions; nothing reads them.
+_IGNORED = re.compile(
+    r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"
+    r"|.*rotary_emb\.inv_freq"
+)
+_PROJECTIONS = {"query": "q", "key": "k", "value": "v", "out": "o"}
+_MLP = {"wi_0": "gate_proj", "wi_1": "up_proj", "wo": "down_proj"}
+
+
+def read_config(directory: str | os.PathLike) -> Config:
+    """The model in a directory, by its config.json and, where they decide, its tensors' names.
+
+    Raises:
+        CheckpointError: A file is missing or damaged, the model is of no known type, or a field
+            cannot be honoured or contradicts the tensors.
+    """
+    directory = Path(directory).absolute()
+    return _config(directory, safetensors.open_tensors(directory))
+
+
+def _config(directory: Path, tensors: Mapping[str, StoredTensor]) -> Config:
+    output, shared = tensors.get(_OUTPUT), tensors.get("shared.weight")
+    # A T5's weights decide, as in transformers 5; its field has meant other things as well.
+    tied = output is None or (shared is not None and _same(output, shared))
+    config = read_settings(directory, tied=tied)
+    if isinstance(config, LlamaConfig) and not config.tie_word_embeddings and output is None:
+        raise CheckpointError(
+            f"{directory}: {_OUTPUT} is missing, though {CONFIG} has tie_word_embeddings false"
+        )
+    return config
+
+
+def _same(one: StoredTensor, other: StoredTensor) -> bool:
+    """Whether two tensors are equal bit for bit."""
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    for start in range(0, one.size, _COMPARED):
+        stop = min(start + _COMPARED, one.size)
+        left, right = one.read(start, stop), other.read(start, stop)
+        if not np.array_equal(left.view(np.uint8), right.view(np.uint8)):
+            return False
+    return True
+
+
+def origins(config: Config, prefix: str = "model.") -> dict[str, Origin]:
+    """Our name of each parameter -> Hugging Face's.
+
+    Args:
+        config: The model.
+        prefix: Before the names of a decoder's parameters; empty where the model was saved
+            without its output.
+    """
+    return _t5_origins(config) if isinstance(config, T5Config) else _llama_origins(config, prefix)
+
+
+def _t5_origins(config: T5Config) -> dict[str, Origin]:
+    found = {"token_embedder": Origin("shared.weight")}
+    inputs = ["wi_0", "wi_1"] if config.feed_forward_proj.startswith("gated-") else ["wi"]
+    for stack, layers, attentions in (
+        ("encoder", config.num_encoder_layers, {"self": "SelfAttention"}),
+        (
+            "decoder",
+            config.num_decoder_layers,
+            {"self": "SelfAttention", "cross": "EncDecAttention"},
+        ),
+    ):
+        table = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+        found[f"{stack}/relpos_bias"] = Origin(table, transposed=True)
+        for i in range(layers):
+            ours = f"{stack}/layers_{i:02}"
+            for j, (kind, module) in enumerate(attentions.items()):
+                theirs = f"{stack}.block.{i}.layer.{j}"
+                found[f"{ours}/pre_{kind}_attention_norm"] = Origin(f"{theirs}.layer_norm.weight")
+                for part, letter in _PROJECTIONS.items():
+                    kernel = Origin(f"{theirs}.{module}.{letter}.weight", transposed=True)
+                    found[f"{ours}/{kind}_attention/{part}"] = kernel
+            theirs = f"{stack}.block.{i}.layer.{len(attentions)}"
+            found[f"{ours}/pre_mlp_norm"] = Origin(f"{theirs}.layer_norm.weight")
+            for part in (*inputs, "wo"):
+                kernel = Origin(f"{theirs}.DenseReluDense.{part}.weight", transposed=True)
+                found[f"{ours}/mlp/{part}"] = kernel
+        found[f"{stack}/norm"] = Origin(f"{stack}.final_layer_norm.weight")
+    if not config.tie_word_embeddings:
+        found["decoder/logits"] = Origin(_OUTPUT, transposed=True)
+    return found
+
+
+def _llama_origins(config: LlamaConfig, prefix: str) -> dict[str, Origin]:
+    found = {"token_embedder": Origin(f"{prefix}embed_tokens.weight")}
+    norms = {
+        "pre_self_attention_norm": "input_layernorm",
+        "pre_mlp_norm": "post_attention_layernorm",
+    }
+    if config.post_norms:
+        norms |= {
+            "post_self_attention_norm": "post_attention_layernorm",
+            "pre_mlp_norm": "pre_feedforward_layernorm",
+            "post_mlp_norm": "post_feedforward_layernorm",
+        }
+    biased = [*_PROJECTIONS][:3] if config.qkv_bias else []
+    biased += ["out"] if config.out_bias else []
+    for i in range(config.num_hidden_layers):
+        ours, theirs = f"decoder/layers_{i:02}", f"{prefix}layers.{i}"
+        for part, norm in norms.items():
+            found[f"{ours}/{part}"] = Origin(f"{theirs}.{norm}.weight")
+        for part, letter in _PROJECTIONS.items():
+            kernel = Origin(f"{theirs}.self_attn.{letter}_proj.weight", transposed=True)
+            found[f"{ours}/self_attention/{part}"] = kernel
+        for part in biased:
+            bias = Origin(f"{theirs}.self_attn.{_PROJECTIONS[part]}_proj.bias")
+            found[f"{ours}/self_attention/{part}_bias"] = bias
+        for part, module in _MLP.items():
+            found[f"{ours}/mlp/{part}"] = Origin(f"{theirs}.mlp.{module}.weight", transposed=True)
+    found["decoder/norm"] = Origin(f"{prefix}norm.weight")
+    if not config.tie_word_embeddings:
+        found["decoder/logits"] = Origin(_OUTPUT, transposed=True)
+    return found
+
+
+def _aliases(config: Config, embedding: str) -> list[str]:
+    """The names under which a file may hold the embedding once more."""
+    found = [_OUTPUT] if config.tie_word_embeddings else []
+    if isinstance(config, T5Config):
+        found += [f"{stack}.embed_tokens.weight" for stack in ("encoder", "decoder")]
+    return [name for name in found if name != embedding]
+
+
+def import_checkpoint(
+    source: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    vocabulary: Mapping[str, Any],
+    dtype: str | None = None,
+    config: Config | None = None,
+) -> Manifest:
+    """Makes an m2l checkpoint of a Hugging Face directory, without changing a bit.
+
+    Args:
+        source: The directory, with config.json and safetensors.
+        out: The checkpoint to make; must not exist.
+        vocabulary: {"name", "size", "fingerprint"} of the one the model was trained with.
+        dtype: "float32", "bfloat16" or "float16", to which parameters are cast; None keeps theirs.
+        config: The model, if it is not to be read from config.json.
+
+    Returns:
+        The manifest of `out`. Its made_by records the absolute path and config.json of the source.
+
+    Raises:
+        CheckpointError: The source is missing, damaged, of an unknown type, or its tensors and its
+            configuration contradict each other; or `out` exists.
+        UnknownNameError: There is no such dtype.
+    """
+    check_absent(out)
+    source = Path(source).absolute()
+    stored = safetensors.open_tensors(source)
+    config = _config(source, stored) if config is None else config
+    # A model that was saved without its output has no prefix either.
+    prefix = "" if "embed_tokens.weight" in stored else "model."
+    sources = origins(config, prefix)
+    embedding = sources["token_embedder"].tensor
+    ignored = {name for name in stored if _IGNORED.fullmatch(name)}
+    for name in _aliases(config, embedding):
+        if name in stored and embedding in stored:
+            if not _same(stored[name], stored[embedding]):
+                raise CheckpointError(
+                    f"{source}: {name} differs from {embedding}, though the configuration says "
+                    "that the model has one embedding: set tie_word_embeddings to what it is, or "
+                    "remove the tensor"
+                )
+            ignored.add(name)
+    made_by = {"kind": "convert", "from": "huggingface", "source": str(source)}
+    if (source / CONFIG).is_file():
+        made_by["config"] = read_json(source / CONFIG)
+    return import_tensors(
+        Path(out),
+        config,
+        {name: _whole(tensor) for name, tensor in stored.items()},
+        sources,
+        source=source,
+        vocabulary=vocabulary,
+        made_by=made_by,
+        ignored=ignored,
+        dtype=dtype,
+    )
+
+
+def _whole(tensor: StoredTensor) -> Tensor:
+    return Tensor(
+        tensor.name, tensor.shape, tensor.dtype, lambda: tensor.read().reshape(tensor.shape)
+    )
+
+
+def export_checkpoint(
+    source: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    dtype: str | None = None,
+    shard_size: int = SHARD_SIZE,
+    results: Sequence[Path] = (),
+) -> Path:
+    """Makes a Hugging Face directory, for transformers 4 and 5, of an m2l checkpoint.
+
+    Besides weights and config.json it gets the tokenizer's files that the checkpoint carries, a
+    README.md that says how the model was made, and the manifest as m2l_manifest.json. Memory held:
+    at most three parameters' and 0.2 GiB.
+
+    Args:
+        source: A checkpoint or a training run. Its digests are checked on the way.
+        out: The directory to make; must not exist.
+        dtype: "float32", "bfloat16" or "float16", to which parameters are cast; None keeps theirs.
+        shard_size: The bytes that a file of weights holds at most, unless one tensor is larger.
+        results: JSON files of `m2l eval` on this model, to be shown in README.md.
+
+    Returns:
+        `out`, absolute.
+
+    Raises:
+        CheckpointError: The source is missing or damaged, cannot be expressed as a model of its
+            type, or has a value too large for `dtype`; a result is of another model; or `out`
+            exists.
+        UnknownNameError: There is no such dtype.
+    """
+    source, out = resolve(source), Path(out).absolute()
+    check_absent(out)
+    manifest = Manifest.read(source)
+    config = models.from_dict(manifest.model)
+    parameters = open_parameters(source)
+    kept = {name: parameter.dtype for name, parameter in parameters.items()}
+    cast = None if dtype is None else float_dtype(dtype)
+    sources: dict[str, tuple[str, bool]] = {}
+    described = {}
+    taken = [(name, origin) for name, origin in origins(config).items()]
+    if config.tie_word_embeddings and writes_output(config):
+        taken.append(("token_embedder", Origin(_OUTPUT)))
+    for name, origin in taken:
+        if name not in parameters:
+            raise CheckpointError(f"{source}: {name} is missing; it is no model of its settings")
+        shape = parameters[name].shape
+        sources[origin.tensor] = name, origin.transposed
+        described[origin.tensor] = shape[::-1] if origin.transposed else shape, cast or kept[name]
+    widest = max((spec[1] for spec in described.values()), key=lambda found: found.itemsize)
+    settings = to_json(config, widest.name, special_tokens(source, manifest))
+    size = sum(math.prod(shape) * found.itemsize for shape, found in described.values())
+    with publishing(out, size + (1 << 20)) as temporary:
+        temporary.mkdir()
+        if (source / TOKENIZER).is_dir():
+            shutil.copytree(source / TOKENIZER, temporary, dirs_exist_ok=True)
+        shutil.copyfile(source / MANIFEST, temporary / f"m2l_{MANIFEST}")
+        (temporary / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
+        write_card(temporary, out.name, config, manifest, widest.name, results)
+        shards = safetensors.plan_shards(described, shard_size)
+        order = [name for shard in shards for name in shard]
+        with (
+            ThreadPoolExecutor(1) as hashing,
+            Progress(f"export {source.name}", size // 10**6, "MB") as progress,
+            contextlib.closing(
+                ahead(_pieces(order, sources, parameters, described, hashing))
+            ) as stream,
+        ):
+            safetensors.write(temporary, described, shards, _counted(stream, progress))
+    return out
+
+
+def _pieces(
+    order: Sequence[str],
+    sources: Mapping[str, tuple[str, bool]],
+    parameters: Mapping[str, Parameter],
+    described: Mapping[str, tuple[tuple[int, ...], np.dtype]],
+    hashing: ThreadPoolExecutor,
+) -> Iterator[np.ndarray]:
+    """The elements of Hugging Face's tensors in this order, in blocks; digests are checked."""
+    arrays = ahead(parameters[sources[name][0]].read() for name in order)
+    for theirs, array in zip(order, arrays, strict=True):
+        ours, transposed = sources[theirs]
+        parameter = parameters[ours]
+        digest = hashing.submit(sha256, array)
+        view = array.reshape(parameter.shape)
+        view = view.T if transposed else view
+        yield from blocks(view, described[theirs][1], ours)
+        parameter.check(digest.result())
+        del array, view, digest
+
+
+def _counted(stream: Iterator[np.ndarray], progress: Progress) -> Iterator[np.ndarray]:
+    done = 0
+    for block in stream:
+        done += block.nbytes
+        progress.update(done // 10**6)
+        yield block
+        del block

@@ -1,0 +1,148 @@
+"""What an exported directory says beside its weights: special tokens, and a model card."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from m2l.checkpoints.huggingface_config import GENERATION
+from m2l.checkpoints.huggingface_fields import read_json
+from m2l.checkpoints.manifest import Manifest
+from m2l.checkpoints.tokenizer import DIRECTORY as TOKENIZER
+from m2l.errors import CheckpointError
+from m2l.models import Config
+
+_TOKENS = ("bos", "eos", "pad")
+_SHOWN = {"merge": "merged", "train": "trained", "convert": "converted"}
+
+
+def special_tokens(checkpoint: Path, manifest: Manifest) -> dict[str, Any]:
+    """bos_token_id, eos_token_id and pad_token_id, as far as a checkpoint knows them.
+
+    From the tokenizer that it carries or, if it was imported, from what config.json said there.
+    """
+    directory = checkpoint / TOKENIZER
+    ids = dict(_carried_ids(directory))
+    known = [_content(directory / GENERATION)]
+    spelled = [
+        _content(directory / f) for f in ("tokenizer_config.json", "special_tokens_map.json")
+    ]
+    named = {}
+    for token in _TOKENS:
+        for settings in spelled:
+            text = settings.get(f"{token}_token")
+            text = text.get("content") if isinstance(text, Mapping) else text
+            if text in ids:
+                named.setdefault(f"{token}_token_id", ids[text])
+    known.append(named)
+    if isinstance(imported := manifest.made_by.get("config"), Mapping):
+        known.append(dict(imported))
+    found = {}
+    for name in (f"{token}_token_id" for token in _TOKENS):
+        values = [values[name] for values in known if values.get(name) is not None]
+        if values:
+            found[name] = values[0]
+    return found
+
+
+def _content(file: Path) -> dict[str, Any]:
+    return read_json(file) if file.is_file() else {}
+
+
+def _carried_ids(directory: Path) -> Iterator[tuple[str, int]]:
+    """The text of each token that stands apart from the vocabulary, and its id."""
+    for token in _content(directory / "tokenizer.json").get("added_tokens") or []:
+        yield token["content"], token["id"]
+    added = _content(directory / "tokenizer_config.json").get("added_tokens_decoder") or {}
+    for number, token in added.items():
+        yield token["content"], int(number)
+
+
+def write_card(
+    directory: Path,
+    name: str,
+    config: Config,
+    manifest: Manifest,
+    dtype: str,
+    results: Sequence[Path],
+) -> None:
+    """Writes README.md.
+
+    Args:
+        directory: Where.
+        name: What the model is called.
+        config: The model.
+        manifest: What it was made by and from.
+        dtype: Of its weights here.
+        results: JSON files of `m2l eval`.
+
+    Raises:
+        CheckpointError: A result cannot be read, or is another model's.
+    """
+    count = sum(math.prod(record["shape"]) for record in manifest.parameters.values())
+    made_by = dict(manifest.made_by)
+    kind = made_by.pop("kind", None)
+    made_by.pop("config", None)
+    task = "text-generation" if config.decoder_only else "text2text-generation"
+    tags = ["m2l", *(["merge"] if kind == "merge" else [])]
+    lines = [
+        "---",
+        "library_name: transformers",
+        f"pipeline_tag: {task}",
+        "tags:",
+        *(f"- {tag}" for tag in tags),
+        "---",
+        "",
+        f"# {name}",
+        "",
+        f"A {config.model_type} model of {count:,} parameters in {dtype}, "
+        f"{_SHOWN.get(kind, 'made')} with m2l {manifest.versions.get('m2l', '')}".rstrip()
+        + ".",
+        f"Its digest is `{manifest.digest}`; m2l_manifest.json holds that of each parameter.",
+        "",
+        "## How it was made",
+        "",
+        *_table(("setting", "value"), _settings(made_by)),
+    ]
+    if manifest.parents:
+        rows = [(p["role"], p["path"], f"`{p['digest'][:16]}`") for p in manifest.parents]
+        lines += ["", "## What it was made from", "", *_table(("role", "path", "digest"), rows)]
+    if results:
+        rows = [_result(file, manifest.digest) for file in results]
+        columns = ("task", "dataset", "held out", "metric", "score (%)", "examples")
+        lines += ["", "## Results", "", *_table(columns, sorted(rows))]
+    (directory / "README.md").write_text("\n".join(lines) + "\n")
+
+
+def _settings(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested settings as rows, named as in "recipe.method"."""
+    rows = []
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            rows += _settings(value, f"{prefix}{name}.")
+        else:
+            rows.append((prefix + name, value if isinstance(value, str) else json.dumps(value)))
+    return rows
+
+
+def _result(file: Path, digest: str) -> tuple[str, ...]:
+    result = read_json(file)
+    try:
+        if result["model_digest"] != digest:
+            raise CheckpointError(
+                f"{file}: a result of another model: expected the digest {digest[:16]}, found "
+                f"{str(result['model_digest'])[:16]}"
+            )
+        held_out = "yes" if result["held_out"] else "no"
+        names = result["task"], result["dataset"], held_out, result["metric"]
+        return (*names, f"{result['score']:.2f}", f"{result['count']:,}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{file}: no result of m2l eval") from error
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    yield "| " + " | ".join(columns) + " |"
+    yield "|" + "---|" * len(columns)
+    for row in rows:
+        yield "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |"

@@ -1,0 +1,213 @@
+"""Making a checkpoint of someone else's tensors, whatever their format: checked, then streamed."""
+
+import contextlib
+import dataclasses
+import math
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from m2l import models
+from m2l.checkpoints.manifest import Manifest
+from m2l.checkpoints.orbax import writing
+from m2l.checkpoints.streaming import FLOATS, ahead, blocks
+from m2l.checkpoints.trees import flatten
+from m2l.errors import CheckpointError, UnknownNameError
+from m2l.progress import Progress
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor of someone else's checkpoint.
+
+    Attributes:
+        name: Its name there.
+        shape: Its shape.
+        dtype: Its dtype.
+        read: Reads it whole, in that shape and dtype. Called once, in a thread of its own.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where a parameter of ours comes from.
+
+    Attributes:
+        tensor: The name of someone else's tensor.
+        transposed: Whether its axes are in the reverse order.
+        axis: The axis along which the tensor stacks the parameters of several layers; None if it
+            is one parameter. The slice is taken first, then transposed.
+        index: Which slice of that axis.
+    """
+
+    tensor: str
+    transposed: bool = False
+    axis: int | None = None
+    index: int = 0
+
+    def take(self, array: np.ndarray) -> np.ndarray:
+        """The parameter, as a view of the tensor's array."""
+        if self.axis is not None:
+            array = array[(slice(None),) * self.axis + (self.index,)]
+        return array.T if self.transposed else array
+
+
+def import_tensors(
+    out: str | Path,
+    config: models.Config,
+    tensors: Mapping[str, Tensor],
+    origins: Mapping[str, Origin],
+    *,
+    source: Path,
+    vocabulary: Mapping[str, Any],
+    made_by: Mapping[str, Any],
+    ignored: Collection[str] = (),
+    dtype: str | None = None,
+) -> Manifest:
+    """Makes a checkpoint; each tensor is read once, and the next one while this one is written.
+
+    Memory held: at most three tensors' and 0.2 GiB. NaN and infinity are kept.
+
+    Args:
+        out: The checkpoint to make; must not exist.
+        config: The model that the tensors are of.
+        tensors: Name -> tensor, all that the source holds.
+        origins: Our name of a parameter -> where it comes from, for every parameter.
+        source: The checkpoint that the tensors are of, for messages.
+        vocabulary: {"name", "size", "fingerprint"} of the one the model was trained with.
+        made_by: What made it, as JSON-like data.
+        ignored: Names of tensors that are not needed.
+        dtype: One of FLOATS, for all parameters; None keeps each tensor's.
+
+    Raises:
+        CheckpointError: Before anything is read or written: a tensor is missing, has another
+            shape, is no float, is claimed twice or not at all; or `out` exists. Then: a tensor
+            cannot be read, or a value is too large for `dtype`.
+        UnknownNameError: There is no such dtype.
+    """
+    shapes = {name: spec.shape for name, spec in flatten(models.spec(config)).items()}
+    check_origins(shapes, tensors, origins, source=source, ignored=ignored)
+    cast = None if dtype is None else float_dtype(dtype)
+    described = {
+        name: (shape, cast or tensors[origins[name].tensor].dtype) for name, shape in shapes.items()
+    }
+    claims: dict[str, list[str]] = defaultdict(list)
+    for name in shapes:
+        claims[origins[name].tensor].append(name)
+
+    def arrays() -> Iterator[tuple[list[str], np.ndarray]]:
+        for tensor, names in claims.items():
+            yield names, tensors[tensor].read()
+
+    def pieces() -> Iterator[tuple[str, np.ndarray]]:
+        for names, array in ahead(arrays()):
+            for name in names:
+                view = origins[name].take(array)
+                for block in blocks(view, described[name][1], f"{source}: {name}"):
+                    yield name, block
+                    del block
+                del view
+            del array
+
+    total = sum(math.prod(shape) * dtype.itemsize for shape, dtype in described.values())
+    done = 0
+    with (
+        writing(out, described) as writer,
+        Progress(f"import {source.name}", total // 10**6, "MB") as progress,
+        contextlib.closing(ahead(pieces())) as stream,
+    ):
+        for name, block in stream:
+            writer.append(name, block)
+            done += block.nbytes
+            progress.update(done // 10**6)
+            del block
+        return writer.finish(model=models.to_dict(config), vocabulary=vocabulary, made_by=made_by)
+
+
+def float_dtype(dtype: Any) -> np.dtype:
+    """The dtype that parameters are to have on disk.
+
+    Raises:
+        UnknownNameError: It is none of FLOATS.
+    """
+    name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
+    if name not in FLOATS:
+        raise UnknownNameError("dtype", name, FLOATS)
+    return np.dtype(jnp.dtype(name))
+
+
+def check_origins(
+    shapes: Mapping[str, tuple[int, ...]],
+    tensors: Mapping[str, Tensor],
+    origins: Mapping[str, Origin],
+    *,
+    source: Path,
+    ignored: Collection[str] = (),
+) -> None:
+    """Refuses tensors that are not exactly what a model's parameters come from; reads none.
+
+    Args:
+        shapes: Our name of a parameter -> its shape.
+        tensors: Name -> tensor, all that the source holds.
+        origins: Our name of a parameter -> where it comes from.
+        source: The checkpoint, for messages.
+        ignored: Names of tensors that are not needed.
+
+    Raises:
+        CheckpointError: Naming up to three that do not fit, and how many more there are.
+    """
+
+    def refuse(problems: list[str], remedy: str) -> None:
+        if problems:
+            more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+            raise CheckpointError(f"{source}: {'; '.join(problems[:3])}{more}: {remedy}")
+
+    wrong_model = "its tensors are not those of the model that its configuration describes"
+    refuse([f"{name} comes from nowhere" for name in shapes if name not in origins], wrong_model)
+    refuse([f"the model has no {name}" for name in origins if name not in shapes], wrong_model)
+    wanted = dict.fromkeys(origin.tensor for origin in origins.values())
+    refuse([f"{name} is missing" for name in wanted if name not in tensors], wrong_model)
+    unused = [name for name in tensors if name not in wanted and name not in ignored]
+    refuse([f"{name} is no part of the model" for name in unused], wrong_model)
+    dtypes = {name: tensors[name].dtype.name for name in wanted}
+    no_floats = [f"{name} is {found}" for name, found in dtypes.items() if found not in FLOATS]
+    refuse(no_floats, f"expected one of {', '.join(FLOATS)}; quantised weights are not read")
+    misshapen = []
+    slices: dict[str, dict[tuple[int | None, int], str]] = defaultdict(dict)
+    for name, origin in origins.items():
+        found, shape = tensors[origin.tensor].shape, shapes[name]
+        wide = shape[::-1] if origin.transposed else shape
+        fits = found == wide
+        if origin.axis is not None:
+            length = found[origin.axis] if origin.axis < len(found) else 0
+            fits = found == (*wide[: origin.axis], length, *wide[origin.axis :])
+            fits = fits and origin.index < length
+        if not fits:
+            part = "" if origin.axis is None else f", layer {origin.index} of axis {origin.axis},"
+            misshapen.append(
+                f"{origin.tensor} {list(found)}{part} does not give {name}, for which "
+                f"{list(wide)} is expected"
+            )
+        claimed = slices[origin.tensor]
+        key = (origin.axis, origin.index if origin.axis is not None else 0)
+        if key in claimed or any(axis != origin.axis for axis, _ in claimed):
+            other = claimed.get(key) or next(iter(claimed.values()))
+            raise CheckpointError(f"{source}: {origin.tensor} is claimed by {other} and by {name}")
+        claimed[key] = name
+    refuse(misshapen, wrong_model)
+    unclaimed = [
+        f"{name} stacks {tensors[name].shape[axis]} layers, the model has {len(claimed)}"
+        for name, claimed in slices.items()
+        for axis in [next(iter(claimed))[0]]
+        if axis is not None and len(claimed) != tensors[name].shape[axis]
+    ]
+    refuse(unclaimed, wrong_model)

@@ -1,0 +1,106 @@
+"""The tokenizer that a checkpoint carries: its vocabulary's files, so that it needs no other."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from m2l.errors import CheckpointError
+from m2l.files import CHAT, SPIECE, TOKENIZER_JSON, TOKENIZER_MODEL, TOKENIZER_SETTINGS
+
+DIRECTORY = "tokenizer"
+
+_GENERATION = "generation_config.json"
+
+
+def is_path(name: str | None) -> bool:
+    """Whether a vocabulary's name in a manifest is a path, and not what m2l ships."""
+    return name is not None and os.path.isabs(name.removeprefix(CHAT))
+
+
+def name_in(name: str, checkpoint: Path | None = None) -> str:
+    """The vocabulary's name when a checkpoint carries it: on disk, or as it is read from there."""
+    where = DIRECTORY if checkpoint is None else str(checkpoint / DIRECTORY)
+    return CHAT + where if name.startswith(CHAT) else where
+
+
+def check_tokenizer(vocabulary: Mapping[str, Any]) -> None:
+    """Raises CheckpointError if a checkpoint with this vocabulary could not carry its files."""
+    if is_path(name := vocabulary.get("name")):
+        _sources(name)
+
+
+def carry(name: str, checkpoint: Path) -> dict[str, str]:
+    """Copies a vocabulary's files into a checkpoint; returns each one's SHA-256 by its name.
+
+    Raises:
+        CheckpointError: They are not there any more.
+    """
+    sources, directory = _sources(name), checkpoint / DIRECTORY
+    directory.mkdir()
+    for target, source in sources.items():
+        try:
+            shutil.copyfile(source, directory / target)
+        except FileNotFoundError as error:
+            raise _gone(name) from error
+    # The ends of a text may be known from the model's own settings alone, which are not copied:
+    # in a tokenizer's directory they would be another model's one day.
+    alone = TOKENIZER_JSON in sources and _GENERATION not in sources
+    if alone and (ends := _ends(sources[TOKENIZER_JSON].with_name("config.json"))):
+        (directory / _GENERATION).write_text(json.dumps(ends) + "\n")
+    return {file.name: _sha256(file) for file in sorted(directory.iterdir())}
+
+
+def verify(checkpoint: Path, digests: Mapping[str, str]) -> None:
+    """Raises CheckpointError if a tokenizer's file is missing, or not what the manifest records."""
+    for name, digest in digests.items():
+        file = checkpoint / DIRECTORY / name
+        if not file.is_file():
+            raise CheckpointError(f"{file}: missing; copy the checkpoint again or make it anew")
+        if _sha256(file) != digest:
+            raise CheckpointError(
+                f"{file}: damaged: its digest is not the one that the manifest records; copy the "
+                "checkpoint again or make it anew"
+            )
+
+
+def _sources(name: str) -> dict[str, Path]:
+    """The files to copy, by what they are to be called."""
+    path = Path(name.removeprefix(CHAT))
+    if path.is_dir():
+        chosen = {file: path / file for file in (SPIECE, TOKENIZER_JSON, TOKENIZER_MODEL)}
+        folder = path
+    else:
+        # A directory would read another kind first: of the file's neighbours, only settings go.
+        own = TOKENIZER_JSON if path.suffix == ".json" else SPIECE
+        chosen = {TOKENIZER_MODEL if path.name == TOKENIZER_MODEL else own: path}
+        folder = path.parent
+    found = {target: source for target, source in chosen.items() if source.is_file()}
+    if not found:
+        raise _gone(name)
+    if path.is_file() and SPIECE in found:
+        return found
+    settings = {file: folder / file for file in TOKENIZER_SETTINGS}
+    return found | {target: source for target, source in settings.items() if source.is_file()}
+
+
+def _ends(config: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # who loads a tokenizer says what is wrong with it
+        return {}
+    return {key: settings[key] for key in ("bos_token_id", "eos_token_id") if key in settings}
+
+
+def _gone(name: str) -> CheckpointError:
+    return CheckpointError(
+        f"{name.removeprefix(CHAT)}: the vocabulary's file is not there any more, and the "
+        "checkpoint is to carry it; put it back"
+    )
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()

@@ -1,0 +1,338 @@
+"""What a vocabulary's files say, read without seqio and TensorFlow, which take seconds to load."""
+
+import dataclasses
+import functools
+import hashlib
+import importlib.util
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from sentencepiece import SentencePieceProcessor
+
+from m2l.errors import DataError
+from m2l.files import CHAT, SPIECE, TOKENIZER_JSON, TOKENIZER_MODEL
+
+BYTES, MICROWORLD = "bytes", "microworld"
+
+# Sentinels for span corruption, at the end of the vocabulary. T5's own models have 100; the other
+# two bring the size to a multiple of 128, which devices like.
+T5_EXTRA_IDS = 100
+MICROWORLD_EXTRA_IDS = 32
+BYTES_EXTRA_IDS = 125
+
+PAD, EOS, UNKNOWN = 0, 1, 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Bytes:
+    """ByT5's ids: three special ones, 256 bytes, sentinels."""
+
+    extra_ids: int
+
+    @property
+    def size(self) -> int:
+        """How many ids there are, sentinels included."""
+        return 3 + 256 + self.extra_ids
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256, in hex, of what decides the ids."""
+        return _sha256(f"ByteVocabulary extra_ids={self.extra_ids}\n")
+
+
+@dataclasses.dataclass(frozen=True)
+class T5SentencePiece:
+    """A SentencePiece model with T5's numbering, pad 0, eos 1, unk 2, and sentinels behind it."""
+
+    file: Path
+    extra_ids: int
+
+    @property
+    def size(self) -> int:
+        """How many ids there are, sentinels included."""
+        return _pieces(self.file).GetPieceSize() + self.extra_ids
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256, in hex, of what decides the ids."""
+        head = f"SentencePieceVocabulary extra_ids={self.extra_ids}\n"
+        return _sha256(head, self.file.read_bytes())
+
+
+@dataclasses.dataclass(frozen=True)
+class SentencePiece:
+    """A decoder's SentencePiece model, such as Llama 2's: unk 0, bos 1, eos 2, no padding.
+
+    Attributes:
+        file: The model.
+        start_id: What a text begins with, if with anything.
+    """
+
+    file: Path
+    start_id: int | None
+
+    @property
+    def size(self) -> int:
+        """How many ids there are."""
+        return _pieces(self.file).GetPieceSize()
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256, in hex, of what decides the ids."""
+        return _sha256(f"SentencePiece start_id={self.start_id}\n", self.file.read_bytes())
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerJson:
+    """A tokenizer of Hugging Face's `tokenizers`.
+
+    Attributes:
+        tokenizer: The tokenizer, neither truncating nor padding.
+        eos_id: What a text ends with.
+        start_id: What a text begins with, if with anything.
+        special_tokens: The texts of its special tokens by role, as "bos_token".
+        size: The highest id, plus one.
+        ids_digest: SHA-256, in hex, of the parts that turn texts into ids.
+    """
+
+    tokenizer: tokenizers.Tokenizer
+    eos_id: int
+    start_id: int | None
+    special_tokens: dict[str, str]
+    size: int
+    ids_digest: str
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256, in hex, of what decides the ids."""
+        ends = f"eos_id={self.eos_id} start_id={self.start_id}"
+        return _sha256(f"tokenizer.json {ends} {self.ids_digest}\n")
+
+
+Files = Bytes | T5SentencePiece | SentencePiece | TokenizerJson
+
+
+def _sha256(head: str, content: bytes = b"") -> str:
+    return hashlib.sha256(head.encode() + content).hexdigest()
+
+
+def read(name: str) -> Files:
+    """What a vocabulary's name stands for; see `vocabularies.load` for the names.
+
+    Raises:
+        DataError: there is no such file or directory, it holds no tokenizer, or one that cannot be
+            used.
+    """
+    plain = name.removeprefix(CHAT)
+    if plain == BYTES:
+        return Bytes(BYTES_EXTRA_IDS)
+    if plain == MICROWORLD:
+        return T5SentencePiece(_shipped(), MICROWORLD_EXTRA_IDS)
+    file = main_file(name)
+    if file.suffix == ".json":
+        return _tokenizer_json(name, file)
+    pieces = _checked_pieces(name, file)
+    if file.name == TOKENIZER_MODEL:
+        return SentencePiece(file, _start_of_pieces(name, file, pieces))
+    ids = (pieces.pad_id(), pieces.eos_id(), pieces.unk_id())
+    if ids != (PAD, EOS, UNKNOWN):
+        raise DataError(
+            f"vocabulary {name!r}: it numbers padding, end of sequence and unknown {ids}, not "
+            f"{(PAD, EOS, UNKNOWN)}; train it with pad_id=0, eos_id=1, unk_id=2"
+        )
+    # mT5's model has its sentinels as pieces: a hundred more would not fit its embeddings.
+    own = any(
+        pieces.PieceToId(piece) != pieces.unk_id() for piece in ("<extra_id_0>", "▁<extra_id_0>")
+    )
+    return T5SentencePiece(file, 0 if own else T5_EXTRA_IDS)
+
+
+def absolute(name: str) -> str:
+    """A vocabulary's name with its path, if it has one, made absolute."""
+    plain = name.removeprefix(CHAT)
+    if plain in (BYTES, MICROWORLD):
+        return name
+    return name.removesuffix(plain) + os.path.abspath(Path(plain).expanduser())
+
+
+def describe(name: str) -> dict[str, Any]:
+    """What a checkpoint's manifest says of a vocabulary; loads neither seqio nor TensorFlow.
+
+    Args:
+        name: What `vocabularies.load` takes.
+
+    Returns:
+        {"name": with an absolute path, "size": number of ids, sentinels included, "fingerprint"}.
+
+    Raises:
+        DataError: as `read`.
+    """
+    files = read(name)
+    return {"name": absolute(name), "size": files.size, "fingerprint": files.fingerprint}
+
+
+def main_file(name: str) -> Path:
+    """The file that decides the ids of the vocabulary at a path.
+
+    Raises:
+        DataError: there is no such file or directory, or the directory holds no tokenizer.
+    """
+    # Links are not followed: Hugging Face's cache gives files their names by them.
+    path = Path(absolute(name).removeprefix(CHAT))
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise DataError(
+            f"vocabulary {name!r}: there is no such file or directory, and it is not "
+            f"{MICROWORLD!r} or {BYTES!r}"
+        )
+    for file in (SPIECE, TOKENIZER_JSON, TOKENIZER_MODEL):
+        if (path / file).is_file():
+            return path / file
+    raise DataError(
+        f"vocabulary {name!r}: the directory holds none of {SPIECE}, {TOKENIZER_JSON} and "
+        f"{TOKENIZER_MODEL}; transformers writes a {TOKENIZER_JSON} from other files: "
+        "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+    )
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """The JSON object in a file beside a tokenizer; an empty one if there is no such file.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{file}: damaged, it is not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{file}: damaged, a JSON object was expected")
+    return content
+
+
+def _shipped() -> Path:
+    # Finding m2l.tasks does not load it.
+    (folder,) = importlib.util.find_spec("m2l.tasks").submodule_search_locations
+    return Path(folder) / "microworld" / "vocabulary.model"
+
+
+def _pieces(file: Path) -> SentencePieceProcessor:
+    pieces = SentencePieceProcessor()
+    pieces.LoadFromSerializedProto(file.read_bytes())
+    return pieces
+
+
+def _checked_pieces(name: str, file: Path) -> SentencePieceProcessor:
+    try:
+        return _pieces(file)
+    except RuntimeError as error:
+        what = "the file" if file.name in name else file.name
+        raise DataError(f"vocabulary {name!r}: {what} is not a SentencePiece model") from error
+
+
+def _start_of_pieces(name: str, file: Path, pieces: SentencePieceProcessor) -> int | None:
+    if pieces.eos_id() < 0:
+        raise DataError(f"vocabulary {name!r}: {file.name} has no piece for the end of a text")
+    wanted = read_settings(file.with_name("tokenizer_config.json")).get("add_bos_token", True)
+    return pieces.bos_id() if wanted and pieces.bos_id() >= 0 else None
+
+
+def _tokenizer_json(name: str, file: Path) -> TokenizerJson:
+    status = file.stat()
+    try:
+        tokenizer, size, ids_digest = _tokenizer(file, status.st_mtime_ns, status.st_size)
+    except Exception as error:  # it raises nothing more special
+        raise DataError(
+            f"vocabulary {name!r}: {file.name} is not one that tokenizers {tokenizers.__version__} "
+            f"reads ({str(error).splitlines()[0]:.200})"
+        ) from error
+    config = read_settings(file.with_name("tokenizer_config.json"))
+    # The first that names a token says what it is.
+    special = _special_tokens(read_settings(file.with_name("special_tokens_map.json")))
+    special |= _special_tokens(config)
+    eos_id = _special_id(name, file, tokenizer, special, "eos")
+    if eos_id is None:
+        raise DataError(
+            f"vocabulary {name!r}: nothing says which token ends a text; put "
+            f'"eos_token" into {file.with_name("tokenizer_config.json")}'
+        )
+    # As transformers 5: what the settings say outweighs the tokenizer's own post-processor.
+    adds_bos = config.get("add_bos_token")
+    if adds_bos is None:
+        start_id = _put_first(name, tokenizer)
+    else:
+        start_id = _special_id(name, file, tokenizer, special, "bos") if adds_bos else None
+    return TokenizerJson(tokenizer, eos_id, start_id, special, size, ids_digest)
+
+
+@functools.lru_cache(maxsize=4)
+def _tokenizer(file: Path, changed: int, length: int) -> tuple[tokenizers.Tokenizer, int, str]:
+    """The tokenizer in a file that has not changed since, its size, its `ids_digest`."""
+    tokenizer = tokenizers.Tokenizer.from_file(str(file))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    # The version that wrote the file does not count, as little as the settings it did not know.
+    content = json.loads(tokenizer.to_str())
+    parts = ("added_tokens", "normalizer", "pre_tokenizer", "model")
+    ids = _without_defaults({part: content[part] for part in parts})
+    size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    return tokenizer, size, _sha256(json.dumps(ids, sort_keys=True))
+
+
+def _without_defaults(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_defaults(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    # The vocabulary and the merges are large, and hold neither.
+    return {
+        key: item if key in ("vocab", "merges") else _without_defaults(item)
+        for key, item in value.items()
+        if item is not None and item is not False
+    }
+
+
+def _special_tokens(settings: dict[str, Any]) -> dict[str, str]:
+    roles = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+    found = {f"{role}_token": settings.get(f"{role}_token") for role in roles}
+    texts = {role: t.get("content") if isinstance(t, dict) else t for role, t in found.items()}
+    return {role: text for role, text in texts.items() if isinstance(text, str) and text}
+
+
+def _special_id(
+    name: str, file: Path, tokenizer: tokenizers.Tokenizer, special: dict[str, str], role: str
+) -> int | None:
+    if token := special.get(f"{role}_token"):
+        if (found := tokenizer.token_to_id(token)) is None:
+            raise DataError(
+                f"vocabulary {name!r}: its {role}_token {token!r} is not in {file.name}; load and "
+                "save it with transformers once, which adds it"
+            )
+        return found
+    # GPT-2's tokenizer leaves it to the model's settings.
+    for other in ("generation_config.json", "config.json"):
+        found = read_settings(file.with_name(other)).get(f"{role}_token_id")
+        found = found[0] if isinstance(found, list) and found else found
+        if isinstance(found, int):
+            return found
+    return None
+
+
+def _put_first(name: str, tokenizer: tokenizers.Tokenizer) -> int | None:
+    """The id that the tokenizer's post-processor puts in front of a text."""
+    bare, whole = (tokenizer.encode("a", add_special_tokens=add).ids for add in (False, True))
+    for place in range(len(whole) - len(bare) + 1):
+        if whole[place : place + len(bare)] == bare:
+            if place > 1:
+                raise DataError(
+                    f"vocabulary {name!r}: it puts {place} ids in front of every text, and a row "
+                    "starts with one at most"
+                )
+            return whole[0] if place else None
+    return None
