@@ -1,4 +1,4 @@
-"""Writes tests/data/goldens: what Hugging Face's own models compute, for tests/models/test_parity.py.
+"""Writes tests/data/goldens: what Hugging Face's models compute, for tests/models/test_parity.py.
 
 Needs torch and transformers, which m2l does not: run it in an environment that has both.
 Weights are drawn from a generator seeded by their names, so the files hold outputs alone.

@@ -1,5 +1,6 @@
 """Reading checkpoints: whole, by parameter or by slice, and never a damaged one in silence."""
 
+import concurrent.futures
 import functools
 import hashlib
 import math
@@ -152,6 +153,9 @@ def _read(directory: Path, item: str, records: Mapping, verify: bool) -> dict[st
 def restore(path: str | os.PathLike, *, shardings: Any = None, verify: bool = True) -> dict:
     """Reads the parameters of the checkpoint that `path` means.
 
+    With shardings one parameter is held on the host at a time, and they may span processes, each
+    of which reads the checkpoint and keeps what its own devices hold.
+
     Args:
         path: A checkpoint or a training run.
         shardings: Where to place them: a sharding, or a nested dict of shardings like the
@@ -166,8 +170,20 @@ def restore(path: str | os.PathLike, *, shardings: Any = None, verify: bool = Tr
     """
     directory = resolve(path)
     records = Manifest.read(directory).parameters
-    params = unflatten(_read(directory, PARAMS, records, verify))
-    return params if shardings is None else jax.device_put(params, shardings)
+    if shardings is None:
+        return unflatten(_read(directory, PARAMS, records, verify))
+
+    def place(parameter: Parameter, sharding: jax.sharding.Sharding) -> jax.Array:
+        array = parameter.read().reshape(parameter.shape)
+        if verify:
+            parameter.check(sha256(array))
+        # Copies: a shard that is a view would keep all of the parameter.
+        return jax.make_array_from_callback(
+            parameter.shape, sharding, lambda index: np.array(array[index])
+        )
+
+    parameters = unflatten(_open(directory, PARAMS, records))
+    return jax.tree.map(place, parameters, jax.tree.broadcast(shardings, parameters))
 
 
 def restore_opt_state(path: str | os.PathLike, like: Any) -> Any:
@@ -229,16 +245,19 @@ def restore_data_state(path: str | os.PathLike) -> bytes:
 
 
 def verify(path: str | os.PathLike) -> Manifest:
-    """Recomputes every digest of a checkpoint, one array in memory at a time.
+    """Recomputes every digest of a checkpoint, with a few arrays in memory at a time.
 
     Raises:
         CheckpointError: Naming the first parameter or file that is missing or damaged.
     """
     directory = resolve(path)
     manifest = Manifest.read(directory)
-    for item, records in ((PARAMS, manifest.parameters), (OPT_STATE, manifest.opt_state or {})):
-        for parameter in _open(directory, item, records).values():
-            parameter.check(sha256(parameter.read()))
+    items = ((PARAMS, manifest.parameters), (OPT_STATE, manifest.opt_state or {}))
+    arrays = [p for item, records in items for p in _open(directory, item, records).values()]
+    # Hashing is what takes time, and lets other threads run.
+    with concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        for _ in pool.map(lambda array: array.check(sha256(array.read())), arrays):
+            pass
     if manifest.data_state is not None:
         restore_data_state(directory)
     if manifest.tokenizer is not None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from m2l import __version__
-from m2l.cli import data, models, studies
+from m2l.cli import checkpoints, data, models, studies
 from m2l.errors import M2LError, Stopped
 
 
@@ -40,7 +40,9 @@ for _command in (
     models.evaluate,
     studies.study,
     studies.report,
-    models.inspect,
+    models.generate,
+    checkpoints.convert,
+    checkpoints.inspect,
 ):
     cli.add_command(_command)
 

@@ -1,4 +1,4 @@
-"""`m2l train`, `m2l merge`, `m2l eval`, `m2l inspect`."""
+"""`m2l train`, `m2l merge`, `m2l eval`, `m2l generate`."""
 
 import json
 import shlex
@@ -13,6 +13,11 @@ from m2l.cli.options import DIRECTORY, print_table, with_gin, with_source
 from m2l.errors import ConfigError, DataError
 from m2l.evaluation.metrics import GENERATIVE_SCORES
 
+_VOCABULARY = (
+    "microworld, bytes, a SentencePiece model, a tokenizer.json or its folder; chat: before it "
+    "puts inputs into its chat template."
+)
+
 
 @click.command()
 @with_gin
@@ -21,7 +26,7 @@ from m2l.evaluation.metrics import GENERATIVE_SCORES
 @click.option("--mixture", help="The task or mixture to train on.")
 @click.option("--steps", type=int, help="Optimizer steps in all.")
 @click.option("--jsonl", help="train=FILE[,validation=FILE]: your own data, as the task `jsonl`.")
-@click.option("--vocabulary", help="microworld, bytes, or a SentencePiece model's path.")
+@click.option("--vocabulary", help=_VOCABULARY)
 @with_source(default=None)
 def train(
     gin_files: tuple[str, ...],
@@ -145,7 +150,7 @@ def _numbers(flag: str, text: str) -> tuple[float, ...]:
     show_default=True,
     help="Of tasks in free text: their metric on what is decoded, or the references' likelihood.",
 )
-@click.option("--vocabulary", help="Where the checkpoint's own now lies, if it was a file.")
+@click.option("--vocabulary", help=f"{_VOCABULARY} By default the checkpoint's own.")
 @with_source()
 def evaluate(
     checkpoint: Path,
@@ -211,37 +216,39 @@ def evaluate(
 
 @click.command()
 @click.argument("checkpoint", type=DIRECTORY)
-@click.option("--verify", is_flag=True, help="Compute every digest anew.")
-@click.option("--fsdp", type=click.IntRange(min=1), default=1, help="Show a mesh: its fsdp axis.")
-@click.option("--model", type=click.IntRange(min=1), default=1, help="And its model axis.")
-def inspect(checkpoint: Path, verify: bool, fsdp: int, model: int) -> None:
-    """What is in a checkpoint and where it came from."""
-    import math
+@click.argument("texts", nargs=-1)
+@click.option("--max_length", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--chat", is_flag=True, help="Each text is a message, in the tokenizer's template.")
+def generate(checkpoint: Path, texts: tuple[str, ...], max_length: int, chat: bool) -> None:
+    """What a checkpoint writes after each text (or line of the standard input), greedily."""
+    import jax
+    import numpy as np
 
-    from jax.sharding import AbstractMesh
-
-    from m2l import checkpoints, models, partitioning
+    from m2l import checkpoints, models
+    from m2l.data import layouts, vocabularies
+    from m2l.data.examples import GenerationExample
+    from m2l.evaluation import generation
 
     directory = checkpoints.resolve(checkpoint)
     manifest = checkpoints.read_manifest(directory)
-    rows = [
-        (name, "x".join(map(str, p["shape"])), p["dtype"], p["digest"][:12])
-        for name, p in manifest.parameters.items()
-    ]
-    print_table(str(directory), ["parameter", "shape", "dtype", "digest"], rows)
-    if fsdp * model > 1:
-        mesh = AbstractMesh((1, fsdp, model), partitioning.MESH_AXES)
-        placed = partitioning.table(models.spec(models.from_dict(manifest.model)), mesh)
-        rows = [(row.name, str(tuple(row.spec)), row.mib_per_device) for row in placed]
-        print_table(f"fsdp {fsdp}, model {model}", ["parameter", "axes", "MiB/device"], rows)
-        click.echo(f"MiB per device: {sum(row.mib_per_device for row in placed):.1f}")
-    total = sum(math.prod(p["shape"]) for p in manifest.parameters.values())
-    click.echo(f"parameters: {total:,}  digest {manifest.digest[:16]}  step {manifest.step}")
-    click.echo(f"model: {json.dumps(manifest.model)}")
-    click.echo(f"vocabulary: {json.dumps(manifest.vocabulary)}")
-    click.echo(f"made by: {json.dumps(manifest.made_by)}")
-    for parent in manifest.parents:
-        click.echo(f"from: {parent['role']} {parent['path']}  digest {parent['digest'][:16]}")
-    if verify:
-        checkpoints.verify(directory)
-        click.echo("every digest is right")
+    name = manifest.vocabulary["name"]
+    name = f"chat:{name}" if chat and not name.startswith("chat:") else name
+    vocabulary = vocabularies.load(name)
+    config = models.from_dict(manifest.model)
+    texts = texts or tuple(line for line in sys.stdin.read().splitlines() if line.strip())
+    encoded = [np.array(vocabulary.encode(text), np.int32) for text in texts]
+    nothing = np.empty(0, np.int32)
+    written = generation.greedy(
+        config,
+        jax.device_put(checkpoints.restore(directory)),
+        [
+            GenerationExample(ids, nothing, (), text, "", False)
+            for ids, text in zip(encoded, texts, strict=True)
+        ],
+        max_length=max_length,
+        layout=layouts.of(config, vocabulary),
+        eos_id=vocabulary.eos_id,
+        batch_size=min(8, max(1, len(texts))),
+    )
+    for text, ids in zip(texts, written, strict=True):
+        click.echo(f"{text}\n> {vocabularies.continuing(vocabulary).decode(ids.tolist())}")

@@ -1,4 +1,4 @@
-"""How an example becomes what a model reads: two sides of an encoder-decoder, or a decoder's row."""
+"""How an example becomes what a model reads: an encoder-decoder's two sides or a decoder's row."""
 
 import dataclasses
 from typing import Any

@@ -1,0 +1,178 @@
+"""`m2l convert`, `m2l inspect`."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import click
+
+from m2l.cli.options import DIRECTORY, print_table, with_gin
+from m2l.errors import CheckpointError, ConfigError
+
+FORMATS = ("huggingface", "t5x", "orbax")
+
+
+@click.command()
+@click.argument("source", type=DIRECTORY)
+@click.argument("out", type=DIRECTORY)
+@click.option("--from", "kind", type=click.Choice(FORMATS), help="By default what SOURCE is.")
+@click.option("--to", "into", type=click.Choice(["orbax", "huggingface"]), help="The other one.")
+@click.option("--dtype", help="float32, bfloat16 or float16; by default the source's.")
+@click.option("--vocabulary", help="Where the tokenizer is, if SOURCE has none.")
+@click.option("--shard_size", type=float, default=5.0, show_default=True, help="GB, of an export.")
+@click.option("--results", type=DIRECTORY, help="A folder of m2l eval, for an export's README.md.")
+@with_gin
+def convert(
+    source: Path,
+    out: Path,
+    kind: str | None,
+    into: str | None,
+    dtype: str | None,
+    vocabulary: str | None,
+    shard_size: float,
+    results: Path | None,
+    gin_files: tuple[str, ...],
+    bindings: tuple[str, ...],
+) -> None:
+    """Make a checkpoint of a Hugging Face or T5X one, or a Hugging Face directory of a checkpoint.
+
+    The settings of a T5X model are read off its shapes; --gin_file models/NAME.gin overrides them.
+    """
+    from m2l import checkpoints
+    from m2l.checkpoints import huggingface, t5x
+
+    kind = kind or _kind(source)
+    into = into or ("huggingface" if kind == "orbax" else "orbax")
+    if (kind == "orbax") == (into == "orbax"):
+        raise ConfigError(
+            f"m2l convert: from {kind} to {into}: one of the two must be orbax, which is m2l's own"
+        )
+    if kind == "orbax":
+        found = sorted(results.glob("*.json")) if results else []
+        size = int(shard_size * 1e9)
+        huggingface.export_checkpoint(source, out, dtype=dtype, shard_size=size, results=found)
+        click.echo(f"Hugging Face directory: {out}")
+        return
+
+    from m2l.data import tokenizer_files
+
+    config = None
+    if gin_files or bindings:
+        config = _model(gin_files, bindings)
+    if kind == "t5x" and vocabulary is None:
+        raise ConfigError(
+            "m2l convert: a T5X checkpoint does not hold its vocabulary; name it with --vocabulary"
+        )
+    described = tokenizer_files.describe(vocabulary or str(source))
+    import_checkpoint = {"huggingface": huggingface, "t5x": t5x}[kind].import_checkpoint
+    manifest = import_checkpoint(source, out, vocabulary=described, dtype=dtype, config=config)
+    if described["size"] > manifest.model["vocab_size"]:
+        checkpoints.remove(out)
+        raise CheckpointError(
+            f"{source}: the tokenizer has {described['size']} ids, the model room for "
+            f"{manifest.model['vocab_size']}: they do not belong together; name another with "
+            "--vocabulary"
+        )
+    click.echo(f"checkpoint: {out}  digest {manifest.digest[:16]}")
+
+
+def _kind(source: Path) -> str:
+    """What a directory is, by its files."""
+    if (source / "manifest.json").is_file() or (source / "checkpoints").is_dir():
+        return "orbax"
+    if (source / "config.json").is_file():
+        return "huggingface"
+    if (source / "checkpoint").exists() or any(source.glob("checkpoint_*")):
+        return "t5x"
+    raise CheckpointError(
+        f"{source}: neither a Hugging Face directory (config.json), nor a T5X checkpoint "
+        "(checkpoint_N), nor one of m2l's (manifest.json); name its kind with --from"
+    )
+
+
+def _model(gin_files: tuple[str, ...], bindings: tuple[str, ...]) -> Any:
+    from m2l import configuration
+
+    # A run's settings are asked for, of which only the model matters.
+    given = [*bindings, "Train.mixture='none'", "Train.steps=1"]
+    run, _ = configuration.load("Run", ("runs/train.gin", *gin_files), given)
+    if run.model is None:
+        raise ConfigError("m2l convert: the gin files have no model; see those in models/")
+    return run.model
+
+
+@click.command()
+@click.argument("checkpoint", type=DIRECTORY)
+@click.option("--verify", is_flag=True, help="Compute every digest anew.")
+@click.option("--fsdp", type=click.IntRange(min=1), default=1, help="Show a mesh: its fsdp axis.")
+@click.option("--model", type=click.IntRange(min=1), default=1, help="And its model axis.")
+def inspect(checkpoint: Path, verify: bool, fsdp: int, model: int) -> None:
+    """What is in a checkpoint and where it came from."""
+    from jax import numpy as jnp
+    from jax.sharding import AbstractMesh
+    from rich.console import Console
+
+    from m2l import checkpoints, models, partitioning
+
+    directory = checkpoints.resolve(checkpoint)
+    manifest = checkpoints.read_manifest(directory)
+    rows = [
+        (name, "x".join(map(str, p["shape"])), p["dtype"], p["digest"][:12])
+        for name, p in manifest.parameters.items()
+    ]
+    print_table(str(directory), ["parameter", "shape", "dtype", "digest"], rows)
+    if fsdp * model > 1:
+        mesh = AbstractMesh((1, fsdp, model), partitioning.MESH_AXES)
+        placed = partitioning.table(models.spec(models.from_dict(manifest.model)), mesh)
+        rows = [(row.name, str(tuple(row.spec)), row.mib_per_device) for row in placed]
+        print_table(f"fsdp {fsdp}, model {model}", ["parameter", "axes", "MiB/device"], rows)
+        click.echo(f"MiB per device: {sum(row.mib_per_device for row in placed):.1f}")
+    sizes = [(math.prod(p["shape"]), p["dtype"]) for p in manifest.parameters.values()]
+    size = sum(count * jnp.dtype(dtype).itemsize for count, dtype in sizes)
+    click.echo(
+        f"parameters: {sum(count for count, _ in sizes):,}  {size / 2**20:,.1f} MiB of "
+        f"{manifest.dtype}  digest {manifest.digest[:16]}  step {manifest.step}"
+    )
+    click.echo(f"model: {json.dumps(manifest.model)}")
+    click.echo(f"vocabulary: {json.dumps(manifest.vocabulary)}")
+    click.echo(f"made by: {json.dumps(manifest.made_by)}")
+    if manifest.parents:
+        Console(width=200, highlight=False).print(_lineage(str(directory), manifest))
+    if verify:
+        checkpoints.verify(directory)
+        click.echo("every digest is right")
+
+
+def _lineage(title: str, manifest: Any) -> Any:
+    """What a checkpoint was made from, and that from, as far as it is still there."""
+    from rich.markup import escape
+    from rich.tree import Tree
+
+    from m2l import checkpoints
+
+    tree = Tree(escape(f"{title}  {_made(manifest)}, digest {manifest.digest[:16]}"))
+    for parent in manifest.parents:
+        label = f"{parent['role']} {parent['path']}"
+        try:
+            found = checkpoints.read_manifest(parent["path"])
+        except CheckpointError:
+            tree.add(escape(f"{label}  digest {parent['digest'][:16]}, not there any more"))
+            continue
+        if found.digest != parent["digest"]:
+            tree.add(escape(f"{label}  digest {parent['digest'][:16]}, another model by now"))
+        else:
+            tree.add(_lineage(label, found))
+    return tree
+
+
+def _made(manifest: Any) -> str:
+    made_by = manifest.made_by
+    match made_by.get("kind"):
+        case "train":
+            return f"{manifest.step} steps on {made_by['settings']['mixture']}"
+        case "merge":
+            return f"merged by {made_by['recipe']['method']}"
+        case "convert":
+            return f"converted from {made_by['from']}"
+    return f"made by {made_by.get('kind', 'hand')}"
