@@ -244,7 +244,7 @@ def export_checkpoint(
 
     Besides weights and config.json it gets the tokenizer's files that the checkpoint carries, a
     README.md that says how the model was made, and the manifest as m2l_manifest.json. Memory held:
-    at most three parameters' and 0.2 GiB.
+    at most three parameters' and 0.5 GiB.
 
     Args:
         source: A checkpoint or a training run. Its digests are checked on the way.

@@ -98,6 +98,8 @@ def read_settings(directory: Path, *, tied: bool | None) -> Config:
         raise
     except M2LError as error:
         raise CheckpointError(f"{file}: {error}") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{file}: a field is of the wrong type ({error})") from error
 
 
 def _t5(fields: Fields, model_type: str, tied: bool | None, start: int | None) -> T5Config:
@@ -275,8 +277,7 @@ def to_json(config: Config, dtype: str, tokens: Mapping[str, Any]) -> dict[str, 
         "use_cache": True,
         "vocab_size": config.vocab_size,
     }
-    ids = ("bos_token_id", "eos_token_id", "pad_token_id")
-    values |= {name: tokens.get(name) for name in ids}
+    values |= {name: tokens.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if isinstance(config, T5Config):
         return values | _t5_values(config, values["eos_token_id"])
     return values | _llama_values(config)

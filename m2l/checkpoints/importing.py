@@ -75,7 +75,7 @@ def import_tensors(
 ) -> Manifest:
     """Makes a checkpoint; each tensor is read once, and the next one while this one is written.
 
-    Memory held: at most three tensors' and 0.2 GiB. NaN and infinity are kept.
+    Memory held: at most three tensors' and 0.5 GiB. NaN and infinity are kept.
 
     Args:
         out: The checkpoint to make; must not exist.

@@ -6,6 +6,7 @@ H / G neighbouring heads of queries), Q or T (query) and S (key) positions, K fe
 
 import dataclasses
 import functools
+import math
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -94,7 +95,8 @@ def attend(
     automatic = implementation == "auto"
     if automatic:
         implementation = _OF_DEVICE.get(jax.default_backend(), "einsum")
-    obstacle = _obstacle(implementation, query_BxHxQxK, visible, softcap, dropout)
+    groups = key_BxGxSxK.shape[1]
+    obstacle = _obstacle(implementation, query_BxHxQxK, groups, visible, softcap, dropout)
     if obstacle:
         _tell(implementation, obstacle, automatic)
         implementation = "einsum"
@@ -129,12 +131,13 @@ _OF_DEVICE = {"gpu": "cudnn", "tpu": "splash"}
 def _obstacle(
     implementation: str,
     query_BxHxQxK: Array,
+    groups: int,
     visible: Array | Causal,
     softcap: float,
     dropout: Callable[[Array], Array] | None,
 ) -> str | None:
     """Why an implementation cannot do this; None if it can."""
-    length, size = query_BxHxQxK.shape[-2:]
+    rows, _, length, size = query_BxHxQxK.shape
     if implementation == "einsum":
         return None
     if dropout is not None:
@@ -146,6 +149,9 @@ def _obstacle(
             return "it takes no bias"
         if length % _SPLASH_BLOCK or size % _SPLASH_BLOCK:
             return f"{length} positions of {size} features are not both multiples of 128"
+        for what, axis, count in (("rows", "batch", rows), ("heads of keys", "heads", groups)):
+            if count % _devices(axis):
+                return f"the mesh does not divide {count} {what}"
         return None
     if softcap:
         return "it has no softcap"
@@ -160,6 +166,14 @@ def _obstacle(
                 "a multiple of 8, and an even number of positions"
             )
     return None
+
+
+def _devices(axis: str) -> int:
+    """Over how many devices of the mesh that `jax.set_mesh` entered a logical axis is split."""
+    mesh = jax.sharding.get_abstract_mesh()
+    over = RULES[axis]
+    names = (over,) if isinstance(over, str) else over
+    return 1 if mesh.empty else math.prod(mesh.shape[name] for name in names)
 
 
 @functools.cache

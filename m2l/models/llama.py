@@ -8,14 +8,12 @@ D features, V vocabulary, H heads, G heads of keys and values, K features of a h
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax.linen import initializers
 
 from m2l.errors import ConfigError, DataError
@@ -34,11 +32,11 @@ from m2l.models.layers import (
     split_heads,
     through,
 )
+from m2l.models.rotary import Turns, rotary_frequencies, rotate
 from m2l.models.settings import check_choice, check_fields
 from m2l.partitioning import constrain
 
 Cache = dict[str, Any]
-Turns = tuple[Array, Array]
 
 _NONE = {"least": 0}
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -126,10 +124,24 @@ class LlamaConfig:
                 f"LlamaConfig.windows: {len(self.windows)} numbers for {self.num_hidden_layers} "
                 "layers; give one for each, or none"
             )
-        for name in ("rms_norm_eps", "rope_theta", "rope_factor"):
-            if not getattr(self, name) > 0:
+        above = {"rms_norm_eps": 0.0, "rope_theta": 0.0, "rope_factor": 0.0}
+        if self.rope_type == "yarn":
+            above |= {"rope_theta": 1.0, "rope_beta_fast": 0.0, "rope_beta_slow": 0.0}
+        if self.rope_type == "llama3":
+            above["rope_high_freq_factor"] = self.rope_low_freq_factor
+        for name, least in above.items():
+            if not getattr(self, name) > least:
                 raise ConfigError(
-                    f"LlamaConfig.{name}: expected more than 0, found {getattr(self, name)}"
+                    f"LlamaConfig.{name}: expected more than {least:g}, found {getattr(self, name)}"
+                )
+        for name in (
+            "query_pre_attn_scalar",
+            "attn_logit_softcapping",
+            "final_logit_softcapping",
+        ):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(
+                    f"LlamaConfig.{name}: expected 0 or more, found {getattr(self, name)}"
                 )
         if self.rope_type in ("llama3", "yarn") and not self.rope_original_max_position_embeddings:
             raise ConfigError(
@@ -141,50 +153,6 @@ class LlamaConfig:
     def logit_softcap(self) -> float:
         """c of c tanh(logits / c); 0: none."""
         return self.final_logit_softcapping
-
-
-def rotary_frequencies(config: LlamaConfig) -> tuple[np.ndarray, float]:
-    """The angle per position of each pair of features, float32 [K / 2], and what scales the turn.
-
-    Computed on the host in float32, as Hugging Face does.
-
-    Source: Su et al. 2021 (rotary positions); Chen et al. 2023 (linear); Llama 3's own scaling by
-    wave length; Peng et al. 2023 (YaRN).
-    """
-    c, size = config, config.head_dim
-    exponents = np.arange(0, size, 2, dtype=np.float32) / np.float32(size)
-    plain = (1.0 / np.float32(c.rope_theta) ** exponents).astype(np.float32)
-    if c.rope_type == "default":
-        return plain, 1.0
-    stretched = plain / np.float32(c.rope_factor)
-    if c.rope_type == "linear":
-        return stretched, 1.0
-    original = c.rope_original_max_position_embeddings
-    if c.rope_type == "llama3":
-        turns = np.float32(original / (2 * math.pi)) * plain
-        low, high = c.rope_low_freq_factor, c.rope_high_freq_factor
-        kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
-        return (kept * plain + (1 - kept) * stretched).astype(np.float32), 1.0
-
-    def pair_turning(times: float) -> float:
-        return size * math.log(original / (times * 2 * math.pi)) / (2 * math.log(c.rope_theta))
-
-    first = max(math.floor(pair_turning(c.rope_beta_fast)), 0)
-    last = min(math.ceil(pair_turning(c.rope_beta_slow)), size - 1)
-    steps = (np.arange(size // 2, dtype=np.float32) - first) / max(last - first, 0.001)
-    kept = 1 - np.clip(steps, 0.0, 1.0)
-    factor = c.rope_attention_factor
-    if not factor:
-        factor = 0.1 * math.log(c.rope_factor) + 1.0 if c.rope_factor > 1 else 1.0
-    return (kept * plain + (1 - kept) * stretched).astype(np.float32), factor
-
-
-def rotate(x_NxHxTxK: Array, turns: Turns) -> Array:
-    """Turns each pair of features (i, i + K / 2) by its position's angle, in float32."""
-    cosine, sine = turns
-    first, second = jnp.split(x_NxHxTxK.astype(jnp.float32), 2, axis=-1)
-    turned = [first * cosine - second * sine, second * cosine + first * sine]
-    return jnp.concatenate(turned, axis=-1).astype(x_NxHxTxK.dtype)
 
 
 class _SelfAttention(nn.Module):

@@ -1,6 +1,7 @@
 """What every model's settings have to be: of their declared types, and within range."""
 
 import dataclasses
+import math
 from collections.abc import Collection
 from typing import Any
 
@@ -25,8 +26,8 @@ def check_fields(config: Any) -> None:
                 what = "a positive integer" if least == 1 else f"an integer of at least {least}"
                 raise ConfigError(f"{where}: expected {what}, found {value!r}")
         elif field.type is float:
-            if type(value) not in (int, float):
-                raise ConfigError(f"{where}: expected a number, found {value!r}")
+            if type(value) not in (int, float) or not math.isfinite(value):
+                raise ConfigError(f"{where}: expected a finite number, found {value!r}")
             object.__setattr__(config, field.name, float(value))
         elif field.type in (str, bool):
             if type(value) is not field.type:

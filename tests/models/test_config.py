@@ -24,7 +24,7 @@ CONFIG = models.T5Config(
         ({"num_heads": "4"}, "num_heads: expected a positive integer, found '4'"),
         ({"vocab_size": True}, "vocab_size"),
         ({"d_ff": 16.0}, "d_ff"),
-        ({"layer_norm_epsilon": "0"}, "layer_norm_epsilon: expected a number"),
+        ({"layer_norm_epsilon": "0"}, "layer_norm_epsilon: expected a finite number"),
         ({"dropout_rate": 0.1}, "setting of a t5 model 'dropout_rate'"),
         ({"layer_norm_epsilon": 0}, "layer_norm_epsilon"),
         ({"relative_attention_num_buckets": 7}, "an even number"),

@@ -1,0 +1,277 @@
+"""Training steps and conversions, beside Hugging Face with torch and beside cp.
+
+    python scripts/bench/models.py train [--torch PYTHON]
+    python scripts/bench/models.py convert
+
+`train`: T5-small on 16 x (256 + 64) tokens and a Llama of 135M on 8 x 128, float32, each library at
+its defaults for training: ours Adafactor, torch AdamW; T5 with its dropout of 0.1. PYTHON is an
+interpreter that has torch and transformers; without it only ours is measured. Beside: float32
+matrix products, 2048 x 2048 x 2048, and which share of their rate the step reaches, by counting
+multiply-adds of the weights and of attention three times (forward, and twice for the gradient).
+
+`convert`: a Llama of 135M, bfloat16, from and to a Hugging Face directory, against `cp` of the same
+bytes, with and without putting them on the disk (a conversion does: it may be killed any time).
+
+Prints medians. Nothing else should run beside it.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+STEPS = 5
+T5 = {
+    "vocab_size": 32128,
+    "d_model": 512,
+    "d_kv": 64,
+    "d_ff": 2048,
+    "num_layers": 6,
+    "num_heads": 8,
+    "decoder_start_token_id": 0,
+}
+LLAMA = {
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "tie_word_embeddings": True,
+    "rope_theta": 100000.0,
+}
+T5_BATCH, LLAMA_BATCH = (16, 256, 64), (8, 128)
+
+
+def median_of(run: Callable[[], None], times: int = STEPS) -> float:
+    """Seconds, after one run that does not count."""
+    run()
+    taken = []
+    for _ in range(times):
+        start = time.perf_counter()
+        run()
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken)
+
+
+def t5_flops() -> float:
+    """Of one training step."""
+    rows, inputs, targets = T5_BATCH
+    d, ff, layers = T5["d_model"], T5["d_ff"], T5["num_layers"]
+    attention, mlp = 4 * d * d, 2 * d * ff
+    encoder = layers * inputs * (attention + mlp + 2 * inputs * d)
+    read = layers * (inputs * 2 * d * d + targets * (2 * d * d + 2 * inputs * d))
+    decoder = layers * targets * (attention + mlp + 2 * targets * d) + read
+    return 6.0 * rows * (encoder + decoder + targets * d * T5["vocab_size"])
+
+
+def llama_flops() -> float:
+    """Of one training step."""
+    rows, length = LLAMA_BATCH
+    d, ff = LLAMA["hidden_size"], LLAMA["intermediate_size"]
+    keys = d * LLAMA["num_key_value_heads"] // LLAMA["num_attention_heads"]
+    layer = 2 * d * d + 2 * d * keys + 3 * d * ff + 2 * length * d
+    weights = LLAMA["num_hidden_layers"] * layer + d * LLAMA["vocab_size"]
+    return 6.0 * rows * length * weights
+
+
+FLOPS = {"T5-small": t5_flops(), "Llama-135M": llama_flops()}
+TOKENS = {
+    "T5-small": T5_BATCH[0] * (T5_BATCH[1] + T5_BATCH[2]),
+    "Llama-135M": LLAMA_BATCH[0] * LLAMA_BATCH[1],
+}
+
+
+def ours() -> dict[str, float]:
+    """Seconds of a step by model, and of a matrix product."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from m2l import models, partitioning
+    from m2l.models import Execution, LlamaConfig, T5Config
+    from m2l.training import state
+
+    x = jnp.ones((2048, 2048), jnp.float32)
+    product = jax.jit(lambda a: a @ a)
+    found = {"matmul": median_of(lambda: product(x).block_until_ready(), 20)}
+    rng = np.random.default_rng(0)
+
+    def tokens(rows: int, length: int, vocabulary: int) -> np.ndarray:
+        return rng.integers(2, vocabulary, (rows, length), dtype=np.int32)
+
+    def step_of(config: models.Config, batch: dict[str, np.ndarray], dropout: float) -> float:
+        mesh = partitioning.make_mesh()
+        current = [state.around("adafactor", models.init(config, jax.random.key(0)))]
+        step = state.train_step(config, "adafactor", Execution(dropout_rate=dropout), mesh)
+
+        def run() -> None:
+            with jax.set_mesh(mesh):
+                current[0], metrics = step(current[0], batch, np.float32(1e-3), jax.random.key(1))
+            metrics["loss"].block_until_ready()
+            jax.block_until_ready(current[0])
+
+        return median_of(run)
+
+    names = {"num_layers", "decoder_start_token_id"}
+    t5 = T5Config(
+        **{name: value for name, value in T5.items() if name not in names},
+        num_encoder_layers=T5["num_layers"],
+        num_decoder_layers=T5["num_layers"],
+        feed_forward_proj="relu",
+        tie_word_embeddings=True,
+        scale_decoder_outputs=True,
+    )
+    rows, inputs, targets = T5_BATCH
+    batch = {
+        "encoder_input_tokens": tokens(rows, inputs, t5.vocab_size),
+        "decoder_input_tokens": tokens(rows, targets, t5.vocab_size),
+        "decoder_target_tokens": tokens(rows, targets, t5.vocab_size),
+        "decoder_loss_weights": np.ones((rows, targets), np.int32),
+    }
+    found["T5-small"] = step_of(t5, batch, 0.1)
+    llama = LlamaConfig(**LLAMA, head_dim=64)
+    rows, length = LLAMA_BATCH
+    batch = {
+        "decoder_input_tokens": tokens(rows, length, llama.vocab_size),
+        "decoder_target_tokens": tokens(rows, length, llama.vocab_size),
+        "decoder_loss_weights": np.ones((rows, length), np.int32),
+    }
+    found["Llama-135M"] = step_of(llama, batch, 0.0)
+    return found
+
+
+def peer() -> dict[str, float]:
+    """Seconds of a step of Hugging Face's models, by model and mode. Runs where torch is."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    found = {}
+    rows, inputs, targets = T5_BATCH
+    made = {
+        "T5-small": (
+            lambda: T5ForConditionalGeneration(T5Config(**T5)),
+            lambda: {
+                "input_ids": torch.randint(2, T5["vocab_size"], (rows, inputs)),
+                "labels": torch.randint(2, T5["vocab_size"], (rows, targets)),
+            },
+        ),
+        "Llama-135M": (
+            lambda: LlamaForCausalLM(LlamaConfig(**LLAMA)),
+            lambda: (lambda ids: {"input_ids": ids, "labels": ids})(
+                torch.randint(2, LLAMA["vocab_size"], LLAMA_BATCH)
+            ),
+        ),
+    }
+    for name, (make, feed) in made.items():
+        for mode in ("float32", "medium", "autocast"):
+            torch.set_float32_matmul_precision("medium" if mode == "medium" else "highest")
+            model, batch = make().train(), feed()
+            optimizer = torch.optim.AdamW(model.parameters())
+
+            def run(model=model, batch=batch, optimizer=optimizer, mode=mode) -> None:
+                with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
+                    loss = model(**batch).loss
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+            found[f"{name} {mode}"] = median_of(run)
+    return found
+
+
+def train(torch_python: str | None) -> None:
+    """Prints the table of training steps."""
+    theirs = {}
+    if torch_python:
+        done = subprocess.run(
+            [torch_python, __file__, "peer"], stdout=subprocess.PIPE, text=True, check=True
+        )
+        theirs = json.loads(done.stdout.splitlines()[-1])
+    measured = ours()
+    rate = 2 * 2048**3 / measured["matmul"]
+    print(f"float32 matrix products: {rate / 1e9:.0f} GFLOP/s")
+    for name, tokens in TOKENS.items():
+        seconds, share = measured[name], FLOPS[name] / measured[name] / rate
+        print(f"{name}: m2l {seconds:.3f} s, {tokens / seconds:.0f} tokens/s, {share:.1%} of them")
+        for mode in ("float32", "medium", "autocast") if theirs else ():
+            other = theirs[f"{name} {mode}"]
+            print(
+                f"{name}: torch {mode} {other:.3f} s, {tokens / other:.0f} tokens/s; "
+                f"m2l is {other / seconds:.2f} times as fast"
+            )
+
+
+def convert() -> None:
+    """Prints the speeds of conversions and of cp."""
+    import jax
+    import numpy as np
+
+    from m2l import checkpoints, models
+    from m2l.checkpoints import huggingface
+
+    config = models.LlamaConfig(**LLAMA, head_dim=64)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: rng.normal(0, 0.02, leaf.shape).astype(jax.numpy.bfloat16),
+        models.spec(config),
+    )
+    vocabulary = {"name": "bench", "size": config.vocab_size, "fingerprint": "bench"}
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        about = {"model": models.to_dict(config), "vocabulary": vocabulary}
+        checkpoints.save(root / "first", params, **about, made_by={"kind": "bench"})
+        huggingface.export_checkpoint(root / "first", root / "public")
+        size = sum(file.stat().st_size for file in (root / "public").iterdir())
+
+        def timed(make: Callable[[Path], None]) -> float:
+            def run() -> None:
+                shutil.rmtree(root / "out", ignore_errors=True)
+                make(root / "out")
+
+            return median_of(run)
+
+        def copy(out: Path) -> None:
+            subprocess.run(["cp", "-r", str(root / "public"), str(out)], check=True)
+
+        def copy_to_disk(out: Path) -> None:
+            copy(out)
+            subprocess.run(["sync", "-f", str(out)], check=True)
+
+        rows = {
+            "cp": timed(copy),
+            "cp, then sync": timed(copy_to_disk),
+            "import": timed(
+                lambda out: huggingface.import_checkpoint(
+                    root / "public", out, vocabulary=vocabulary
+                )
+            ),
+            "export": timed(lambda out: huggingface.export_checkpoint(root / "first", out)),
+        }
+    for name, seconds in rows.items():
+        print(f"{name}: {seconds:.3f} s, {size / seconds / 1e9:.2f} GB/s of {size / 1e6:.0f} MB")
+
+
+def main() -> None:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["train", "convert", "peer"])
+    parser.add_argument("--torch", help="A Python that has torch and transformers.")
+    flags = parser.parse_args()
+    if flags.what == "peer":
+        print(json.dumps(peer()))
+    elif flags.what == "train":
+        train(flags.torch)
+    else:
+        convert()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,145 @@
+"""Two processes restore one checkpoint onto a mesh over both and compute what one process does."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from m2l import checkpoints, models, partitioning
+from m2l.data import layouts, packing
+from m2l.training import state
+
+CONFIG = models.LlamaConfig(64, 32, 48, 1, 4, 2, 8)
+
+PROGRAM = """
+import json, sys
+import jax, numpy as np
+
+address, number, path = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+jax.distributed.initialize(address, num_processes=2, process_id=number)
+
+from m2l import checkpoints, models, partitioning
+from m2l.training import state
+
+config = models.from_dict(checkpoints.read_manifest(path).model)
+mesh = partitioning.make_mesh(fsdp=4, model=2)
+placed = state.shardings(config, "adafactor", mesh)
+params = checkpoints.restore(path, shardings=placed.params)
+leaf = params["decoder"]["layers_00"]["mlp"]["wo"]
+around = jax.jit(lambda p: state.around("adafactor", p), out_shardings=placed)
+current = around(params)
+
+rows = np.split(np.arange(8), 2)[number]
+on_mesh = partitioning.batch_sharding(mesh)
+batch = {
+    name: jax.make_array_from_process_local_data(on_mesh, np.array(value, np.int32)[rows])
+    for name, value in json.load(sys.stdin).items()
+}
+with jax.set_mesh(mesh):
+    step = state.train_step(config, "adafactor", models.Execution(), mesh)
+    losses = []
+    for _ in range(2):
+        current, metrics = step(current, batch, np.float32(0.05), jax.random.key(0))
+        losses.append(float(metrics["loss"]))
+print(json.dumps({
+    "devices": [jax.device_count(), jax.local_device_count()],
+    "lies": leaf.sharding == placed.params["decoder"]["layers_00"]["mlp"]["wo"],
+    "shards": [
+        [[[s.start, s.stop] for s in shard.index], np.asarray(shard.data).tolist()]
+        for shard in leaf.addressable_shards
+    ],
+    "losses": losses,
+}))
+"""
+
+
+def one_batch():
+    rng = np.random.default_rng(0)
+    examples = (
+        tuple(rng.integers(2, 64, rng.integers(2, 7), dtype=np.int32) for _ in range(2))
+        for _ in range(100)
+    )
+    lengths = {"inputs": 12, "targets": 10}
+    return next(packing.batches(examples, lengths, 8, True, layouts.PrefixLM(0)))[0]
+
+
+def free_port():
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        return opened.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def params():
+    return jax.tree.map(np.asarray, models.init(CONFIG, jax.random.key(0)))
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory, params):
+    """What each of the processes printed."""
+    folder = tmp_path_factory.mktemp("two_processes")
+    about = {"vocabulary": {"fingerprint": ""}, "made_by": {}}
+    checkpoints.save(folder / "x", params, model=models.to_dict(CONFIG), **about)
+    (folder / "batch.json").write_text(json.dumps({k: v.tolist() for k, v in one_batch().items()}))
+    environment = os.environ | {
+        # Compiled in half the time.
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(Path(models.__file__).parents[2]),
+    }
+    address = f"127.0.0.1:{free_port()}"
+    started = []
+    try:
+        for number in range(2):
+            with (folder / "batch.json").open() as batch:
+                process = subprocess.Popen(
+                    [sys.executable, "-c", PROGRAM, address, str(number), str(folder / "x")],
+                    env=environment,
+                    stdin=batch,
+                    stdout=(folder / f"{number}.out").open("w"),
+                    stderr=(folder / f"{number}.err").open("w"),
+                )
+            started.append(process)
+        codes = [process.wait(timeout=180) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    assert codes == [0, 0], "".join((folder / f"{n}.err").read_text() for n in range(2))
+    return [json.loads((folder / f"{n}.out").read_text().splitlines()[-1]) for n in range(2)]
+
+
+def test_both_processes_compute_the_losses_of_one_process_on_one_device(two_processes, params):
+    mesh = partitioning.make_mesh(devices=jax.devices()[:1])
+    step = state.train_step(CONFIG, "adafactor", models.Execution(), mesh)
+    current, batch, expected = state.around("adafactor", params), one_batch(), []
+    with jax.set_mesh(mesh):
+        for _ in range(2):
+            current, metrics = step(current, batch, np.float32(0.05), jax.random.key(0))
+            expected.append(float(metrics["loss"]))
+    for told in two_processes:
+        assert told["devices"] == [8, 4]
+        # Sums over devices are taken in another order.
+        assert told["losses"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_each_process_holds_its_own_shards_and_together_they_are_the_parameter(
+    two_processes, params
+):
+    whole = params["decoder"]["layers_00"]["mlp"]["wo"]
+    found, held = np.full_like(whole, np.nan), []
+    for told in two_processes:
+        assert told["lies"] and len(told["shards"]) == 4
+        for ranges, value in told["shards"]:
+            index = tuple(slice(*each) for each in ranges)
+            assert np.shape(value) == (48 // 2, 32 // 4)
+            found[index] = value
+        held.append({str(ranges) for ranges, _ in told["shards"]})
+    assert not held[0] & held[1]
+    np.testing.assert_array_equal(found, whole)
