@@ -30,7 +30,7 @@ def with_source(default: str | None = "microworld") -> Callable[..., Any]:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Prints a table, numbers to two decimals."""
+    """Prints a table, numbers to two decimals; smaller ones to two digits."""
     from rich.console import Console
     from rich.table import Table
 
@@ -39,6 +39,12 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
         numeric = bool(rows) and all(isinstance(row[index], int | float) for row in rows)
         table.add_column(column, justify="right" if numeric else "left", no_wrap=numeric)
     for row in rows:
-        table.add_row(*(f"{v:.2f}" if isinstance(v, float) else str(v) for v in row))
+        table.add_row(*map(_shown, row))
     width = None if sys.stdout.isatty() else 200
     Console(width=width, highlight=False).print(table)
+
+
+def _shown(value: Any) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.2g}" if 0 < abs(value) < 0.005 else f"{value:.2f}"
