@@ -306,7 +306,7 @@ LLAMA_REFUSALS = [
     ({"windows": (3, 0, 1)}, "windows: 3 numbers for 2 layers; give one for each, or none"),
     ({"rms_norm_eps": 0}, "rms_norm_eps: expected more than 0, found 0.0"),
     ({"rope_theta": -1.0}, "rope_theta: expected more than 0, found -1.0"),
-    ({"rope_factor": float("nan")}, "rope_factor: expected more than 0, found nan"),
+    ({"rope_factor": float("nan")}, "rope_factor: expected a finite number, found nan"),
     ({"rope_type": "llama3"}, "rope_original_max_position_embeddings: rope_type 'llama3' needs"),
     ({"rope_type": "yarn"}, "rope_original_max_position_embeddings: rope_type 'yarn' needs it"),
 ]
