@@ -41,7 +41,7 @@ def test_a_filter_leaves_the_tasks_of_its_datasets(run_m2l, capsys, filters, dat
     assert names == datasets
     prefixes = tuple(name.removesuffix("_r1")[:4] for name in datasets)
     # JSON lines that other tests have registered are listed as well.
-    own = ("flan_", "span_corruption", *tasks._own)
+    own = ("flan_", *tasks.OF_CORPUS, *tasks._own)
     assert all(line.startswith((*prefixes, *own)) for line in lines[2:at] if line[:1].strip())
 
 

