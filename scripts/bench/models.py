@@ -108,7 +108,10 @@ def ours() -> dict[str, float]:
 
     def step_of(config: models.Config, batch: dict[str, np.ndarray], dropout: float) -> float:
         mesh = partitioning.make_mesh()
-        current = [state.around("adafactor", models.init(config, jax.random.key(0)))]
+        # Placed as the trainer places it, or the second step would be compiled anew.
+        placed = state.shardings(config, "adafactor", mesh)
+        fresh = state.fresh(config, "adafactor", jax.random.key(0))
+        current = [jax.device_put(fresh, placed)]
         step = state.train_step(config, "adafactor", Execution(dropout_rate=dropout), mesh)
 
         def run() -> None:
