@@ -560,7 +560,7 @@ def _fusion_bench_ties(merge: str, scale: float, inputs: str = "inputs") -> Case
 
 
 _FUSION_BENCH_DROP = (
-    "v_i = tau_i k_i / (1 - 0.5), k_i = [rand >= p], rand uniform in float32 of each tensor in "
+    "v_i = tau_i k_i / (1 - 0.5), k_i = [rand > p], rand uniform in float32 of each tensor in "
     "the order of parameters(), the experts one after another (mask_i = k_i)"
 )
 _MERGELM_DROP = (
@@ -708,7 +708,12 @@ _FISHER = (
     "f_i = {f}"
 )
 _MODEL_STOCK = (
-    "each {part} by itself; {cosine}; r = n c / (1 + (n - 1) c); r mean(x_i) + (1 - r) x_0"
+    "each {part} by itself; {cosine} r = n c / (1 + (n - 1) c); r mean(x_i) + (1 - r) x_0"
+)
+
+_MEAN_COSINE = (
+    "c = mean over pairs i < j of cos(tau_i, tau_j), norms' product at least 1e-6; r = 0 where "
+    "|1 + (n - 1) c| < 1e-6, else"
 )
 
 CASES: dict[str, Case] = {
@@ -829,7 +834,7 @@ CASES: dict[str, Case] = {
         + _MODEL_STOCK.format(
             part="tensor",
             cosine="c = cos(mean over pairs i < j of arccos cos(tau_i, tau_j)), 1e-8 added to both "
-            "denominators",
+            "denominators;",
         ),
         oracle=fusion_bench_model_stock,
     ),
@@ -963,7 +968,7 @@ CASES: dict[str, Case] = {
         "model_stock",
         _MODEL_STOCK.format(
             part="tensor",
-            cosine="c = mean over pairs i < j of cos(tau_i, tau_j), norms' product at least 1e-6",
+            cosine=_MEAN_COSINE,
         ),
         mergekit_model_stock,
         filter_wise=False,
@@ -972,7 +977,7 @@ CASES: dict[str, Case] = {
         "model_stock",
         _MODEL_STOCK.format(
             part="row (last axis; a vector is one row)",
-            cosine="c = mean over pairs i < j of cos(tau_i, tau_j), norms' product at least 1e-6",
+            cosine=_MEAN_COSINE,
         ),
         mergekit_model_stock,
         filter_wise=True,
