@@ -1,8 +1,9 @@
 """Checkpoints: directories that are whole or absent, and say what they are and where from."""
 
+from m2l.checkpoints.extents import Extents
 from m2l.checkpoints.manifest import Manifest
-from m2l.checkpoints.orbax import Writer, save, writing
-from m2l.checkpoints.publishing import check_absent, clean, remove
+from m2l.checkpoints.orbax import create, open_extents
+from m2l.checkpoints.publishing import Flusher, check_absent, clean, publish, remove
 from m2l.checkpoints.reading import (
     Parameter,
     open_parameters,
@@ -15,16 +16,23 @@ from m2l.checkpoints.reading import (
 )
 from m2l.checkpoints.tokenizer import check_tokenizer
 from m2l.checkpoints.trees import flatten, unflatten
+from m2l.checkpoints.writing import Writer, describe, save, writing
 
 __all__ = [
+    "Extents",
+    "Flusher",
     "Manifest",
     "Parameter",
     "Writer",
     "check_absent",
     "check_tokenizer",
     "clean",
+    "create",
+    "describe",
     "flatten",
+    "open_extents",
     "open_parameters",
+    "publish",
     "read_manifest",
     "remove",
     "resolve",

@@ -1,12 +1,11 @@
 """Hugging Face's checkpoints: made checkpoints of ours, and made of ours; neither changes a bit."""
 
-import contextlib
 import json
 import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,10 +25,10 @@ from m2l.checkpoints.huggingface_fields import read_json
 from m2l.checkpoints.importing import Origin, Tensor, float_dtype, import_tensors
 from m2l.checkpoints.manifest import FILE_NAME as MANIFEST
 from m2l.checkpoints.manifest import Manifest, sha256
-from m2l.checkpoints.publishing import check_absent, publishing
-from m2l.checkpoints.reading import Parameter, open_parameters, resolve
+from m2l.checkpoints.publishing import Flusher, check_absent, publishing
+from m2l.checkpoints.reading import open_parameters, resolve
 from m2l.checkpoints.safetensors import StoredTensor
-from m2l.checkpoints.streaming import ahead, blocks
+from m2l.checkpoints.streaming import WORKERS, blocks, in_parallel
 from m2l.checkpoints.tokenizer import DIRECTORY as TOKENIZER
 from m2l.errors import CheckpointError
 from m2l.models import Config, LlamaConfig, T5Config
@@ -291,42 +290,32 @@ def export_checkpoint(
         (temporary / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
         write_card(temporary, out.name, config, manifest, widest.name, results)
         shards = safetensors.plan_shards(described, shard_size)
-        order = [name for shard in shards for name in shard]
+        extents = safetensors.create(temporary, described, shards)
+        done = 0
+
+        def write(theirs: str) -> int:
+            ours, transposed = sources[theirs]
+            parameter, target, position = parameters[ours], extents[theirs], 0
+            array = parameter.read()
+            digest = hashing.submit(sha256, array)
+            view = array.reshape(parameter.shape)
+            for block in blocks(view.T if transposed else view, target.dtype, ours):
+                target.write_from(block, position)
+                position += block.size
+                flusher.wrote(target.files(), block.nbytes)
+            parameter.check(digest.result())
+            return position * target.dtype.itemsize
+
+        def advance(nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            progress.update(done // 10**6)
+
         with (
-            ThreadPoolExecutor(1) as hashing,
+            ThreadPoolExecutor(WORKERS) as hashing,
+            Flusher() as flusher,
             Progress(f"export {source.name}", size // 10**6, "MB") as progress,
-            contextlib.closing(
-                ahead(_pieces(order, sources, parameters, described, hashing))
-            ) as stream,
         ):
-            safetensors.write(temporary, described, shards, _counted(stream, progress))
+            # The largest first, or a thread would be left alone with one at the end.
+            in_parallel(write, sorted(extents, key=lambda name: -extents[name].size), advance)
     return out
-
-
-def _pieces(
-    order: Sequence[str],
-    sources: Mapping[str, tuple[str, bool]],
-    parameters: Mapping[str, Parameter],
-    described: Mapping[str, tuple[tuple[int, ...], np.dtype]],
-    hashing: ThreadPoolExecutor,
-) -> Iterator[np.ndarray]:
-    """The elements of Hugging Face's tensors in this order, in blocks; digests are checked."""
-    arrays = ahead(parameters[sources[name][0]].read() for name in order)
-    for theirs, array in zip(order, arrays, strict=True):
-        ours, transposed = sources[theirs]
-        parameter = parameters[ours]
-        digest = hashing.submit(sha256, array)
-        view = array.reshape(parameter.shape)
-        view = view.T if transposed else view
-        yield from blocks(view, described[theirs][1], ours)
-        parameter.check(digest.result())
-        del array, view, digest
-
-
-def _counted(stream: Iterator[np.ndarray], progress: Progress) -> Iterator[np.ndarray]:
-    done = 0
-    for block in stream:
-        done += block.nbytes
-        progress.update(done // 10**6)
-        yield block
-        del block

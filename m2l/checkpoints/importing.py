@@ -1,10 +1,9 @@
 """Making a checkpoint of someone else's tensors, whatever their format: checked, then streamed."""
 
-import contextlib
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,9 @@ import numpy as np
 
 from m2l import models
 from m2l.checkpoints.manifest import Manifest
-from m2l.checkpoints.orbax import writing
-from m2l.checkpoints.streaming import FLOATS, ahead, blocks
+from m2l.checkpoints.streaming import FLOATS, blocks, in_parallel
 from m2l.checkpoints.trees import flatten
+from m2l.checkpoints.writing import writing
 from m2l.errors import CheckpointError, UnknownNameError
 from m2l.progress import Progress
 
@@ -28,7 +27,7 @@ class Tensor:
         name: Its name there.
         shape: Its shape.
         dtype: Its dtype.
-        read: Reads it whole, in that shape and dtype. Called once, in a thread of its own.
+        read: Reads it whole, in that shape and dtype. Called once, in any thread.
     """
 
     name: str
@@ -73,7 +72,7 @@ def import_tensors(
     ignored: Collection[str] = (),
     dtype: str | None = None,
 ) -> Manifest:
-    """Makes a checkpoint; each tensor is read once, and the next one while this one is written.
+    """Makes a checkpoint; each tensor is read once, and a few are on their way at a time.
 
     Memory held: at most three tensors' and 0.5 GiB. NaN and infinity are kept.
 
@@ -103,33 +102,30 @@ def import_tensors(
     claims: dict[str, list[str]] = defaultdict(list)
     for name in shapes:
         claims[origins[name].tensor].append(name)
-
-    def arrays() -> Iterator[tuple[list[str], np.ndarray]]:
-        for tensor, names in claims.items():
-            yield names, tensors[tensor].read()
-
-    def pieces() -> Iterator[tuple[str, np.ndarray]]:
-        for names, array in ahead(arrays()):
-            for name in names:
-                view = origins[name].take(array)
-                for block in blocks(view, described[name][1], f"{source}: {name}"):
-                    yield name, block
-                    del block
-                del view
-            del array
-
+    # The largest first, or a thread would be left alone with one at the end.
+    largest_first = sorted(claims, key=lambda tensor: -math.prod(tensors[tensor].shape))
     total = sum(math.prod(shape) * dtype.itemsize for shape, dtype in described.values())
     done = 0
     with (
         writing(out, described) as writer,
         Progress(f"import {source.name}", total // 10**6, "MB") as progress,
-        contextlib.closing(ahead(pieces())) as stream,
     ):
-        for name, block in stream:
-            writer.append(name, block)
-            done += block.nbytes
+
+        def convert(tensor: str) -> int:
+            array, nbytes = tensors[tensor].read(), 0
+            for name in claims[tensor]:
+                view, cast_to = origins[name].take(array), described[name][1]
+                for block in blocks(view, cast_to, f"{source}: {name}"):
+                    writer.append(name, block)
+                    nbytes += block.nbytes
+            return nbytes
+
+        def advance(nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
             progress.update(done // 10**6)
-            del block
+
+        in_parallel(convert, largest_first, advance)
         return writer.finish(model=models.to_dict(config), vocabulary=vocabulary, made_by=made_by)
 
 

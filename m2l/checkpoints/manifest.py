@@ -16,7 +16,7 @@ from m2l import __version__
 from m2l.checkpoints import tokenizer
 from m2l.errors import CheckpointError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1: arrays in OCDBT.
 FILE_NAME = "manifest.json"
 
 

@@ -6,11 +6,18 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from m2l.errors import CheckpointError
 
+_FLUSHED = 32 << 20
+# A journal commits at once what waits at once.
+_SYNCING = 16
+
+# Left by versions that wrote through Orbax.
 _OF_ORBAX = ".orbax-checkpoint-tmp"
 _TEMPORARY = re.compile(rf"\..+\.tmp-(?P<host>.+)-(?P<pid>\d+)-\d+({re.escape(_OF_ORBAX)})?")
 _serial = itertools.count()
@@ -81,6 +88,72 @@ def _sync(path: str | os.PathLike) -> None:
         os.close(descriptor)
 
 
+class Flusher:
+    """Puts what is written on the disk, in a thread, while more is written; a context manager.
+
+    Of what it was told, `publish` then finds little left to wait for. Leaving the block raises the
+    OSError that a file could not be put on the disk with.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._pool = threading.Lock(), ThreadPoolExecutor(1)
+        self._files: dict[Path, None] = {}
+        self._bytes = 0
+        self._under_way: list[Future] = []
+
+    def wrote(self, files: Iterable[Path], nbytes: int) -> None:
+        """Says that `nbytes` were written to these files; any thread may."""
+        with self._lock:
+            self._files |= dict.fromkeys(files)
+            self._bytes += nbytes
+            if self._bytes >= _FLUSHED:
+                self._under_way.append(self._pool.submit(_sync_data, self._files))
+                self._files, self._bytes = {}, 0
+
+    def __enter__(self) -> "Flusher":
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self._pool.shutdown(cancel_futures=kind is not None)
+        if kind is None:
+            for future in self._under_way:
+                future.result()
+
+
+def _sync_data(files: Iterable[Path]) -> None:
+    for file in files:
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.fdatasync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def publish(temporary: str | os.PathLike, directory: str | os.PathLike) -> None:
+    """Gives a directory its final name, when all that it holds is on the disk.
+
+    Args:
+        temporary: Where it is; in the same parent directory as `directory`.
+        directory: Its final name; must not exist.
+
+    Raises:
+        CheckpointError: `directory` exists.
+        OSError: Not all could be put on the disk.
+    """
+    temporary, directory = Path(temporary), Path(directory).absolute()
+    paths = [
+        path
+        for folder, _, files in os.walk(temporary)
+        for path in (*(os.path.join(folder, file) for file in files), folder)
+    ]
+    with ThreadPoolExecutor(_SYNCING) as pool:
+        for _ in pool.map(_sync, paths):
+            pass
+    check_absent(directory)
+    temporary.rename(directory)
+    _sync(directory.parent)
+
+
 @contextlib.contextmanager
 def publishing(directory: str | os.PathLike, size: int) -> Iterator[Path]:
     """Yields a temporary name; what is written there becomes `directory` if all goes well.
@@ -108,19 +181,14 @@ def publishing(directory: str | os.PathLike, size: int) -> Iterator[Path]:
     _being_written.add(temporary.name)
     try:
         yield temporary
-        for folder, _, files in os.walk(temporary):
-            for path in (*(os.path.join(folder, file) for file in files), folder):
-                _sync(path)
-        temporary.rename(directory)
-        _sync(parent)
-    except (OSError, ValueError) as error:
+        publish(temporary, directory)
+    except (OSError, CheckpointError) as error:
         if not re.search(r"No space left on device|Disk quota exceeded", str(error)):
             raise
         raise CheckpointError(
             f"{directory}: no space left: {size:,} bytes are needed; nothing was written"
         ) from error
     finally:
-        for leftover in (temporary, temporary.with_name(temporary.name + _OF_ORBAX)):
-            # What cannot be removed now is removed by the next save here.
-            shutil.rmtree(leftover, ignore_errors=True)
+        # What cannot be removed now is removed by the next save here.
+        shutil.rmtree(temporary, ignore_errors=True)
         _being_written.discard(temporary.name)

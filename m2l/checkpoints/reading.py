@@ -1,6 +1,5 @@
 """Reading checkpoints: whole, by parameter or by slice, and never a damaged one in silence."""
 
-import concurrent.futures
 import functools
 import hashlib
 import math
@@ -12,17 +11,14 @@ from typing import Any
 
 import jax
 import numpy as np
-import tensorstore as ts
 
 from m2l.checkpoints import tokenizer
 from m2l.checkpoints.manifest import FILE_NAME as MANIFEST
 from m2l.checkpoints.manifest import Manifest, sha256
-from m2l.checkpoints.orbax import DATA_STATE, OPT_STATE, PARAMS, array_spec, boxes
+from m2l.checkpoints.orbax import DATA_STATE, OPT_STATE, PARAMS, open_array
+from m2l.checkpoints.streaming import in_parallel
 from m2l.checkpoints.trees import flatten_state, unflatten
 from m2l.errors import CheckpointError
-
-# Holds the chunk that consecutive slices of a parameter share, so that it is read once.
-_CACHE_BYTES = 32 << 20
 
 
 def resolve(path: str | os.PathLike) -> Path:
@@ -56,7 +52,7 @@ def read_manifest(path: str | os.PathLike) -> Manifest:
 
 
 class Parameter:
-    """A parameter on disk.
+    """A parameter on disk; nothing is held open, and any number of threads may read it.
 
     Attributes:
         name: As "a/b/c".
@@ -65,49 +61,32 @@ class Parameter:
         size: How many elements it has.
     """
 
-    def __init__(self, item: Path, name: str, record: Mapping[str, Any], context: ts.Context):
-        """Opens the array `name` of an Orbax item; it must agree with the manifest's record."""
-        self.name, self._item = name, item
+    def __init__(self, item: Path, name: str, record: Mapping[str, Any], old: Any = None):
+        """The array `name` of an Orbax item, which must agree with the manifest's record.
+
+        `old` is the `ocdbt.context` of an item that is stored so.
+        """
+        self.name, self._item, self._old = name, item, old
         self.shape, self.dtype = tuple(record["shape"]), np.dtype(record["dtype"])
         self.size, self._digest = math.prod(self.shape), record["digest"]
-        spec = array_spec(item, name) | {"fill_missing_data_reads": False}
-        self._opening = ts.open(spec, open=True, read=True, context=context)
-
-    def _result(self, future: Any) -> Any:
-        try:
-            return future.result()
-        except ValueError as error:
-            what = str(error).split(":")[0].lower().replace("_", " ")
-            raise CheckpointError(
-                f"{self._item}: {self.name} cannot be read ({what}): a file is missing, truncated "
-                "or damaged; copy the checkpoint again or make it anew"
-            ) from error
 
     @functools.cached_property
-    def _store(self) -> ts.TensorStore:
-        store = self._result(self._opening)
-        found = store.shape, store.dtype.numpy_dtype
-        if found != (self.shape, self.dtype):
-            raise CheckpointError(
-                f"{self._item}: {self.name} is {found[1]}{list(found[0])}, its manifest says "
-                f"{self.dtype}{list(self.shape)}: the two are not from one checkpoint"
-            )
-        return store
+    def _stored(self) -> Any:
+        if self._old is None:
+            return open_array(self._item, self.name, self.shape, self.dtype)
+        from m2l.checkpoints import ocdbt
 
-    def start(self, start: int = 0, stop: int | None = None) -> Callable[[], np.ndarray]:
-        """Begins to read elements [start, stop) in the background; call the result for them."""
-        stop = self.size if stop is None else stop
-        pieces = [(a, b, self._store[box].read()) for box, a, b in boxes(self.shape, start, stop)]
+        return ocdbt.StoredArray(self._item, self.name, self.shape, self.dtype, self._old)
 
-        def finish() -> np.ndarray:
-            if len(pieces) == 1:
-                return self._result(pieces[0][2]).reshape(-1)
-            block = np.empty(stop - start, self.dtype)
-            for a, b, future in pieces:
-                block[a - start : b - start] = self._result(future).reshape(-1)
-            return block
+    def read_into(self, start: int, stop: int, out: np.ndarray) -> None:
+        """Reads elements [start, stop) into `out`, 1-D, contiguous, of its dtype and that size.
 
-        return finish
+        Raises:
+            CheckpointError: A file is missing, truncated or damaged.
+        """
+        if out.size != stop - start:
+            raise ValueError(f"{self.name}: [{start}, {stop}) into {out.size} elements")
+        self._stored.read_into(out, start)
 
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Reads elements [start, stop) of the row-major parameter; 1-D, of its dtype.
@@ -115,7 +94,14 @@ class Parameter:
         Raises:
             CheckpointError: A file is missing, truncated or damaged.
         """
-        return self.start(start, stop)()
+        stop = self.size if stop is None else stop
+        block = np.empty(stop - start, self.dtype)
+        self.read_into(start, stop, block)
+        return block
+
+    def start(self, start: int = 0, stop: int | None = None) -> Callable[[], np.ndarray]:
+        """Call the result for elements [start, stop)."""
+        return functools.partial(self.read, start, stop)
 
     def check(self, digest: str) -> None:
         """Raises CheckpointError unless `digest`, as `sha256` gives it, is the manifest's."""
@@ -133,20 +119,26 @@ def open_parameters(path: str | os.PathLike) -> dict[str, Parameter]:
 
 
 def _open(directory: Path, item: str, records: Mapping[str, Mapping]) -> dict[str, Parameter]:
-    context = ts.Context({"cache_pool": {"total_bytes_limit": _CACHE_BYTES}})
+    old = None
+    if (directory / item / "manifest.ocdbt").is_file():
+        from m2l.checkpoints import ocdbt  # TensorStore, which nothing else here needs.
+
+        old = ocdbt.context()
     return {
-        name: Parameter(directory / item, name, record, context) for name, record in records.items()
+        name: Parameter(directory / item, name, record, old) for name, record in records.items()
     }
 
 
 def _read(directory: Path, item: str, records: Mapping, verify: bool) -> dict[str, np.ndarray]:
     parameters = _open(directory, item, records)
-    reading = {name: parameter.start() for name, parameter in parameters.items()}
-    arrays = {}
-    for name, finish in reading.items():
-        arrays[name] = finish().reshape(parameters[name].shape)
+    arrays: dict[str, np.ndarray] = dict.fromkeys(records)
+
+    def read(name: str) -> None:
+        arrays[name] = parameters[name].read().reshape(parameters[name].shape)
         if verify:
             parameters[name].check(sha256(arrays[name]))
+
+    in_parallel(read, records)
     return arrays
 
 
@@ -254,10 +246,7 @@ def verify(path: str | os.PathLike) -> Manifest:
     manifest = Manifest.read(directory)
     items = ((PARAMS, manifest.parameters), (OPT_STATE, manifest.opt_state or {}))
     arrays = [p for item, records in items for p in _open(directory, item, records).values()]
-    # Hashing is what takes time, and lets other threads run.
-    with concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        for _ in pool.map(lambda array: array.check(sha256(array.read())), arrays):
-            pass
+    in_parallel(lambda array: array.check(sha256(array.read())), arrays)
     if manifest.data_state is not None:
         restore_data_state(directory)
     if manifest.tokenizer is not None:

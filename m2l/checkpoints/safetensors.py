@@ -4,19 +4,19 @@ A file is the length of its header (8 bytes, little-endian), the header (JSON: n
 first and last byte), and the tensors' bytes without gap (github.com/huggingface/safetensors).
 """
 
-import contextlib
 import dataclasses
 import itertools
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import ml_dtypes
 import numpy as np
 
+from m2l.checkpoints.extents import Extents, Piece, opening, reserve
 from m2l.errors import CheckpointError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -73,6 +73,12 @@ class StoredTensor:
         """How many bytes it has."""
         return self.size * self.dtype.itemsize
 
+    @property
+    def extents(self) -> Extents:
+        """Where its elements lie."""
+        pieces = (Piece(0, self.file, self.offset),) if self.size else ()
+        return Extents(self.name, self.dtype, self.size, pieces)
+
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Reads elements [start, stop) of the row-major tensor; 1-D, of its dtype, writable.
 
@@ -81,35 +87,23 @@ class StoredTensor:
         """
         stop = self.size if stop is None else stop
         block = np.empty(stop - start, self.dtype)
-        # Into memory of our own: pages of a mapped file would count as this process's.
-        room = memoryview(block.view(np.uint8))
-        place, end = self.offset + start * self.dtype.itemsize, len(room)
-        with _opening(self.file) as file:
-            done = 0
-            while done < end:
-                count = os.preadv(file, [room[done:]], place + done)
-                if not count:
-                    _refuse(self.file, f"truncated: {self.name} ends after its end of file")
-                done += count
+        self.read_into(start, stop, block)
         return block
+
+    def read_into(self, start: int, stop: int, out: np.ndarray) -> None:
+        """Reads elements [start, stop) into `out`, 1-D, contiguous, of its dtype and that size.
+
+        Raises:
+            CheckpointError: The file is gone, or was cut since its header was read.
+        """
+        if out.size != stop - start:
+            raise ValueError(f"{self.name}: [{start}, {stop}) into {out.size} elements")
+        # Into memory of our own: pages of a mapped file would count as this process's.
+        self.extents.read_into(out, start)
 
 
 def _refuse(file: Path, what: str) -> NoReturn:
     raise CheckpointError(f"{file}: {what}; download or copy it again")
-
-
-@contextlib.contextmanager
-def _opening(file: Path) -> Iterator[int]:
-    """A descriptor for reading; OSErrors become one line that names the file."""
-    descriptor = None
-    try:
-        descriptor = os.open(file, os.O_RDONLY)
-        yield descriptor
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from error
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
@@ -118,7 +112,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     Raises:
         CheckpointError: It cannot be read, is truncated, or its header does not describe it.
     """
-    with _opening(file) as descriptor:
+    with opening(file, os.O_RDONLY, "read") as descriptor:
         size = os.fstat(descriptor).st_size
         length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
         if size < 8 or (8 + length > size and length <= _LONGEST_HEADER):
@@ -249,7 +243,7 @@ def _open_shards(directory: Path) -> dict[str, StoredTensor]:
 
 
 def plan_shards(described: Mapping[str, ArraySpec], shard_size: int) -> list[list[str]]:
-    """The names of each shard's tensors, in the order in which `write` lays them down.
+    """The names of each shard's tensors, in the order in which `create` lays them down.
 
     Args:
         described: name -> (shape, dtype) of all tensors.
@@ -272,37 +266,40 @@ def _nbytes(spec: ArraySpec) -> int:
     return math.prod(spec[0]) * np.dtype(spec[1]).itemsize
 
 
-def write(
-    directory: Path,
-    described: Mapping[str, ArraySpec],
-    shards: Sequence[Sequence[str]],
-    blocks: Iterable[np.ndarray],
-) -> None:
-    """Writes model.safetensors, or numbered shards and their index, into a directory.
+def create(
+    directory: Path, described: Mapping[str, ArraySpec], shards: Sequence[Sequence[str]]
+) -> dict[str, Extents]:
+    """Makes model.safetensors, or numbered shards and their index, in full size.
 
     Args:
-        directory: Where; it exists and holds no such files.
+        directory: Where; it exists.
         described: name -> (shape, dtype) of all tensors.
         shards: The names in each file, as `plan_shards` gives them.
-        blocks: The elements of all tensors, one after another in the order of `shards`, as 1-D
-            contiguous arrays; one block belongs to one tensor. Taken one by one, kept none.
+
+    Returns:
+        name -> where its elements are to be written, in any order; all of them 0.
+
+    Raises:
+        CheckpointError: A file cannot be made, or the disk is full.
     """
-    blocks, names = iter(blocks), [SINGLE]
-    if len(shards) > 1:
-        total = len(shards)
-        names = [f"model-{i:05}-of-{total:05}.safetensors" for i in range(1, total + 1)]
-    for name, tensors in zip(names, shards, strict=True):
-        with open(directory / name, "xb", buffering=0) as file:
-            _write_all(file, _header({tensor: described[tensor] for tensor in tensors}))
-            for tensor in tensors:
-                _write_tensor(file, tensor, described[tensor], blocks)
-    if len(shards) > 1:
-        weight_map = {
-            tensor: name for name, group in zip(names, shards, strict=True) for tensor in group
-        }
+    count, found = len(shards), {}
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards, 1):
+        file = f"model-{number:05}-of-{count:05}.safetensors" if count > 1 else SINGLE
+        header = _header({name: described[name] for name in names})
+        end = len(header)
+        for name in names:
+            shape, dtype = described[name]
+            tensor = StoredTensor(directory / file, name, shape, np.dtype(dtype), end)
+            found[name], end = tensor.extents, end + tensor.nbytes
+        reserve(directory / file, end, header)
+        weight_map |= dict.fromkeys(names, file)
+    if count > 1:
         total = sum(map(_nbytes, described.values()))
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        text = (json.dumps(index, indent=2) + "\n").encode()
+        reserve(directory / INDEX, len(text), text)
+    return found
 
 
 def _header(described: Mapping[str, ArraySpec]) -> bytes:
@@ -317,20 +314,3 @@ def _header(described: Mapping[str, ArraySpec]) -> bytes:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-def _write_tensor(file: Any, name: str, spec: ArraySpec, blocks: Iterator[np.ndarray]) -> None:
-    left = _nbytes(spec)
-    while left:
-        block = next(blocks)
-        if block.dtype != spec[1] or block.nbytes > left:
-            raise ValueError(f"{name}: {block.dtype}[{block.size}] given, {left} bytes are left")
-        _write_all(file, block.view(np.uint8))
-        left -= block.nbytes
-        del block
-
-
-def _write_all(file: Any, data: Any) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[file.write(view) :]

@@ -1,39 +1,48 @@
-"""Arrays on their way from one format to another: in blocks, one step ahead of their use."""
+"""Arrays on their way from one format to another: in blocks, and several arrays at a time."""
 
-import functools
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+import math
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import TypeVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from m2l.checkpoints.orbax import chunk_shape
 from m2l.errors import CheckpointError
 
-T = TypeVar("T")
+T, R = TypeVar("T"), TypeVar("R")
 
 FLOATS = ("float32", "bfloat16", "float16", "float64")
 """The dtypes that parameters may have on disk, by name."""
 
-_END = object()
+WORKERS = 3
+"""How many arrays are worked on at a time, and so held in memory."""
+
+_BLOCK_BYTES = 8 << 20
+_TILE = 256
 
 
-def ahead(items: Iterable[T]) -> Iterator[T]:
-    """Yields the items; while one is used, a thread is making the next, and only that one."""
-    iterator = iter(items)
-    with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(next, iterator, _END)
-        while (item := future.result()) is not _END:
-            future = pool.submit(next, iterator, _END)
-            yield item
-            # Or it would be kept until the next has come.
-            del item
+def in_parallel(
+    work: Callable[[T], R], items: Iterable[T], done: Callable[[R], None] | None = None
+) -> None:
+    """Calls work(item) of every item in WORKERS threads, and done(result) of each here.
+
+    Raises:
+        Exception: The first that one of them raises; then no further item is begun, and none is
+            still worked on.
+    """
+    with ThreadPoolExecutor(WORKERS) as pool:
+        try:
+            for future in as_completed([pool.submit(work, item) for item in items]):
+                result = future.result()
+                if done is not None:
+                    done(result)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def blocks(array: np.ndarray, dtype: np.dtype, name: str) -> Iterator[np.ndarray]:
-    """Cuts an array into 1-D contiguous blocks of at most 16 MiB, in row-major order.
+    """Cuts an array into 1-D contiguous blocks of whole rows, about 8 MiB, in row-major order.
 
     Args:
         array: Of any strides: a transposed view is laid out block by block.
@@ -45,27 +54,21 @@ def blocks(array: np.ndarray, dtype: np.dtype, name: str) -> Iterator[np.ndarray
     """
     if not array.ndim:
         array = array.reshape(1)
-    rows = chunk_shape(array.shape, dtype.itemsize)[0]
+    rows = max(1, _BLOCK_BYTES // max(1, math.prod(array.shape[1:]) * dtype.itemsize))
     for start in range(0, len(array), rows):
         yield _cast(_contiguous(array[start : start + rows]), dtype, name).reshape(-1)
 
 
-@functools.cache
-def _cpu() -> jax.Device | None:
-    try:
-        return jax.local_devices(backend="cpu")[0]
-    except RuntimeError:
-        return None  # JAX_PLATFORMS leaves it out.
-
-
 def _contiguous(array: np.ndarray) -> np.ndarray:
-    if array.flags.c_contiguous:
-        return array
-    # JAX moves a transposed view to its CPU in cache-sized tiles, five to ten times as fast as
-    # NumPy copies it; it would round float64.
-    if array.ndim == 2 and array.itemsize in (2, 4) and (cpu := _cpu()):
-        return np.asarray(jax.device_put(array, cpu))
-    return np.ascontiguousarray(array)
+    if array.flags.c_contiguous or array.ndim != 2 or array.strides[0] >= array.strides[1]:
+        return np.ascontiguousarray(array)
+    # In tiles that the cache holds: twice as fast as NumPy copies a transposed view.
+    out = np.empty(array.shape, array.dtype)
+    for row in range(0, len(array), _TILE):
+        for column in range(0, array.shape[1], _TILE):
+            tile = slice(row, row + _TILE), slice(column, column + _TILE)
+            out[tile] = array[tile]
+    return out
 
 
 def _cast(block: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:

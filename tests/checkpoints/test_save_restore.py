@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from orbax.checkpoint import v1 as ocp
 
 from m2l import checkpoints
-from m2l.checkpoints import orbax
+from m2l.checkpoints import ocdbt, orbax
 from m2l.errors import CheckpointError
 
 ABOUT = {
@@ -136,7 +136,6 @@ assert checkpoints.open_parameters(path)["w"].read(5, 9).tolist() == [5, 6, 7, 8
 @pytest.fixture
 def small_chunks(monkeypatch):
     monkeypatch.setattr(orbax, "_CHUNK_BYTES", 64)
-    monkeypatch.setattr(orbax, "_BYTES_IN_FLIGHT", 200)
 
 
 @pytest.mark.usefixtures("small_chunks")
@@ -164,7 +163,7 @@ def test_boxes_tile_a_range_without_gap_or_overlap(shape, data):
     indices = np.arange(size).reshape(shape)
     found = {
         position: index
-        for box, a, b in orbax.boxes(tuple(shape), start, stop)
+        for box, a, b in ocdbt.boxes(tuple(shape), start, stop)
         for position, index in zip(range(a, b), indices[box].reshape(-1).tolist(), strict=True)
     }
     assert sorted(found.items()) == [(i, i) for i in range(start, stop)]
