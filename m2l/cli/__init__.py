@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from m2l import __version__
-from m2l.cli import checkpoints, data, models, studies
+from m2l.cli import adamerging, checkpoints, data, models, statistics, studies
 from m2l.errors import M2LError, Stopped
 
 
@@ -36,6 +36,8 @@ for _command in (
     studies.demo,
     data.tasks,
     models.train,
+    statistics.statistics,
+    adamerging.adamerging,
     models.merge,
     models.evaluate,
     studies.study,

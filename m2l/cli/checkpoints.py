@@ -175,4 +175,6 @@ def _made(manifest: Any) -> str:
             return f"merged by {made_by['recipe']['method']}"
         case "convert":
             return f"converted from {made_by['from']}"
+        case "statistics":
+            return f"{made_by['statistic']} of {made_by['examples']} examples"
     return f"made by {made_by.get('kind', 'hand')}"

@@ -45,25 +45,35 @@ class Batch(NamedTuple):
     sizes_BxC: np.ndarray
 
 
+def token_logits(config: Any, params: Any, batch: Batch, dtype: str) -> tuple[jax.Array, jax.Array]:
+    """The logits of every choice's tokens, float32 [B, C, T, V], and whether they are tokens.
+
+    The latter, bool [B, C, T], is False at padding.
+    """
+    compute, choices_BxCxT = jnp.dtype(dtype), batch.choices_BxCxT
+    mask_BxS = jnp.arange(batch.prefix_BxS.shape[1]) < batch.lengths_B[:, None]
+    memory = models.encode(config, params, batch.prefix_BxS, mask_BxS, dtype=compute)
+    # What is read are the targets moved one to the right behind the start token.
+    start_BxCx1 = jnp.broadcast_to(batch.start_B[:, None, None], (*choices_BxCxT.shape[:2], 1))
+    read_BxCxT = jnp.concatenate([start_BxCx1, choices_BxCxT[..., :-1]], axis=-1)
+    logits_BxCxTxV = models.decode(config, params, memory, mask_BxS, read_BxCxT, dtype=compute)
+    is_token_BxCxT = jnp.arange(choices_BxCxT.shape[-1]) < batch.sizes_BxC[..., None]
+    return logits_BxCxTxV, is_token_BxCxT
+
+
 @functools.cache
 def scorer(config: Any, dtype: str) -> Callable[[Any, Batch], jax.Array]:
     """The jitted scoring function of a model: one compilation per shape, for any parameters."""
 
     def score(params: Any, batch: Batch) -> jax.Array:
         """Summed log-probabilities float32 [B, C], EOS included; 0 where a choice is padding."""
-        compute, choices_BxCxT = jnp.dtype(dtype), batch.choices_BxCxT
-        mask_BxS = jnp.arange(batch.prefix_BxS.shape[1]) < batch.lengths_B[:, None]
-        memory = models.encode(config, params, batch.prefix_BxS, mask_BxS, dtype=compute)
-        # What is read are the targets moved one to the right behind the start token.
-        start_BxCx1 = jnp.broadcast_to(batch.start_B[:, None, None], (*choices_BxCxT.shape[:2], 1))
-        read_BxCxT = jnp.concatenate([start_BxCx1, choices_BxCxT[..., :-1]], axis=-1)
-        logits_BxCxTxV = models.decode(config, params, memory, mask_BxS, read_BxCxT, dtype=compute)
+        logits_BxCxTxV, is_token_BxCxT = token_logits(config, params, batch, dtype)
         log_normalizer_BxCxT = jax.nn.logsumexp(logits_BxCxTxV, axis=-1)
-        chosen_BxCxT = jnp.take_along_axis(logits_BxCxTxV, choices_BxCxT[..., None], axis=-1)[
+        chosen_BxCxT = jnp.take_along_axis(logits_BxCxTxV, batch.choices_BxCxT[..., None], axis=-1)[
             ..., 0
         ]
-        is_choice = jnp.arange(choices_BxCxT.shape[-1]) < batch.sizes_BxC[..., None]
-        return jnp.sum(jnp.where(is_choice, chosen_BxCxT - log_normalizer_BxCxT, 0.0), axis=-1)
+        scores_BxCxT = jnp.where(is_token_BxCxT, chosen_BxCxT - log_normalizer_BxCxT, 0.0)
+        return jnp.sum(scores_BxCxT, axis=-1)
 
     return jax.jit(score)
 
@@ -73,10 +83,14 @@ def _scored(example: Example) -> tuple[np.ndarray, ...]:
     return example.choices if isinstance(example, RankingExample) else (example.target,)
 
 
-def _batches(
+def batches(
     examples: Sequence[Example], batch_size: int, layout: layouts.Layout
 ) -> Iterator[tuple[list[int], Batch]]:
-    """Every example once, with those of like shape, padded to the shape's bucket and batch size."""
+    """Every example once, with those of like shape, padded to the shape's bucket and batch size.
+
+    Yields:
+        The examples' numbers, and their batch.
+    """
     prompts = [layout.prompt(example.inputs) for example in examples]
     by_shape: dict[Shape, list[int]] = {}
     for index, example in enumerate(examples):
@@ -144,7 +158,7 @@ def score_examples(
             scores[index] = of_one[: len(_scored(examples[index]))]
         on_done(len(part))
 
-    for part, batch in _batches(examples, batch_size, layout or layouts.of(config)):
+    for part, batch in batches(examples, batch_size, layout or layouts.of(config)):
         scored = score(params, batch)
         if pending is not None:
             collect(*pending)

@@ -19,7 +19,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from m2l.errors import ConfigError, UnknownNameError
-from m2l.models.layers import Execution, ParamSpec, spec_of
+from m2l.models.layers import Execution, ParamSpec, observing, spec_of
 from m2l.models.llama import Llama, LlamaConfig
 from m2l.models.t5 import T5, T5Config
 
@@ -36,6 +36,7 @@ __all__ = [
     "from_dict",
     "hidden",
     "init",
+    "kernel_inputs",
     "spec",
     "start_decoding",
     "to_dict",
@@ -157,6 +158,33 @@ def hidden(
     c tanh(product / c).
     """
     return _run(config, params, dropout_key, execution, "hidden", batch)
+
+
+def kernel_inputs(config: Config, params: Params, batch: Mapping[str, Array]) -> dict[str, Array]:
+    """What each linear kernel is multiplied by where `apply` reads a batch.
+
+    Args:
+        params: as for `apply`.
+        batch: as for `apply`.
+
+    Returns:
+        By the kernel's name ("decoder/layers_00/mlp/wo"), its input [B, L, D_in], float32: at the
+        positions of the encoder's input [B, S, D_in] for kernels of the encoder, and for the key
+        and value of cross-attention, which read what is encoded; at the decoder's [B, T, D_in] for
+        all others. An output matrix that is the embedding as well has no entry.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    names = {id(leaf): "/".join(part.key for part in path) for path, leaf in leaves}
+    inputs: dict[str, Array] = {}
+
+    def observe(x: Array, kernel: Array) -> None:
+        # A transposed embedding is another array than the parameter.
+        if id(kernel) in names:
+            inputs[names[id(kernel)]] = x
+
+    with observing(observe):
+        apply(config, params, batch)
+    return inputs
 
 
 def unembedding(config: Config, params: Params) -> Array:

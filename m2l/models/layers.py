@@ -4,8 +4,10 @@ Letters in names are axes: B rows, L or Q (query) or S (key) positions, H heads,
 head, D features of the model, R distances.
 """
 
+import contextlib
+import contextvars
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -22,6 +24,9 @@ from m2l.partitioning import constrain
 
 Array = jax.Array
 KeysValues = tuple[Array, Array]
+Observer = Callable[[Array, Array], None]
+
+_observer: contextvars.ContextVar[Observer | None] = contextvars.ContextVar("_observer")
 
 AXES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -174,8 +179,24 @@ def rms_norm(x: Array, scale_D: Array, epsilon: float, dtype: DTypeLike) -> Arra
     return (x * jax.lax.rsqrt(mean_square + epsilon) * scale_D).astype(dtype)
 
 
+@contextlib.contextmanager
+def observing(observe: Observer) -> Iterator[None]:
+    """Has `dense` tell of every x and kernel that it is given while the block runs.
+
+    Of a function that is traced, they are tracers of that trace: their values are to be made part
+    of its result. Layers that are scanned over or rematerialised are traced by themselves.
+    """
+    token = _observer.set(observe)
+    try:
+        yield
+    finally:
+        _observer.reset(token)
+
+
 def dense(x: Array, kernel: Array, dtype: DTypeLike | None = None) -> Array:
     """x @ kernel over the last axis, multiplied in x's dtype; the result too, or in `dtype`."""
+    if (observe := _observer.get(None)) is not None:
+        observe(x, kernel)
     # In two dimensions: XLA's CPU backend copies the gradient, transposed, for more of them.
     rows = x.reshape(-1, x.shape[-1])
     product = jnp.matmul(rows, kernel.astype(x.dtype), preferred_element_type=dtype)

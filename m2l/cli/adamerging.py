@@ -1,0 +1,172 @@
+"""`m2l adamerging`."""
+
+import functools
+import itertools
+import json
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from m2l.cli.data import jsonl_files, register
+from m2l.cli.options import DIRECTORY, print_table, with_source
+from m2l.errors import ConfigError, DataError, MergeError
+from m2l.progress import Progress
+
+
+@click.command()
+@click.option("--base", type=DIRECTORY, help="The checkpoint the experts were trained from.")
+@click.option("--expert", "experts", type=DIRECTORY, multiple=True, help="Repeat for each.")
+@click.option("--mixture", help="The task or mixture to be sure of; its labels are not read.")
+@click.option("--jsonl", help="validation=FILE: your own data, as the task `jsonl`.")
+@click.option("--out", type=DIRECTORY, required=True, help="The recipe: a JSON file.")
+@click.option("--steps", type=click.IntRange(min=1), default=500, show_default=True)
+@click.option(
+    "--per_layer/--per_expert",
+    default=True,
+    show_default=True,
+    help="A coefficient for each layer of each expert, or one for each expert.",
+)
+@click.option("--learning_rate", type=float, default=1e-3, show_default=True)
+@click.option("--initial", type=float, default=0.3, show_default=True, help="Of coefficients.")
+@click.option("--split", default="validation", show_default=True)
+@click.option("--max_examples", type=click.IntRange(min=1), help="Examples of each task at most.")
+@click.option("--batch_size", type=click.IntRange(min=1), default=16, show_default=True)
+@click.option("--input_length", type=click.IntRange(min=1), default=512, show_default=True)
+@click.option("--target_length", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--vocabulary", help="By default the base's own.")
+@with_source()
+def adamerging(
+    base: Path | None,
+    experts: tuple[Path, ...],
+    mixture: str | None,
+    jsonl: str | None,
+    out: Path,
+    steps: int,
+    per_layer: bool,
+    learning_rate: float,
+    initial: float,
+    split: str,
+    max_examples: int | None,
+    batch_size: int,
+    input_length: int,
+    target_length: int,
+    vocabulary: str | None,
+    source: str,
+) -> None:
+    """Learn how much each expert counts in a merge, from examples without labels.
+
+    Writes a recipe with the coefficients for m2l merge. Every step reads a batch of each task.
+    """
+    from m2l import checkpoints
+    from m2l.merging import compatibility
+
+    files = jsonl_files(jsonl, mixture)
+    mixture = "jsonl" if files else mixture
+    for flag, value in (("--base", base), ("--expert", experts), ("--mixture", mixture)):
+        if not value:
+            raise ConfigError(f"m2l adamerging: {flag} is missing")
+    if out.exists():
+        raise ConfigError(f"{out} exists; choose another --out, or delete it")
+    paths = [checkpoints.resolve(path) for path in (base, *experts)]
+    manifests = [checkpoints.read_manifest(path) for path in paths]
+    for path, manifest in zip(paths, manifests, strict=True):
+        if manifest.made_by.get("kind") == "statistics":
+            raise MergeError(f"{path}: it holds statistics of a model, not a model")
+    compatibility.check_alike(list(zip(paths, manifests, strict=True)))
+
+    from m2l import tasks as registry
+    from m2l.data import vocabularies
+    from m2l.evaluation import runner
+
+    name = vocabulary or manifests[0].vocabulary["name"]
+    loaded = vocabularies.load(name)
+    fingerprint = vocabularies.describe(loaded, name)["fingerprint"]
+    if fingerprint != manifests[0].vocabulary["fingerprint"]:
+        raise DataError(f"vocabulary {name!r} is not the one that {paths[0]} was trained with")
+    data = register(name, source, files)
+    infos = [registry.info(task) for task in registry.tasks_in(mixture)]
+    scored = [info for info in infos if info.kind != "train"]
+    if not scored:
+        raise DataError(f"mixture {mixture!r} has no task that can be evaluated")
+    tasks = runner.load_tasks(
+        scored,
+        split=split,
+        lengths={"inputs": input_length, "targets": target_length},
+        max_examples=max_examples,
+        generative_score="likelihood",
+    )
+    settings = {
+        "steps": steps,
+        "per_layer": per_layer,
+        "learning_rate": learning_rate,
+        "initial": initial,
+    }
+    learned = _learn(paths, manifests[0].model, loaded, tasks, batch_size, settings)
+    recipe = {
+        "method": "task_arithmetic",
+        "scales": [[pattern, row] for pattern, row in learned.coefficients.items()],
+        "made_by": {
+            "kind": "adamerging",
+            "base": manifests[0].digest,
+            "experts": [manifest.digest for manifest in manifests[1:]],
+            "settings": settings
+            | {"mixture": mixture, "split": split, "batch_size": batch_size}
+            | {"max_examples": max_examples}
+            | {"input_length": input_length, "target_length": target_length},
+            "data": data,
+            "entropies": learned.entropies,
+        },
+    }
+    _write(out, recipe)
+    columns = ["parameters", *(path.name for path in experts)]
+    rows = [(pattern, *row) for pattern, row in learned.coefficients.items()]
+    first, last = learned.entropies[0], learned.entropies[-1]
+    print_table(f"entropy {first:.4f} to {last:.4f} nats", columns, rows)
+    given = [part for path in experts for part in ("--expert", str(path))]
+    command = ["m2l", "merge", "--recipe", str(out), "--base", str(base), *given]
+    click.echo(f"recipe: {out}\nmerge with it: {shlex.join(command)} --out DIR")
+
+
+def _learn(
+    paths: Sequence[Path],
+    model: Mapping[str, Any],
+    vocabulary: Any,
+    tasks: Sequence[Any],
+    batch_size: int,
+    settings: Mapping[str, Any],
+) -> Any:
+    from m2l import checkpoints, models
+    from m2l.data import layouts
+    from m2l.evaluation import entropy, ranking
+    from m2l.merging.adamerging import learn_coefficients
+
+    config = models.from_dict(model)
+    layout = layouts.of(config, vocabulary)
+    of_task = [
+        [batch for _, batch in ranking.batches(task.examples, batch_size, layout)] for task in tasks
+    ]
+
+    def of_steps() -> Iterator[list[Any]]:
+        for step in itertools.count():
+            yield [batches[step % len(batches)] for batches in of_task]
+
+    base, *experts = (checkpoints.restore(path) for path in paths)
+    with Progress("adamerging", settings["steps"]) as progress:
+        return learn_coefficients(
+            base,
+            experts,
+            functools.partial(entropy.mean_entropy, config),
+            of_steps(),
+            on_step=lambda step, value: progress.update(step, entropy=f"{value:.4f}"),
+            **settings,
+        )
+
+
+def _write(out: Path, recipe: Mapping[str, Any]) -> None:
+    from m2l import files
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    files.write(out, json.dumps(recipe, indent=1) + "\n")

@@ -1,0 +1,180 @@
+"""AdaMerging: its gradient against differences, what it learns, and how it divides a model."""
+
+import fnmatch
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from m2l import checkpoints, models
+from m2l.errors import MergeError
+from m2l.merging import Recipe, merge_params
+from m2l.merging.adamerging import entropy_gradient, layer_patterns, learn_coefficients
+
+SHAPES = {
+    "token_embedder": (5, 3),
+    "decoder/layers_00/mlp/wi": (3, 3),
+    "decoder/layers_00/norm": (3,),
+    "decoder/layers_01/mlp/wi": (3, 3),
+    "decoder/layers_10/mlp/wi": (3, 3),
+    "decoder/logits": (3, 4),
+}
+
+
+def tree(seed, scale=1.0):
+    rng = np.random.default_rng(seed)
+    flat = {name: np.float32(scale * rng.normal(size=shape)) for name, shape in SHAPES.items()}
+    return checkpoints.unflatten(flat)
+
+
+@pytest.fixture(scope="module")
+def base():
+    return tree(0)
+
+
+@pytest.fixture(scope="module")
+def experts(base):
+    return [jax.tree.map(np.add, base, tree(seed, 0.5)) for seed in (1, 2)]
+
+
+def entropy(params, tokens):
+    """The mean entropy of a small network's softmax."""
+    flat = checkpoints.flatten(params)
+    x = flat["token_embedder"][tokens]
+    for layer in ("00", "01", "10"):
+        x = x + jnp.tanh(x @ flat[f"decoder/layers_{layer}/mlp/wi"])
+    x = x * flat["decoder/layers_00/norm"]
+    log_p = jax.nn.log_softmax(x @ flat["decoder/logits"])
+    return jnp.mean(-jnp.sum(jnp.exp(log_p) * log_p, -1))
+
+
+TOKENS = np.array([0, 3, 1, 4, 2], np.int32)
+
+
+def test_the_gradient_is_that_of_differences_through_the_merge(base, experts):
+    flat_base, flat_experts = checkpoints.flatten(base), list(map(checkpoints.flatten, experts))
+    layers = (0, 1, 1, 2, 3, 4)
+    lambdas = np.random.default_rng(3).uniform(size=(5, 2))
+
+    def merged(lambdas):
+        """In float64, by the formula."""
+        return {
+            name: theta.astype(np.float64)
+            + sum(
+                lambdas[layer, i] * (e[name].astype(np.float64) - theta)
+                for i, e in enumerate(flat_experts)
+            )
+            for layer, (name, theta) in zip(layers, flat_base.items(), strict=True)
+        }
+
+    loss, found = entropy_gradient(
+        entropy, layers, jnp.float32(lambdas), flat_base, flat_experts, TOKENS
+    )
+    with jax.enable_x64():
+        of = lambda lambdas: float(entropy(checkpoints.unflatten(merged(lambdas)), TOKENS))  # noqa: E731
+        np.testing.assert_allclose(loss, of(lambdas), rtol=1e-5)
+        for place in np.ndindex(*lambdas.shape):
+            step = np.zeros_like(lambdas)
+            step[place] = 1e-6
+            slope = (of(lambdas + step) - of(lambdas - step)) / 2e-6
+            np.testing.assert_allclose(found[place], slope, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_the_entropy_falls_and_every_parameter_has_one_row_of_coefficients(
+    base, experts, per_layer
+):
+    told = []
+    learned = learn_coefficients(
+        base,
+        experts,
+        entropy,
+        itertools.repeat([TOKENS]),
+        per_layer=per_layer,
+        steps=40,
+        learning_rate=0.02,
+        on_step=lambda step, value: told.append((step, value)),
+    )
+    assert learned.entropies[-1] < 0.95 * learned.entropies[0]
+    assert told == list(enumerate(learned.entropies, 1))
+    assert len(learned.coefficients) == (5 if per_layer else 1)
+    for name in SHAPES:
+        rows = [p for p in learned.coefficients if fnmatch.fnmatchcase(name, p)]
+        assert len(rows) == 1
+    numbers = np.array(list(learned.coefficients.values()))
+    assert numbers.shape[1] == len(experts)
+    assert (numbers >= 0).all() and (numbers <= 1).all()
+
+
+def test_the_entropy_is_that_of_task_arithmetic_and_all_batches_of_a_step_count_the_same(
+    base, experts
+):
+    batches = [TOKENS[:3], TOKENS[3:]]
+    learned = learn_coefficients(base, experts, entropy, [batches], steps=1, initial=0.4)
+    merged = merge_params(base, experts, Recipe(method="task_arithmetic", scale=0.4))
+    wanted = np.mean([entropy(merged, batch) for batch in batches])
+    np.testing.assert_allclose(learned.entropies, [wanted], rtol=1e-5)
+
+
+def test_no_task_vector_is_kept_for_the_gradient():
+    size = 64
+    theta = jax.ShapeDtypeStruct((size, size), jnp.float32)
+    model, experts = {"layers_00/w": theta, "layers_01/w": theta}, 8
+
+    def entropy(params, x):
+        return jnp.mean(jnp.tanh(x @ params["layers_00"]["w"]) @ params["layers_01"]["w"])
+
+    gradient = functools.partial(entropy_gradient, entropy, (0, 1))
+    shapes = jax.ShapeDtypeStruct((2, experts), jnp.float32), model, [model] * experts, theta
+    memory = jax.jit(gradient).lower(*shapes).compile().memory_analysis()
+    # The merge, its gradient and activations; differentiated, the merge keeps all eight besides.
+    assert memory.temp_size_in_bytes < 3 * len(model) * 4 * size**2
+
+
+def test_one_step_of_adam_moves_every_coefficient_by_the_learning_rate_downhill(base, experts):
+    learned = learn_coefficients(base, experts, entropy, [[TOKENS]], per_layer=False, steps=1)
+    [found] = learned.coefficients.values()
+    flat = checkpoints.flatten(base), [checkpoints.flatten(expert) for expert in experts]
+    start = jnp.full((1, 2), 0.3)
+    _, slope = entropy_gradient(entropy, (0,) * len(SHAPES), start, *flat, TOKENS)
+    np.testing.assert_allclose(found, 0.3 - 1e-3 * np.sign(slope[0]), rtol=1e-4)
+
+
+def test_a_coefficient_stays_between_0_and_1(base, experts):
+    learned = learn_coefficients(
+        base, experts, entropy, itertools.repeat([TOKENS]), steps=3, learning_rate=5.0
+    )
+    assert {value for row in learned.coefficients.values() for value in row} <= {0.0, 1.0}
+
+
+def test_layers_are_the_blocks_of_a_network(tiny_config):
+    names = list(checkpoints.flatten(models.spec(tiny_config)))
+    patterns = layer_patterns(names)
+    assert patterns["encoder/layers_00/mlp/wo"] == "encoder/layers_00/*"
+    assert patterns["decoder/layers_01/pre_mlp_norm"] == "decoder/layers_01/*"
+    assert patterns["token_embedder"] == "token_embedder"
+    for name in names:
+        assert [p for p in set(patterns.values()) if fnmatch.fnmatchcase(name, p)] == [
+            patterns[name]
+        ]
+
+
+def test_what_cannot_be_learned_is_refused(base, experts):
+    def refused(said, base=base, experts=experts, batches=([TOKENS],), function=entropy, **how):
+        with pytest.raises(MergeError, match=said):
+            learn_coefficients(base, experts, function, batches, **{"steps": 1} | how)
+
+    refused("0 experts", experts=[])
+    refused("0 steps", steps=0)
+    refused("initial", initial=1.5)
+    refused("learning_rate", learning_rate=0.0)
+    refused("1 of 2 steps", steps=2)
+    refused(
+        "step 1: the entropy is nan", function=lambda params, batch: entropy(params, batch) * np.nan
+    )
+    fewer = {"decoder": experts[0]["decoder"]}
+    refused("token_embedder has shape none", experts=[fewer])
+    refused("token_embedder has shape", experts=[experts[0] | {"token_embedder": np.ones((5, 4))}])

@@ -1,0 +1,154 @@
+"""`m2l statistics` and `m2l adamerging`, and everything they refuse."""
+
+import fnmatch
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from m2l import checkpoints, models
+
+
+def statistics(road, out, kind="fisher", *further):
+    return (
+        *("statistics", "--checkpoint", road / "sentiment", "--mixture", "sentiment"),
+        *("--kind", kind, "--examples", 3, "--batch_size", 2, "--input_length", 32),
+        *("--target_length", 8, "--out", out, *further),
+    )
+
+
+@pytest.fixture(scope="module")
+def gathered(road, run_m2l, tmp_path_factory):
+    root = tmp_path_factory.mktemp("statistics")
+    for kind in ("fisher", "gram"):
+        assert run_m2l(*statistics(road, root / kind, kind)) == 0
+    return root
+
+
+def read(path):
+    flat = checkpoints.flatten(checkpoints.restore(path))
+    return {name: np.asarray(leaf) for name, leaf in flat.items()}
+
+
+def test_a_fisher_is_a_checkpoint_like_its_expert_that_says_what_it_is(road, gathered):
+    expert = checkpoints.read_manifest(road / "sentiment")
+    manifest = checkpoints.verify(gathered / "fisher")
+    assert manifest.parameters.keys() == expert.parameters.keys()
+    for name, record in manifest.parameters.items():
+        assert record["shape"] == expert.parameters[name]["shape"]
+        assert record["dtype"] == "float32"
+    made_by = manifest.made_by
+    assert (made_by["kind"], made_by["statistic"]) == ("statistics", "fisher")
+    assert (made_by["of"], made_by["examples"]) == (expert.digest, 3)
+    assert made_by["settings"]["mixture"] == "sentiment"
+    assert made_by["data"] == {"source": "microworld"}
+    assert [parent["digest"] for parent in manifest.parents] == [expert.digest]
+    assert manifest.vocabulary == expert.vocabulary
+    values = read(gathered / "fisher").values()
+    assert all((value >= 0).all() for value in values)
+    assert sum(value.sum() for value in values) > 0
+
+
+def test_grams_are_symmetric_and_named_as_their_kernels(road, gathered):
+    expert = checkpoints.read_manifest(road / "sentiment")
+    grams = read(gathered / "gram")
+    kinds = {name.rsplit("/", 1)[-1] for name in grams}
+    assert {"query", "key", "value", "out", "wi_0", "wi_1", "wo", "logits"} >= kinds
+    for name, gram in grams.items():
+        d_in = expert.parameters[name]["shape"][0]
+        assert gram.shape == (d_in, d_in)
+        np.testing.assert_allclose(gram, gram.T, rtol=1e-5, atol=1e-6)
+        assert (np.diag(gram) >= 0).all()
+    shapes = models.spec(models.from_dict(expert.model))
+    kernels = {name for name in checkpoints.flatten(shapes) if name.split("/")[-1] in kinds}
+    assert grams.keys() == kernels
+
+
+def test_inspect_says_what_a_statistic_is_and_of_what(road, gathered, run_m2l, capsys):
+    assert run_m2l("inspect", gathered / "fisher") == 0
+    shown = capsys.readouterr().out
+    assert "fisher of 3 examples" in shown and str(road / "sentiment") in shown
+
+
+def test_the_same_command_gives_the_same_statistic(road, gathered, run_m2l, tmp_path):
+    assert run_m2l(*statistics(road, tmp_path / "again")) == 0
+    assert run_m2l(*statistics(road, tmp_path / "other", "fisher", "--seed", 1)) == 0
+    digests = [
+        checkpoints.read_manifest(path).digest
+        for path in (gathered / "fisher", tmp_path / "again", tmp_path / "other")
+    ]
+    assert digests[0] == digests[1] != digests[2]
+
+
+@pytest.fixture
+def refused(run_m2l, capsys):
+    """Runs the command, which must exit with 2 and one line; returns the line."""
+
+    def run(*arguments):
+        capsys.readouterr()
+        assert run_m2l(*arguments) == 2
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("m2l:")]
+        assert len(lines) == 1
+        return lines[0]
+
+    return run
+
+
+def test_what_no_statistic_can_be_gathered_of_is_refused_in_one_line(
+    road, gathered, refused, tmp_path
+):
+    given, out = statistics(road, tmp_path / "out"), tmp_path / "out"
+    assert "'sentiment'" in refused(*given, "--mixture", "sentimant")
+    assert "no split 'tran'" in refused(*given, "--split", "tran")
+    assert "--examples" in refused(*given, "--examples", 0)
+    assert "--kind" in refused(*given, "--kind", "hessian")
+    assert "not a model" in refused(*given, "--checkpoint", gathered / "gram")
+    assert "no such checkpoint" in refused(*given, "--checkpoint", tmp_path / "none")
+    assert "made with vocabulary" in refused(*given, "--vocabulary", "bytes")
+    assert "exists" in refused(*given, "--out", gathered / "fisher")
+    assert "--mixture" in refused(*given[:3], *given[5:])
+    assert not out.exists()
+
+
+EXPERTS = ("sentiment", "closed_book_qa")
+
+
+def adamerging(road, out, *further):
+    experts = [part for name in EXPERTS for part in ("--expert", road / name)]
+    return (
+        *("adamerging", "--base", road / "base", *experts, "--mixture", "imdb_good_or_bad"),
+        *("--steps", 3, "--learning_rate", 0.05, "--max_examples", 4, "--batch_size", 4),
+        *("--input_length", 32, "--target_length", 8, "--out", out, *further),
+    )
+
+
+def test_adamerging_writes_a_recipe_and_says_how_to_merge_with_it(road, run_m2l, capsys, tmp_path):
+    out = tmp_path / "new" / "recipe.json"
+    assert run_m2l(*adamerging(road, out)) == 0
+    assert f"m2l merge --recipe {out} --base {road / 'base'} --expert" in capsys.readouterr().out
+    recipe = json.loads(out.read_text())
+    assert recipe["method"] == "task_arithmetic"
+    for name in checkpoints.read_manifest(road / "base").parameters:
+        [row] = [row for pattern, row in recipe["scales"] if fnmatch.fnmatchcase(name, pattern)]
+        assert len(row) == 2 and all(0 <= value <= 1 for value in row)
+    assert any(value != 0.3 for _, row in recipe["scales"] for value in row)
+    entropies = recipe["made_by"]["entropies"]
+    assert len(entropies) == 3 and entropies[-1] < entropies[0]
+    wanted = [checkpoints.read_manifest(road / name).digest for name in EXPERTS]
+    assert recipe["made_by"]["experts"] == wanted
+
+
+def test_what_cannot_be_learned_is_refused_in_one_line(road, gathered, refused, tmp_path):
+    out = tmp_path / "recipe.json"
+    given = adamerging(road, out)
+    assert "'imdb" in refused(*given, "--mixture", "imdb_good_or_bed")
+    assert "language_modeling" in refused(*given, "--mixture", "language_modeling")
+    assert "statistics" in refused(*given, "--expert", gathered / "fisher")
+    assert "initial" in refused(*given, "--initial", 2)
+    assert "--steps" in refused(*given, "--steps", 0)
+    assert "vocabulary" in refused(*given, "--vocabulary", "bytes")
+    assert "--expert" in refused(*given[:3], *given[7:])
+    assert not out.exists()
+    shutil.copy(__file__, out)
+    assert "exists" in refused(*given)
