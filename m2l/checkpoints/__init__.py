@@ -14,9 +14,9 @@ from m2l.checkpoints.reading import (
     restore_opt_state,
     verify,
 )
+from m2l.checkpoints.saving import Writer, describe, save, writing
 from m2l.checkpoints.tokenizer import check_tokenizer
 from m2l.checkpoints.trees import flatten, unflatten
-from m2l.checkpoints.writing import Writer, describe, save, writing
 
 __all__ = [
     "Extents",

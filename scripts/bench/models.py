@@ -1,7 +1,7 @@
 """Training steps and conversions, beside Hugging Face with torch and beside cp.
 
     python scripts/bench/models.py train [--torch PYTHON]
-    python scripts/bench/models.py convert
+    python scripts/bench/models.py convert [--layers N]
 
 `train`: T5-small on 16 x (256 + 64) tokens and a Llama of 135M on 8 x 128, float32, each library at
 its defaults for training: ours Adafactor, torch AdamW; T5 with its dropout of 0.1. PYTHON is an
@@ -10,13 +10,17 @@ matrix products, 2048 x 2048 x 2048, and which share of their rate the step reac
 multiply-adds of the weights and of attention three times (forward, and twice for the gradient).
 
 `convert`: a Llama of 135M, bfloat16, from and to a Hugging Face directory, against `cp` of the same
-bytes, with and without putting them on the disk (a conversion does: it may be killed any time).
+bytes, with and without putting them on the disk (a conversion does: the machine may stop any time).
+With N layers of width 2048 instead of 30 of 576 it has 96 N + 201 MB. What was written is removed
+between rows: a file system is slow to make files where others were removed just now.
 
 Prints medians. Nothing else should run beside it.
 """
 
 import argparse
+import itertools
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -212,7 +216,7 @@ def train(torch_python: str | None) -> None:
             )
 
 
-def convert() -> None:
+def convert(layers: int | None) -> None:
     """Prints the speeds of conversions and of cp."""
     import jax
     import numpy as np
@@ -220,7 +224,9 @@ def convert() -> None:
     from m2l import checkpoints, models
     from m2l.checkpoints import huggingface
 
-    config = models.LlamaConfig(**LLAMA, head_dim=64)
+    wide = {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": layers}
+    wide |= {"num_attention_heads": 32, "num_key_value_heads": 8}
+    config = models.LlamaConfig(**(LLAMA | wide if layers else LLAMA), head_dim=64)
     rng = np.random.default_rng(0)
     params = jax.tree.map(
         lambda leaf: rng.normal(0, 0.02, leaf.shape).astype(jax.numpy.bfloat16),
@@ -235,11 +241,13 @@ def convert() -> None:
         size = sum(file.stat().st_size for file in (root / "public").iterdir())
 
         def timed(make: Callable[[Path], None]) -> float:
-            def run() -> None:
-                shutil.rmtree(root / "out", ignore_errors=True)
-                make(root / "out")
-
-            return median_of(run)
+            outs = (root / "made" / str(number) for number in itertools.count())
+            (root / "made").mkdir()
+            seconds = median_of(lambda: make(next(outs)))
+            shutil.rmtree(root / "made")
+            # What the removal leaves to do belongs to no row.
+            os.sync()
+            return seconds
 
         def copy(out: Path) -> None:
             subprocess.run(["cp", "-r", str(root / "public"), str(out)], check=True)
@@ -267,13 +275,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["train", "convert", "peer"])
     parser.add_argument("--torch", help="A Python that has torch and transformers.")
+    parser.add_argument("--layers", type=int, help="Converts a wider model with so many.")
     flags = parser.parse_args()
     if flags.what == "peer":
         print(json.dumps(peer()))
     elif flags.what == "train":
         train(flags.torch)
     else:
-        convert()
+        convert(flags.layers)
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def test_every_damaged_file_of_the_parameters_is_refused_or_not_needed(saved, da
             assert "\n" not in str(error)
             refused += 1
         file.write_bytes(content)
-    assert refused >= 2
+    assert refused == 2 * len(PARAMS)
 
 
 def test_damage_to_the_states_is_refused(saved):

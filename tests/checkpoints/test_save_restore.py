@@ -9,12 +9,10 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from orbax.checkpoint import v1 as ocp
 
 from m2l import checkpoints
-from m2l.checkpoints import ocdbt, orbax
+from m2l.checkpoints import orbax
 from m2l.errors import CheckpointError
 
 ABOUT = {
@@ -152,21 +150,6 @@ def test_any_slice_of_any_shape_reads_what_is_there(tmp_path, shape):
         for stop in range(start + 1, flat.size + 1, max(1, flat.size // 11)):
             np.testing.assert_array_equal(parameter.read(start, stop), flat[start:stop])
     np.testing.assert_array_equal(parameter.read(), flat)
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(1, 9), max_size=4), st.data())
-def test_boxes_tile_a_range_without_gap_or_overlap(shape, data):
-    size = int(np.prod(shape, dtype=int))
-    start = data.draw(st.integers(0, size - 1))
-    stop = data.draw(st.integers(start + 1, size))
-    indices = np.arange(size).reshape(shape)
-    found = {
-        position: index
-        for box, a, b in ocdbt.boxes(tuple(shape), start, stop)
-        for position, index in zip(range(a, b), indices[box].reshape(-1).tolist(), strict=True)
-    }
-    assert sorted(found.items()) == [(i, i) for i in range(start, stop)]
 
 
 @pytest.mark.usefixtures("small_chunks")
