@@ -52,6 +52,7 @@ def fisher(config: Any, params: Params, batches: Iterator[Batch], examples: int)
     total = jax.tree.map(jnp.zeros_like, params)
     for batch, counts_B in _rows(batches, examples, "fisher"):
         total = _add_squares(config, total, params, batch, counts_B)
+        jax.block_until_ready(total)  # or the progress shown is that of the data
     return jax.tree.map(lambda leaf: leaf / examples, total)
 
 
@@ -101,6 +102,7 @@ def gram(config: Any, params: Params, batches: Iterator[Batch], examples: int) -
             shapes = jax.eval_shape(functools.partial(_products, config), params, batch, counts_B)
             total = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         total = _add_products(config, total, params, batch, counts_B)
+        jax.block_until_ready(total)
     return checkpoints.unflatten({name: total[name][0] / total[name][1] for name in total})
 
 
