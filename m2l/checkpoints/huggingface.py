@@ -1,5 +1,6 @@
 """Hugging Face's checkpoints: made checkpoints of ours, and made of ours; neither changes a bit."""
 
+import dataclasses
 import json
 import math
 import os
@@ -166,6 +167,53 @@ def _aliases(config: Config, embedding: str) -> list[str]:
     return [name for name in found if name != embedding]
 
 
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How a Hugging Face directory holds a model.
+
+    Attributes:
+        config: The model.
+        origins: Our name of each parameter -> where it comes from.
+        ignored: Names of tensors that are not needed: aliases, and what old versions left.
+    """
+
+    config: Config
+    origins: Mapping[str, Origin]
+    ignored: frozenset[str]
+
+
+def read_layout(
+    directory: Path, stored: Mapping[str, StoredTensor], config: Config | None = None
+) -> Layout:
+    """How a directory holds its model.
+
+    Args:
+        directory: Where config.json is.
+        stored: Its tensors.
+        config: The model, if it is not to be read from config.json.
+
+    Raises:
+        CheckpointError: The model is of no known type, a field cannot be honoured, or the
+            configuration and the tensors contradict each other.
+    """
+    config = _config(directory, stored) if config is None else config
+    # A model that was saved without its output has no prefix either.
+    prefix = "" if "embed_tokens.weight" in stored else "model."
+    sources = origins(config, prefix)
+    embedding = sources["token_embedder"].tensor
+    ignored = {name for name in stored if _IGNORED.fullmatch(name)}
+    for name in _aliases(config, embedding):
+        if name in stored and embedding in stored:
+            if not _same(stored[name], stored[embedding]):
+                raise CheckpointError(
+                    f"{directory}: {name} differs from {embedding}, though the configuration says "
+                    "that the model has one embedding: set tie_word_embeddings to what it is, or "
+                    "remove the tensor"
+                )
+            ignored.add(name)
+    return Layout(config, sources, frozenset(ignored))
+
+
 def import_checkpoint(
     source: str | os.PathLike,
     out: str | os.PathLike,
@@ -194,33 +242,19 @@ def import_checkpoint(
     check_absent(out)
     source = Path(source).absolute()
     stored = safetensors.open_tensors(source)
-    config = _config(source, stored) if config is None else config
-    # A model that was saved without its output has no prefix either.
-    prefix = "" if "embed_tokens.weight" in stored else "model."
-    sources = origins(config, prefix)
-    embedding = sources["token_embedder"].tensor
-    ignored = {name for name in stored if _IGNORED.fullmatch(name)}
-    for name in _aliases(config, embedding):
-        if name in stored and embedding in stored:
-            if not _same(stored[name], stored[embedding]):
-                raise CheckpointError(
-                    f"{source}: {name} differs from {embedding}, though the configuration says "
-                    "that the model has one embedding: set tie_word_embeddings to what it is, or "
-                    "remove the tensor"
-                )
-            ignored.add(name)
+    layout = read_layout(source, stored, config)
     made_by = {"kind": "convert", "from": "huggingface", "source": str(source)}
     if (source / CONFIG).is_file():
         made_by["config"] = read_json(source / CONFIG)
     return import_tensors(
         Path(out),
-        config,
+        layout.config,
         {name: _whole(tensor) for name, tensor in stored.items()},
-        sources,
+        layout.origins,
         source=source,
         vocabulary=vocabulary,
         made_by=made_by,
-        ignored=ignored,
+        ignored=layout.ignored,
         dtype=dtype,
     )
 

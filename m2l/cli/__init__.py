@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from m2l import __version__
-from m2l.cli import adamerging, checkpoints, data, models, statistics, studies
+from m2l.cli import adamerging, checkpoints, data, merge, models, statistics, studies
 from m2l.errors import M2LError, Stopped
 
 
@@ -38,7 +38,7 @@ for _command in (
     models.train,
     statistics.statistics,
     adamerging.adamerging,
-    models.merge,
+    merge.merge,
     models.evaluate,
     studies.study,
     studies.report,

@@ -4,7 +4,6 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -80,57 +79,6 @@ def train(
     rows = [(name, float(value)) for name, value in final.items() if name != "step"]
     print_table(f"step {final['step']}", ["figure", "value"], rows)
     click.echo(f"checkpoint: {last}")
-
-
-@click.command()
-@click.option("--base", type=DIRECTORY, help="The checkpoint the experts were trained from.")
-@click.option("--expert", "experts", type=DIRECTORY, multiple=True, help="Repeat for each.")
-@click.option("--method", help="average, task_arithmetic, ties, dare_ties; see --list.")
-@click.option("--density", type=float, help="Share of each task vector that ties keeps.")
-@click.option("--scale", type=float, help="lambda: what the merged task vector is multiplied by.")
-@click.option("--drop_rate", type=float, help="Share of each task vector that dare drops.")
-@click.option("--weights", help="One number an expert: 0.7,0.3. For average, task_arithmetic.")
-@click.option("--scope", help="What ties trims over: model (the paper's) or tensor.")
-@click.option("--seed", type=int, help="Of the methods that draw at random.")
-@click.option("--exclude", multiple=True, help="Parameters taken from the base: a pattern.")
-@click.option("--dtype", help="Of the merged parameters: float32 or bfloat16.")
-@click.option("--out", type=DIRECTORY, help="The merged checkpoint.")
-@click.option("--list", "list_methods", is_flag=True, help="Show the methods and their settings.")
-def merge(
-    base: Path | None,
-    experts: tuple[Path, ...],
-    method: str | None,
-    out: Path | None,
-    list_methods: bool,
-    **settings: Any,
-) -> None:
-    """Merge experts' checkpoints into one."""
-    from m2l import merging
-
-    if list_methods:
-        rows = [
-            (m.name, ", ".join(m.hyper_parameters), m.summary) for m in merging.METHODS.values()
-        ]
-        print_table("merge methods", ["method", "settings", ""], rows)
-        return
-    for flag, value in (("--method", method), ("--expert", experts), ("--out", out)):
-        if not value:
-            raise ConfigError(f"m2l merge: {flag} is missing")
-    given = {name: value for name, value in settings.items() if value not in (None, ())}
-    if "weights" in given:
-        given["weights"] = _numbers("--weights", given["weights"])
-    recipe = merging.Recipe(method=method, **given)
-    manifest = merging.merge(base, list(experts), recipe, out)
-    rows = [(p["role"], p["path"], p["digest"][:16]) for p in manifest.parents]
-    print_table(f"{method} of {len(experts)} experts", ["role", "checkpoint", "digest"], rows)
-    click.echo(f"merged checkpoint: {out}  digest {manifest.digest[:16]}")
-
-
-def _numbers(flag: str, text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError as error:
-        raise ConfigError(f"{flag} {text}: expected numbers with commas between") from error
 
 
 @click.command("eval")

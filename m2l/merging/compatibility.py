@@ -1,56 +1,73 @@
-"""Whether checkpoints can be merged: everything that can be known before a byte is read."""
+"""Whether models can be merged: everything that can be known before a byte is read."""
 
 import fnmatch
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-import jax.numpy as jnp
-
-from m2l.checkpoints import Manifest, check_absent
+from m2l.checkpoints import check_absent
 from m2l.errors import MergeError
-from m2l.merging.methods import METHODS
+from m2l.merging.methods import METHODS, Method
 from m2l.merging.recipe import Recipe
+from m2l.merging.results import is_float
+from m2l.merging.sources import Source
 
 _DIFFERENCES_SHOWN = 3
 
 
-def check_sources(base: Path | None, experts: Sequence[Path], recipe: Recipe) -> None:
-    """Refuses a number of experts, or the lack of a base, that the recipe cannot work with."""
+def check_counts(base: bool, experts: int, statistics: int, recipe: Recipe) -> None:
+    """Refuses a number of experts, or the lack of a base, that the recipe cannot work with.
+
+    Args:
+        base: Whether there is one.
+        experts: How many.
+        statistics: How many statistics of experts.
+        recipe: How to merge.
+    """
+    method = METHODS[recipe.method]
     if not experts:
         raise MergeError("nothing to merge: give at least one expert")
-    if base is None and METHODS[recipe.method].needs_base:
+    if not base and method.needs_base:
         raise MergeError(f"{recipe.method} works on task vectors: give the base of the experts")
-    if recipe.weights is not None and len(recipe.weights) != len(experts):
+    if method.experts not in (None, experts):
+        wanted = {1: "one expert", 2: "two experts"}[method.experts]
+        raise MergeError(f"{recipe.method} merges {wanted}, not {experts}")
+    if recipe.method == "model_stock" and experts < 2:
+        raise MergeError("model_stock needs at least two experts, whose angle it measures")
+    given = [recipe.weights, *(v for _, v in recipe.scales if isinstance(v, tuple))]
+    for weights in given:
+        if weights is not None and len(weights) != experts:
+            raise MergeError(f"{len(weights)} weights for {experts} experts: give one for each")
+    if method.statistic is None and statistics:
+        raise MergeError(f"{recipe.method} takes no statistics")
+    if method.statistic is not None and statistics != experts:
         raise MergeError(
-            f"{len(recipe.weights)} weights for {len(experts)} experts: give one for each"
+            f"{recipe.method} needs the {method.statistic} statistics of each expert, in the same "
+            f"order: {statistics} given for {experts}; m2l statistics --kind {method.statistic} "
+            "gathers them"
         )
 
 
-def check_destination(out: str | os.PathLike, sources: Sequence[Path]) -> None:
-    """Refuses an output that exists or that lies inside a source."""
+def check_destination(out: str | os.PathLike, inputs: Sequence[Path]) -> None:
+    """Refuses an output that exists or that lies inside an input."""
     out = Path(out).absolute()
-    for source in sources:
-        if out.resolve().is_relative_to(source.resolve()):
-            raise MergeError(f"{out}: lies inside an input, {source}: choose another place")
+    for path in inputs:
+        if out.resolve().is_relative_to(path.resolve()):
+            raise MergeError(f"{out}: lies inside an input, {path}: choose another place")
     check_absent(out)
 
 
-def check_alike(sources: Sequence[tuple[Path, Manifest]]) -> None:
-    """Refuses checkpoints that differ from the first in vocabulary, model or parameters."""
-    (first_path, first), *others = sources
-    for path, manifest in others:
-        where = f"{path} cannot be merged with {first_path}"
-        if manifest.vocabulary["fingerprint"] != first.vocabulary["fingerprint"]:
-            raise MergeError(
-                f"{where}: another vocabulary, {manifest.vocabulary.get('name')!r} of "
-                f"{manifest.vocabulary.get('size')} pieces and not "
-                f"{first.vocabulary.get('name')!r} of {first.vocabulary.get('size')}"
-            )
+def check_alike(sources: Sequence[Source]) -> None:
+    """Refuses models that differ from the first in vocabulary, kind or parameters."""
+    first, *others = sources
+    for other in others:
+        where = f"{other.path} cannot be merged with {first.path}"
+        _check_vocabulary(where, other, first)
         for kind, mine, reference in (
-            ("model", manifest.model, first.model),
-            ("parameters", _kinds(manifest), _kinds(first)),
+            ("model", _model(other), _model(first)),
+            ("parameters", _kinds(other), _kinds(first)),
         ):
             names = [*reference, *(name for name in mine if name not in reference)]
             differing = [
@@ -65,51 +82,103 @@ def check_alike(sources: Sequence[tuple[Path, Manifest]]) -> None:
                 raise MergeError(f"{where}: another {kind}: {shown}{rest}")
 
 
-def _kinds(manifest: Manifest) -> dict[str, str]:
+def _check_vocabulary(where: str, other: Source, first: Source) -> None:
+    mine, reference = other.vocabulary, first.vocabulary
+    if mine and reference and mine["fingerprint"] != reference["fingerprint"]:
+        raise MergeError(
+            f"{where}: another vocabulary, {mine.get('name')!r} of {mine.get('size')} pieces and "
+            f"not {reference.get('name')!r} of {reference.get('size')}"
+        )
+    if other.tokenizer and first.tokenizer and other.tokenizer != first.tokenizer:
+        raise MergeError(f"{where}: another tokenizer: its pieces and ids are not the same")
+
+
+def _model(source: Source) -> Mapping[str, Any]:
+    """What must be equal of a configuration: of a config.json, what says which model it is."""
+    if source.native:
+        return {name: source.model.get(name) for name in ("model_type", "architectures")}
+    return source.model
+
+
+def _kinds(source: Source) -> dict[str, str]:
     """Shape and kind of each parameter; a bfloat16 and a float32 one can be merged."""
     return {
-        name: f"{'float' if is_float(record['dtype']) else record['dtype']}{record['shape']}"
-        for name, record in manifest.parameters.items()
+        name: f"{'float' if is_float(stored.dtype) else stored.dtype}{list(stored.shape)}"
+        for name, stored in source.parameters.items()
     }
 
 
-def is_float(dtype: str) -> bool:
-    """Whether a dtype holds real numbers: others are copied, not merged."""
-    return jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+def check_statistics(method: Method, experts: Sequence[Source], found: Sequence[Source]) -> None:
+    """Refuses statistics of another kind, of another expert, or of other parameters."""
+    for expert, source in zip(experts, found, strict=False):
+        made_by = source.manifest.made_by if source.manifest else {}
+        if made_by.get("statistic") != method.statistic:
+            raise MergeError(
+                f"{source.path}: holds no {method.statistic} statistics; m2l statistics --kind "
+                f"{method.statistic} gathers them"
+            )
+        if expert.manifest is not None and made_by.get("of") != expert.digest:
+            raise MergeError(
+                f"{source.path}: statistics of another model than {expert.path}: give them in the "
+                "order of the experts"
+            )
+        for name, stored in expert.parameters.items():
+            if not method.whole and name not in source.parameters:
+                raise MergeError(f"{source.path}: it has nothing for {name}")
+            found_shape = None if method.whole else tuple(source.parameters[name].shape)
+            if found_shape not in (None, tuple(stored.shape)):
+                raise MergeError(
+                    f"{source.path}: {name} has shape {list(found_shape)} and not "
+                    f"{list(stored.shape)}"
+                )
 
 
-def warn_of_repetition(sources: Sequence[tuple[Path, Manifest]]) -> None:
+def warn_of_repetition(sources: Sequence[Source]) -> None:
     """Warns where two of the sources are the same model."""
     seen: dict[str, Path] = {}
-    for path, manifest in sources:
-        if manifest.digest in seen:
+    for source in sources:
+        if source.digest in seen:
             warnings.warn(
-                f"{path} is the same model as {seen[manifest.digest]}",
+                f"{source.path} is the same model as {seen[source.digest]}",
                 stacklevel=3,
             )
-        seen.setdefault(manifest.digest, path)
+        seen.setdefault(source.digest, source.path)
 
 
-def merged_names(parameters: dict[str, str], exclude: Sequence[str]) -> list[str]:
+def merged_names(reference: Source, recipe: Recipe) -> list[str]:
     """The parameters that a merge computes, in order: real numbers, and not excluded.
 
     Args:
-        parameters: name -> dtype.
-        exclude: Shell patterns of names.
+        reference: Whose parameters they are.
+        recipe: Says which are excluded, by patterns of the names that they have here or in m2l.
 
     Raises:
         MergeError: A pattern matches nothing, or nothing is left to merge.
     """
-    for pattern in exclude:
-        if not fnmatch.filter(parameters, pattern):
+    names = {name: (name, reference.name_of(name)[0]) for name in reference.parameters}
+    kinds = {name: stored.dtype for name, stored in reference.parameters.items()}
+    return select_names(names, kinds, recipe)
+
+
+def select_names(
+    names: Mapping[str, Sequence[str]], dtypes: Mapping[str, Any], recipe: Recipe
+) -> list[str]:
+    """The same, for parameters that go by several names."""
+
+    def matches(name: str, pattern: str) -> bool:
+        return any(fnmatch.fnmatchcase(known, pattern) for known in names[name])
+
+    patterns = [("exclude", p) for p in recipe.exclude] + [("scales", p) for p, _ in recipe.scales]
+    for kind, pattern in patterns:
+        if not any(matches(name, pattern) for name in names):
             raise MergeError(
-                f"exclude {pattern!r} matches no parameter; the first is {next(iter(parameters))!r}"
+                f"{kind} {pattern!r} matches no parameter; the first is {next(iter(names))!r}"
             )
-    names = [
+    found = [
         name
-        for name, dtype in parameters.items()
-        if is_float(dtype) and not any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude)
+        for name, dtype in dtypes.items()
+        if is_float(dtype) and not any(matches(name, pattern) for pattern in recipe.exclude)
     ]
-    if not names:
+    if not found:
         raise MergeError("nothing to merge: every parameter is excluded or not a real number")
-    return names
+    return found

@@ -1,30 +1,207 @@
 """Merges checkpoints of any size: blocks stream in, through one compiled kernel, and out."""
 
-import concurrent.futures
 import contextlib
+import dataclasses
 import functools
 import hashlib
+import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+import re
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from m2l import checkpoints
-from m2l.checkpoints import Manifest, Parameter
-from m2l.errors import MergeError
-from m2l.merging import compatibility, kernel, randomness
-from m2l.merging.methods import METHODS, add
+from m2l.checkpoints import Manifest
+from m2l.errors import CheckpointError, MergeError
+from m2l.merging import compatibility, kernel, plan, results, sources
+from m2l.merging.analysis import Analysis, refuse_nonfinite
+from m2l.merging.methods import METHODS, Consensus, add
+from m2l.merging.passes import Pass, Span, spans
+from m2l.merging.plan import Plan
 from m2l.merging.recipe import Recipe
-from m2l.merging.statistics import Trimming, trimmings
+from m2l.merging.results import Result
+from m2l.merging.sources import HUGGINGFACE, ORBAX, Source
+from m2l.merging.thresholds import BINS
+from m2l.merging.workplace import Journal, Workplace
 from m2l.progress import Progress
 
-# Elements; large enough to make dispatch cheap, small enough for nine models' blocks to be cached.
-_BLOCK = 1 << 20
+SHARD_SIZE = 5_000_000_000
+_FULL = re.compile(r"No space left on device|Disk quota exceeded")
+_READ = 1 << 20
 
-Block = tuple[str, int, list[np.ndarray]]  # parameter, index of its first element, one per source
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A merge that was checked, and can be planned or done.
+
+    Attributes:
+        recipe: How to merge.
+        base: The base; None without one.
+        experts: The experts.
+        statistics: A statistic of each expert, if the method needs them.
+        reference: Whose parameters are copied where they are not merged.
+        to: The format to write.
+        out: Where.
+        vocabulary: Of an m2l checkpoint to be written.
+        sizes: Name -> elements of all that is merged, in order.
+        copied: The names of all else.
+        mine: Of both, the names of this process.
+        process: Which of how many processes this is.
+        diagnostics: Whether to measure the task vectors.
+        verify: Whether to check the inputs' digests.
+        plan: What it will take.
+    """
+
+    recipe: Recipe
+    base: Source | None
+    experts: tuple[Source, ...]
+    statistics: tuple[Source, ...]
+    reference: Source
+    to: str
+    out: Path
+    vocabulary: Mapping[str, Any] | None
+    sizes: Mapping[str, int]
+    copied: tuple[str, ...]
+    mine: frozenset[str]
+    process: tuple[int, int]
+    diagnostics: bool
+    verify: bool
+    plan: Plan
+
+    @property
+    def key(self) -> str:
+        """What is merged and how: equal for merges that give the same files."""
+        content = {
+            "recipe": self.recipe.to_dict(),
+            "inputs": [s.digest for s in (*self.used, self.reference)],
+            "to": self.to,
+            "processes": self.process[1],
+            "block": self.plan.block,
+            "diagnostics": self.diagnostics,
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def used(self) -> list[Source]:
+        """The models that are read for what is merged, in the order in which blocks are."""
+        first = [] if self.base is None else [self.base]
+        return [*first, *self.experts, *self.statistics]
+
+
+def prepare(
+    base: str | os.PathLike | None,
+    experts: Sequence[str | os.PathLike],
+    recipe: Recipe,
+    out: str | os.PathLike,
+    *,
+    statistics: Sequence[str | os.PathLike] = (),
+    to: str | None = None,
+    vocabulary: Mapping[str, Any] | None = None,
+    memory: int | None = None,
+    block: int | None = None,
+    process: tuple[int, int] | None = None,
+    diagnostics: bool = True,
+    verify: bool = True,
+) -> Job:
+    """Checks all that can be checked before a byte is read, and plans; see `merge`."""
+    process = process or (jax.process_index(), jax.process_count())
+    if not 0 <= process[0] < process[1]:
+        raise MergeError(f"process {process[0]} of {process[1]}: counted from 0")
+    compatibility.check_counts(base is not None, len(experts), len(statistics), recipe)
+    paths = [Path(path).absolute() for path in ([] if base is None else [base])]
+    paths += [Path(path).absolute() for path in experts]
+    opened, to = sources.open_all(paths, to)
+    beside, _ = sources.open_all([Path(path).absolute() for path in statistics], ORBAX)
+    of_base, of_experts = (None, opened) if base is None else (opened[0], opened[1:])
+    reference = of_experts[0] if of_base is None else of_base
+    out = Path(out).absolute()
+    compatibility.check_destination(out, [source.path for source in (*opened, *beside)])
+    compatibility.check_alike(opened)
+    compatibility.check_statistics(METHODS[recipe.method], of_experts, beside)
+    if to == ORBAX:
+        vocabulary = vocabulary or _vocabulary([*of_experts, *([of_base] if of_base else [])])
+        checkpoints.check_tokenizer(vocabulary)
+    names = compatibility.merged_names(reference, recipe)
+    sizes = {name: reference.parameters[name].size for name in names}
+    copied = tuple(name for name in reference.parameters if name not in sizes)
+    method = METHODS[recipe.method]
+    # A base that the method does not take is read only for what is copied.
+    of_base = of_base if method.needs_base else None
+    diagnostics = diagnostics and method.needs_base
+    compatibility.warn_of_repetition([s for s in (of_base, *of_experts) if s is not None])
+    shares = plan.shares(sizes | {n: reference.parameters[n].size for n in copied}, process[1])
+    described = results.described(reference, recipe.dtype, names)
+    used = [s for s in (of_base, *of_experts, *beside) if s is not None]
+    mine = frozenset(shares[process[0]])
+    readings = _readings(recipe)
+    planned = plan.make(
+        used,
+        sizes,
+        [name for name in names if name in mine],
+        described=described,
+        readings=readings,
+        verify=verify and any(s.manifest for s in used),
+        states=_states(recipe, len(of_experts)),
+        memory=memory,
+        block=block,
+        whole=method.whole,
+        out=out,
+    )
+    return Job(
+        recipe,
+        of_base,
+        tuple(of_experts),
+        tuple(beside),
+        reference,
+        to,
+        out,
+        vocabulary,
+        sizes,
+        copied,
+        mine,
+        process,
+        diagnostics,
+        verify,
+        dataclasses.replace(planned, experts=len(of_experts)),
+    )
+
+
+def _readings(recipe: Recipe) -> int:
+    """How many times all is read before it is merged."""
+    method = METHODS[recipe.method]
+    trims = method.trims and (recipe.density < 1 or bool(recipe.gamma))
+    return (
+        int(method.ranks)
+        + (1 + (recipe.scope == "tensor")) * trims
+        + (method.coefficients is not None or recipe.zero_sign.startswith("majority"))
+        + (method.draws and recipe.rescale == "norm")
+    )
+
+
+def _states(recipe: Recipe, experts: int) -> int:
+    """Bytes of counts and tables."""
+    method = METHODS[recipe.method]
+    counts = 8 * BINS * experts * (1 + ("ceilings" in method.takes)) * 3 if method.trims else 0
+    return counts + (8 << 16) * experts * 4 * method.ranks
+
+
+def _vocabulary(candidates: Sequence[Source]) -> Mapping[str, Any]:
+    # As the experts read it: the base may have been trained without their chat template.
+    for source in candidates:
+        if source.vocabulary is not None:
+            return source.vocabulary
+    raise MergeError(
+        f"{candidates[0].path}: its vocabulary is not known to m2l: name the tokenizer with "
+        "--vocabulary, or write --to huggingface"
+    )
 
 
 def merge(
@@ -34,248 +211,345 @@ def merge(
     out: str | os.PathLike,
     *,
     progress: bool = True,
+    **options: Any,
 ) -> Manifest:
     """Merges checkpoints into a new one, in memory that does not grow with the model.
 
-    Equal inputs give equal parameters to the last bit, and so an equal digest. Every byte read is
-    checked against the digests in the inputs' manifests.
+    Equal inputs give equal parameters to the last bit, and so an equal digest, whatever the blocks,
+    the memory and the number of processes. The result appears under its name when it is whole, on
+    the disk, and was read again and found to be what was written. A merge that was killed, started
+    again with the same arguments, goes on from the last block that was on the disk.
 
     Args:
-        base: The checkpoint (or training run) that the experts were trained from. Methods that do
-            not need it take from it what is not merged; None then means the first expert.
-        experts: Checkpoints or training runs, in the order in which sums run.
+        base: The model that the experts were trained from: a checkpoint or training run of m2l, a
+            Hugging Face directory, a T5X checkpoint. Methods that do not need it take from it what
+            is not merged; None then means the first expert.
+        experts: The experts, in the order in which sums run.
         recipe: How to merge.
-        out: The checkpoint to make; must not exist.
-        progress: Whether to show a progress bar.
+        out: The checkpoint or directory to make; must not exist.
+        progress: Whether to show what it will take, and a progress bar.
+        **options: statistics: per expert a checkpoint that `m2l statistics` made, for the methods
+            that need one. to: "orbax" or "huggingface"; by default what all inputs are.
+            vocabulary: {"name", "size", "fingerprint"} for an m2l checkpoint made of models that do
+            not say. memory: bytes that the process may hold. block: elements of a block. process:
+            (index, count), where several processes that see the same files share the work, each
+            started with the same arguments but for its index; by default JAX's. diagnostics:
+            whether to measure the task vectors. verify: whether to check the digests of inputs
+            that have them.
 
     Returns:
-        The manifest of `out`: its parents with their digests, the recipe, and the share of each
-        expert's entries that trimming kept in fact.
+        The manifest of `out`: its parents with their digests, the recipe, and diagnostics.
 
     Raises:
-        MergeError: The checkpoints do not fit each other or the recipe, or hold NaN or infinity.
+        MergeError: The models do not fit each other or the recipe, or hold NaN or infinity; or the
+            memory is too small.
         CheckpointError: One is missing or damaged, or its tokenizer is missing; `out` exists, or
             the disk is full.
     """
-    paths = [checkpoints.resolve(path) for path in experts]
-    base_path = None if base is None else checkpoints.resolve(base)
-    compatibility.check_sources(base_path, paths, recipe)
-    reference = paths[0] if base_path is None else base_path
-    compatibility.check_destination(out, [reference, *paths])
-    manifests = {path: checkpoints.read_manifest(path) for path in (reference, *paths)}
-    compatibility.check_alike(list(manifests.items()))
+    to = options.get("to")
+    if to == HUGGINGFACE and any(
+        sources.kind(Path(path)) != HUGGINGFACE for path in ([base] if base else []) + [*experts]
+    ):
+        return _by_export(base, experts, recipe, out, progress=progress, **options)
+    job = prepare(base, experts, recipe, out, **options)
+    if progress:
+        print(f"plan: {job.plan}", file=sys.stderr)
+    with Workplace(job.out, job.key, job.process) as work:
+        try:
+            return _Merge(job, work).run(progress)
+        except (MergeError, CheckpointError) as error:
+            # Nothing that the same command could take up.
+            work.remove()
+            if _FULL.search(str(error)):
+                raise CheckpointError(
+                    f"{job.out}: no space left: {job.plan.size:,} bytes are needed; nothing was "
+                    "written"
+                ) from error
+            raise
+        except OSError as error:
+            work.remove()
+            if not _FULL.search(str(error)):
+                raise
+            raise CheckpointError(
+                f"{job.out}: no space left: {job.plan.size:,} bytes are needed; nothing was written"
+            ) from error
 
-    first = manifests[reference]
-    # As the experts read it: the base may have been trained without their chat template.
-    vocabulary = manifests[paths[0]].vocabulary
-    checkpoints.check_tokenizer(vocabulary)
-    dtypes = {name: record["dtype"] for name, record in first.parameters.items()}
-    names = compatibility.merged_names(dtypes, recipe.exclude)
-    copied = [name for name in dtypes if name not in set(names)]
-    needs_base = METHODS[recipe.method].needs_base
-    sources = ([reference] if needs_base else []) + paths
-    compatibility.warn_of_repetition([(path, manifests[path]) for path in sources])
 
-    work = _Work(recipe, sources, names)
-    shown = Progress(f"merging {len(paths)} experts", work.total, "parameters")
-    described = {
-        name: (
-            record["shape"],
-            recipe.dtype if compatibility.is_float(dtypes[name]) else dtypes[name],
-        )
-        for name, record in first.parameters.items()
-    }
-    with shown if progress else contextlib.nullcontext() as bar:
-        work.bar = bar
-        thresholds, densities = work.trim()
-        with checkpoints.writing(out, described) as writer:
-            for name, block in work.merged(thresholds):
-                writer.append(name, block)
-            for name, block in _copied(reference, copied, recipe.dtype):
-                writer.append(name, block)
-            parents = [(reference, "base")] if needs_base or (copied and base is not None) else []
-            parents += [(path, "expert") for path in paths]
-            return writer.finish(
-                model=first.model,
-                vocabulary=vocabulary,
-                made_by={"kind": "merge", "recipe": recipe.to_dict()} | densities,
-                parents=tuple(
-                    {"role": role, "path": str(path), "digest": manifests[path].digest}
-                    for path, role in parents
-                ),
-            )
+def _by_export(
+    base: Any, experts: Sequence[Any], recipe: Recipe, out: Any, progress: bool, **options: Any
+) -> Manifest:
+    """Merges into an m2l checkpoint, and makes a Hugging Face directory of that."""
+    from m2l.checkpoints import huggingface
+
+    out = Path(out).absolute()
+    checkpoints.check_absent(out)
+    between = out.with_name(f".{out.name}.merged")
+    if not between.exists():
+        options = options | {"to": ORBAX}
+        merge(base, experts, recipe, between, progress=progress, **options)
+    manifest = checkpoints.read_manifest(between)
+    if options.get("process", (0, 1))[0] == 0:
+        huggingface.export_checkpoint(between, out)
+        checkpoints.remove(between)
+    return manifest
 
 
 @functools.cache
-def _compiled(name: str, drop_rate: float | None, dtype: str) -> tuple[Callable, Callable]:
-    """The two passes over a block: its merge, and the bits of its magnitudes.
+def _compiled(name: str, consensus: Consensus, dtype: str) -> Callable:
+    """The merge of a block; NaN all over if any number that went in is not finite.
 
-    Both return too whether all numbers are finite. They are compiled once for a number of experts
-    and a block size: scales, weights, thresholds and keys are arguments.
+    Compiled once for a number of experts and a length: all else that it takes are arguments.
     """
     method = METHODS[name]
 
     def merge_block(
-        base: jax.Array | None, experts: list[jax.Array], given: dict[str, jax.Array | None]
+        base: jax.Array | None, experts: list, statistics: list, given: kernel.Given
     ) -> tuple[jax.Array, jax.Array]:
-        block = kernel.merged(method, base, experts, drop_rate=drop_rate, **given).astype(dtype)
-        return block, _all_finite([block, *experts] if base is None else [block, base, *experts])
+        block = kernel.merged(method, consensus, base, experts, statistics, given)
+        read = [*experts, *statistics] if base is None else [base, *experts, *statistics]
+        # Trimming and dropping hide what is not finite; 0 times it is NaN, and so is the sum.
+        nothing = add([array.astype(jnp.float32) * 0 for array in read])
+        block = jnp.where(nothing == 0, block, jnp.nan).astype(dtype)
+        return block, jnp.isfinite(block).all()
 
-    def magnitude_bits(
-        base: jax.Array, experts: list[jax.Array], given: dict[str, jax.Array | None]
-    ) -> tuple[list[jax.Array], jax.Array]:
-        found = kernel.magnitudes(method, base, experts, drop_rate=drop_rate, **given)
-        bits = [jax.lax.bitcast_convert_type(array, jnp.uint32) for array in found]
-        return bits, _all_finite([base, *experts])
-
-    return jax.jit(merge_block), jax.jit(magnitude_bits)
+    return jax.jit(merge_block)
 
 
-def _all_finite(arrays: Sequence[jax.Array]) -> jax.Array:
-    # One sum instead of a test each: it is False for finite numbers only where they overflow.
-    return jnp.isfinite(add([array.astype(jnp.float32) for array in arrays])).all()
+class _Merge:
+    """One merge: its passes, its result, its place."""
 
-
-class _Work:
-    """One merge: its open sources, and the passes over them."""
-
-    def __init__(self, recipe: Recipe, paths: Sequence[Path], names: Sequence[str]):
-        self.recipe, self.method = recipe, METHODS[recipe.method]
-        self.bar: Progress | None = None
-        self._paths, self._names = paths, names
-        self._sources = [checkpoints.open_parameters(path) for path in paths]
-        sizes = [self._sources[0][name].size for name in names]
-        self._experts = len(paths) - self.method.needs_base
-        self._block = min(_BLOCK, max(sizes))
-        self._size, self._done = sum(sizes), 0
-        self._trims = self.method.trims and recipe.density < 1
-        self._merge_block, self._magnitude_bits = _compiled(
-            recipe.method, recipe.drop_rate, recipe.dtype
-        )
-        self.total = self._size * (3 if self._trims else 1)
-
-    def trim(self) -> tuple[dict[str, np.ndarray | None], dict[str, list[float]]]:
-        """Finds each parameter's thresholds, float32 [experts], and the realised densities."""
-        if not self.method.trims:
-            return dict.fromkeys(self._names), {}
-        if not self._trims:
-            return dict.fromkeys(self._names, np.zeros(self._experts, np.float32)), {}
-        together = [self._names] if self.recipe.scope == "model" else [[n] for n in self._names]
-        thresholds: dict[str, np.ndarray] = {}
-        found: list[list[Trimming]] = []
-        for names in together:
-            read = functools.partial(self._magnitudes, names)
-            group = trimmings(read, self._experts, [self.recipe.density])
-            found.append([trimming for (trimming,) in group])
-            limits = np.array([trimming.threshold for trimming in found[-1]], np.float32)
-            thresholds |= dict.fromkeys(names, limits)
-        kept = [sum(trimming.kept for trimming in expert) for expert in zip(*found, strict=True)]
-        return thresholds, {"density": [count / self._size for count in kept]}
-
-    def merged(self, thresholds: dict[str, np.ndarray | None]) -> Iterator[tuple[str, np.ndarray]]:
-        """Yields the merged blocks of every parameter, in order."""
-        recipe = self.recipe
-        settings = {
-            "scale": None if recipe.scale is None else np.float32(recipe.scale),
-            "weights": recipe.weights_for(self._experts),
-        }
-        for name, start, arrays in self._read(self._names):
-            given = settings | self._drawing(name, start) | {"thresholds": thresholds[name]}
-            block, finite = self._merge_block(*self._padded(arrays), given)
-            block = np.asarray(block)[: arrays[0].size]
-            if not finite:
-                self._refuse(name, start, arrays, block)
-            yield name, block
-            self._advance(block.size)
-
-    def _magnitudes(self, names: Sequence[str]) -> Iterator[list[np.ndarray]]:
-        for name, start, arrays in self._read(names):
-            given = self._drawing(name, start)
-            bits, finite = self._magnitude_bits(*self._padded(arrays), given)
-            if not finite:
-                self._refuse(name, start, arrays, arrays[0])
-            yield [np.asarray(array)[: arrays[0].size] for array in bits]
-            self._advance(arrays[0].size)
-
-    def _read(self, names: Sequence[str]) -> Iterator[Block]:
-        return _verified(_blocks(self._sources, names, self._block), self._sources)
-
-    def _drawing(self, name: str, start: int) -> dict[str, np.ndarray | None]:
-        draws = self.method.draws
-        keys = randomness.keys(self.recipe.seed, self._experts, name) if draws else None
-        return {"keys": keys, "offset": kernel.split(start)}
-
-    def _padded(self, arrays: Sequence[np.ndarray]) -> tuple[np.ndarray | None, list[np.ndarray]]:
-        # Every block has one size, so that one compilation serves the whole model.
-        missing = self._block - arrays[0].size
-        padded = [np.pad(array, (0, missing)) if missing else array for array in arrays]
-        return (padded[0], padded[1:]) if self.method.needs_base else (None, padded)
-
-    def _refuse(
-        self, name: str, start: int, arrays: Sequence[np.ndarray], block: np.ndarray
-    ) -> None:
-        for path, array in zip(self._paths, arrays, strict=True):
-            _refuse_nonfinite(path, name, start, array)
-        for index in np.flatnonzero(~np.isfinite(block.astype(np.float32)))[:1]:
-            raise MergeError(
-                f"the merged {name}[{start + index}] is {block[index]}: too large for "
-                f"{self.recipe.dtype}; lower the scale"
-            )
+    def __init__(self, job: Job, work: Workplace):
+        self.job, self.work = job, work
+        self.method = METHODS[job.recipe.method]
+        self.names = [name for name in job.sizes if name in job.mine]
+        self._merge_block = _compiled(job.recipe.method, job.recipe.election, job.recipe.dtype)
+        self._bar: Progress | None = None
+        self._done = 0
+        self._verifying: list[Future] = []
+        self._to_verify = [
+            s for s in (*job.used, *([job.reference] if job.copied else [])) if s.manifest
+        ]
+        self._verified: set[str] = set()
 
     def _advance(self, elements: int) -> None:
         self._done += elements
-        if self.bar is not None:
-            self.bar.update(self._done)
+        if self._bar is not None:
+            self._bar.update(self._done // 10**6)
 
+    def run(self, progress: bool) -> Manifest | None:
+        """Does it."""
+        job, work = self.job, self.work
+        free = shutil.disk_usage(job.out.parent).free
+        held = sum(f.stat().st_blocks * 512 for f in work.content.rglob("*") if f.is_file())
+        if free + held < job.plan.size:
+            raise CheckpointError(
+                f"{job.out}: no space left: {job.plan.size:,} bytes are needed, {free:,} are free "
+                f"in {job.out.parent}"
+            )
+        total = job.plan.mine * job.plan.readings
+        bar = Progress(f"merging {len(job.experts)} experts", total // 10**6, "M parameters")
+        with (
+            bar if progress else contextlib.nullcontext() as self._bar,
+            Pass([source.parameters for source in job.used], job.plan.threads) as stream,
+        ):
+            self.analysis = Analysis(
+                job.recipe,
+                job.base,
+                job.experts,
+                job.sizes,
+                self.names,
+                work,
+                stream,
+                job.plan.block,
+                self._advance,
+            )
+            self.analysis.run(job.diagnostics)
+            result = self._result()
+            digests = self._write(stream, result)
+            return self._finish(result, digests)
 
-def _refuse_nonfinite(path: Path, name: str, start: int, array: np.ndarray) -> None:
-    for index in np.flatnonzero(~np.isfinite(array.astype(np.float32)))[:1]:
+    def _result(self) -> Result:
+        job = self.job
+        described = results.described(job.reference, job.recipe.dtype, [*job.sizes])
+
+        def create() -> dict[str, np.ndarray]:
+            results.create(self.work.content, job.to, described, SHARD_SIZE)
+            return {"made": np.ones(1)}
+
+        if self.job.process[0] == 0:
+            self.work.mine("created", create)
+        elif job.process[1] > 1:
+            self.work.wait("created", 0)
+        return results.create(self.work.content, job.to, described, SHARD_SIZE)
+
+    def _write(self, stream: Pass, result: Result) -> dict[str, str]:
+        """Writes this process's parameters; returns the digests of all."""
+        job = self.job
+        journal = Journal(self.work.path / f"journal-{job.process[0]}.jsonl")
+        copied = [name for name in job.copied if name in job.mine]
+        sizes = {name: job.sizes[name] for name in self.names}
+        block = job.plan.block
+        if self.method.whole:
+            block = max([1, *sizes.values()])
+        merged = spans(sizes, block)
+        others = spans({n: job.reference.parameters[n].size for n in copied}, block)
+        todo = merged + others
+        # The last spans of a journal may be of files that never came to be.
+        done = min(len(journal.sums), len(todo))
+        self._advance(sum(span.size for span in merged[:done]))
+        parts: dict[str, list[tuple[Span, int]]] = {}
+        verifying: dict[str, Future[str]] = {}
+
+        def note(span: Span, checksum: int) -> None:
+            parts.setdefault(span.name, []).append((span, checksum))
+            if span.stop == result.extents[span.name].size:
+                verifying[span.name] = stream.pool.submit(
+                    result.verify, span.name, parts[span.name]
+                )
+                self._check_inputs(stream, span.name)
+
+        for span, checksum in zip(todo[:done], journal.sums, strict=False):
+            note(span, checksum)
+        act = self._merge_whole if self.method.whole else self._merge_span
+        act = functools.partial(act, result)
+        rest = merged[done:]
+        for span, checksum in (
+            stream.run(rest, act, block)
+            if not self.method.whole
+            else ((span, act(span)) for span in rest)
+        ):
+            journal.add(checksum, self._files(result, span))
+            note(span, checksum)
+            self._advance(span.size)
+        for span in others[max(0, done - len(merged)) :]:
+            checksum = self._copy(result, span)
+            journal.add(checksum, self._files(result, span))
+            note(span, checksum)
+        for name, stored in job.reference.parameters.items():
+            if stored.size == 0 and name in job.mine:
+                verifying[name] = stream.pool.submit(result.verify, name, [])
+        journal.close()
+        digests = {name: future.result() for name, future in verifying.items()}
+        for future in self._verifying:
+            future.result()
+        found = self.work.gather(
+            "digests", lambda: {name: np.array(digest) for name, digest in digests.items()}
+        )
+        return {name: str(digest) for part in found for name, digest in part.items()}
+
+    def _files(self, result: Result, span: Span) -> list[Path]:
+        return result.extents[span.name].files()
+
+    def _merge_span(self, result: Result, span: Span, arrays: list) -> int:
+        job = self.job
+        first, n = int(job.base is not None), len(job.experts)
+        base = arrays[0] if self.method.needs_base else None
+        block, finite = self._merge_block(
+            base, arrays[first : first + n], arrays[first + n :], self.analysis.given(span)
+        )
+        block = np.asarray(block)[: span.size]
+        if not finite:
+            self._refuse(span, block)
+        return result.write(span, block)
+
+    def _merge_whole(self, result: Result, span: Span) -> int:
+        job, name = self.job, span.name
+        refuse_nonfinite(job.experts, span)
+        shape = job.reference.parameters[name].shape
+
+        def read(source: Source) -> np.ndarray:
+            stored = source.parameters[name]
+            array = np.empty(stored.size, stored.dtype)
+            stored.read_into(0, stored.size, array)
+            return array.reshape(stored.shape).astype(np.float32)
+
+        grams = None
+        if name in job.statistics[0].parameters:
+            grams = [read(source) for source in job.statistics]
+        alpha = job.recipe.nondiagonal_scale
+        merged = self.method.function([read(s) for s in job.experts], grams, alpha)
+        block = merged.reshape(shape).astype(result.described[name][1]).reshape(-1)
+        if not np.isfinite(block.astype(np.float32)).all():
+            self._refuse(span, block)
+        return result.write(span, block)
+
+    def _refuse(self, span: Span, block: np.ndarray) -> None:
+        refuse_nonfinite(self.job.used, span)
+        index = int(np.flatnonzero(~np.isfinite(block.astype(np.float32)))[0])
         raise MergeError(
-            f"{path}: {name}[{start + index}] (row-major) is {array[index]}: only finite numbers "
-            "can be merged; use a checkpoint from before the training run diverged, or it is "
-            "damaged: m2l inspect --verify"
+            f"the merged {span.name}[{span.start + index}] is {block[index]}: too large for "
+            f"{self.job.recipe.dtype}; lower the scale"
         )
 
+    def _copy(self, result: Result, span: Span) -> int:
+        stored = self.job.reference.parameters[span.name]
+        block = np.empty(span.size, stored.dtype)
+        stored.read_into(span.start, span.stop, block)
+        if results.is_float(stored.dtype):
+            refuse_nonfinite([self.job.reference], span)
+            block = block.astype(result.described[span.name][1])
+        return result.write(span, block)
 
-def _copied(source: Path, names: Sequence[str], dtype: str) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields the blocks of parameters that are not merged, real numbers in the result's dtype."""
-    opened = [checkpoints.open_parameters(source)]
-    for name, start, (block,) in _verified(_blocks(opened, names, _BLOCK), opened):
-        if compatibility.is_float(block.dtype.name):
-            _refuse_nonfinite(source, name, start, block)
-            block = block.astype(dtype)
-        yield name, block
+    def _check_inputs(self, stream: Pass, name: str) -> None:
+        """Compares a parameter's digests with the inputs' manifests, as its bytes are at hand."""
+        if not self.job.verify or name in self._verified:
+            return
+        self._verified.add(name)
+        for source in self._to_verify:
+            if name in source.parameters:
+                stored = source.parameters[name]
+                self._verifying.append(stream.pool.submit(_check, stored))
+
+    def _finish(self, result: Result, digests: Mapping[str, str]) -> Manifest | None:
+        job = self.job
+        if job.process[0] != 0:
+            self.work.wait_for_result()
+            return None
+        made_by = {"kind": "merge", "recipe": job.recipe.to_dict()}
+        if job.diagnostics:
+            made_by["diagnostics"] = self.analysis.diagnostics()
+        elif self.analysis.densities is not None:
+            made_by["diagnostics"] = {"density": self.analysis.densities}
+        base = job.reference if job.reference is not job.experts[0] else None
+        used = job.base is not None or job.copied
+        parents = [(base, "base")] if base is not None and used else []
+        parents += [(source, "expert") for source in job.experts]
+        parents += [(source, "statistics") for source in job.statistics]
+        described = tuple(
+            {"role": role, "path": str(source.path), "digest": source.digest}
+            for source, role in parents
+        )
+        ordered = {name: digests[name] for name in result.described}
+        if job.to == HUGGINGFACE:
+            manifest = results.describe_directory(
+                result,
+                job.out,
+                ordered,
+                like=job.experts[0],
+                dtype=job.recipe.dtype,
+                made_by=made_by,
+                parents=described,
+            )
+        else:
+            manifest = results.describe_checkpoint(
+                result,
+                job.out,
+                ordered,
+                model=job.reference.model,
+                vocabulary=job.vocabulary,
+                made_by=made_by,
+                parents=described,
+            )
+        checkpoints.publish(result.directory, job.out)
+        self.work.remove()
+        return manifest
 
 
-def _blocks(
-    sources: Sequence[dict[str, Parameter]], names: Sequence[str], size: int
-) -> Iterator[Block]:
-    """Reads parameters block by block, each block while the one before it is worked on."""
-    ahead: tuple[str, int, list[Callable[[], np.ndarray]]] | None = None
-    for name in names:
-        length = sources[0][name].size
-        for start in range(0, length, size):
-            stop = min(start + size, length)
-            current = ahead
-            ahead = name, start, [source[name].start(start, stop) for source in sources]
-            if current is not None:
-                yield current[0], current[1], [finish() for finish in current[2]]
-    if ahead is not None:
-        yield ahead[0], ahead[1], [finish() for finish in ahead[2]]
-
-
-def _verified(blocks: Iterator[Block], sources: Sequence[dict[str, Parameter]]) -> Iterator[Block]:
-    """Passes blocks on, and compares each parameter's digest with its manifest's at its end."""
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        for name, start, arrays in blocks:
-            if start == 0:
-                digests = [hashlib.sha256() for _ in sources]
-            pairs = zip(digests, arrays, strict=True)
-            under_way = [
-                pool.submit(digest.update, array.view(np.uint8)) for digest, array in pairs
-            ]
-            yield name, start, arrays
-            concurrent.futures.wait(under_way)
-            if start + arrays[0].size == sources[0][name].size:
-                for source, digest in zip(sources, digests, strict=True):
-                    source[name].check(digest.hexdigest())
+def _check(stored: Any) -> None:
+    digest = hashlib.sha256()
+    buffer = np.empty(min(_READ, max(1, stored.size)), stored.dtype)
+    for start in range(0, stored.size, _READ):
+        part = buffer[: min(_READ, stored.size - start)]
+        stored.read_into(start, start + part.size, part)
+        digest.update(part.view(np.uint8))
+    stored.check(digest.hexdigest())

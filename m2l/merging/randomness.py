@@ -43,23 +43,40 @@ def threefry2x32(key: jax.Array, counter: tuple[jax.Array, jax.Array]) -> list[j
     return [x, y]
 
 
-def kept(
-    keys: jax.Array, experts: int, shape: Sequence[int], offset: jax.Array, drop_rate: float
+def words(
+    keys: jax.Array,
+    experts: int,
+    shape: Sequence[int],
+    offset: jax.Array,
+    turned: jax.Array | None = None,
 ) -> list[jax.Array]:
-    """Draws which entries each expert keeps: each with probability 1 - drop_rate.
+    """A random word for each entry and expert.
 
     Args:
         keys: Of the parameter, as `keys` gives them.
         experts: How many there are.
         shape: Of the part of the parameter: consecutive elements, in row-major order.
         offset: uint32 [2], the high and low word of the first element's index in the parameter.
-        drop_rate: p; an entry is dropped if its word is below floor(p 2^32), compared as integers.
+        turned: None, or for a part of a transposed matrix, uint32 [4]: row and column of its first
+            element, and the matrix's rows and columns, as it is stored. The draws are those of the
+            parameter as m2l stores it, so that it does not matter whose files it is merged from.
 
     Returns:
-        A boolean array of `shape` per expert.
+        A uint32 array of `shape` per expert.
     """
     step = jax.lax.iota(jnp.uint32, int(np.prod(shape, dtype=np.int64))).reshape(shape)
-    low = offset[1] + step
-    high = offset[0] + (low < step).astype(jnp.uint32)
-    words = [word for key in keys for word in threefry2x32(key, (high, low))]
-    return [word >= np.uint32(int(drop_rate * 2**32)) for word in words[:experts]]
+    if turned is None:
+        low = offset[1] + step
+        high = offset[0] + (low < step).astype(jnp.uint32)
+    else:
+        row, column, rows, columns = turned
+        along = column + step
+        low = (along % columns) * rows + row + along // columns
+        high = jnp.zeros_like(low)
+    found = [word for key in keys for word in threefry2x32(key, (high, low))]
+    return found[:experts]
+
+
+def cut(drop_rate: float) -> np.uint32:
+    """Words below it are dropped: floor(p 2^32), compared as integers."""
+    return np.uint32(int(drop_rate * 2**32))

@@ -1,6 +1,5 @@
 """Merging checkpoints: the in-memory merge's bits, whatever the blocks; every bad input refused."""
 
-import collections
 import shutil
 
 import jax
@@ -9,9 +8,8 @@ import numpy as np
 import pytest
 
 from m2l import checkpoints
-from m2l.checkpoints import Parameter
 from m2l.errors import CheckpointError, MergeError
-from m2l.merging import Recipe, engine, merge, merge_params
+from m2l.merging import Recipe, merge, merge_params
 
 from . import oracles
 
@@ -82,15 +80,15 @@ def test_checkpoints_merge_to_the_bits_of_the_merge_in_memory(tmp_path, models, 
     jitted = jax.jit(lambda base, experts: merge_params(base, experts, recipe))
     same_bits(found, checkpoints.flatten(jitted(*models)))
     assert manifest.dtype == recipe.dtype
-    assert Recipe(**manifest.made_by["recipe"]) == recipe
+    assert Recipe.from_dict(manifest.made_by["recipe"]) == recipe
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.method)
-def test_block_size_changes_no_bit(tmp_path, paths, recipe, monkeypatch):
+def test_block_size_changes_no_bit(tmp_path, paths, recipe):
     digests = {merge(*paths, recipe, tmp_path / "whole", progress=False).digest}
     for block in (100, 7):
-        monkeypatch.setattr(engine, "_BLOCK", block)
-        digests.add(merge(*paths, recipe, tmp_path / str(block), progress=False).digest)
+        found = merge(*paths, recipe, tmp_path / str(block), progress=False, block=block)
+        digests.add(found.digest)
     assert len(digests) == 1
 
 
@@ -118,7 +116,9 @@ def test_the_manifest_names_its_parents_and_what_was_kept(tmp_path, models, path
         assert parent["path"] == str(path)
         assert parent["digest"] == checkpoints.read_manifest(path).digest
     size = whole(models[0]).size
-    assert manifest.made_by["density"] == pytest.approx([int(0.3 * size) / size] * 3, abs=0)
+    assert manifest.made_by["diagnostics"]["density"] == pytest.approx(
+        [int(0.3 * size) / size] * 3, abs=0
+    )
     assert checkpoints.verify(tmp_path / "out") == manifest
 
 
@@ -239,7 +239,7 @@ def test_a_number_that_is_not_finite_is_refused_with_its_place(
 
 def test_a_merge_that_overflows_its_dtype_is_refused_with_its_place(refused):
     recipe = Recipe("task_arithmetic", scale=1e6, dtype="float16")
-    refused(r"the merged decoder/layers_00/mlp/wi_0\[\d+\] is -?inf: too large", recipe=recipe)
+    refused(r"the merged token_embedder\[\d+\] is -?inf: too large", recipe=recipe)
 
 
 def test_large_numbers_whose_sum_overflows_are_still_merged(tmp_path):
@@ -259,23 +259,6 @@ def test_a_damaged_expert_is_refused_by_the_parameters_name(refused, models, pat
     data[data.find(content) + 40] ^= 1
     file.write_bytes(data)
     refused("token_embedder is damaged", kind=CheckpointError, experts=[tmp_path / "damaged"])
-
-
-@pytest.mark.parametrize("scope", ["model", "tensor"])
-@pytest.mark.parametrize("reading", range(3))
-def test_what_is_misread_in_any_of_the_readings_is_refused(refused, monkeypatch, scope, reading):
-    start, starts = Parameter.start, collections.Counter()
-
-    def misread(self, *bounds):
-        finish = start(self, *bounds)
-        starts[self.name] += 1
-        # Of four models; the third is an expert's.
-        wrong = (self.name, starts[self.name]) == ("decoder/norm", 4 * reading + 3)
-        return (lambda: 2 * finish()) if wrong else finish
-
-    monkeypatch.setattr(Parameter, "start", misread)
-    recipe = Recipe("ties", density=0.2, scope=scope)
-    refused("decoder/norm is damaged", kind=CheckpointError, recipe=recipe)
 
 
 def test_an_exclusion_that_means_nothing_is_refused(refused):

@@ -1,5 +1,7 @@
 """Each merge method computes its formula; the identities between the methods hold."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from m2l.merging import METHODS, Recipe, merge_params
-from m2l.merging.methods import elect_and_average, trim
+from m2l.merging.methods import Consensus, elect_and_merge, trim
 
 from . import oracles
 
@@ -93,7 +95,11 @@ def test_a_density_that_rounds_down_to_nothing_leaves_the_base(models):
 
 def test_exact_cancellation_leaves_the_base():
     taus = [jnp.float32([1, 1, -1]), jnp.float32([-1, 1, -3]), jnp.float32([0, -2, 1])]
-    np.testing.assert_array_equal(elect_and_average(taus), [0, 0, -2])
+    ones = np.ones(3, np.float32)
+    found = elect_and_merge(taus, ones, np.float32(0), Consensus())
+    np.testing.assert_array_equal(found, [0, 0, -2])
+    positive = elect_and_merge(taus, ones, np.float32(1), Consensus())
+    np.testing.assert_array_equal(positive, [1, 1, -2])
 
 
 def test_trim_compares_with_each_experts_own_threshold():
@@ -174,8 +180,18 @@ def test_a_methods_signature_says_what_it_needs():
     needs = {m.name: (m.needs_base, m.trims, m.draws) for m in METHODS.values()}
     assert needs == {
         "average": (False, False, False),
+        "linear": (True, False, False),
         "task_arithmetic": (True, False, False),
         "ties": (True, True, False),
+        "dare": (True, False, True),
         "dare_ties": (True, True, True),
+        "della": (True, False, True),
+        "breadcrumbs": (True, True, False),
+        "slerp": (False, False, False),
+        "model_stock": (True, False, False),
+        "fisher": (False, False, False),
+        "regmean": (False, False, False),
     }
-    assert all(method.summary.endswith((".", "i")) for method in METHODS.values())
+    for method in METHODS.values():
+        assert method.summary
+        assert set(method.hyper_parameters) <= {f.name for f in dataclasses.fields(Recipe)}

@@ -26,7 +26,12 @@ def test_threefry_gives_the_published_answers(key, counter, wanted):
     assert oracles.threefry2x32(key, counter) == wanted
 
 
-draw = jax.jit(randomness.kept, static_argnums=(1, 2, 4))
+words = jax.jit(randomness.words, static_argnums=(1, 2))
+
+
+def draw(keys, experts, shape, offset, drop_rate, turned=None):
+    found = words(keys, experts, shape, offset, turned)
+    return [word >= randomness.cut(drop_rate) for word in found]
 
 
 def masks(seed, experts, name, start, size, drop_rate):
@@ -71,3 +76,14 @@ def test_the_share_kept_is_one_minus_the_drop_rate(drop_rate):
 
 def test_dropping_nothing_keeps_everything():
     assert masks(0, 2, "w", 0, 1000, 0.0).all()
+
+
+def test_a_transposed_matrix_draws_what_the_matrix_draws():
+    keys = randomness.keys(5, 2, "w")
+    whole = np.stack(draw(keys, 2, (6, 35), split(0), 0.5))
+    turned = whole.swapaxes(1, 2).reshape(2, -1)
+    for start, size in ((0, 210), (17, 60), (205, 5)):
+        row, column = divmod(start, 6)
+        place = np.array([row, column, 35, 6], np.uint32)
+        found = np.stack(draw(keys, 2, (size,), split(0), 0.5, place))
+        np.testing.assert_array_equal(found, turned[:, start : start + size])

@@ -1,0 +1,203 @@
+"""`m2l merge`."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from m2l.cli.options import DIRECTORY, print_table
+from m2l.errors import ConfigError
+
+_HYPER_PARAMETERS = (
+    ("density", float, "Share of each task vector that is kept: ties, dare_ties, breadcrumbs."),
+    ("scale", float, "lambda: what the merged task vector is multiplied by; below 0 it forgets."),
+    ("drop_rate", float, "Share of each task vector that is dropped at random: dare, della."),
+    ("epsilon", float, "della's drop rates go from drop_rate + epsilon to drop_rate - epsilon."),
+    ("gamma", float, "Share of outliers that breadcrumbs leaves out."),
+    ("t", float, "linear, slerp: from the first model (0) to the second (1)."),
+    ("floor", float, "The least Fisher information that an entry counts with."),
+    ("nondiagonal_scale", float, "What regmean multiplies Grams by off their diagonals."),
+    ("scope", str, "What the largest entries are taken over: model (the papers') or tensor."),
+    ("seed", int, "Of the methods that draw at random."),
+    ("dtype", str, "Of the merged parameters: float32, bfloat16 or float16."),
+    ("consensus", str, "Of entries that agree in sign: mean, sum or max."),
+    ("zero_sign", str, "Where signs cancel: none, positive, majority or majority_or_none."),
+    ("keep", str, "How density rounds: floor, at_least_one, one_more or complement."),
+    ("rescale", str, "Of what is not dropped: expectation, norm or none."),
+)
+
+
+def _with_hyper_parameters(command: Any) -> Any:
+    for name, kind, what in reversed(_HYPER_PARAMETERS):
+        command = click.option(f"--{name}", type=kind, help=what)(command)
+    return command
+
+
+@click.command()
+@click.option("--base", type=DIRECTORY, help="The model the experts were trained from.")
+@click.option("--expert", "experts", type=DIRECTORY, multiple=True, help="Repeat for each.")
+@click.option("--method", help="See --list.")
+@_with_hyper_parameters
+@click.option("--weights", help="One number an expert: 0.7,0.3.")
+@click.option("--weighted_signs", is_flag=True, help="Weights count when signs are elected.")
+@click.option(
+    "--scale_of",
+    multiple=True,
+    help="PATTERN=SCALE, or PATTERN=WEIGHT,WEIGHT,...: for parameters whose name matches.",
+)
+@click.option("--exclude", multiple=True, help="Parameters taken from the base: a pattern.")
+@click.option("--preset", help="How another codebase does it: official, mergekit, ...; see --list.")
+@click.option("--recipe", type=DIRECTORY, help="A JSON file of settings; flags override it.")
+@click.option(
+    "--statistics", type=DIRECTORY, multiple=True, help="Of each expert: fisher, regmean need them."
+)
+@click.option("--to", help="orbax or huggingface; by default what the inputs are.")
+@click.option("--vocabulary", help="The tokenizer, for an Orbax result of models that have none.")
+@click.option("--memory", default=None, help="The most the process may hold.  [default: 1GiB]")
+@click.option("--process", help="I/N: which of N processes on one file system, from 0/N.")
+@click.option(
+    "--distributed", is_flag=True, help="One process of a cluster's job; JAX finds which."
+)
+@click.option("--diagnostics/--no-diagnostics", default=True, help="Measure the task vectors.")
+@click.option("--verify/--no-verify", default=True, help="Check the digests of the inputs.")
+@click.option("--dry_run", is_flag=True, help="Say what it would take, and stop.")
+@click.option("--bandwidth", help="Bytes a second for --dry_run's time, instead of measuring.")
+@click.option("--out", type=DIRECTORY, help="What to make.")
+@click.option("--list", "list_methods", is_flag=True, help="Show the methods and their settings.")
+def merge(
+    base: Path | None,
+    experts: tuple[Path, ...],
+    method: str | None,
+    weights: str | None,
+    weighted_signs: bool,
+    scale_of: tuple[str, ...],
+    preset: str | None,
+    recipe: Path | None,
+    out: Path | None,
+    list_methods: bool,
+    statistics: tuple[Path, ...],
+    to: str | None,
+    vocabulary: str | None,
+    memory: str | None,
+    process: str | None,
+    distributed: bool,
+    diagnostics: bool,
+    verify: bool,
+    dry_run: bool,
+    bandwidth: str | None,
+    **settings: Any,
+) -> None:
+    """Merge experts' checkpoints into one.
+
+    Models are m2l's checkpoints and training runs, Hugging Face directories, T5X checkpoints.
+    """
+    if list_methods:
+        _list()
+        return
+    from m2l import merging
+    from m2l.merging import plan
+
+    given = {name: value for name, value in settings.items() if value not in (None, ())}
+    given |= {"weighted_signs": True} if weighted_signs else {}
+    given |= {"weights": _numbers("--weights", weights)} if weights else {}
+    given |= {"scales": tuple(map(_scale_of, scale_of))} if scale_of else {}
+    given |= {"method": method} if method else {}
+    for flag, missing in (
+        ("--method", not (method or recipe)),
+        ("--expert", not experts),
+        ("--out", not out),
+    ):
+        if missing:
+            raise ConfigError(f"m2l merge: {flag} is missing")
+    if preset:
+        given = merging.preset(preset, given)
+    how = merging.Recipe.read(recipe, **given) if recipe else merging.Recipe(**given)
+    if distributed:
+        import jax
+
+        jax.distributed.initialize()
+    options = {
+        "statistics": statistics,
+        "to": to,
+        "vocabulary": _described(vocabulary),
+        "memory": plan.parse_bytes(memory) if memory else None,
+        "process": _process(process),
+        "diagnostics": diagnostics,
+        "verify": verify,
+    }
+    if dry_run:
+        job = merging.prepare(base, experts, how, out, **options)
+        _show_plan(job, plan.parse_bytes(bandwidth) if bandwidth else None)
+        return
+    start = time.monotonic()
+    manifest = merging.merge(base, experts, how, out, **options)
+    if manifest is None:
+        click.echo(f"merged checkpoint: {out}, published by process 0")
+        return
+    rows = [(p["role"], p["path"], p["digest"][:16]) for p in manifest.parents]
+    print_table(f"{how.method} of {len(experts)} experts", ["role", "checkpoint", "digest"], rows)
+    click.echo(
+        f"merged checkpoint: {out}  digest {manifest.digest[:16]}  in "
+        f"{time.monotonic() - start:.1f} s"
+    )
+
+
+def _list() -> None:
+    from m2l import merging
+
+    def settings(method: merging.Method) -> str:
+        return ", ".join(
+            name if default is None else f"{name}={default}"
+            for name, default in method.hyper_parameters.items()
+        )
+
+    rows = [(m.name, settings(m), m.summary) for m in merging.METHODS.values()]
+    print_table("merge methods", ["method", "settings", ""], rows)
+    rows = [(name, ", ".join(methods)) for name, methods in merging.PRESETS.items()]
+    print_table("presets", ["preset", "methods"], rows)
+
+
+def _show_plan(job: Any, bandwidth: int | None) -> None:
+    from m2l.merging import plan
+
+    rows = job.plan.rows()
+    source = "told"
+    if bandwidth is None:
+        bandwidth, source = plan.measure_bandwidth(job), "measured"
+    seconds = job.plan.seconds(bandwidth)
+    rows.append(("time", f"{seconds:,.1f} s at {plan.spell(bandwidth)}/s ({source})"))
+    print_table(f"plan of {job.recipe.method}, nothing is done", ["what", "how much"], rows)
+
+
+def _described(vocabulary: str | None) -> Any:
+    if vocabulary is None:
+        return None
+    from m2l.data import tokenizer_files
+
+    return tokenizer_files.describe(vocabulary)
+
+
+def _process(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    try:
+        index, count = map(int, text.split("/"))
+    except ValueError as error:
+        raise ConfigError(f"--process {text}: expected I/N, such as 0/2") from error
+    return index, count
+
+
+def _numbers(flag: str, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise ConfigError(f"{flag} {text}: expected numbers with commas between") from error
+
+
+def _scale_of(text: str) -> tuple[str, float | tuple[float, ...]]:
+    pattern, equals, value = text.rpartition("=")
+    if not equals:
+        raise ConfigError(f"--scale_of {text}: expected PATTERN=SCALE")
+    numbers = _numbers("--scale_of", value)
+    return pattern, numbers if len(numbers) > 1 else numbers[0]

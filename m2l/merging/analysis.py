@@ -1,0 +1,511 @@
+"""What must be known of whole models before a block of them can be merged, and what is of interest.
+
+Thresholds, tables of drop rates by rank, inner products: each found in passes over the bytes, by
+any number of processes together, each of which reads its own part of the parameters.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from m2l import files
+from m2l.errors import MergeError
+from m2l.merging import kernel, randomness, thresholds
+from m2l.merging.methods import METHODS, Consensus
+from m2l.merging.passes import Pass, Span, spans
+from m2l.merging.recipe import Recipe
+from m2l.merging.sources import Source
+from m2l.merging.thresholds import Counts, Interval, Trimming
+from m2l.merging.workplace import Workplace
+
+RUNS, RUN = 2048, 512
+"""A sample for thresholds: so many runs of so many consecutive entries."""
+
+SAMPLED = 1 << 22
+"""Diagnostics look at about so many parameters of each expert at most."""
+
+_CELL, _WHOLE_CELL = 1 << 14, 1 << 18
+_TABLE = 1 << 16
+
+
+@functools.cache
+def _bits(name: str, sparse: bool) -> Callable[..., tuple[list[jax.Array], list[jax.Array]]]:
+    """The bits of the magnitudes, and their codes; of `sparse`, no bits."""
+    method = METHODS[name]
+
+    def bits(base: jax.Array, experts: list, limits: jax.Array, given: kernel.Given) -> tuple:
+        found = [kernel.bits(a) for a in kernel.magnitudes(method, base, experts, given)]
+        return [] if sparse else found, thresholds.codes(found, limits)
+
+    return jax.jit(bits)
+
+
+@functools.cache
+def _measure(name: str, consensus: Consensus) -> Callable[..., dict[str, jax.Array]]:
+    return jax.jit(functools.partial(kernel.measured, METHODS[name], consensus))
+
+
+class Analysis:
+    """The passes over one merge's inputs that come before it.
+
+    Args:
+        recipe: How to merge.
+        base: The base, if the method has one.
+        experts: The experts.
+        sizes: Name -> elements, of all that is merged, in order.
+        mine: The names that this process reads.
+        work: Where results are shared and kept.
+        stream: Reads the base, if there is one, and the experts.
+        block: Elements of a span.
+        advance: Told how many elements of the model were read.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        base: Source | None,
+        experts: Sequence[Source],
+        sizes: Mapping[str, int],
+        mine: Sequence[str],
+        work: Workplace,
+        stream: Pass,
+        block: int,
+        advance: Callable[[int], None],
+    ):
+        self.recipe, self.method = recipe, METHODS[recipe.method]
+        self._base, self._experts, self._sizes, self._mine = base, experts, sizes, mine
+        self._work, self._stream, self._block, self._advance = work, stream, block, advance
+        self._size = sum(sizes.values())
+        self.thresholds: dict[str, dict[str, np.ndarray]] = {name: {} for name in sizes}
+        self.measured: dict[str, dict[str, np.ndarray]] = {}
+        self._norms: dict[str, dict[str, np.ndarray]] = {}
+        self.densities: list[float] | None = None
+        self._zero_sign = np.float32(recipe.zero_sign == "positive")
+
+    # What a block is given
+
+    def given(self, span: Span, length: int | None = None) -> dict[str, Any]:
+        """What the method takes for a span, beside the parameters; see `kernel.Given`."""
+        name, method = span.name, self.method
+        source = self._experts[0]
+        canonical, turned = source.name_of(name)
+        names = (name, canonical)
+        found = self.recipe.settings_for(names, len(self._experts)) | self.thresholds[name]
+        if method.elects:
+            found["zero_sign"] = self._zero_sign
+        if method.coefficients is not None and name in self.measured:
+            found["coefficients"] = self._coefficients(name)
+        if method.draws:
+            shape = source.parameters[name].shape
+            found["keys"] = randomness.keys(self.recipe.seed, len(self._experts), canonical)
+            found["offset"] = kernel.split(span.start)
+            if turned and len(shape) == 2:
+                row, column = divmod(span.start, shape[1])
+                found["turned"] = np.array([row, column, *shape], np.uint32)
+            if not method.ranks:
+                found["cut"] = randomness.cut(self.recipe.drop_rate)
+            if not method.ranks or self.recipe.rescale == "norm":
+                found["rescale"] = self._rescale(name)
+        return found
+
+    def _coefficients(self, name: str) -> np.ndarray:
+        products = self.measured[name]["products"]
+        hyper = {n: getattr(self.recipe, n) for n in self.method.hyper_parameters}
+        return np.float32(self.method.coefficients(products, **hyper, xp=np))
+
+    def _rescale(self, name: str) -> np.ndarray:
+        n = len(self._experts)
+        if name in self._norms:
+            before, after = self._norms[name]["l1"], self._norms[name]["l1_kept"]
+            small = (before < 1e-7) | (after < 1e-7)
+            return np.float32(np.where(small, 1, before / np.where(small, 1, after)))
+        if self.recipe.rescale == "expectation":
+            return np.full(n, 1 / (1 - self.recipe.drop_rate), np.float32)
+        return np.ones(n, np.float32)
+
+    # The passes
+
+    def run(self, diagnostics: bool) -> None:
+        """Finds all that the method needs, and, if asked for, diagnostics."""
+        recipe, method = self.recipe, self.method
+        if method.ranks:
+            self._find_tables()
+        if method.draws and recipe.rescale == "norm":
+            self._norms = self._measure_all("norms")
+        if method.trims:
+            self._find_thresholds()
+        if method.coefficients is not None or recipe.zero_sign.startswith("majority"):
+            self.measured = self._measure_all("products")
+        if recipe.zero_sign.startswith("majority"):
+            total = sum(int(found["majority"]) for found in self.measured.values())
+            undecided = -1 if recipe.zero_sign == "majority" else 0
+            self._zero_sign = np.float32(np.sign(total) or undecided)
+        if diagnostics:
+            self.diagnosed = self.measured or self._sample()
+
+    def _ranks(self, size: int | None = None) -> list[int]:
+        """Whose magnitudes are looked for among `size` entries: thresholds', then ceilings'."""
+        size = self._size if size is None else size
+        if not self.method.trims or (self.recipe.density == 1 and not self.recipe.gamma):
+            return []
+        if "ceilings" not in self.method.takes:
+            return [self.recipe.kept_of(size)]
+        outliers = int(size * self.recipe.gamma)
+        return [min(size, outliers + self.recipe.kept_of(size)), outliers]
+
+    def _limits(self, found: Sequence[Sequence[Trimming]]) -> dict[str, np.ndarray]:
+        """Thresholds and, where there are any, ceilings, float32 [experts] each."""
+        columns = [[t.threshold for t in column] for column in zip(*found, strict=True)]
+        names = ["thresholds", "ceilings"][: len(columns)]
+        return {n: np.array(c, np.float32) for n, c in zip(names, columns, strict=True)}
+
+    def _find_thresholds(self) -> None:
+        n = len(self._experts)
+        if not self._ranks():
+            none = {"thresholds": np.zeros(n, np.float32)}
+            if "ceilings" in self.method.takes:
+                none["ceilings"] = np.full(n, np.inf, np.float32)
+            self.thresholds = {name: held | none for name, held in self.thresholds.items()}
+            return
+        if self.recipe.scope == "model":
+            found = self._of_model()
+            limits = self._limits(found)
+            self.thresholds = {name: held | limits for name, held in self.thresholds.items()}
+            kept = [row[0].kept - self._outliers(row) for row in found]
+        else:
+            kept = self._of_tensors()
+        self.densities = [int(k) / self._size for k in kept]
+
+    def _outliers(self, row: Sequence[Trimming]) -> int:
+        return row[1].kept if len(row) > 1 else 0
+
+    def _of_model(self) -> list[list[Trimming]]:
+        ranks, serial = self._ranks(), iter(range(100))
+        cache = None if self.method.draws else _Cache(self._base, self._experts, self._sizes)
+        if cache is not None and (found := cache.get(ranks, self._size)):
+            return found
+
+        def read(intervals: Sequence[Sequence[Interval]]) -> list[list[Counts]]:
+            make = functools.partial(self._count, self._mine, intervals)
+            parts = self._work.gather(f"counts-{next(serial)}", lambda: _packed(make()))
+            return thresholds.merge_counts([_unpacked(part, intervals) for part in parts])
+
+        first = self._brackets(ranks)
+        found = thresholds.select(read, first, ranks, self._size)
+        if cache is not None and self._work.process[0] == 0:
+            cache.put(ranks, found)
+        return found
+
+    def _brackets(self, ranks: Sequence[int]) -> list[list[Interval]]:
+        if self.method.draws or self._size <= RUNS * RUN:
+            return [[Interval(0, thresholds.LARGEST) for _ in ranks] for _ in self._experts]
+        parts = self._work.gather("sample", lambda: {"bits": self._sampled_bits()})
+        sample = np.concatenate([part["bits"] for part in parts], axis=1)
+        return [[thresholds.bracket(row, k, self._size) for k in ranks] for row in sample]
+
+    def _sampled_bits(self) -> np.ndarray:
+        """Runs at even distances through the model, this process's: uint32 [experts, runs, RUN]."""
+        mine, runs, end = set(self._mine), [], 0
+        places = ((np.arange(RUNS) + 0.5) * (self._size / RUNS)).astype(np.int64)
+        for name, size in self._sizes.items():
+            begin, end = end, end + size
+            if name in mine and size >= RUN:
+                here = places[(places >= begin) & (places < end)] - begin
+                runs += [(name, min(int(place), size - RUN)) for place in here]
+        sources = [self._base, *self._experts]
+        arrays = [np.empty(max(1, len(runs)) * RUN, s.parameters[n].dtype)
+                  for s in sources for n in [next(iter(self._sizes))]]  # fmt: skip
+        for source, array in zip(sources, arrays, strict=True):
+            for place, (name, start) in enumerate(runs):
+                part = array[place * RUN : (place + 1) * RUN]
+                stored = source.parameters[name]
+                if stored.dtype == array.dtype:
+                    stored.read_into(start, start + RUN, part)
+                else:
+                    own = np.empty(RUN, stored.dtype)
+                    stored.read_into(start, start + RUN, own)
+                    part[:] = own
+        nothing = np.zeros((len(self._experts), 2), np.uint32)
+        bits, _ = _bits(self.recipe.method, False)(arrays[0], arrays[1:], nothing, {})
+        return np.stack(bits).reshape(len(self._experts), -1, RUN)[:, : len(runs)]
+
+    def _count(
+        self, names: Sequence[str], intervals: Sequence[Sequence[Interval]]
+    ) -> list[list[Counts]]:
+        counts = [[Counts(interval) for interval in row] for row in intervals]
+        limits = thresholds.edges(intervals)[:, :2]
+        # Few entries lie inside, and their bits are had for less than those of all.
+        sparse = len(intervals[0]) == 1 and not self.method.draws
+        sparse = sparse and jax.default_backend() == "cpu"
+        bits = _bits(self.recipe.method, sparse)
+
+        def act(span: Span, arrays: list) -> list[list[tuple[np.ndarray, int]]]:
+            found, codes = bits(arrays[0], arrays[1:], limits, self.given(span))
+            rows = []
+            for place, (row, code) in enumerate(zip(intervals, codes, strict=True)):
+                code = np.asarray(code)[: span.size]
+                if sparse:
+                    at = np.flatnonzero(code == 1)
+                    inside = thresholds.bits_at(arrays[0], arrays[1 + place], at)
+                    above = int(np.count_nonzero(code == 2))
+                    rows.append([(row[0].places(inside), above)])
+                else:
+                    rows.append(thresholds.find(row, np.asarray(found[place])[: span.size], code))
+            return rows
+
+        todo = spans({name: self._sizes[name] for name in names}, self._block)
+        for span, rows in self._stream.run(todo, act, self._block):
+            for row, found in zip(counts, rows, strict=True):
+                for each, (places, above) in zip(row, found, strict=True):
+                    each.add(places, above)
+            self._advance(span.size)
+        return counts
+
+    def _of_tensors(self) -> np.ndarray:
+        """Finds the thresholds of this process's parameters; how many entries are kept, in all."""
+
+        def find() -> dict[str, np.ndarray]:
+            kept = np.zeros(len(self._experts), np.int64)
+            rows = []
+            for name in self._mine:
+                size = self._sizes[name]
+                ranks = self._ranks(size)
+                first = [[Interval(0, thresholds.LARGEST) for _ in ranks] for _ in self._experts]
+                found = thresholds.select(
+                    functools.partial(self._count, [name]), first, ranks, size
+                )
+                kept += [row[0].kept - self._outliers(row) for row in found]
+                rows.append(np.stack(list(self._limits(found).values())))
+            return {"limits": np.stack(rows) if rows else np.zeros((0, 1)), "kept": kept}
+
+        parts = self._work.gather("thresholds", find)
+        mine = parts[self._work.process[0]]["limits"]
+        for name, limits in zip(self._mine, mine, strict=True):
+            for kind, row in zip(("thresholds", "ceilings"), limits, strict=False):
+                self.thresholds[name][kind] = row
+        return np.sum([part["kept"] for part in parts], axis=0)
+
+    def _find_tables(self) -> None:
+        """Drop rates by the upper 16 bits of the magnitude, from how many entries have them."""
+        recipe, n = self.recipe, len(self._experts)
+        bits = jax.jit(
+            lambda base, experts: [
+                kernel.bits(expert.astype(jnp.float32) - base.astype(jnp.float32))
+                for expert in experts
+            ]
+        )
+
+        def histogram(names: Sequence[str]) -> np.ndarray:
+            counts = np.zeros((n, _TABLE), np.int64)
+
+            def act(span: Span, arrays: list) -> np.ndarray:
+                found = [np.asarray(a)[: span.size] for a in bits(arrays[0], arrays[1:])]
+                if max(int(a.max(initial=0)) for a in found) > thresholds.LARGEST:
+                    refuse_nonfinite([self._base, *self._experts], span)
+                return np.stack([np.bincount(a >> 16, minlength=_TABLE) for a in found])
+
+            todo = spans({name: self._sizes[name] for name in names}, self._block)
+            for span, found in self._stream.run(todo, act, self._block):
+                counts += found
+                self._advance(span.size)
+            return counts
+
+        tables: dict[str, dict[str, np.ndarray]] = {}
+        if recipe.scope == "model":
+            parts = self._work.gather("ranks", lambda: {"counts": histogram(list(self._mine))})
+            table = self._table(np.sum([part["counts"] for part in parts], axis=0))
+            tables = dict.fromkeys(self._sizes, table)
+        else:
+            tables = {name: self._table(histogram([name])) for name in self._mine}
+        for name, table in tables.items():
+            self.thresholds[name] |= table
+
+    def _table(self, counts: np.ndarray) -> dict[str, np.ndarray]:
+        """cuts and rescales, [experts, 65536], of how many entries have each upper 16 bits."""
+        total = counts.sum(1, keepdims=True)
+        below = np.cumsum(counts, 1) - counts
+        ranks = (below + (counts - 1) / 2) / np.maximum(total - 1, 1)
+        epsilon = self.recipe.epsilon
+        rates = self.recipe.drop_rate + epsilon - 2 * epsilon * np.clip(ranks, 0, 1)
+        rescales = 1 / (1 - rates) if self.recipe.rescale == "expectation" else np.ones_like(rates)
+        return {"cuts": np.uint32(rates * 2**32), "rescales": np.float32(rescales)}
+
+    # Sums
+
+    def _measure_all(self, tag: str) -> dict[str, dict[str, np.ndarray]]:
+        """Sums over every parameter, exact to float32's rounding."""
+        cells = spans({name: self._sizes[name] for name in self._mine}, _WHOLE_CELL)
+        make = functools.partial(self._sums, cells, _WHOLE_CELL)
+        parts = self._work.gather(tag, lambda: _flat(make()))
+        return {k: v for part in parts for k, v in _nested(part).items()}
+
+    def _sample(self) -> dict[str, dict[str, np.ndarray]]:
+        """Sums over cells at even distances through each parameter."""
+        share, cells = min(1.0, SAMPLED / self._size), []
+        for name in self._mine:
+            whole = spans({name: self._sizes[name]}, _CELL)
+            wanted = max(1, round(len(whole) * share))
+            places = np.unique(np.linspace(0, len(whole) - 1, wanted).round().astype(int))
+            cells += [whole[place] for place in places]
+        make = functools.partial(self._sums, cells, _CELL)
+        parts = self._work.gather("diagnostics", lambda: _flat(make()))
+        return {k: v for part in parts for k, v in _nested(part).items()}
+
+    def _sums(self, cells: Sequence[Span], cell: int) -> dict[str, dict[str, np.ndarray]]:
+        measure = _measure(self.recipe.method, self.recipe.election)
+        totals: dict[str, dict[str, np.ndarray]] = {}
+
+        def act(span: Span, arrays: list) -> dict[str, np.ndarray]:
+            base, experts = (None, arrays) if self._base is None else (arrays[0], arrays[1:])
+            found = measure(base, experts, self.given(span))
+            found = {kind: np.asarray(array, np.float64) for kind, array in found.items()}
+            if not np.isfinite(found["products"]).all():
+                refuse_nonfinite([s for s in (self._base, *self._experts) if s], span)
+            return found | {"entries": np.float64(span.size)}
+
+        for span, found in self._stream.run(cells, act, cell):
+            held = totals.setdefault(span.name, {})
+            for kind, array in found.items():
+                held[kind] = held.get(kind, 0.0) + array
+            self._advance(0)
+        return totals
+
+    def diagnostics(self) -> dict[str, Any]:
+        """Norms and cosines of the task vectors, realised densities, conflicts; JSON-like."""
+        groups: dict[str, dict[str, Any]] = {}
+        for name in self._sizes:
+            found = self.diagnosed[name]
+            up = self._sizes[name] / float(found["entries"])
+            for group in ("", group_of(name)):
+                held = groups.setdefault(group, {"parameters": 0})
+                held["parameters"] += self._sizes[name]
+                for kind, array in found.items():
+                    if kind != "entries":
+                        held[kind] = held.get(kind, 0.0) + array * up
+        looked_at = sum(float(found["entries"]) for found in self.diagnosed.values())
+        model = _described(groups.pop(""))
+        if self.densities is not None:
+            model["density"] = self.densities
+        return model | {
+            "share": looked_at / self._size,
+            "groups": {group: _described(held) for group, held in groups.items()},
+        }
+
+
+def _described(held: Mapping[str, Any]) -> dict[str, Any]:
+    norms = np.sqrt(np.diagonal(held["products"]))
+    cosines = held["products"] / np.maximum(np.outer(norms, norms), 1e-30)
+    found = {
+        "parameters": held["parameters"],
+        "norms": [float(f"{norm:.6g}") for norm in norms],
+        "cosines": np.clip(cosines, -1, 1).round(6).tolist(),
+    }
+    if "kept" in held:
+        found |= {
+            "density": (held["kept"] / held["parameters"]).round(6).tolist(),
+            "sign_conflicts": round(float(held["conflicts"] / max(1.0, held["touched"])), 6),
+        }
+    return found
+
+
+def group_of(name: str) -> str:
+    """The layer that a parameter belongs to, or the part of the model that has none."""
+    layer = re.match(r"(.*?(?:layers?_?|block|h)[./_]?\d+)[./]", name)
+    return layer[1] if layer else re.split(r"[./]", name)[0]
+
+
+def refuse_nonfinite(sources: Sequence[Source], span: Span) -> None:
+    """Raises MergeError naming the first entry of a span that is NaN or infinity, if any is."""
+    for source in sources:
+        stored = source.parameters[span.name]
+        array = np.empty(span.size, stored.dtype)
+        stored.read_into(span.start, span.stop, array)
+        for index in np.flatnonzero(~np.isfinite(array.astype(np.float32)))[:1]:
+            raise MergeError(
+                f"{source.path}: {span.name}[{span.start + index}] (row-major) is {array[index]}: "
+                "only finite numbers can be merged; use a checkpoint from before the training run "
+                "diverged, or it is damaged: m2l inspect --verify"
+            )
+
+
+def _packed(counts: Sequence[Sequence[Counts]]) -> dict[str, np.ndarray]:
+    return {
+        "above": np.array([[each.above for each in row] for row in counts], np.int64),
+        "bins": np.array([[each.bins for each in row] for row in counts], np.int64),
+    }
+
+
+def _unpacked(
+    part: Mapping[str, np.ndarray], intervals: Sequence[Sequence[Interval]]
+) -> list[list[Counts]]:
+    return [
+        [Counts(i, int(a), b) for i, a, b in zip(row, above, bins, strict=True)]
+        for row, above, bins in zip(intervals, part["above"], part["bins"], strict=True)
+    ]
+
+
+def _flat(totals: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {f"{kind}:{name}": a for name, held in totals.items() for kind, a in held.items()}
+
+
+def _nested(part: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for key, array in part.items():
+        kind, name = key.split(":", 1)
+        found.setdefault(name, {})[kind] = array
+    return found
+
+
+class _Cache:
+    """Thresholds that were found before, by what base and experts are."""
+
+    def __init__(self, base: Source, experts: Sequence[Source], sizes: Mapping[str, int]):
+        folder = os.environ.get("M2L_CACHE") or os.path.join(
+            os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "m2l"
+        )
+        what = json.dumps(list(sizes.items()))
+        self._files = []
+        for expert in experts:
+            text = f"{base.digest} {expert.digest} {what}"
+            name = hashlib.sha256(text.encode()).hexdigest()
+            self._files.append(Path(folder) / "thresholds" / f"{name}.json")
+
+    def get(self, ranks: Sequence[int], size: int) -> list[list[Trimming]] | None:
+        """The thresholds of every expert for every rank; None unless all are known."""
+        found = []
+        for file in self._files:
+            known = _read(file)
+            if not all(str(rank) in known for rank in ranks):
+                return None
+            rows = [known[str(rank)] for rank in ranks]
+            found.append([Trimming(np.uint32(b).view(np.float32), kept, size) for b, kept in rows])
+        return found
+
+    def put(self, ranks: Sequence[int], found: Sequence[Sequence[Trimming]]) -> None:
+        """Keeps thresholds; what cannot be kept is found again."""
+        for file, row in zip(self._files, found, strict=True):
+            new = {
+                str(rank): [int(np.float32(t.threshold).view(np.uint32)), t.kept]
+                for rank, t in zip(ranks, row, strict=True)
+            }
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                files.write(file, json.dumps(_read(file) | new))
+            except OSError:
+                return
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}

@@ -1,0 +1,219 @@
+"""What a merge will take, told before a byte is read: bytes, blocks, memory, time."""
+
+import dataclasses
+import os
+import re
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from m2l.errors import MergeError
+from m2l.merging.passes import BLOCK, SHORT, cores
+from m2l.merging.sources import Source, held
+
+DEFAULT_MEMORY = 1 << 30
+
+# Beside what the process holds now: the compiler, threads, and JAX's own.
+_OVERHEAD = 160 << 20
+_SMALLEST = 1 << 16
+_MEASURED = 256 << 20
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_BINARY = {"KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30, "TI": 1 << 40}
+
+
+def parse_bytes(text: str) -> int:
+    """The number of bytes that "2GiB", "1.5 GB" or "800M" means.
+
+    Raises:
+        MergeError: It means none.
+    """
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT]?I?)B?\s*", text.upper())
+    try:
+        return int(float(match[1]) * (_UNITS | _BINARY)[match[2]])
+    except (TypeError, ValueError, KeyError):
+        raise MergeError(f"{text!r} is no amount of memory such as 2GiB or 800MB") from None
+
+
+def spell(count: float) -> str:
+    """Bytes as people read them: 1.03 GB."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:.0f} B"
+
+
+def resident() -> int:
+    """The bytes that this process holds in memory."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a merge will take.
+
+    Attributes:
+        parameters: Of the model; `mine` of them this process's.
+        mine: See above.
+        experts: How many.
+        read: Bytes that this process reads, all readings together.
+        write: Bytes that it writes.
+        readings: How many times the inputs are read.
+        verified: Bytes of inputs whose digests are checked.
+        block: Elements of a block.
+        blocks: How many blocks this process merges.
+        threads: How many threads work.
+        memory: Bytes that the process will hold in memory at most.
+        free: Bytes free where the result goes; None where that is not known.
+        size: Bytes of the result.
+    """
+
+    parameters: int
+    mine: int
+    experts: int
+    read: int
+    write: int
+    readings: int
+    verified: int
+    block: int
+    blocks: int
+    threads: int
+    memory: int
+    free: int | None
+    size: int
+
+    def seconds(self, bandwidth: float) -> float:
+        """How long reading and writing take at so many bytes a second."""
+        return (self.read + self.write) / bandwidth
+
+    def rows(self) -> list[tuple[str, str]]:
+        """What it says, for a table."""
+        return [
+            ("parameters", f"{self.parameters:,}" + self._share()),
+            ("experts", f"{self.experts}"),
+            ("read", f"{spell(self.read)}, in {self.readings} reading{'s'[: self.readings > 1]}"),
+            ("write", f"{spell(self.write)}" + self._room()),
+            ("blocks", f"{self.blocks:,} of {self.block:,}, {self.threads} threads"),
+            ("memory", f"{spell(self.memory)} at most"),
+        ]
+
+    def _share(self) -> str:
+        return "" if self.mine == self.parameters else f", {self.mine:,} of them here"
+
+    def _room(self) -> str:
+        return "" if self.free is None else f" ({spell(self.free)} are free)"
+
+    def __str__(self) -> str:
+        return "; ".join(f"{name} {value}" for name, value in self.rows())
+
+
+def make(
+    sources: Sequence[Source],
+    sizes: Mapping[str, int],
+    mine: Sequence[str],
+    *,
+    described: Mapping[str, tuple[tuple[int, ...], np.dtype]],
+    readings: int,
+    verify: bool,
+    states: int,
+    memory: int | None,
+    block: int | None,
+    whole: bool,
+    out: Path,
+) -> Plan:
+    """Works out blocks and threads that keep to the memory limit.
+
+    Args:
+        sources: All that are read.
+        sizes: Name -> elements, of all that is merged.
+        mine: Those of this process.
+        described: name -> (shape, dtype) of the result.
+        readings: How many times all is read.
+        verify: Whether inputs' digests are checked.
+        states: Bytes that counts and tables take.
+        memory: The limit; None: 1 GiB, or what a process that holds much already needs.
+        block: Elements of a block; None: chosen by the limit.
+        whole: Whether whole parameters are merged at once.
+        out: Where the result goes.
+
+    Raises:
+        MergeError: No block is small enough for the limit; says which limit works.
+    """
+    widths = [next(iter(s.parameters.values())).dtype.itemsize for s in sources]
+    element = sum(widths) + 4 * len(sources) + 8
+    memory = memory or max(DEFAULT_MEMORY, resident() + (DEFAULT_MEMORY >> 1))
+    fixed = resident() + _OVERHEAD + states + sum(map(held, sources))
+    largest = max(sizes.values())
+    if whole:
+        # In float64 and with Grams; see data_driven.regmean.
+        fixed += 8 * largest * 6
+
+    def needs(block: int, threads: int) -> int:
+        return fixed + (threads + 1) * min(block, max(largest, SHORT)) * element
+
+    choices = [
+        (size, threads)
+        for size in ([block] if block else [BLOCK, BLOCK >> 2, _SMALLEST])
+        for threads in (cores() + 1, cores(), 1)
+    ]
+    fitting = [choice for choice in choices if needs(*choice) <= memory]
+    if not fitting:
+        least = min(needs(*choice) for choice in choices)
+        raise MergeError(
+            f"--memory {spell(memory)} is too little for this merge: {spell(least)} is the least "
+            f"that works ({len(sources)} models at once, and {spell(fixed)} for all else)"
+        )
+    size, threads = fitting[0]
+    size = min(size, max(largest, SHORT))
+    share = sum(sizes[name] for name in mine)
+    total = sum(sizes.values())
+    stored = sum(
+        s.parameters[n].size * s.parameters[n].dtype.itemsize for s in sources for n in mine
+    )
+    result = sum(
+        np.prod(described[n][0], dtype=np.int64) * described[n][1].itemsize for n in described
+    )
+    parent = next((p for p in (out, *out.parents) if p.is_dir()), None)
+    status = None if parent is None else os.statvfs(parent)
+    return Plan(
+        parameters=total,
+        mine=share,
+        experts=0,
+        read=stored * (readings + 1),
+        write=int(result * share / total),
+        readings=readings + 1,
+        verified=stored if verify else 0,
+        block=size,
+        blocks=sum(-(-sizes[name] // size) for name in mine),
+        threads=threads,
+        memory=needs(size, threads),
+        free=None if status is None else status.f_bavail * status.f_frsize,
+        size=int(result),
+    )
+
+
+def shares(sizes: Mapping[str, int], processes: int) -> list[list[str]]:
+    """Cuts parameters into consecutive parts of about equal size, one for each process."""
+    total, parts, done = sum(sizes.values()), [[] for _ in range(processes)], 0
+    for name, size in sizes.items():
+        # By where its middle lies.
+        parts[min(processes - 1, int((done + size / 2) * processes / total))].append(name)
+        done += size
+    return parts
+
+
+def measure_bandwidth(job: Any) -> float:
+    """Bytes a second at which this machine reads the inputs' first megabytes."""
+    buffer, read, start = np.empty(1 << 22, np.uint8), 0, time.perf_counter()
+    for source in job.used:
+        for stored in source.parameters.values():
+            count = min(stored.size, buffer.nbytes // stored.dtype.itemsize)
+            stored.read_into(0, count, buffer.view(stored.dtype)[:count])
+            read += count * stored.dtype.itemsize
+            if read >= _MEASURED:
+                break
+    return read / (time.perf_counter() - start)

@@ -1,0 +1,299 @@
+"""What is merged: checkpoints of m2l, of T5X and of Hugging Face, opened under one set of names.
+
+Where all are Hugging Face's and the result is to be, their own names and layouts are kept, and
+models are merged that m2l has no network for. Otherwise all are seen as m2l names and lays out
+parameters.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from m2l import checkpoints
+from m2l.checkpoints import Manifest, safetensors
+from m2l.errors import CheckpointError, MergeError
+from m2l.merging.passes import Stored
+
+ORBAX, HUGGINGFACE, T5X = "orbax", "huggingface", "t5x"
+FORMATS = (ORBAX, HUGGINGFACE)
+"""What a merge can write."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A model to be merged.
+
+    Attributes:
+        path: Where it is.
+        format: "orbax", "huggingface" or "t5x".
+        digest: What it is: of an m2l checkpoint its digest; else of the names, sizes and times of
+            its files, and their headers.
+        parameters: Its parameters by the names of the merge.
+        ours: m2l's name of each, where it has another, and whether it is stored transposed.
+        model: Its configuration: m2l's, or config.json.
+        vocabulary: m2l's description of its vocabulary, or None.
+        tokenizer: What decides the ids of a Hugging Face directory's tokenizer; None without one.
+        manifest: An m2l checkpoint's manifest.
+        native: Whether names and layouts are Hugging Face's.
+    """
+
+    path: Path
+    format: str
+    digest: str
+    parameters: Mapping[str, Stored]
+    ours: Mapping[str, tuple[str, bool]]
+    model: Mapping[str, Any]
+    vocabulary: Mapping[str, Any] | None
+    tokenizer: str | None = None
+    manifest: Manifest | None = None
+    native: bool = False
+
+    def name_of(self, name: str) -> tuple[str, bool]:
+        """m2l's name of a parameter, and whether it is stored transposed."""
+        return self.ours.get(name, (name, False))
+
+
+def kind(path: Path) -> str:
+    """What lies at `path`, by its files.
+
+    Raises:
+        CheckpointError: Nothing that can be merged.
+    """
+    if (path / "manifest.json").is_file() or (path / "checkpoints").is_dir():
+        return ORBAX
+    if path.suffix == ".safetensors" or any(
+        (path / name).is_file() for name in ("config.json", safetensors.SINGLE, safetensors.INDEX)
+    ):
+        return HUGGINGFACE
+    if (path / "checkpoint").exists() or any(path.glob("checkpoint_*")):
+        return T5X
+    if not path.exists():
+        raise CheckpointError(f"{path}: there is no such checkpoint or training run")
+    if path.is_dir() and not any(path.iterdir()):
+        raise CheckpointError(f"{path}: the directory is empty; a checkpoint was expected")
+    raise CheckpointError(
+        f"{path}: no finished checkpoint: neither m2l's (manifest.json, checkpoints/step_*), nor a "
+        "Hugging Face directory (config.json, safetensors), nor one of T5X's (checkpoint_N)"
+    )
+
+
+def open_all(paths: Sequence[Path], to: str | None) -> tuple[list[Source], str]:
+    """Opens models; nothing but headers is read yet.
+
+    Args:
+        paths: Where they are.
+        to: The format to write; None: that of the inputs.
+
+    Returns:
+        The models, and the format that the merge is to write.
+
+    Raises:
+        CheckpointError: One is missing, unfinished or damaged.
+        MergeError: There is no such format.
+    """
+    kinds = [kind(path) for path in paths]
+    to = to or (HUGGINGFACE if set(kinds) == {HUGGINGFACE} else ORBAX)
+    if to not in FORMATS:
+        raise MergeError(f"--to {to}: a merge writes {' or '.join(FORMATS)}")
+    native = to == HUGGINGFACE and set(kinds) == {HUGGINGFACE}
+    opening: dict[str, Callable[[Path], Source]] = {
+        ORBAX: _open_orbax,
+        HUGGINGFACE: _open_huggingface if native else _open_turned,
+        T5X: _open_t5x,
+    }
+    return [opening[found](path) for found, path in zip(kinds, paths, strict=True)], to
+
+
+def _open_orbax(path: Path) -> Source:
+    path = checkpoints.resolve(path)
+    manifest = checkpoints.read_manifest(path)
+    return Source(
+        path,
+        ORBAX,
+        manifest.digest,
+        checkpoints.open_parameters(path),
+        {},
+        manifest.model,
+        manifest.vocabulary,
+        manifest=manifest,
+    )
+
+
+def _open_huggingface(path: Path) -> Source:
+    stored = safetensors.open_tensors(path)
+    directory = path if path.is_dir() else path.parent
+    ours: dict[str, tuple[str, bool]] = {}
+    model = _json(directory / "config.json") if (directory / "config.json").is_file() else {}
+    if model:
+        from m2l.checkpoints import huggingface
+
+        # A model that m2l has no network for keeps its own names.
+        with contextlib.suppress(CheckpointError):
+            layout = huggingface.read_layout(directory, stored)
+            ours = {
+                origin.tensor: (name, origin.transposed) for name, origin in layout.origins.items()
+            }
+            stored = {name: tensor for name, tensor in stored.items() if name in ours}
+    files = sorted({tensor.file for tensor in stored.values()})
+    return Source(
+        path,
+        HUGGINGFACE,
+        _identity(files),
+        stored,
+        ours,
+        model,
+        None,
+        tokenizer=_tokenizer(directory),
+        native=True,
+    )
+
+
+def _open_turned(path: Path) -> Source:
+    from m2l import models
+    from m2l.checkpoints import huggingface
+
+    stored = safetensors.open_tensors(path)
+    layout = huggingface.read_layout(path, stored)
+    files = sorted({tensor.file for tensor in stored.values()})
+    shelf = Shelf()
+
+    def parameter(name: str, origin: Any) -> Stored:
+        tensor = stored[origin.tensor]
+        if not origin.transposed:
+            return tensor
+        return Whole(
+            name,
+            tensor.shape[::-1],
+            tensor.dtype,
+            lambda: np.ascontiguousarray(tensor.read().reshape(tensor.shape).T),
+            shelf,
+        )
+
+    return Source(
+        path,
+        HUGGINGFACE,
+        _identity(files),
+        {name: parameter(name, origin) for name, origin in layout.origins.items()},
+        {},
+        models.to_dict(layout.config),
+        None,
+        tokenizer=_tokenizer(path),
+    )
+
+
+def _open_t5x(path: Path) -> Source:
+    from m2l import models
+    from m2l.checkpoints import t5x, t5x_files
+
+    directory = t5x_files.resolve(path)
+    tensors = t5x.read(directory)
+    config = t5x.infer_config(tensors)
+    shelf = Shelf()
+    parameters = {}
+    for name, spec in checkpoints.flatten(models.spec(config)).items():
+        origin = t5x.origins(config, tensors)[name]
+        tensor = tensors[origin.tensor]
+
+        def read(tensor: Any = tensor, origin: Any = origin) -> np.ndarray:
+            return np.ascontiguousarray(origin.take(tensor.read()))
+
+        parameters[name] = Whole(name, spec.shape, tensor.dtype, read, shelf)
+    files = sorted(file for file in directory.rglob("*") if file.is_file())
+    digest = _identity(files)
+    return Source(directory, T5X, digest, parameters, {}, models.to_dict(config), None)
+
+
+class Shelf:
+    """Holds the two arrays that were used last."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._held: dict[str, np.ndarray] = {}
+
+    def take(self, name: str, read: Callable[[], np.ndarray]) -> np.ndarray:
+        """The array of that name, read if it is not at hand."""
+        with self._lock:
+            array = self._held.pop(name, None)
+            array = read() if array is None else array
+            self._held = dict([*self._held.items(), (name, array)][-2:])
+            return array
+
+
+@dataclasses.dataclass(frozen=True)
+class Whole:
+    """A parameter that is not stored as m2l lays it out, and is read in one piece.
+
+    Attributes:
+        name: Its name.
+        shape: Its shape.
+        dtype: Its dtype.
+        read_all: Reads it, in that shape.
+        shelf: Where it is held while parts of it are asked for.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read_all: Callable[[], np.ndarray]
+    shelf: Shelf
+
+    @property
+    def size(self) -> int:
+        """How many elements it has."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    def read_into(self, start: int, stop: int, out: np.ndarray) -> None:
+        """Reads elements [start, stop) into `out`."""
+        out[:] = self.shelf.take(self.name, self.read_all).reshape(-1)[start:stop]
+
+
+def held(source: Source) -> int:
+    """The bytes that a source itself may hold while its parameters are read."""
+    sizes = [
+        parameter.size * parameter.dtype.itemsize
+        for parameter in source.parameters.values()
+        if isinstance(parameter, Whole)
+    ]
+    return 3 * max(sizes, default=0)
+
+
+def _identity(files: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        stat = file.stat()
+        digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino}\n".encode())
+        if file.suffix == ".safetensors":
+            with open(file, "rb") as opened:
+                digest.update(opened.read(1 << 16))
+    return digest.hexdigest()
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: damaged, no JSON ({error}); download it again") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file}: damaged, no JSON object; download it again")
+    return content
+
+
+def _tokenizer(directory: Path) -> str | None:
+    """A digest of what decides a tokenizer's ids, and of nothing else that may differ."""
+    if (file := directory / "tokenizer.json").is_file():
+        content = _json(file)
+        model = content.get("model") or {}
+        added = [(token.get("id"), token.get("content")) for token in content["added_tokens"] or []]
+        text = json.dumps([model.get("type"), model.get("vocab"), model.get("merges"), added])
+        return hashlib.sha256(text.encode()).hexdigest()
+    for name in ("spiece.model", "tokenizer.model"):
+        if (directory / name).is_file():
+            return hashlib.sha256((directory / name).read_bytes()).hexdigest()
+    return None

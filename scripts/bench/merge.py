@@ -1,0 +1,292 @@
+"""Merges beside mergekit 0.1.5: the same bytes on the same machine, whole processes, medians.
+
+    python scripts/bench/merge.py speed [--mergekit MERGEKIT_YAML] [--models 125m,500m]
+    python scripts/bench/merge.py memory [--models 125m,500m,1b,4b]
+    python scripts/bench/merge.py processes
+
+Random bfloat16 models in the shape of Llamas, as Hugging Face directories, in --folder (which is
+kept for the next run if given). The page cache is warm: each command runs once before it counts.
+MERGEKIT_YAML is the command of an installation of mergekit; without it only ours is measured.
+
+`speed`: seconds of the whole process; GB of experts a second; how often ours is as fast; and the
+limit: `cat` of all inputs to /dev/null and of one input to a file, what reading and writing cost
+without any merge. Ours trims TIES exactly over the whole model, mergekit per tensor. Thresholds
+that were found once are kept by m2l; here none are (M2L_CACHE is a new folder in every run).
+`memory`: the peak resident memory of whole processes by the size of the model.
+`processes`: two processes on one merge write the same bytes as one.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+RUNS = 5
+SIZES = {
+    # hidden, intermediate, layers, key-value heads of 64, vocabulary
+    "10m": (256, 768, 4, 2, 8192),
+    "125m": (768, 2048, 12, 4, 32000),
+    "500m": (1536, 4096, 16, 8, 32000),
+    "1b": (2048, 5632, 22, 4, 32000),
+    "4b": (3072, 8192, 36, 8, 64000),
+}
+OURS = {
+    "average": ["--method", "average"],
+    "task_arithmetic": ["--method", "task_arithmetic", "--scale", "0.3"],
+    "dare_ties": ["--method", "dare_ties", "--drop_rate", "0.5"],
+    "ties": ["--method", "ties", "--density", "0.2"],
+}
+THEIRS = {
+    "average": ("linear", {"weight": 1.0}, {}),
+    "task_arithmetic": ("task_arithmetic", {"weight": 1.0}, {"lambda": 0.3}),
+    "dare_ties": ("dare_ties", {"weight": 1.0, "density": 0.5}, {}),
+    "ties": ("ties", {"weight": 1.0, "density": 0.2}, {}),
+}
+
+
+def shapes(size: str) -> dict[str, tuple[int, ...]]:
+    """name -> shape of a Llama's tensors."""
+    d, ff, layers, heads, vocabulary = SIZES[size]
+    found = {"model.embed_tokens.weight": (vocabulary, d), "model.norm.weight": (d,)}
+    found["lm_head.weight"] = (vocabulary, d)
+    for i in range(layers):
+        at = f"model.layers.{i}"
+        for name, shape in (
+            ("self_attn.q_proj", (d, d)),
+            ("self_attn.k_proj", (64 * heads, d)),
+            ("self_attn.v_proj", (64 * heads, d)),
+            ("self_attn.o_proj", (d, d)),
+            ("mlp.gate_proj", (ff, d)),
+            ("mlp.up_proj", (ff, d)),
+            ("mlp.down_proj", (d, ff)),
+            ("input_layernorm", (d,)),
+            ("post_attention_layernorm", (d,)),
+        ):
+            found[f"{at}.{name}.weight"] = shape
+    return found
+
+
+def make(folder: Path, size: str, experts: int) -> list[Path]:
+    """The base and its experts, made if they are not there."""
+    from m2l.checkpoints import safetensors
+
+    d, ff, layers, heads, vocabulary = SIZES[size]
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": d,
+        "intermediate_size": ff,
+        "num_hidden_layers": layers,
+        "num_attention_heads": d // 64,
+        "num_key_value_heads": heads,
+        "vocab_size": vocabulary,
+        "tie_word_embeddings": False,
+        "rms_norm_eps": 1e-5,
+        "torch_dtype": "bfloat16",
+        "max_position_embeddings": 2048,
+        "hidden_act": "silu",
+    }
+    dtype = np.dtype(ml_dtypes.bfloat16)
+    described = {name: (shape, dtype) for name, shape in shapes(size).items()}
+    shards = safetensors.plan_shards(described, 5_000_000_000)
+    paths = [folder / size / name for name in ("base", *(f"expert_{i}" for i in range(experts)))]
+    for index, path in enumerate(paths):
+        if (path / "config.json").is_file():
+            continue
+        path.mkdir(parents=True)
+        extents = safetensors.create(path, described, shards)
+        for number, (name, (shape, _)) in enumerate(described.items()):
+            length = int(np.prod(shape))
+            for start in range(0, length, 1 << 22):
+                count = min(1 << 22, length - start)
+                # The base's numbers again, and each expert's own beside them.
+                block = np.random.default_rng([number, start]).standard_normal(
+                    count, dtype=np.float32
+                )
+                block *= 0.02
+                if index:
+                    own = np.random.default_rng([index, number, start])
+                    block += 0.002 * own.standard_normal(count, dtype=np.float32)
+                extents[name].write_from(block.astype(dtype), start)
+        (path / "config.json").write_text(json.dumps(config))
+    return paths
+
+
+def run(command: list[str], **environment: str) -> tuple[float, float, int]:
+    """Seconds, seconds of CPU, and peak resident bytes of a whole process."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    start = time.perf_counter()
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | environment)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        seconds = time.perf_counter() - start
+        if process.returncode:
+            log.seek(0)
+            sys.exit(f"{' '.join(command)}: {log.read().decode()[-2000:]}")
+    del before
+    return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
+
+
+def repeated(command: list[str], out: Path, times: int) -> tuple[float, float, int]:
+    """Medians, after one run that does not count."""
+    found = []
+    for _ in range(times + 1):
+        subprocess.run(["rm", "-rf", str(out)], check=True)
+        with tempfile.TemporaryDirectory() as cache:
+            found.append(run(command, M2L_CACHE=cache))
+    return tuple(statistics.median(column) for column in zip(*found[1:], strict=True))
+
+
+def ours(paths: list[Path], method: str, out: Path, *more: str) -> list[str]:
+    """The command that merges with m2l."""
+    base = [] if method == "average" else ["--base", str(paths[0])]
+    experts = [flag for path in paths[1:] for flag in ("--expert", str(path))]
+    m2l = str(Path(sys.executable).parent / "m2l")
+    flags = [*OURS[method], "--dtype", "bfloat16", *more]
+    return [m2l, "merge", *base, *experts, *flags, "--out", str(out)]
+
+
+def theirs(mergekit: str, paths: list[Path], method: str, out: Path, folder: Path) -> list[str]:
+    """The command that merges with mergekit."""
+    name, each, together = THEIRS[method]
+    config = {
+        "merge_method": name,
+        "models": [{"model": str(path), "parameters": each} for path in paths[1:]],
+        "dtype": "bfloat16",
+        "parameters": together,
+    }
+    if method != "average":
+        config["base_model"] = str(paths[0])
+    # JSON is YAML.
+    file = folder / f"{method}.yaml"
+    file.write_text(json.dumps(config))
+    return [mergekit, str(file), str(out), "--no-copy-tokenizer", "--random-seed", "0"]
+
+
+def limit(paths: list[Path], out: Path, times: int) -> float:
+    """Seconds of `cat`, of all inputs and of the output's bytes."""
+    files = [str(file) for path in paths for file in sorted(path.glob("*.safetensors"))]
+    one = " ".join(str(file) for file in sorted(paths[0].glob("*.safetensors")))
+    command = ["bash", "-c", f"cat {' '.join(files)} > /dev/null; cat {one} > {out}"]
+    return repeated(command, out, times)[0]
+
+
+def started(times: int) -> float:
+    """Seconds that Python and JAX take to start."""
+    command = [sys.executable, "-c", "import jax; jax.devices()"]
+    return statistics.median(run(command)[0] for _ in range(times))
+
+
+def speed(
+    folder: Path, models: list[str], counts: list[int], mergekit: str | None, times: int
+) -> None:
+    """Prints the table of speeds."""
+    start = started(times)
+    print(f"start of Python and JAX alone: {start:.2f} s")
+    for size in models:
+        for count in counts:
+            paths = make(folder, size, count)
+            bytes_ = sum(f.stat().st_size for p in paths[1:] for f in p.glob("*.safetensors"))
+            out = folder / "out"
+            for method in OURS:
+                inputs = paths[1:] if method == "average" else paths
+                least = limit(inputs, out, times)
+                seconds, cpu, peak = repeated(ours(paths, method, out), out, times)
+                line = (
+                    f"{size} x {count} {method}: m2l {seconds:.2f} s (CPU {cpu:.1f} s, "
+                    f"{peak / 2**20:.0f} MiB), {bytes_ / seconds / 1e9:.2f} GB/s; apart from "
+                    f"starting {bytes_ / (seconds - start) / 1e9:.2f} GB/s, "
+                    f"{(seconds - start) / least:.2f} times cat's {least:.2f} s"
+                )
+                if mergekit:
+                    command = theirs(mergekit, paths, method, out, folder)
+                    other, cpu, peak = repeated(command, out, times)
+                    line += (
+                        f"; mergekit {other:.2f} s (CPU {cpu:.1f} s, {peak / 2**20:.0f} MiB), "
+                        f"{bytes_ / other / 1e9:.3f} GB/s; m2l is {other / seconds:.1f} times "
+                        "as fast"
+                    )
+                print(line, flush=True)
+            subprocess.run(["rm", "-rf", str(out)], check=True)
+
+
+def memory(folder: Path, models: list[str]) -> None:
+    """Prints peak memory by the size of the model."""
+    for size in models:
+        paths = make(folder, size, 4)
+        parameters = sum(int(np.prod(shape)) for shape in shapes(size).values())
+        for method in OURS:
+            out = folder / "out"
+            subprocess.run(["rm", "-rf", str(out)], check=True)
+            seconds, _, peak = run(ours(paths, method, out), M2L_CACHE=str(folder / "cache"))
+            print(
+                f"{size} ({parameters / 1e6:,.0f}M) x 4 {method}: {peak / 2**20:.0f} MiB, "
+                f"{seconds:.1f} s",
+                flush=True,
+            )
+            subprocess.run(["rm", "-rf", str(out), str(folder / "cache")], check=True)
+
+
+def processes(folder: Path) -> None:
+    """Two processes write what one writes."""
+    paths = make(folder, "125m", 4)
+    for method in OURS:
+        out, alone = folder / "together", folder / "alone"
+        subprocess.run(["rm", "-rf", str(out), str(alone)], check=True)
+        run(ours(paths, method, alone), M2L_CACHE=str(folder / "cache_1"))
+        started = time.perf_counter()
+        pair = [
+            subprocess.Popen(
+                ours(paths, method, out, "--process", f"{i}/2"),
+                env=os.environ | {"M2L_CACHE": str(folder / "cache_2")},
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+            for i in range(2)
+        ]
+        codes = [process.wait() for process in pair]
+        seconds = time.perf_counter() - started
+        same = all(
+            (out / file.name).read_bytes() == file.read_bytes()
+            for file in alone.glob("*.safetensors")
+        )
+        print(f"{method}: two processes {seconds:.2f} s, exits {codes}, the same bytes: {same}")
+        subprocess.run(["rm", "-rf", str(out), str(alone)], check=True)
+        subprocess.run(["rm", "-rf", str(folder / "cache_1"), str(folder / "cache_2")], check=True)
+
+
+def main() -> None:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["speed", "memory", "processes"])
+    parser.add_argument("--mergekit", help="The mergekit-yaml of an installation.")
+    parser.add_argument("--models", default="125m,500m")
+    parser.add_argument("--experts", default="4,8")
+    parser.add_argument("--runs", type=int, default=RUNS)
+    parser.add_argument("--folder", type=Path, help="Where models are kept for the next run.")
+    flags = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = flags.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        models = flags.models.split(",")
+        if flags.what == "memory":
+            memory(folder, models)
+        elif flags.what == "processes":
+            processes(folder)
+        else:
+            counts = [int(count) for count in flags.experts.split(",")]
+            speed(folder, models, counts, flags.mergekit, flags.runs)
+
+
+if __name__ == "__main__":
+    main()
