@@ -127,16 +127,17 @@ def test_adamerging_writes_a_recipe_and_says_how_to_merge_with_it(road, run_m2l,
     out = tmp_path / "new" / "recipe.json"
     assert run_m2l(*adamerging(road, out)) == 0
     assert f"m2l merge --recipe {out} --base {road / 'base'} --expert" in capsys.readouterr().out
-    recipe = json.loads(out.read_text())
+    record = json.loads(out.read_text())
+    recipe, made_by = record["recipe"], record["made_by"]
     assert recipe["method"] == "task_arithmetic"
     for name in checkpoints.read_manifest(road / "base").parameters:
         [row] = [row for pattern, row in recipe["scales"] if fnmatch.fnmatchcase(name, pattern)]
         assert len(row) == 2 and all(0 <= value <= 1 for value in row)
     assert any(value != 0.3 for _, row in recipe["scales"] for value in row)
-    entropies = recipe["made_by"]["entropies"]
+    entropies = made_by["entropies"]
     assert len(entropies) == 3 and entropies[-1] < entropies[0]
     wanted = [checkpoints.read_manifest(road / name).digest for name in EXPERTS]
-    assert recipe["made_by"]["experts"] == wanted
+    assert made_by["experts"] == wanted
 
 
 def test_what_cannot_be_learned_is_refused_in_one_line(road, gathered, refused, tmp_path):
@@ -146,6 +147,15 @@ def test_what_cannot_be_learned_is_refused_in_one_line(road, gathered, refused, 
     assert "language_modeling" in refused(*given, "--mixture", "language_modeling")
     assert "statistics" in refused(*given, "--expert", gathered / "fisher")
     assert "initial" in refused(*given, "--initial", 2)
+    other = checkpoints.read_manifest(road / "base")
+    checkpoints.save(
+        tmp_path / "wider",
+        {"w": np.zeros(2, np.float32)},
+        model=other.model | {"d_ff": 48},
+        vocabulary=other.vocabulary,
+        made_by={"kind": "hand"},
+    )
+    assert "its d_ff is 48" in refused(*given, "--expert", tmp_path / "wider")
     assert "--steps" in refused(*given, "--steps", 0)
     assert "vocabulary" in refused(*given, "--vocabulary", "bytes")
     assert "--expert" in refused(*given[:3], *given[7:])

@@ -61,7 +61,6 @@ def adamerging(
     Writes a recipe with the coefficients for m2l merge. Every step reads a batch of each task.
     """
     from m2l import checkpoints
-    from m2l.merging import compatibility
 
     files = jsonl_files(jsonl, mixture)
     mixture = "jsonl" if files else mixture
@@ -72,10 +71,7 @@ def adamerging(
         raise ConfigError(f"{out} exists; choose another --out, or delete it")
     paths = [checkpoints.resolve(path) for path in (base, *experts)]
     manifests = [checkpoints.read_manifest(path) for path in paths]
-    for path, manifest in zip(paths, manifests, strict=True):
-        if manifest.made_by.get("kind") == "statistics":
-            raise MergeError(f"{path}: it holds statistics of a model, not a model")
-    compatibility.check_alike(list(zip(paths, manifests, strict=True)))
+    _check_alike(list(zip(paths, manifests, strict=True)))
 
     from m2l import tasks as registry
     from m2l.data import vocabularies
@@ -105,9 +101,9 @@ def adamerging(
         "initial": initial,
     }
     learned = _learn(paths, manifests[0].model, loaded, tasks, batch_size, settings)
-    recipe = {
-        "method": "task_arithmetic",
-        "scales": [[pattern, row] for pattern, row in learned.coefficients.items()],
+    scales = [[pattern, row] for pattern, row in learned.coefficients.items()]
+    record = {
+        "recipe": {"method": "task_arithmetic", "scales": scales},
         "made_by": {
             "kind": "adamerging",
             "base": manifests[0].digest,
@@ -120,7 +116,7 @@ def adamerging(
             "entropies": learned.entropies,
         },
     }
-    _write(out, recipe)
+    _write(out, record)
     columns = ["parameters", *(path.name for path in experts)]
     rows = [(pattern, *row) for pattern, row in learned.coefficients.items()]
     first, last = learned.entropies[0], learned.entropies[-1]
@@ -128,6 +124,26 @@ def adamerging(
     given = [part for path in experts for part in ("--expert", str(path))]
     command = ["m2l", "merge", "--recipe", str(out), "--base", str(base), *given]
     click.echo(f"recipe: {out}\nmerge with it: {shlex.join(command)} --out DIR")
+
+
+def _check_alike(models_of: Sequence[tuple[Path, Any]]) -> None:
+    """Refuses what is no model, or another model than the first, before anything is read."""
+    from m2l import models
+
+    path_of_base, base = models_of[0]
+    for path, manifest in models_of:
+        if manifest.made_by.get("kind") == "statistics":
+            raise MergeError(f"{path}: it holds statistics of a model, not a model")
+        where = f"{path} cannot be merged with {path_of_base}"
+        if manifest.vocabulary["fingerprint"] != base.vocabulary["fingerprint"]:
+            raise MergeError(f"{where}: another vocabulary, {manifest.vocabulary['name']!r}")
+        mine, wanted = (models.to_dict(models.from_dict(m.model)) for m in (manifest, base))
+        for name in wanted:
+            if mine.get(name) != wanted[name]:
+                raise MergeError(
+                    f"{where}: another model, its {name} is {mine.get(name)!r} and not "
+                    f"{wanted[name]!r}"
+                )
 
 
 def _learn(
@@ -165,8 +181,8 @@ def _learn(
         )
 
 
-def _write(out: Path, recipe: Mapping[str, Any]) -> None:
+def _write(out: Path, record: Mapping[str, Any]) -> None:
     from m2l import files
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    files.write(out, json.dumps(recipe, indent=1) + "\n")
+    files.write(out, json.dumps(record, indent=1) + "\n")
