@@ -20,6 +20,12 @@ from m2l.training.settings import TrainSettings
 CATEGORIES = ("sentiment", "topic_classification", "closed_book_qa", "structure_to_text")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Thresholds, too, are found for a test."""
+    os.environ["M2L_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def tiny_config():
     """A T5 that compiles in a moment; its vocabulary holds the microworld's and the bytes'."""

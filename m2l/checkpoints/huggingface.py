@@ -322,7 +322,15 @@ def export_checkpoint(
             shutil.copytree(source / TOKENIZER, temporary, dirs_exist_ok=True)
         shutil.copyfile(source / MANIFEST, temporary / f"m2l_{MANIFEST}")
         (temporary / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
-        write_card(temporary, out.name, config, manifest, widest.name, results)
+        write_card(
+            temporary,
+            out.name,
+            config.model_type,
+            manifest,
+            widest.name,
+            generates=config.decoder_only,
+            results=results,
+        )
         shards = safetensors.plan_shards(described, shard_size)
         extents = safetensors.create(temporary, described, shards)
         done = 0

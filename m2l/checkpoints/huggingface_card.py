@@ -11,7 +11,6 @@ from m2l.checkpoints.huggingface_fields import read_json
 from m2l.checkpoints.manifest import Manifest
 from m2l.checkpoints.tokenizer import DIRECTORY as TOKENIZER
 from m2l.errors import CheckpointError
-from m2l.models import Config
 
 _TOKENS = ("bos", "eos", "pad")
 _SHOWN = {"merge": "merged", "train": "trained", "convert": "converted"}
@@ -62,19 +61,22 @@ def _carried_ids(directory: Path) -> Iterator[tuple[str, int]]:
 def write_card(
     directory: Path,
     name: str,
-    config: Config,
+    model_type: str,
     manifest: Manifest,
     dtype: str,
-    results: Sequence[Path],
+    *,
+    generates: bool | None,
+    results: Sequence[Path] = (),
 ) -> None:
     """Writes README.md.
 
     Args:
         directory: Where.
         name: What the model is called.
-        config: The model.
+        model_type: The kind of model, as config.json calls it.
         manifest: What it was made by and from.
         dtype: Of its weights here.
+        generates: Whether it is a decoder alone; None if that is not known.
         results: JSON files of `m2l eval`.
 
     Raises:
@@ -84,19 +86,20 @@ def write_card(
     made_by = dict(manifest.made_by)
     kind = made_by.pop("kind", None)
     made_by.pop("config", None)
-    task = "text-generation" if config.decoder_only else "text2text-generation"
+    tasks = {True: "text-generation", False: "text2text-generation"}
+    pipeline = [f"pipeline_tag: {tasks[generates]}"] if generates is not None else []
     tags = ["m2l", *(["merge"] if kind == "merge" else [])]
     lines = [
         "---",
         "library_name: transformers",
-        f"pipeline_tag: {task}",
+        *pipeline,
         "tags:",
         *(f"- {tag}" for tag in tags),
         "---",
         "",
         f"# {name}",
         "",
-        f"A {config.model_type} model of {count:,} parameters in {dtype}, "
+        f"A {model_type} model of {count:,} parameters in {dtype}, "
         f"{_SHOWN.get(kind, 'made')} with m2l {manifest.versions.get('m2l', '')}".rstrip()
         + ".",
         f"Its digest is `{manifest.digest}`; m2l_manifest.json holds that of each parameter.",

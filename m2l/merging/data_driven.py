@@ -10,7 +10,6 @@ from collections.abc import Iterable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.linalg
 
 from m2l.errors import MergeError
 
@@ -94,6 +93,8 @@ def regmean(
     """
     if not 0 <= nondiagonal_scale <= 1:
         raise MergeError(f"nondiagonal_scale must be in [0, 1], not {nondiagonal_scale!r}")
+    import scipy.linalg  # Which takes as long to import as all else that merging needs.
+
     count, grams, kernels, products = 0, 0.0, 0.0, 0.0
     shape: tuple[int, ...] = ()
     for kernel, gram in experts:

@@ -158,6 +158,8 @@ def describe_directory(
     parents: tuple[Mapping[str, str], ...],
 ) -> Manifest:
     """Writes what makes a Hugging Face directory of the files: all but weights is `like`'s."""
+    from m2l.checkpoints.huggingface_card import write_card
+
     directory = like.path if like.path.is_dir() else like.path.parent
     for name in _COPIED:
         if (directory / name).is_file():
@@ -182,4 +184,14 @@ def describe_directory(
     )
     manifest.write(result.directory)
     (result.directory / "manifest.json").rename(result.directory / "m2l_manifest.json")
+    kinds = " ".join(model.get("architectures") or ())
+    known = "ForCausalLM" in kinds or "ForConditionalGeneration" in kinds
+    write_card(
+        result.directory,
+        final.name,
+        model.get("model_type", "safetensors"),
+        manifest,
+        dtype,
+        generates="ForCausalLM" in kinds if known else None,
+    )
     return manifest

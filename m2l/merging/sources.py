@@ -182,7 +182,7 @@ def _open_turned(path: Path) -> Source:
         _identity(files),
         {name: parameter(name, origin) for name, origin in layout.origins.items()},
         {},
-        models.to_dict(layout.config),
+        json.loads(json.dumps(models.to_dict(layout.config))),
         None,
         tokenizer=_tokenizer(path),
     )
@@ -206,8 +206,8 @@ def _open_t5x(path: Path) -> Source:
 
         parameters[name] = Whole(name, spec.shape, tensor.dtype, read, shelf)
     files = sorted(file for file in directory.rglob("*") if file.is_file())
-    digest = _identity(files)
-    return Source(directory, T5X, digest, parameters, {}, models.to_dict(config), None)
+    model = json.loads(json.dumps(models.to_dict(config)))
+    return Source(directory, T5X, _identity(files), parameters, {}, model, None)
 
 
 class Shelf:

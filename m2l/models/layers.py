@@ -7,6 +7,7 @@ head, D features of the model, R distances.
 import contextlib
 import contextvars
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -320,10 +321,18 @@ class Mlp(nn.Module):
         self.dropout = self.execution.dropout(-2)
 
     def __call__(self, x_BxLxD: Array) -> Array:
-        hidden = ACTIVATIONS[self.activation](dense(x_BxLxD, self.wi[0]))
+        activation = ACTIVATIONS[self.activation]
         if self.gated:
-            hidden = hidden * dense(x_BxLxD, self.wi[1])
+            hidden = _gate(activation, *(dense(x_BxLxD, kernel) for kernel in self.wi))
+        else:
+            hidden = activation(dense(x_BxLxD, self.wi[0]))
         return dense(self.dropout(constrain(hidden, "batch", None, "mlp")), self.wo)
+
+
+@functools.partial(jax.checkpoint, static_argnums=0)
+def _gate(activation: Callable[[Array], Array], gate: Array, x: Array) -> Array:
+    """activation(gate) * x; keeps its arguments alone for the gradient."""
+    return activation(gate) * x
 
 
 def embed(table_VxD: Array, tokens_BxL: Array, dtype: DTypeLike) -> Array:

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.linen import initializers
 
 from m2l.errors import ConfigError, DataError
@@ -284,23 +285,27 @@ class _Decoder(nn.Module):
         if not c.tie_word_embeddings:
             self.logits = self.param("logits", _INIT, (c.hidden_size, c.vocab_size))
 
-    def turns(self, positions_NxT: Array) -> Turns:
+    def turns(self, positions_NxT: Array | np.ndarray) -> Turns:
         frequencies, factor = rotary_frequencies(self.config)
-        angles = positions_NxT[:, None, :, None].astype(jnp.float32) * frequencies
-        return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+        # On the host where it can be: XLA's CPU backend computes them anew for every head.
+        xp = np if isinstance(positions_NxT, np.ndarray) else jnp
+        angles = positions_NxT[:, None, :, None].astype(np.float32) * frequencies
+        return xp.cos(angles) * xp.float32(factor), xp.sin(angles) * xp.float32(factor)
 
     def _finish(self, x: Array) -> Array:
         scale_D = self.norm + self.config.norm_offset
         return rms_norm(x, scale_D, self.config.rms_norm_eps, self.execution.dtype)
 
-    def __call__(self, x_BxTxD: Array, segments_BxT: Array | None, positions_BxT: Array) -> Array:
+    def __call__(
+        self, x_BxTxD: Array, segments_BxT: Array | None, positions_BxT: Array | np.ndarray
+    ) -> Array:
         shared = segments_BxT, self.turns(positions_BxT)
         each = [(window,) for window in self.windows]
         return self._finish(through(self.layers, x_BxTxD, each, shared, self.execution))
 
     def encode(self, x_BxSxD: Array, mask_BxS: Array) -> list[KeysValues]:
         """The keys and values of each layer."""
-        turns = self.turns(jnp.arange(x_BxSxD.shape[1])[None])
+        turns = self.turns(np.arange(x_BxSxD.shape[1])[None])
         memories = []
         for layer, window in zip(self.layers, self.windows, strict=True):
             x_BxSxD, present = layer.first(x_BxSxD, window, mask_BxS.astype(jnp.int32), turns)
@@ -374,7 +379,7 @@ class Llama(nn.Module):
         if positions is None:
             if segments is not None:
                 raise DataError("a packed batch: expected decoder_positions, found none")
-            positions = jnp.arange(tokens.shape[1])[None]
+            positions = np.arange(tokens.shape[1])[None]
         return self.decoder(self._embed(tokens), segments, positions)
 
     def encode(self, tokens_BxS: Array, mask_BxS: Array) -> list[KeysValues]:

@@ -18,6 +18,7 @@ def cross_entropy(
     *,
     softcap: float = 0.0,
     chunk: int = 0,
+    tied: bool = False,
 ) -> dict[str, jax.Array]:
     """The summed token cross-entropy, in nats, and what it is to be divided by.
 
@@ -32,6 +33,7 @@ def cross_entropy(
         softcap: c of c tanh(logits / c); 0: none.
         chunk: positions of a row whose logits are made at a time; 0: all. Where it does not divide
             T, the largest number below that does.
+        tied: whether the kernel is a transposed table [V, D], whose gradient is then made as that.
 
     Returns:
         Three float32 scalars: `loss` (sum), `correct` (targets whose logit is the largest) and
@@ -43,11 +45,12 @@ def cross_entropy(
     while length % chunk:
         chunk -= 1
     weights_BxT = weights_BxT.astype(jnp.float32)
-    loss, correct = _sums(hidden_BxTxD, kernel_DxV, targets_BxT, weights_BxT, softcap, chunk)
+    kernel = kernel_DxV.T if tied else kernel_DxV
+    loss, correct = _sums(hidden_BxTxD, kernel, targets_BxT, weights_BxT, softcap, chunk, tied)
     return {"loss": loss, "correct": correct, "weight": jnp.sum(weights_BxT)}
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def _sums(
     hidden: jax.Array,
     kernel: jax.Array,
@@ -55,9 +58,10 @@ def _sums(
     weights: jax.Array,
     softcap: float,
     chunk: int,
+    tied: bool,
 ) -> Sums:
     def add(sums: Sums, part: Any) -> tuple[Sums, None]:
-        of_part, _, _ = _logits(*part, kernel, softcap)
+        of_part, _, _ = _logits(*part, kernel.T if tied else kernel, softcap)
         return jax.tree.map(jnp.add, sums, of_part), None
 
     zeros = jnp.float32(0), jnp.float32(0)
@@ -92,7 +96,9 @@ def _logits(
     log_normalizer = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     of_target = jnp.take_along_axis(logits, targets[:, None], axis=-1)
     loss = jnp.sum((log_normalizer - of_target)[:, 0] * weights)
-    correct = jnp.sum((jnp.argmax(logits, axis=-1) == targets) * weights)
+    # Where several are the largest, any of them is right.
+    largest = jnp.max(logits, axis=-1, keepdims=True)
+    correct = jnp.sum((of_target == largest)[:, 0] * weights)
     return (loss, correct), logits, log_normalizer
 
 
@@ -103,13 +109,15 @@ def _forward(
     weights: jax.Array,
     softcap: float,
     chunk: int,
+    tied: bool,
 ) -> tuple[Sums, Any]:
-    kernel_in_dtype = kernel.astype(hidden.dtype)
+    kernel_DxV = kernel.T if tied else kernel
+    kernel_VxD_in_dtype = kernel_DxV.T.astype(hidden.dtype)
 
     def add(carry: Any, part: Any) -> tuple[Any, jax.Array]:
         sums, of_kernel = carry
         hidden_BxTxD, targets_BxT, weights_BxT = part
-        of_part, logits, log_normalizer = _logits(*part, kernel, softcap)
+        of_part, logits, log_normalizer = _logits(*part, kernel_DxV, softcap)
         is_target = jnp.arange(logits.shape[-1]) == targets_BxT.reshape(-1, 1)
         gradient = jnp.exp(logits - log_normalizer) - is_target
         gradient = gradient * weights_BxT.reshape(-1, 1)
@@ -117,8 +125,9 @@ def _forward(
             gradient = gradient * (1 - jnp.square(logits / softcap))
         gradient = gradient.astype(hidden_BxTxD.dtype)
         rows = hidden_BxTxD.reshape(-1, hidden_BxTxD.shape[-1])
-        of_kernel = of_kernel + jnp.matmul(rows.T, gradient, preferred_element_type=jnp.float32)
-        of_hidden = jnp.matmul(gradient, kernel_in_dtype.T).reshape(hidden_BxTxD.shape)
+        product = (gradient.T, rows) if tied else (rows.T, gradient)
+        of_kernel = of_kernel + jnp.matmul(*product, preferred_element_type=jnp.float32)
+        of_hidden = jnp.matmul(gradient, kernel_VxD_in_dtype).reshape(hidden_BxTxD.shape)
         return (jax.tree.map(jnp.add, sums, of_part), of_kernel), of_hidden
 
     zeros = (jnp.float32(0), jnp.float32(0)), jnp.zeros(kernel.shape, jnp.float32)
@@ -131,7 +140,7 @@ def _forward(
     return sums, (of_hidden, of_kernel, targets, weights, jnp.zeros((), kernel.dtype))
 
 
-def _backward(softcap: float, chunk: int, kept: Any, of_sums: Sums) -> tuple[Any, ...]:
+def _backward(softcap: float, chunk: int, tied: bool, kept: Any, of_sums: Sums) -> tuple[Any, ...]:
     of_hidden, of_kernel, targets, weights, like_kernel = kept
     of_loss, _ = of_sums
     return (

@@ -2,7 +2,10 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from m2l.errors import UnknownNameError
@@ -22,17 +25,32 @@ def adafactor() -> optax.GradientTransformation:
     Source: Shazeer & Stern, "Adafactor: Adaptive Learning Rates with Sublinear Memory Cost"
     (2018), algorithm 5 with beta2 = 1 - t^-0.8, d = 1, epsilon = (1e-30, 1e-3).
     """
-    return optax.adafactor(
-        learning_rate=None,
-        min_dim_size_to_factor=128,
-        decay_rate=0.8,
-        clipping_threshold=1.0,
-        multiply_by_parameter_scale=True,
-        momentum=None,
-        weight_decay_rate=None,
-        eps=1e-30,
-        factored=True,
+    return optax.chain(
+        optax.scale_by_factored_rms(
+            factored=True, decay_rate=0.8, min_dim_size_to_factor=128, epsilon=1e-30
+        ),
+        _descend_in_proportion(clip=1.0, least=1e-3),
     )
+
+
+def _descend_in_proportion(clip: float, least: float) -> optax.GradientTransformation:
+    """-update * max(least, RMS(parameter)) / max(1, RMS(update) / clip), leaf by leaf.
+
+    In one factor, where optax has three: a step of a large model takes as long as its passes over
+    the parameters.
+    """
+
+    def factor(update: jax.Array, parameter: jax.Array) -> jax.Array:
+        return -jnp.maximum(least, _rms(parameter)) / jnp.maximum(1.0, _rms(update) / clip)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        return jax.tree.map(lambda u, p: factor(u, p) * u, updates, params), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def _rms(x: jax.Array) -> jax.Array:
+    return jnp.sqrt(jnp.mean(jnp.square(x)))
 
 
 OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {"adafactor": adafactor}

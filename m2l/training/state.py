@@ -17,6 +17,10 @@ Metrics = dict[str, jax.Array]
 Batch = Mapping[str, jax.Array]
 
 
+# Without it XLA's CPU backend copies every kernel before a step that changes it in place.
+_COMPILER_OPTIONS = {"cpu": {"xla_cpu_copy_insertion_use_region_analysis": True}}
+
+
 class TrainState(NamedTuple):
     """Parameters and optimizer state, float32, and the number of steps that made them."""
 
@@ -111,6 +115,7 @@ def train_step(
             batch["decoder_loss_weights"],
             softcap=config.logit_softcap,
             chunk=loss_chunk,
+            tied=config.tie_word_embeddings,
         )
         return sums["loss"] / jnp.maximum(sums["weight"], 1.0), sums
 
@@ -136,4 +141,5 @@ def train_step(
         in_shardings=(placed, partitioning.batch_sharding(mesh), replicated, replicated),
         out_shardings=(placed, replicated),
         donate_argnums=0,
+        compiler_options=_COMPILER_OPTIONS.get(mesh.devices.flat[0].platform),
     )
