@@ -96,7 +96,7 @@ def _logits(
     log_normalizer = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     of_target = jnp.take_along_axis(logits, targets[:, None], axis=-1)
     loss = jnp.sum((log_normalizer - of_target)[:, 0] * weights)
-    # Where several are the largest, any of them is right.
+    # Where several are the largest, each is correct: an argmax would be one more pass over all.
     largest = jnp.max(logits, axis=-1, keepdims=True)
     correct = jnp.sum((of_target == largest)[:, 0] * weights)
     return (loss, correct), logits, log_normalizer

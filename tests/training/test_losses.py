@@ -36,9 +36,10 @@ def test_cross_entropy_is_the_summed_negative_log_softmax_of_the_weighted_target
     assert float(sums["correct"]) == ((logits.argmax(-1) == targets) * weights).sum()
 
 
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("chunk", [0, 2])
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
-def test_its_gradient_is_that_of_automatic_differentiation(batch, softcap, chunk):
+def test_its_gradient_is_that_of_automatic_differentiation(batch, softcap, chunk, tied):
     *_, targets, weights = batch
 
     def plain(hidden, kernel):
@@ -48,13 +49,19 @@ def test_its_gradient_is_that_of_automatic_differentiation(batch, softcap, chunk
         return -3.0 * jnp.sum(log_p * weights)
 
     def ours(hidden, kernel):
-        how = {"softcap": softcap, "chunk": chunk}
+        how = {"softcap": softcap, "chunk": chunk, "tied": tied}
         return 3.0 * losses.cross_entropy(hidden, kernel, targets, weights, **how)["loss"]
 
     for found, expected in zip(
         *(jax.grad(loss, (0, 1))(*batch[:2]) for loss in (ours, plain)), strict=True
     ):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_target_among_several_largest_logits_is_correct():
+    hidden, kernel = np.ones((1, 4, 2), np.float32), np.array([[1, 0, 1], [1, 0, 1]], np.float32)
+    targets, weights = np.array([[0, 1, 2, 2]]), np.array([[1, 1, 1, 0]])
+    assert float(losses.cross_entropy(hidden, kernel, targets, weights)["correct"]) == 2.0
 
 
 def test_gradients_keep_the_dtypes_of_what_they_are_of(batch):
