@@ -5,15 +5,20 @@ from m2l.merging.in_memory import merge_params
 from m2l.merging.methods import METHODS, Method
 from m2l.merging.presets import PRESETS, preset
 from m2l.merging.recipe import Recipe
+from m2l.merging.sweep import Point, best, grid, sweep
 
 __all__ = [
     "METHODS",
     "PRESETS",
     "Job",
     "Method",
+    "Point",
     "Recipe",
+    "best",
+    "grid",
     "merge",
     "merge_params",
     "prepare",
     "preset",
+    "sweep",
 ]

@@ -467,7 +467,7 @@ class _Merge:
         if name in job.statistics[0].parameters:
             grams = [read(source) for source in job.statistics]
         alpha = job.recipe.nondiagonal_scale
-        merged = self.method.function([read(s) for s in job.experts], grams, alpha)
+        merged = self.method.function(name, [read(s) for s in job.experts], grams, alpha)
         block = merged.reshape(shape).astype(result.described[name][1]).reshape(-1)
         if not np.isfinite(block.astype(np.float32)).all():
             self._refuse(span, block)

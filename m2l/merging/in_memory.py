@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ import numpy as np
 from m2l import checkpoints
 from m2l.errors import MergeError
 from m2l.merging import compatibility, kernel, randomness
-from m2l.merging.methods import METHODS
+from m2l.merging.methods import METHODS, Consensus, Method
 from m2l.merging.recipe import Recipe
 from m2l.merging.results import is_float
 from m2l.merging.thresholds import kth_largest
@@ -61,7 +61,7 @@ def merge_params(
                     f"expert {index}: {name} has shape {found.get(name, 'none')} and not "
                     f"{shapes.get(name, 'none')}: these are not models of one kind"
                 )
-    merge = _merge_on_host if method.whole else _merge
+    merge = _merge_on_host if method.whole else _merge_on_devices
     return checkpoints.unflatten(merge(reference, trees, beside, recipe))
 
 
@@ -88,49 +88,101 @@ def _merge_on_host(
     for name in names:
         grams = [np.asarray(s[name]) for s in statistics] if name in statistics[0] else None
         found = METHODS[recipe.method].function(
-            [np.asarray(e[name]) for e in experts], grams, recipe.nondiagonal_scale
+            name, [np.asarray(e[name]) for e in experts], grams, recipe.nondiagonal_scale
         )
         merged[name] = jnp.asarray(found).astype(recipe.dtype)
     return merged
 
 
-@functools.partial(jax.jit, static_argnames="recipe")
-def _merge(
+def _merge_on_devices(
     reference: Arrays, experts: list[Arrays], statistics: list[Arrays], recipe: Recipe
 ) -> Arrays:
-    method, n = METHODS[recipe.method], len(experts)
-    names = _names(reference, recipe)
+    """Compiled for what kind of recipe it is: its numbers are arguments."""
+    names, n = _names(reference, recipe), len(experts)
+    sizes = {name: int(np.prod(jnp.shape(reference[name]), dtype=np.int64)) for name in names}
+    settings = {name: recipe.settings_for((name,), n) for name in names}
+    groups = [names] if recipe.scope == "model" else [[name] for name in names]
+    ranks = [_ranks(recipe, sum(sizes[name] for name in group)) for group in groups]
+    rate = recipe.drop_rate or 0.0
+    numbers = {
+        "settings": settings,
+        "ranks": np.array(ranks, np.uint32),
+        "cut": randomness.cut(rate),
+        "rescale": np.float32(1 / (1 - rate) if recipe.rescale == "expectation" else 1),
+        "hyper": {
+            name: np.float32(getattr(recipe, name))
+            for name in METHODS[recipe.method].hyper_parameters
+            if isinstance(getattr(recipe, name), float)
+        },
+    }
+    kind = _Kind(
+        recipe.method,
+        recipe.election,
+        recipe.zero_sign,
+        recipe.rescale,
+        recipe.dtype,
+        recipe.seed,
+        tuple(map(tuple, groups)),
+    )
+    merged = _merge({name: reference[name] for name in names}, experts, statistics, numbers, kind)
+    return _others(reference, names, recipe) | merged
+
+
+class _Kind(NamedTuple):
+    """What a merge is compiled for, beside the shapes of its parameters."""
+
+    method: str
+    election: Consensus
+    zero_sign: str
+    rescale: str
+    dtype: str
+    seed: int
+    groups: tuple[tuple[str, ...], ...]
+
+
+@functools.partial(jax.jit, static_argnames="kind")
+def _merge(
+    reference: Arrays,
+    experts: list[Arrays],
+    statistics: list[Arrays],
+    numbers: Mapping[str, Any],
+    kind: _Kind,
+) -> Arrays:
+    method, n = METHODS[kind.method], len(experts)
     given: dict[str, dict[str, Any]] = {}
 
     def parts(name: str) -> tuple[jax.Array | None, list[jax.Array]]:
         base = jnp.asarray(reference[name]) if method.needs_base else None
         return base, [jnp.asarray(expert[name]) for expert in experts]
 
-    for name in names:
-        given[name] = recipe.settings_for((name,), n)
+    for name in reference:
+        given[name] = dict(numbers["settings"][name])
         if method.elects:
-            given[name]["zero_sign"] = np.float32(recipe.zero_sign == "positive")
+            given[name]["zero_sign"] = np.float32(kind.zero_sign == "positive")
         if method.draws:
-            keys = randomness.keys(recipe.seed, n, name)
-            given[name] |= {"keys": keys, "offset": kernel.split(0)}
-            given[name]["cut"] = randomness.cut(recipe.drop_rate)
-            given[name]["rescale"] = _rescale(recipe, n, parts(name), given[name])
+            keys = randomness.keys(kind.seed, n, name)
+            given[name] |= {"keys": keys, "offset": kernel.split(0), "cut": numbers["cut"]}
+            given[name]["rescale"] = jnp.full(n, numbers["rescale"])
+            if kind.rescale == "norm":
+                given[name]["rescale"] = _norms(method, *parts(name), given[name])
         if method.coefficients is not None:
             products = _products(*parts(name))
-            hyper = {key: getattr(recipe, key) for key in method.hyper_parameters}
+            hyper = numbers["hyper"]
             given[name]["coefficients"] = method.coefficients(products, **hyper, xp=jnp)
     if method.trims:
-        groups = [names] if recipe.scope == "model" else [[name] for name in names]
-        for group in groups:
+        for group, ranks in zip(kind.groups, numbers["ranks"], strict=True):
             found = [kernel.magnitudes(method, *parts(name), given[name]) for name in group]
-            limits = _limits(recipe, list(zip(*found, strict=True)), "ceilings" in method.takes)
+            found = list(zip(*found, strict=True))
+            limits = {"thresholds": _largest(found, ranks[0])}
+            if "ceilings" in method.takes:
+                limits["ceilings"] = _largest(found, ranks[1])
             for name in group:
                 given[name] |= limits
-    merged = _others(reference, names, recipe)
-    for name in names:
+    merged = {}
+    for name in reference:
         beside = [jnp.asarray(statistic[name]) for statistic in statistics]
-        block = kernel.merged(method, recipe.election, *parts(name), beside, given[name])
-        merged[name] = block.astype(recipe.dtype)
+        block = kernel.merged(method, kind.election, *parts(name), beside, given[name])
+        merged[name] = block.astype(kind.dtype)
     return merged
 
 
@@ -141,30 +193,29 @@ def _products(base: jax.Array | None, experts: Sequence[jax.Array]) -> jax.Array
     return jnp.stack([jnp.stack([jnp.sum(a * b) for b in vectors]) for a in vectors])
 
 
-def _rescale(recipe: Recipe, n: int, parts: Any, given: kernel.Given) -> Any:
-    if recipe.rescale == "expectation":
-        return np.full(n, 1 / (1 - recipe.drop_rate), np.float32)
-    ones = np.ones(n, np.float32)
-    if recipe.rescale == "none":
-        return ones
-    kept = kernel.magnitudes(METHODS[recipe.method], *parts, {**given, "rescale": ones})
-    before = [jnp.sum(jnp.abs(e.astype(jnp.float32) - parts[0])) for e in parts[1]]
+def _norms(
+    method: Method, base: jax.Array, experts: Sequence[jax.Array], given: kernel.Given
+) -> list[jax.Array]:
+    """What makes the L1 norm of each task vector what it was before entries were dropped."""
+    kept = kernel.magnitudes(method, base, experts, given)
+    before = [jnp.sum(jnp.abs(e.astype(jnp.float32) - base)) for e in experts]
     found = [(b, jnp.sum(k)) for b, k in zip(before, kept, strict=True)]
     return [jnp.where((b < 1e-7) | (k < 1e-7), 1, b / jnp.maximum(k, 1e-30)) for b, k in found]
 
 
-def _limits(recipe: Recipe, experts: Any, outliers: bool) -> dict[str, jax.Array]:
-    """Thresholds and, where there are outliers, ceilings of each expert's magnitudes."""
-    size, n = sum(array.size for array in experts[0]), len(experts)
+def _ranks(recipe: Recipe, size: int) -> tuple[int, int]:
+    """How many of the largest of `size` magnitudes thresholds keep, and ceilings leave out."""
+    if recipe.density is None:
+        return size, 0
+    top = int(size * (recipe.gamma or 0))
+    if recipe.density == 1 and not top:
+        return size, 0
+    return min(size, top + recipe.kept_of(size)), top
 
-    def largest(rank: int) -> jax.Array:
-        if rank in (0, size):
-            return jnp.full(n, 0 if rank else np.inf, jnp.float32)
-        return kth_largest(experts, rank)
 
-    if not outliers:
-        rank = size if recipe.density == 1 else recipe.kept_of(size)
-        return {"thresholds": largest(rank)}
-    top = int(size * recipe.gamma)
-    lower = largest(min(size, top + recipe.kept_of(size)))
-    return {"thresholds": lower, "ceilings": largest(top)}
+def _largest(experts: Sequence[Sequence[jax.Array]], rank: jax.Array) -> jax.Array:
+    """The rank-th largest magnitude of each expert; infinity is before the first."""
+    size = sum(array.size for array in experts[0])
+    found = kth_largest(experts, rank)
+    found = jnp.where(rank == size, 0, found)
+    return jnp.where(rank == 0, jnp.inf, found).astype(jnp.float32)

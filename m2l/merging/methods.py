@@ -396,7 +396,10 @@ def fisher(experts: Arrays, fishers: Arrays, weights: jax.Array, floor: jax.Arra
 
 @method(statistic="gram", whole=True, nondiagonal_scale=data_driven.NONDIAGONAL_SCALE)
 def regmean(
-    experts: Sequence[np.ndarray], grams: Sequence[np.ndarray] | None, nondiagonal_scale: float
+    name: str,
+    experts: Sequence[np.ndarray],
+    grams: Sequence[np.ndarray] | None,
+    nondiagonal_scale: float,
 ) -> np.ndarray:
     """Linear kernels fit to all experts' outputs in least squares; the mean of what is none.
 
@@ -405,4 +408,4 @@ def regmean(
     if grams is None:
         return np.sum(np.float32(experts), axis=0, dtype=np.float32) / np.float32(len(experts))
     pairs = zip(experts, grams, strict=True)
-    return data_driven.regmean("kernel", pairs, nondiagonal_scale)
+    return data_driven.regmean(name, pairs, nondiagonal_scale)

@@ -172,7 +172,10 @@ def make(
     share = sum(sizes[name] for name in mine)
     total = sum(sizes.values())
     stored = sum(
-        s.parameters[n].size * s.parameters[n].dtype.itemsize for s in sources for n in mine
+        source.parameters[name].size * source.parameters[name].dtype.itemsize
+        for source in sources
+        for name in mine
+        if name in source.parameters
     )
     result = sum(
         np.prod(described[n][0], dtype=np.int64) * described[n][1].itemsize for n in described

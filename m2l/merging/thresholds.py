@@ -230,7 +230,7 @@ def merge_counts(parts: Iterable[Sequence[Sequence[Counts]]]) -> list[list[Count
     ]
 
 
-def kth_largest(experts: Sequence[Sequence[jax.Array]], k: int) -> jax.Array:
+def kth_largest(experts: Sequence[Sequence[jax.Array]], k: int | jax.Array) -> jax.Array:
     """The k-th largest (from 1) of all entries of each expert's arrays, exactly.
 
     For arrays in memory, wherever they are sharded: bit by bit, the largest number that at least k
@@ -239,7 +239,7 @@ def kth_largest(experts: Sequence[Sequence[jax.Array]], k: int) -> jax.Array:
     Args:
         experts: Per expert, non-negative float32 arrays of any shapes, together of less than 2^32
             entries.
-        k: The rank.
+        k: The rank, uint32.
 
     Returns:
         float32 [experts].
@@ -259,7 +259,7 @@ def kth_largest(experts: Sequence[Sequence[jax.Array]], k: int) -> jax.Array:
     def set_bit(step: jax.Array, found: jax.Array) -> jax.Array:
         candidates = found | (jnp.uint32(1) << (30 - step).astype(jnp.uint32))
         counts = jnp.stack([reached(*pair) for pair in zip(bits, candidates, strict=True)])
-        return jnp.where(counts >= np.uint32(k), candidates, found)
+        return jnp.where(counts >= jnp.uint32(k), candidates, found)
 
     found = jax.lax.fori_loop(0, 31, set_bit, jnp.zeros(len(bits), jnp.uint32))
     return jax.lax.bitcast_convert_type(found, jnp.float32)

@@ -1,5 +1,6 @@
 """Merging checkpoints: the in-memory merge's bits, whatever the blocks; every bad input refused."""
 
+import re
 import shutil
 
 import jax
@@ -9,7 +10,17 @@ import pytest
 
 from m2l import checkpoints
 from m2l.errors import CheckpointError, MergeError
-from m2l.merging import Recipe, merge, merge_params
+from m2l.merging import (
+    Recipe,
+    best,
+    grid,
+    in_memory,
+    merge,
+    merge_params,
+    plan,
+    prepare,
+    sweep,
+)
 
 from . import oracles
 
@@ -277,3 +288,161 @@ def test_parameters_in_memory_of_another_shape_are_refused(models):
     other = experts[0] | {"decoder": {"norm": np.ones(9, np.float32)}}
     with pytest.raises(MergeError, match="expert 1: decoder/layers_00/mlp/wi_0 has shape none"):
         merge_params(base, [experts[0], other], Recipe("average"))
+
+
+# ---- merges by statistics of data
+
+
+@pytest.fixture
+def statistics(tmp_path, models, paths):
+    """Writes statistics of the experts, as m2l statistics does; says where."""
+
+    def make(kind, trees):
+        found = []
+        for index, tree in enumerate(trees):
+            of = checkpoints.read_manifest(paths[1][index]).digest
+            about = {"kind": "statistics", "statistic": kind, "of": of}
+            write(tmp_path / f"{kind}_{index}", tree, made_by=about)
+            found.append(tmp_path / f"{kind}_{index}")
+        return found
+
+    return make
+
+
+def test_fisher_weighs_each_entry(tmp_path, models, paths, statistics):
+    rng = np.random.default_rng(0)
+    fishers = [
+        jax.tree.map(lambda leaf: rng.random(leaf.shape, np.float32), tree) for tree in models[1]
+    ]
+    beside = statistics("fisher", fishers)
+    recipe = Recipe("fisher", weights=(1, 2, 0.5))
+    merge(None, paths[1], recipe, tmp_path / "out", statistics=beside, block=100, progress=False)
+    found = checkpoints.restore(tmp_path / "out")
+    same_bits(
+        checkpoints.flatten(found),
+        checkpoints.flatten(merge_params(None, models[1], recipe, fishers)),
+    )
+    certain = np.stack([w * whole(f) for w, f in zip((1, 2, 0.5), fishers, strict=True)])
+    wanted = (certain * np.stack(list(map(whole, models[1])))).sum(0) / certain.sum(0)
+    np.testing.assert_allclose(whole(found), wanted, atol=1e-5)
+
+
+def test_regmean_solves_for_kernels_and_averages_the_rest(tmp_path, models, paths, statistics):
+    rng, name = np.random.default_rng(0), "decoder/layers_01/mlp/wi_0"
+    inputs = [rng.standard_normal((50, 8)).astype(np.float32) for _ in range(3)]
+    grams = [checkpoints.unflatten({name: x.T @ x}) for x in inputs]
+    beside = statistics("gram", grams)
+    recipe = Recipe("regmean", nondiagonal_scale=1.0)
+    merge(None, paths[1], recipe, tmp_path / "out", statistics=beside, progress=False)
+    found = checkpoints.flatten(checkpoints.restore(tmp_path / "out"))
+    same_bits(found, checkpoints.flatten(merge_params(None, models[1], recipe, grams)))
+    experts = [checkpoints.flatten(expert) for expert in models[1]]
+    for other in SHAPES:
+        if other != name:
+            mean = oracles.average([expert[other] for expert in experts])
+            np.testing.assert_allclose(found[other], mean, atol=1e-6)
+    # The kernel is the least-squares fit to what each expert makes of its own inputs.
+    outputs = np.concatenate([x @ e[name] for x, e in zip(inputs, experts, strict=True)])
+    wanted = np.linalg.lstsq(np.concatenate(inputs), outputs, rcond=None)[0]
+    np.testing.assert_allclose(found[name], wanted, atol=1e-4)
+
+
+def test_statistics_must_be_the_experts_own(refused, paths, statistics, models):
+    beside = statistics("fisher", models[1])
+    for given, message in (
+        ([], "needs the fisher statistics of each expert, in the same order: 0 given for 3"),
+        (beside[::-1], "statistics of another model than"),
+        (paths[1], "holds no fisher statistics"),
+    ):
+        with pytest.raises(MergeError, match=message):
+            merge(None, paths[1], Recipe("fisher"), "unused", statistics=given)
+    with pytest.raises(MergeError, match="average takes no statistics"):
+        merge(None, paths[1], Recipe("average"), "unused", statistics=beside)
+
+
+def test_numbers_of_experts_that_a_method_cannot_merge_are_refused(refused, paths):
+    refused("linear merges one expert, not 3", recipe=Recipe("linear"))
+    refused("slerp merges two experts, not 3", recipe=Recipe("slerp"), base=None)
+    refused("at least two experts", recipe=Recipe("model_stock"), experts=paths[1][:1])
+
+
+# ---- what a merge will take, and what it found
+
+
+def test_a_limit_that_is_too_low_says_the_least_that_works(paths, tmp_path):
+    with pytest.raises(MergeError, match=r"--memory 10.5 MB is too little.* is the least") as caught:
+        merge(*paths, Recipe("ties"), tmp_path / "out", memory=10 << 20)
+    least = re.search(r": ([\d.]+ [MG]B) is the least", str(caught.value))[1]
+    enough = int(plan.parse_bytes(least) * 1.02)
+    assert prepare(*paths, Recipe("ties"), tmp_path / "out", memory=enough).plan.memory <= enough
+
+
+def test_a_plan_counts_what_is_read_and_written(paths, tmp_path):
+    job = prepare(*paths, Recipe("ties", dtype="bfloat16"), tmp_path / "out")
+    size = sum(int(np.prod(shape)) for shape in SHAPES.values())
+    assert (job.plan.parameters, job.plan.experts, job.plan.readings) == (size, 3, 2)
+    assert job.plan.read == 2 * 4 * 4 * size
+    assert job.plan.write == 2 * size
+    halves = [
+        prepare(*paths, Recipe("average"), tmp_path / "out", process=(i, 2)) for i in range(2)
+    ]
+    assert not halves[0].mine & halves[1].mine
+    assert halves[0].mine | halves[1].mine == set(SHAPES)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("2GiB", 2 << 30), ("1.5 GB", 15 * 10**8), ("800m", 8 * 10**8), ("7", 7)]
+)
+def test_memory_is_read_as_people_write_it(text, count):
+    assert plan.parse_bytes(text) == count
+    with pytest.raises(MergeError, match="no amount of memory"):
+        plan.parse_bytes(text + "x")
+
+
+def test_diagnostics_are_those_of_the_task_vectors(tmp_path, models, paths):
+    manifest = merge(*paths, Recipe("ties", density=0.3), tmp_path / "out", progress=False)
+    found = manifest.made_by["diagnostics"]
+    assert found["share"] == 1.0
+    taus = np.stack([whole(expert) - whole(models[0]) for expert in models[1]])
+    norms = np.linalg.norm(taus, axis=1)
+    np.testing.assert_allclose(found["norms"], norms, rtol=1e-5)
+    np.testing.assert_allclose(found["cosines"], taus @ taus.T / np.outer(norms, norms), atol=2e-6)
+    kept = np.stack([oracles.trim(tau, 0.3) for tau in taus])
+    both = (kept > 0).any(0) & (kept < 0).any(0)
+    assert found["sign_conflicts"] == pytest.approx(both.sum() / (kept != 0).any(0).sum(), abs=1e-6)
+    groups = found["groups"]
+    assert list(groups) == ["decoder/layers_00", "decoder/layers_01", "decoder", "token_embedder"]
+    layer = [
+        checkpoints.flatten(e)["decoder/layers_00/mlp/wi_0"]
+        - checkpoints.flatten(models[0])["decoder/layers_00/mlp/wi_0"]
+        for e in models[1]
+    ]
+    np.testing.assert_allclose(
+        groups["decoder/layers_00"]["norms"], [np.linalg.norm(tau) for tau in layer], rtol=1e-5
+    )
+
+
+# ---- in memory, many recipes
+
+
+def test_a_sweep_scores_every_recipe_and_finds_the_best(models):
+    base, experts = models
+    recipes = grid({"method": "ties"}, {"density": [0.2, 0.5], "scale": [0.0, 0.5, 1.0]})
+    assert [(r.density, r.scale) for r in recipes][:4] == [(0.2, 0), (0.2, 0.5), (0.2, 1), (0.5, 0)]
+    wanted = whole(merge_params(base, experts, recipes[4]))
+    compiled = in_memory._merge._cache_size()
+
+    def score(params, recipe):
+        return -float(np.abs(whole(params) - wanted).sum())
+
+    points = sweep(base, experts, recipes, score)
+    assert in_memory._merge._cache_size() == compiled
+    assert [point.recipe for point in points] == recipes
+    assert best(points) == points[4]
+    assert best(points).score == 0
+    for point in points:
+        np.testing.assert_array_equal(
+            score(merge_params(base, experts, point.recipe), point.recipe), point.score
+        )
+    with pytest.raises(MergeError, match="no values"):
+        grid({"method": "ties"}, {"scale": []})

@@ -190,7 +190,7 @@ def test_fisher_and_regmean_are_mergelms(goldens):
     for name in ("up.weight", "down.weight"):
         kernels = [arrays[f"inputs/expert_{i}/{name}"].T for i in range(3)]
         grams = masks(goldens, "mergelm_regmean", name, "gram")
-        found = METHODS["regmean"].function(kernels, grams, 0.9)
+        found = METHODS["regmean"].function(name, kernels, grams, 0.9)
         # They invert in float32.
         np.testing.assert_allclose(found.T, arrays[f"mergelm_regmean/{name}"], rtol=0, atol=1e-4)
 
