@@ -87,13 +87,13 @@ class Manifest:
         (directory / FILE_NAME).write_text(json.dumps(content, indent=1) + "\n")
 
     @classmethod
-    def read(cls, directory: Path) -> "Manifest":
-        """Reads manifest.json of `directory`.
+    def read(cls, directory: Path, name: str = FILE_NAME) -> "Manifest":
+        """Reads manifest.json of `directory`, or a file of another name.
 
         Raises:
             CheckpointError: It is missing, damaged, edited, or was written by a newer m2l.
         """
-        file = directory / FILE_NAME
+        file = directory / name
         try:
             content = json.loads(file.read_text())
         except OSError as error:

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from m2l.cli import diagnostics
 from m2l.cli.options import DIRECTORY, print_table, with_gin
 from m2l.errors import CheckpointError, ConfigError
 
@@ -107,7 +108,8 @@ def _model(gin_files: tuple[str, ...], bindings: tuple[str, ...]) -> Any:
 @click.option("--verify", is_flag=True, help="Compute every digest anew.")
 @click.option("--fsdp", type=click.IntRange(min=1), default=1, help="Show a mesh: its fsdp axis.")
 @click.option("--model", type=click.IntRange(min=1), default=1, help="And its model axis.")
-def inspect(checkpoint: Path, verify: bool, fsdp: int, model: int) -> None:
+@click.option("--cosines", type=DIRECTORY, help="Draw a merge's task vectors: a .png, .svg, .pdf.")
+def inspect(checkpoint: Path, verify: bool, fsdp: int, model: int, cosines: Path | None) -> None:
     """What is in a checkpoint and where it came from."""
     from jax import numpy as jnp
     from jax.sharding import AbstractMesh
@@ -115,8 +117,7 @@ def inspect(checkpoint: Path, verify: bool, fsdp: int, model: int) -> None:
 
     from m2l import checkpoints, models, partitioning
 
-    directory = checkpoints.resolve(checkpoint)
-    manifest = checkpoints.read_manifest(directory)
+    directory, manifest = _opened(checkpoint)
     rows = [
         (name, "x".join(map(str, p["shape"])), p["dtype"], p["digest"][:12])
         for name, p in manifest.parameters.items()
@@ -136,12 +137,31 @@ def inspect(checkpoint: Path, verify: bool, fsdp: int, model: int) -> None:
     )
     click.echo(f"model: {json.dumps(manifest.model)}")
     click.echo(f"vocabulary: {json.dumps(manifest.vocabulary)}")
-    click.echo(f"made by: {json.dumps(manifest.made_by)}")
+    made_by = dict(manifest.made_by)
+    measured = made_by.pop("diagnostics", None)
+    click.echo(f"made by: {json.dumps(made_by)}")
+    experts = [Path(p["path"]).name for p in manifest.parents if p["role"] == "expert"]
+    if measured:
+        diagnostics.show(manifest.made_by, experts)
+    if cosines:
+        diagnostics.draw(manifest.made_by, experts, cosines)
     if manifest.parents:
         Console(width=200, highlight=False).print(_lineage(str(directory), manifest))
+    if verify and (directory / "m2l_manifest.json").is_file():
+        raise ConfigError("m2l inspect: --verify is of m2l's checkpoints, not of exports")
     if verify:
         checkpoints.verify(directory)
         click.echo("every digest is right")
+
+
+def _opened(checkpoint: Path) -> tuple[Path, Any]:
+    """A checkpoint, or a Hugging Face directory that m2l made, and its manifest."""
+    from m2l import checkpoints
+
+    if (checkpoint / "m2l_manifest.json").is_file():
+        return checkpoint, checkpoints.Manifest.read(checkpoint, "m2l_manifest.json")
+    directory = checkpoints.resolve(checkpoint)
+    return directory, checkpoints.read_manifest(directory)
 
 
 def _lineage(title: str, manifest: Any) -> Any:
@@ -157,7 +177,9 @@ def _lineage(title: str, manifest: Any) -> Any:
         try:
             found = checkpoints.read_manifest(parent["path"])
         except CheckpointError:
-            tree.add(escape(f"{label}  digest {parent['digest'][:16]}, not there any more"))
+            there = Path(parent["path"]).exists()
+            what = "no checkpoint of m2l" if there else "not there any more"
+            tree.add(escape(f"{label}  digest {parent['digest'][:16]}, {what}"))
             continue
         if found.digest != parent["digest"]:
             tree.add(escape(f"{label}  digest {parent['digest'][:16]}, another model by now"))

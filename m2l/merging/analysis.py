@@ -420,7 +420,9 @@ def _described(held: Mapping[str, Any]) -> dict[str, Any]:
 def group_of(name: str) -> str:
     """The layer that a parameter belongs to, or the part of the model that has none."""
     layer = re.match(r"(.*?(?:layers?_?|block|h)[./_]?\d+)[./]", name)
-    return layer[1] if layer else re.split(r"[./]", name)[0]
+    if layer:
+        return layer[1]
+    return name.split("/")[0] if "/" in name else re.sub(r"\.(weight|bias)$", "", name)
 
 
 def refuse_nonfinite(sources: Sequence[Source], span: Span) -> None:

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 # Okabe and Ito's colours, told apart with any colour vision.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 _GREY = "#666666"
-_STYLE = {
+STYLE = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -42,7 +42,7 @@ def by_experts(cells: pd.DataFrame, column: str, reference: str) -> Figure:
     Returns:
         The figure: means over seeds, with every seed as a faint dot.
     """
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         bases = list(cells["base"].unique())
         figure = Figure(figsize=(3.4 * len(bases), 3.0), layout="constrained")
         panels = figure.subplots(1, len(bases), sharey=True, squeeze=False)[0]
@@ -73,7 +73,7 @@ def by_experts(cells: pd.DataFrame, column: str, reference: str) -> Figure:
 
 def gains(experts: pd.DataFrame) -> Figure:
     """Each expert's score beside its base's, on the datasets it was trained on."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         bases = list(experts["base"].unique())
         datasets = list(experts["dataset"].unique())
         figure = Figure(
@@ -101,7 +101,7 @@ def gains(experts: pd.DataFrame) -> Figure:
 def svg(figure: Figure) -> str:
     """The figure as an svg document, the same bytes for the same figure."""
     text = io.StringIO()
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(text, format="svg", metadata=nothing)
     return text.getvalue()
@@ -111,6 +111,6 @@ def write(figure: Figure, directory: Path, name: str) -> None:
     """Writes NAME.svg, NAME.pdf and NAME.png (200 dots an inch)."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / f"{name}.svg").write_text(svg(figure))
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure.savefig(directory / f"{name}.pdf", metadata={"CreationDate": None})
         figure.savefig(directory / f"{name}.png", dpi=200)

@@ -370,7 +370,8 @@ def test_numbers_of_experts_that_a_method_cannot_merge_are_refused(refused, path
 
 
 def test_a_limit_that_is_too_low_says_the_least_that_works(paths, tmp_path):
-    with pytest.raises(MergeError, match=r"--memory 10.5 MB is too little.* is the least") as caught:
+    little = r"--memory 10.5 MB is too little.* is the least"
+    with pytest.raises(MergeError, match=little) as caught:
         merge(*paths, Recipe("ties"), tmp_path / "out", memory=10 << 20)
     least = re.search(r": ([\d.]+ [MG]B) is the least", str(caught.value))[1]
     enough = int(plan.parse_bytes(least) * 1.02)

@@ -1,0 +1,76 @@
+"""What a merge measured of its task vectors, in a terminal and as a picture."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from m2l.cli.options import print_table
+from m2l.errors import ConfigError
+
+
+def show(made_by: Mapping[str, Any], experts: Sequence[str]) -> None:
+    """Prints the diagnostics of a merge: of the model, of its layers, and the cosines."""
+    found = made_by["diagnostics"]
+    if "norms" not in found:
+        kept = ", ".join(f"{share:.4f}" for share in found["density"])
+        click.echo(f"density: {kept}")
+        return
+    columns = ["part", "parameters", *(f"|{name}|" for name in experts)]
+    columns += ["kept", "sign conflicts", "mean cosine"]
+    rows = [_row("whole model", found)]
+    rows += [_row(name, group) for name, group in found["groups"].items()]
+    looked_at = "" if found["share"] >= 1 else f", by a sample of {found['share']:.1%} of entries"
+    print_table(f"task vectors{looked_at}", columns, rows)
+    _show_cosines(found["cosines"], experts)
+
+
+def _row(name: str, found: Mapping[str, Any]) -> tuple[Any, ...]:
+    n = len(found["norms"])
+    pairs = [found["cosines"][i][j] for i in range(n) for j in range(i)]
+    mean = sum(pairs) / len(pairs) if pairs else 1.0
+    shares = (_mean(found["density"]), found["sign_conflicts"], mean)
+    return (name, f"{found['parameters']:,}", *found["norms"], *shares)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _show_cosines(matrix: Sequence[Sequence[float]], experts: Sequence[str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title="cosines", title_justify="left", box=None, pad_edge=False)
+    table.add_column("")
+    for name in experts:
+        table.add_column(name, justify="right")
+    for name, row in zip(experts, matrix, strict=True):
+        table.add_row(name, *(Text(f" {value:6.3f} ", style=_colour(value)) for value in row))
+    Console(width=200, highlight=False).print(table)
+
+
+def _colour(value: float) -> str:
+    """Red for vectors that go together, blue for those that go apart, grey in between."""
+    strength = int(200 * min(1.0, abs(value)))
+    red, blue = (55 + strength, 55) if value > 0 else (55, 55 + strength)
+    return f"white on rgb({red},55,{blue})"
+
+
+def draw(made_by: Mapping[str, Any], experts: Sequence[str], file: Path) -> None:
+    """Writes the picture of the cosines.
+
+    Raises:
+        ConfigError: The merge measured none, or the file's kind is not one that can be drawn.
+    """
+    found = made_by.get("diagnostics", {})
+    if "cosines" not in found:
+        raise ConfigError("no cosines were measured; merge with a base and with --diagnostics")
+    if file.suffix not in (".png", ".svg", ".pdf"):
+        raise ConfigError(f"{file}: a picture is .png, .svg or .pdf")
+    from m2l.reporting import merges
+
+    merges.cosines(found, experts).savefig(file, dpi=200)
+    click.echo(f"cosines: {file}")
