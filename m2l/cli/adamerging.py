@@ -10,9 +10,9 @@ from typing import Any
 
 import click
 
-from m2l.cli.data import jsonl_files, register
+from m2l.cli.data import jsonl_files, origin, scored_tasks
 from m2l.cli.options import DIRECTORY, print_table, with_source
-from m2l.errors import ConfigError, DataError, MergeError
+from m2l.errors import ConfigError, MergeError
 from m2l.progress import Progress
 
 
@@ -73,22 +73,12 @@ def adamerging(
     manifests = [checkpoints.read_manifest(path) for path in paths]
     _check_alike(list(zip(paths, manifests, strict=True)))
 
-    from m2l import tasks as registry
-    from m2l.data import vocabularies
-    from m2l.evaluation import runner
-
-    name = vocabulary or manifests[0].vocabulary["name"]
-    loaded = vocabularies.load(name)
-    fingerprint = vocabularies.describe(loaded, name)["fingerprint"]
-    if fingerprint != manifests[0].vocabulary["fingerprint"]:
-        raise DataError(f"vocabulary {name!r} is not the one that {paths[0]} was trained with")
-    data = register(name, source, files)
-    infos = [registry.info(task) for task in registry.tasks_in(mixture)]
-    scored = [info for info in infos if info.kind != "train"]
-    if not scored:
-        raise DataError(f"mixture {mixture!r} has no task that can be evaluated")
-    tasks = runner.load_tasks(
-        scored,
+    vocabulary, tasks = scored_tasks(
+        mixture,
+        files,
+        vocabulary or manifests[0].vocabulary["name"],
+        manifests[0].vocabulary["fingerprint"],
+        source,
         split=split,
         lengths={"inputs": input_length, "targets": target_length},
         max_examples=max_examples,
@@ -100,7 +90,7 @@ def adamerging(
         "learning_rate": learning_rate,
         "initial": initial,
     }
-    learned = _learn(paths, manifests[0].model, loaded, tasks, batch_size, settings)
+    learned = _learn(paths, manifests[0].model, vocabulary, tasks, batch_size, settings)
     scales = [[pattern, row] for pattern, row in learned.coefficients.items()]
     record = {
         "recipe": {"method": "task_arithmetic", "scales": scales},
@@ -112,7 +102,7 @@ def adamerging(
             | {"mixture": mixture, "split": split, "batch_size": batch_size}
             | {"max_examples": max_examples}
             | {"input_length": input_length, "target_length": target_length},
-            "data": data,
+            "data": origin(source, files),
             "entropies": learned.entropies,
         },
     }

@@ -1,13 +1,17 @@
 """`m2l tasks`; and the data that other subcommands are pointed at."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from m2l.cli.options import DIRECTORY, print_table, with_source
-from m2l.errors import ConfigError
+from m2l.errors import ConfigError, DataError
 from m2l.progress import Progress
+
+if TYPE_CHECKING:
+    from m2l.evaluation.runner import TaskData
 
 
 def jsonl_files(value: str | None, mixture: str | None) -> dict[str, Path]:
@@ -23,18 +27,80 @@ def jsonl_files(value: str | None, mixture: str | None) -> dict[str, Path]:
     return files
 
 
-def register(vocabulary: str, source: str, jsonl: dict[str, Path]) -> dict[str, Any]:
+def register(vocabulary: str, source: str, jsonl: Mapping[str, Path]) -> dict[str, Any]:
     """Fills seqio's registry; returns where the records come from, as plain values."""
-    import hashlib
-
     from m2l import tasks
 
     tasks.register(vocabulary=vocabulary, source=source)
+    if jsonl:
+        tasks.register_jsonl(jsonl)
+    return origin(source, jsonl)
+
+
+def origin(source: str, jsonl: Mapping[str, Path]) -> dict[str, Any]:
+    """Where records come from, as plain values: a source's name, or digests of files."""
+    import hashlib
+
     if not jsonl:
         return {"source": source}
-    tasks.register_jsonl(jsonl)
     digests = {split: hashlib.sha256(p.read_bytes()).hexdigest() for split, p in jsonl.items()}
     return {"source": "jsonl", **digests}
+
+
+def scored_tasks(
+    mixture: str | None,
+    jsonl: Mapping[str, Path],
+    vocabulary_name: str,
+    fingerprint: str,
+    source: str,
+    *,
+    split: str,
+    lengths: Mapping[str, int],
+    max_examples: int | None = None,
+    generative_score: str = "decoding",
+) -> tuple[Any, list["TaskData"]]:
+    """Reads and tokenises what a model is to be scored on: all of a mixture but its corpora.
+
+    Args:
+        mixture: A task or mixture; None with `jsonl`.
+        jsonl: The files that `jsonl_files` found.
+        vocabulary_name: The vocabulary to read by, "microworld" or a path.
+        fingerprint: That of the vocabulary the model was trained with.
+        source: Of the records.
+        split, lengths, max_examples, generative_score: As `runner.load_tasks` takes them.
+
+    Returns:
+        The seqio vocabulary, and the tasks.
+
+    Raises:
+        ConfigError: neither a mixture nor files.
+        DataError: another vocabulary than the model's; nothing in the mixture can be scored.
+        UnknownNameError: no such mixture.
+    """
+    mixture = "jsonl" if jsonl else mixture
+    if mixture is None:
+        raise ConfigError("what to score by: name a --mixture, or your own data with --jsonl")
+
+    from m2l import tasks as registry
+    from m2l.data import vocabularies
+    from m2l.evaluation import runner
+
+    vocabulary = vocabularies.load(vocabulary_name)
+    if vocabularies.describe(vocabulary, vocabulary_name)["fingerprint"] != fingerprint:
+        raise DataError(f"vocabulary {vocabulary_name!r} is not the one that the model reads")
+    register(vocabulary_name, source, jsonl)
+    infos = [registry.info(task) for task in registry.tasks_in(mixture)]
+    scored = [info for info in infos if info.kind != "train"]
+    if not scored:
+        raise DataError(f"mixture {mixture!r} has no task that can be evaluated")
+    loaded = runner.load_tasks(
+        scored,
+        split=split,
+        lengths=lengths,
+        max_examples=max_examples,
+        generative_score=generative_score,
+    )
+    return vocabulary, loaded
 
 
 @click.group()

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import click
 
-from m2l.cli.data import jsonl_files, register
+from m2l.cli.data import jsonl_files, register, scored_tasks
 from m2l.cli.options import DIRECTORY, print_table, with_gin, with_source
-from m2l.errors import ConfigError, DataError
+from m2l.errors import ConfigError
 from m2l.evaluation.metrics import GENERATIVE_SCORES
 
 _VOCABULARY = (
@@ -119,34 +119,22 @@ def evaluate(
 
     from m2l import checkpoints, models
 
-    files = jsonl_files(jsonl, mixture)
-    mixture = "jsonl" if files else mixture
-    if mixture is None:
-        raise ConfigError("m2l eval: name a --mixture, or your own data with --jsonl")
     directory = checkpoints.resolve(checkpoint)
     manifest = checkpoints.read_manifest(directory)
-
-    from m2l import tasks as registry
-    from m2l.data import vocabularies
-    from m2l.evaluation import runner
-
-    name = vocabulary or manifest.vocabulary["name"]
-    loaded_vocabulary = vocabularies.load(name)
-    described = vocabularies.describe(loaded_vocabulary, name)
-    if described["fingerprint"] != manifest.vocabulary["fingerprint"]:
-        raise DataError(f"vocabulary {name!r} is not the one that {directory} was trained with")
-    register(name, source, files)
-    infos = [registry.info(task) for task in registry.tasks_in(mixture)]
-    scored = [info for info in infos if info.kind != "train"]
-    if not scored:
-        raise DataError(f"mixture {mixture!r} has no task that can be evaluated")
-    loaded = runner.load_tasks(
-        scored,
+    loaded_vocabulary, loaded = scored_tasks(
+        mixture,
+        jsonl_files(jsonl, mixture),
+        vocabulary or manifest.vocabulary["name"],
+        manifest.vocabulary["fingerprint"],
+        source,
         split=split,
         lengths={"inputs": input_length, "targets": target_length},
         max_examples=max_examples,
         generative_score=generative_score,
     )
+
+    from m2l.evaluation import runner
+
     results = runner.evaluate(
         models.from_dict(manifest.model),
         jax.device_put(checkpoints.restore(directory)),
