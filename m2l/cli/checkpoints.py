@@ -140,7 +140,7 @@ def inspect(checkpoint: Path, verify: bool, fsdp: int, model: int, cosines: Path
     made_by = dict(manifest.made_by)
     measured = made_by.pop("diagnostics", None)
     click.echo(f"made by: {json.dumps(made_by)}")
-    experts = [Path(p["path"]).name for p in manifest.parents if p["role"] == "expert"]
+    experts = diagnostics.names([p["path"] for p in manifest.parents if p["role"] == "expert"])
     if measured:
         diagnostics.show(manifest.made_by, experts)
     if cosines:

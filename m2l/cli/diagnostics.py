@@ -10,6 +10,15 @@ from m2l.cli.options import print_table
 from m2l.errors import ConfigError
 
 
+def names(paths: Sequence[str]) -> list[str]:
+    """What to call models: their folders, of training runs the run's."""
+    folders = [Path(path) for path in paths]
+    return [
+        folder.parent.parent.name if folder.parent.name == "checkpoints" else folder.name
+        for folder in folders
+    ]
+
+
 def show(made_by: Mapping[str, Any], experts: Sequence[str]) -> None:
     """Prints the diagnostics of a merge: of the model, of its layers, and the cosines."""
     found = made_by["diagnostics"]

@@ -100,7 +100,7 @@ def merge(
 
     given = {name: value for name, value in settings.items() if value not in (None, ())}
     given |= {"weighted_signs": True} if weighted_signs else {}
-    given |= {"weights": _numbers("--weights", weights)} if weights else {}
+    given |= {"weights": numbers("--weights", weights)} if weights else {}
     given |= {"scales": tuple(map(_scale_of, scale_of))} if scale_of else {}
     given |= {"method": method} if method else {}
     for flag, missing in (
@@ -188,7 +188,8 @@ def _process(text: str | None) -> tuple[int, int] | None:
     return index, count
 
 
-def _numbers(flag: str, text: str) -> tuple[float, ...]:
+def numbers(flag: str, text: str) -> tuple[float, ...]:
+    """The numbers between the commas of a flag's text."""
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError as error:
@@ -199,5 +200,5 @@ def _scale_of(text: str) -> tuple[str, float | tuple[float, ...]]:
     pattern, equals, value = text.rpartition("=")
     if not equals:
         raise ConfigError(f"--scale_of {text}: expected PATTERN=SCALE")
-    numbers = _numbers("--scale_of", value)
-    return pattern, numbers if len(numbers) > 1 else numbers[0]
+    found = numbers("--scale_of", value)
+    return pattern, found if len(found) > 1 else found[0]

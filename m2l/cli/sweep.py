@@ -1,0 +1,163 @@
+"""`m2l sweep`."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from m2l.cli.data import jsonl_files, scored_tasks
+from m2l.cli.merge import numbers
+from m2l.cli.options import DIRECTORY, print_table, with_source
+from m2l.errors import ConfigError
+
+_SWEPT = ("scale", "density", "drop_rate", "epsilon", "gamma", "t", "floor", "nondiagonal_scale")
+
+
+def _with_swept(command: Any) -> Any:
+    for name in reversed(_SWEPT):
+        command = click.option(f"--{name}", help="Values: 0.1,0.2 or FIRST:LAST:STEP.")(command)
+    return command
+
+
+@click.command()
+@click.option("--base", type=DIRECTORY, help="The checkpoint the experts were trained from.")
+@click.option("--expert", "experts", type=DIRECTORY, multiple=True, help="Repeat for each.")
+@click.option("--method", help="See m2l merge --list.")
+@_with_swept
+@click.option("--preset", help="How another codebase does it; see m2l merge --list.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of what is drawn.")
+@click.option("--statistics", type=DIRECTORY, multiple=True, help="Of each expert.")
+@click.option("--mixture", help="The held-in tasks to choose by.")
+@click.option("--jsonl", help="validation=FILE: your own data, as the task `jsonl`.")
+@click.option("--split", default="validation", show_default=True)
+@click.option("--max_examples", type=click.IntRange(min=1), help="Examples of each task at most.")
+@click.option("--batch_size", type=click.IntRange(min=1), default=32, show_default=True)
+@click.option("--input_length", type=click.IntRange(min=1), default=512, show_default=True)
+@click.option("--target_length", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--vocabulary", help="By default the experts' own.")
+@with_source()
+@click.option("--out", type=DIRECTORY, required=True, help="The curve, its picture, the recipe.")
+def sweep(
+    base: Path | None,
+    experts: tuple[Path, ...],
+    method: str | None,
+    preset: str | None,
+    seed: int,
+    statistics: tuple[Path, ...],
+    mixture: str | None,
+    jsonl: str | None,
+    split: str,
+    max_examples: int | None,
+    batch_size: int,
+    input_length: int,
+    target_length: int,
+    vocabulary: str | None,
+    source: str,
+    out: Path,
+    **values: str | None,
+) -> None:
+    """Merge by many recipes in memory, and find the best on validation data.
+
+    OUT gets curve.json with every score, curve.png, and recipe.json for m2l merge --recipe.
+    """
+    from m2l import checkpoints, files, merging, models
+    from m2l.evaluation import runner
+
+    swept = {name: _values(name, text) for name, text in values.items() if text}
+    task_files = jsonl_files(jsonl, mixture)
+    mixture = "jsonl" if task_files else mixture
+    for flag, missing in (
+        ("--method", not method),
+        ("--expert", not experts),
+        ("--mixture", not mixture),
+        ("a setting to sweep, such as --scale", not swept),
+    ):
+        if missing:
+            raise ConfigError(f"m2l sweep: {flag} is missing")
+    fixed = {"method": method}
+    fixed = merging.preset(preset, fixed) if preset else fixed
+    fixed = {name: value for name, value in fixed.items() if name not in swept}
+    if merging.METHODS.get(method) and merging.METHODS[method].draws:
+        fixed["seed"] = seed
+    recipes = merging.grid(fixed, swept)
+    content = {
+        "recipes": [recipe.to_dict() for recipe in recipes],
+        "base": None if base is None else checkpoints.read_manifest(base).digest,
+        "experts": [checkpoints.read_manifest(path).digest for path in experts],
+        "data": {
+            "mixture": mixture,
+            "split": split,
+            "max_examples": max_examples,
+            "lengths": [input_length, target_length],
+            "source": source,
+        },
+    }
+    files.check_claim(out, "sweep.json", content, what="sweep")
+    manifest = checkpoints.read_manifest(experts[0])
+    loaded, tasks = scored_tasks(
+        mixture,
+        task_files,
+        vocabulary or manifest.vocabulary["name"],
+        manifest.vocabulary["fingerprint"],
+        source,
+        split=split,
+        lengths={"inputs": input_length, "targets": target_length},
+        max_examples=max_examples,
+    )
+    files.claim(out, "sweep.json", content)
+    config = models.from_dict(manifest.model)
+    trees = [checkpoints.restore(path) for path in experts]
+    of_base = None if base is None else checkpoints.restore(base)
+    beside = [checkpoints.restore(path) for path in statistics]
+    curve: list[dict[str, Any]] = []
+
+    def score(params: Any, recipe: merging.Recipe) -> float:
+        made_of = json.dumps([content["base"], content["experts"], recipe.to_dict()])
+        digest = hashlib.sha256(made_of.encode()).hexdigest()
+        results = runner.evaluate(
+            config,
+            params,
+            tasks,
+            out / "results" / digest[:16],
+            vocabulary=loaded,
+            model_digest=digest,
+            batch_size=batch_size,
+            description=f"recipe {len(curve) + 1} of {len(recipes)}",
+        )
+        settings = {name: getattr(recipe, name) for name in swept}
+        by_task = {result.task: result.score for result in results}
+        mean = sum(by_task.values()) / len(by_task)
+        curve.append({"settings": settings, "score": mean, "tasks": by_task})
+        return mean
+
+    points = merging.sweep(of_base, trees, recipes, score, beside)
+    chosen = merging.best(points)
+    files.write(out / "curve.json", json.dumps(curve, indent=1) + "\n")
+    record = {"recipe": chosen.recipe.to_dict(), "score": chosen.score} | content["data"]
+    files.write(out / "recipe.json", json.dumps(record, indent=1) + "\n")
+    _draw(curve, mixture, out / "curve.png")
+    rows = [(*point["settings"].values(), point["score"]) for point in curve]
+    print_table(f"{method} on {mixture}", [*swept, "score %"], rows)
+    settings = ", ".join(f"{name} {getattr(chosen.recipe, name):g}" for name in swept)
+    click.echo(f"best: {settings} ({chosen.score:.2f} %); m2l merge --recipe {out}/recipe.json")
+
+
+def _values(name: str, text: str) -> list[float]:
+    if ":" not in text:
+        return list(numbers(f"--{name}", text))
+    parts = numbers(f"--{name}", text.replace(":", ","))
+    if len(parts) != 3 or parts[2] <= 0 or parts[1] < parts[0]:
+        raise ConfigError(f"--{name} {text}: expected FIRST:LAST:STEP, such as 0.1:1:0.1")
+    first, last, step = parts
+    count = int((last - first) / step + 1e-9) + 1
+    return [round(first + step * place, 10) for place in range(count)]
+
+
+def _draw(curve: Sequence[dict[str, Any]], mixture: str, file: Path) -> None:
+    from m2l.reporting import merges
+
+    points = [(point["settings"], point["score"]) for point in curve]
+    merges.curve(points, f"score on {mixture} (%)").savefig(file, dpi=200)

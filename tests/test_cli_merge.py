@@ -1,0 +1,143 @@
+"""`m2l merge` and `m2l sweep`: their flags, what they print, and what they refuse."""
+
+import json
+
+import numpy as np
+import pytest
+
+from m2l import checkpoints
+
+
+def models(road):
+    return (
+        *("--base", road / "base", "--expert", road / "sentiment"),
+        *("--expert", road / "closed_book_qa"),
+    )
+
+
+def read(path):
+    return checkpoints.flatten(checkpoints.restore(path))
+
+
+def test_the_list_shows_methods_settings_and_presets(run_m2l, capsys):
+    assert run_m2l("merge", "--list") == 0
+    shown = capsys.readouterr().out
+    for words in ("model_stock", "drop_rate=required", "density=0.2", "fusion_bench", "mergelm"):
+        assert words in shown
+
+
+def test_a_dry_run_says_what_it_takes_and_does_nothing(road, run_m2l, capsys, tmp_path):
+    flags = ("--method", "ties", "--dry_run", "--bandwidth", "1GB", "--out", tmp_path / "out")
+    assert run_m2l("merge", *models(road), *flags) == 0
+    shown = capsys.readouterr().out
+    for words in ("in 2 readings", "are free", "at most", "at 1 GB/s (told)"):
+        assert words in shown
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_flags_become_a_recipe_and_a_recipe_is_read_back(road, run_m2l, capsys, tmp_path):
+    flags = ("--method", "ties", "--preset", "mergekit", "--density", 0.3, "--weights", "0.5,0.7")
+    flags += ("--scale_of", "decoder/*=0.25", "--memory", "8GiB", "--no-diagnostics")
+    assert run_m2l("merge", *models(road), *flags, "--out", tmp_path / "one") == 0
+    made_by = checkpoints.read_manifest(tmp_path / "one").made_by
+    recipe = made_by["recipe"]
+    assert recipe["density"] == 0.3
+    assert recipe["weights"] == [0.5, 0.7]
+    assert recipe["scales"] == [["decoder/*", 0.25]]
+    assert (recipe["scope"], recipe["zero_sign"], recipe["keep"]) == (
+        "tensor",
+        "positive",
+        "at_least_one",
+    )
+    assert "cosines" not in made_by["diagnostics"]
+    (tmp_path / "recipe.json").write_text(json.dumps({"recipe": recipe}))
+    again = ("--recipe", tmp_path / "recipe.json", "--out", tmp_path / "two")
+    assert run_m2l("merge", *models(road), *again) == 0
+    one, two = (checkpoints.read_manifest(tmp_path / name) for name in ("one", "two"))
+    assert one.digest == two.digest
+
+
+def test_a_negative_scale_forgets(road, run_m2l, tmp_path):
+    flags = ("--method", "task_arithmetic", "--scale", -1, "--out", tmp_path / "out")
+    expert = ("--base", road / "base", "--expert", road / "sentiment")
+    assert run_m2l("merge", *expert, *flags) == 0
+    base, one, out = (read(path) for path in (road / "base", road / "sentiment", tmp_path / "out"))
+    for name, array in out.items():
+        np.testing.assert_allclose(array, 2 * base[name] - one[name], atol=1e-6)
+
+
+def test_inspect_shows_and_draws_what_a_merge_measured(road, run_m2l, capsys, tmp_path):
+    flags = ("--method", "task_arithmetic", "--out", tmp_path / "out")
+    assert run_m2l("merge", *models(road), *flags) == 0
+    capsys.readouterr()
+    picture = tmp_path / "cosines.png"
+    assert run_m2l("inspect", tmp_path / "out", "--cosines", picture) == 0
+    shown = capsys.readouterr().out
+    for words in ("task vectors", "|sentiment|", "sign conflicts", "decoder/layers_00", "cosines"):
+        assert words in shown
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert run_m2l("inspect", road / "base", "--cosines", picture) == 2
+    assert "no cosines were measured" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--method", "tise"), "unknown merge method 'tise'"),
+        (("--method", "ties", "--preset", "mergekid"), "unknown preset 'mergekid'"),
+        (("--method", "ties", "--scale_of", "x"), "expected PATTERN=SCALE"),
+        (("--method", "ties", "--scale_of", "x=1"), "scales 'x' matches no parameter"),
+        (("--method", "ties", "--memory", "lots"), "'lots' is no amount of memory"),
+        (("--method", "ties", "--process", "2"), "--process 2: expected I/N"),
+        (("--method", "ties", "--process", "2/2"), "process 2 of 2: counted from 0"),
+        (("--method", "ties", "--to", "gguf"), "a merge writes orbax or huggingface"),
+        (("--method", "fisher"), "needs the fisher statistics of each expert"),
+        ((), "--method is missing"),
+    ],
+)
+def test_bad_flags_are_refused_in_one_line(road, run_m2l, capsys, tmp_path, flags, message):
+    assert run_m2l("merge", *models(road), *flags, "--out", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def swept(road, run_m2l, tmp_path_factory):
+    out = tmp_path_factory.mktemp("sweep") / "out"
+    flags = ("--method", "ties", "--density", "0.2,0.6", "--scale", "0:1:0.5")
+    flags += ("--mixture", "sentiment", "--max_examples", 4, "--input_length", 32)
+    flags += ("--target_length", 8, "--batch_size", 4, "--out", out)
+    assert run_m2l("sweep", *models(road), *flags) == 0
+    return out, flags
+
+
+def test_a_sweep_leaves_curve_picture_and_the_best_recipe(road, run_m2l, swept, tmp_path):
+    out, _ = swept
+    curve = json.loads((out / "curve.json").read_text())
+    assert [point["settings"] for point in curve] == [
+        {"density": density, "scale": scale} for density in (0.2, 0.6) for scale in (0, 0.5, 1)
+    ]
+    recipe = json.loads((out / "recipe.json").read_text())
+    assert recipe["score"] == max(point["score"] for point in curve)
+    assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
+    # At scale 0 every density is the base.
+    assert curve[0]["tasks"] == curve[3]["tasks"]
+    again = ("--recipe", out / "recipe.json", "--out", tmp_path / "merged")
+    assert run_m2l("merge", *models(road), *again) == 0
+
+
+def test_a_sweep_goes_on_with_its_own_results_and_refuses_another(road, run_m2l, swept, capsys):
+    out, flags = swept
+    before = {path: path.stat().st_mtime_ns for path in out.glob("results/*/*.json")}
+    assert run_m2l("sweep", *models(road), *flags) == 0
+    assert {path: path.stat().st_mtime_ns for path in out.glob("results/*/*.json")} == before
+    other = ("sweep", *models(road), "--method", "average", "--scale", "1", *flags[6:])
+    assert run_m2l(*other) == 2
+    assert "average has no scale" in capsys.readouterr().err
+    other = ("sweep", *models(road), "--method", "ties", "--scale", "1", *flags[6:])
+    assert run_m2l(*other) == 2
+    assert "holds another sweep" in capsys.readouterr().err
+    assert run_m2l("sweep", *models(road), *flags[:4], "--scale", "1:0:1", *flags[6:]) == 2
+    assert "expected FIRST:LAST:STEP" in capsys.readouterr().err
