@@ -50,6 +50,15 @@ def dare_ties(base, experts, kept, drop_rate, density, scale):
     return base + scale * disjoint_mean(taus)
 
 
+def drop_rates_by_rank(tau, drop_rate, epsilon):
+    """From p + epsilon for the smallest to p - epsilon; alike to 8 bits of magnitude is equal."""
+    bins = np.abs(np.float32(tau)).view(np.uint32) >> 16
+    below = (bins[:, None] > bins[None, :]).sum(1)
+    equal = (bins[:, None] == bins[None, :]).sum(1)
+    ranks = (below + (equal - 1) / 2) / max(1, tau.size - 1)
+    return drop_rate + epsilon - 2 * epsilon * ranks
+
+
 _WORD = 0xFFFFFFFF
 
 
@@ -70,7 +79,11 @@ def threefry2x32(key, counter):
 
 
 def kept(seed, experts, parameter, size, drop_rate, start=0):
-    """Booleans [experts, size]: the documented draw, one element at a time."""
+    """Booleans [experts, size]: the documented draw, one element at a time.
+
+    `drop_rate` is a number, or an array [experts, size].
+    """
+    rates = np.broadcast_to(np.float64(drop_rate), (experts, size))
     masks = np.zeros((experts, size), bool)
     for expert in range(experts):
         text = f"m2l dare/{seed}/{expert // 2}/{parameter}"
@@ -79,5 +92,5 @@ def kept(seed, experts, parameter, size, drop_rate, start=0):
         for element in range(size):
             index = start + element
             words = threefry2x32(key, (index >> 32, index & _WORD))
-            masks[expert, element] = words[expert % 2] >= int(drop_rate * 2**32)
+            masks[expert, element] = words[expert % 2] >= int(rates[expert, element] * 2**32)
     return masks

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import warnings
 
 import jax
 import ml_dtypes
@@ -182,6 +183,55 @@ def test_low_precision_inputs_are_merged_in_float32_and_rounded_once(tmp_path, m
     exact = oracles.task_arithmetic(np.float32(whole(base)), stack, 0.5)
     found = whole(checkpoints.restore(tmp_path / "out"))
     assert (found == exact.astype(np.float32).astype(low)).mean() > 0.999
+
+
+@pytest.mark.parametrize("rescale", ["expectation", "none"])
+def test_della_drops_by_the_rank_of_magnitudes(tmp_path, models, paths, rescale):
+    recipe = Recipe("della", drop_rate=0.5, epsilon=0.4, seed=3, scale=0.7, rescale=rescale)
+    merge(*paths, recipe, tmp_path / "out", progress=False)
+    found = checkpoints.flatten(checkpoints.restore(tmp_path / "out"))
+    base, *experts = [checkpoints.flatten(tree) for tree in (models[0], *models[1])]
+    for name, array in found.items():
+        taus = oracles.exact_task_vectors(
+            base[name].ravel(), np.stack([expert[name].ravel() for expert in experts])
+        )
+        rates = np.stack([oracles.drop_rates_by_rank(tau, 0.5, 0.4) for tau in taus])
+        kept = oracles.kept(3, 3, name, taus.shape[1], rates)
+        factor = 1 / (1 - rates) if rescale == "expectation" else 1
+        merged = oracles.disjoint_mean(np.where(kept, taus * factor, 0))
+        wanted = base[name].ravel() + 0.7 * merged
+        np.testing.assert_allclose(array.ravel(), wanted, atol=4e-6, err_msg=name)
+
+
+def test_linear_ends_at_its_two_models_exactly(tmp_path, models, paths):
+    base, experts = paths
+    for t, wanted in ((0.0, models[0]), (1.0, models[1][0])):
+        merge(base, experts[:1], Recipe("linear", t=t), tmp_path / str(t), progress=False)
+        found = checkpoints.restore(tmp_path / str(t))
+        same_bits(checkpoints.flatten(found), checkpoints.flatten(wanted))
+
+
+def test_slerp_keeps_the_norm_of_vectors_at_right_angles(tmp_path):
+    for name, vector in (("one", [3, 0, 0, 0]), ("two", [0, 0, 3, 0])):
+        write(tmp_path / name, {"w": np.float32(vector)})
+    inputs = [tmp_path / "one", tmp_path / "two"]
+    merge(None, inputs, Recipe("slerp", t=1 / 3), tmp_path / "out", progress=False)
+    found = checkpoints.restore(tmp_path / "out")["w"]
+    np.testing.assert_allclose(found, [3 * 3**0.5 / 2, 0, 1.5, 0], atol=1e-6)
+
+
+def test_model_stock_is_the_mean_of_equal_experts_and_the_base_of_unrelated_ones(tmp_path):
+    base = np.zeros(4, np.float32)
+    for name, a, b in (("same", [1, 2, 0, 0], [1, 2, 0, 0]), ("apart", [1, 0, 0, 0], [0, 1, 0, 0])):
+        for path, vector in (("base", base), ("a", a), ("b", b)):
+            write(tmp_path / name / path, {"w": np.float32(vector), "n": np.ones(1, np.float32)})
+        inputs = [tmp_path / name / "a", tmp_path / name / "b"]
+        recipe = Recipe("model_stock", exclude=["n"])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # One expert given twice.
+            merge(tmp_path / name / "base", inputs, recipe, tmp_path / f"{name}_out")
+        found = checkpoints.restore(tmp_path / f"{name}_out")["w"]
+        np.testing.assert_allclose(found, a if name == "same" else base, atol=1e-6)
 
 
 # ---- bad input: one line, and nothing is written
