@@ -146,13 +146,16 @@ def _learn(
 ) -> Any:
     from m2l import checkpoints, models
     from m2l.data import layouts
-    from m2l.evaluation import entropy, ranking
+    from m2l.evaluation import batching, entropy
     from m2l.merging.adamerging import learn_coefficients
 
     config = models.from_dict(model)
     layout = layouts.of(config, vocabulary)
+    examples = [task.examples for task in tasks]
+    shapes = batching.common_shapes(examples, batch_size, layout)
     of_task = [
-        [batch for _, batch in ranking.batches(task.examples, batch_size, layout)] for task in tasks
+        [batch for _, batch in batching.batches(of_one, batch_size, layout, shapes)]
+        for of_one in examples
     ]
 
     def of_steps() -> Iterator[list[Any]]:

@@ -5,7 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from m2l.evaluation.ranking import Batch, scorer, token_logits
+from m2l.evaluation.batching import Batch
+from m2l.evaluation.ranking import scorer, token_logits
 
 
 def mean_entropy(config: Any, params: Any, batch: Batch, *, dtype: str = "float32") -> jax.Array:
@@ -13,7 +14,7 @@ def mean_entropy(config: Any, params: Any, batch: Batch, *, dtype: str = "float3
 
     Of examples with answer choices: that of the softmax over the choices' scores, the summed
     log-probabilities that rank classification compares, of which none is known to be right. Of
-    examples in free text, which `ranking.batches` gives one choice, their target: that of the next
+    examples in free text, which `batching.batches` gives one choice, their target: that of the next
     token at each of the target's positions, so the text decides what is read, though not what is
     wanted. Rows without an example count for nothing.
 
@@ -22,7 +23,7 @@ def mean_entropy(config: Any, params: Any, batch: Batch, *, dtype: str = "float3
     Args:
         config: The model's configuration.
         params: Its parameters.
-        batch: As `ranking.batches` gives it.
+        batch: As `batching.batches` gives it.
         dtype: The dtype to compute in.
 
     Returns:

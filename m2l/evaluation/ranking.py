@@ -1,8 +1,8 @@
 """Log-probabilities of texts given inputs, and rank classification: the largest choice's wins."""
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,39 +10,14 @@ import numpy as np
 
 from m2l import models
 from m2l.data import layouts
-from m2l.data.examples import GenerationExample, RankingExample
-from m2l.errors import EvaluationError
+from m2l.data.examples import RankingExample
+from m2l.errors import EvaluationError, UnknownNameError
 from m2l.evaluation import choosing
+from m2l.evaluation.batching import Batch, Example, Part, batches, scored
+from m2l.partitioning import constrain
 
-Example = RankingExample | GenerationExample
-Shape = tuple[int, int, int]
-
-
-def bucket(length: int, smallest: int = 8) -> int:
-    """The padded length of a sequence: the next of 8, 12, 16, 24, 32, 48, 64, ... ."""
-    size = smallest
-    while size < length:
-        # Alternating steps of 3/2 and 4/3 keep padding under a third.
-        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
-    return size
-
-
-class Batch(NamedTuple):
-    """Examples of like shape; rows and choices that are padding have length 0.
-
-    Attributes:
-        prefix_BxS: int32, what is encoded.
-        lengths_B: int32, its tokens.
-        start_B: int32, the token behind it, which starts every choice.
-        choices_BxCxT: int32, EOS last.
-        sizes_BxC: int32, the tokens of each choice.
-    """
-
-    prefix_BxS: np.ndarray
-    lengths_B: np.ndarray
-    start_B: np.ndarray
-    choices_BxCxT: np.ndarray
-    sizes_BxC: np.ndarray
+RULES = ("sum", "per_token", "per_byte", "calibrated")
+"""What can be compared of choices; `compared` says how."""
 
 
 def token_logits(config: Any, params: Any, batch: Batch, dtype: str) -> tuple[jax.Array, jax.Array]:
@@ -73,52 +48,10 @@ def scorer(config: Any, dtype: str) -> Callable[[Any, Batch], jax.Array]:
             ..., 0
         ]
         scores_BxCxT = jnp.where(is_token_BxCxT, chosen_BxCxT - log_normalizer_BxCxT, 0.0)
-        return jnp.sum(scores_BxCxT, axis=-1)
+        # On a mesh every device, and so every process, gets all scores.
+        return constrain(jnp.sum(scores_BxCxT, axis=-1), None, None)
 
     return jax.jit(score)
-
-
-def _scored(example: Example) -> tuple[np.ndarray, ...]:
-    """The texts of an example that are scored: its choices, or its target as the only one."""
-    return example.choices if isinstance(example, RankingExample) else (example.target,)
-
-
-def batches(
-    examples: Sequence[Example], batch_size: int, layout: layouts.Layout
-) -> Iterator[tuple[list[int], Batch]]:
-    """Every example once, with those of like shape, padded to the shape's bucket and batch size.
-
-    Yields:
-        The examples' numbers, and their batch.
-    """
-    prompts = [layout.prompt(example.inputs) for example in examples]
-    by_shape: dict[Shape, list[int]] = {}
-    for index, example in enumerate(examples):
-        choices = _scored(example)
-        shape = (
-            bucket(len(prompts[index][0]), 16),
-            bucket(len(choices), min(len(choices), 2)),
-            bucket(max(map(len, choices)), 4),
-        )
-        by_shape.setdefault(shape, []).append(index)
-    for (inputs, num_choices, targets), indices in sorted(by_shape.items()):
-        for first in range(0, len(indices), batch_size):
-            part = indices[first : first + batch_size]
-            batch = Batch(
-                np.zeros((batch_size, inputs), np.int32),
-                np.zeros(batch_size, np.int32),
-                np.zeros(batch_size, np.int32),
-                np.zeros((batch_size, num_choices, targets), np.int32),
-                np.zeros((batch_size, num_choices), np.int32),
-            )
-            for row, index in enumerate(part):
-                prefix, batch.start_B[row] = prompts[index]
-                batch.prefix_BxS[row, : len(prefix)] = prefix
-                batch.lengths_B[row] = len(prefix)
-                for column, choice in enumerate(_scored(examples[index])):
-                    batch.choices_BxCxT[row, column, : len(choice)] = choice
-                    batch.sizes_BxC[row, column] = len(choice)
-            yield part, batch
 
 
 def score_examples(
@@ -129,6 +62,7 @@ def score_examples(
     layout: layouts.Layout | None = None,
     batch_size: int = 32,
     dtype: str = "float32",
+    parts: Iterable[Part] | None = None,
     on_done: Callable[[int], None] = lambda count: None,
 ) -> list[np.ndarray]:
     """Scores every choice of every example; of an example in free text, its target.
@@ -143,6 +77,8 @@ def score_examples(
         layout: How the model reads them; of an encoder-decoder its config says it.
         batch_size: Examples in a batch.
         dtype: The dtype to compute in; log-probabilities are float32 always.
+        parts: Of `batching.batches`, where they were made before; `layout` and `batch_size` are
+            then not read.
         on_done: Told how many examples were finished, batch by batch.
 
     Returns:
@@ -155,17 +91,105 @@ def score_examples(
 
     def collect(part: list[int], scores_BxC: jax.Array) -> None:
         for index, of_one in zip(part, np.asarray(scores_BxC), strict=False):
-            scores[index] = of_one[: len(_scored(examples[index]))]
+            scores[index] = of_one[: len(scored(examples[index]))]
         on_done(len(part))
 
-    for part, batch in batches(examples, batch_size, layout or layouts.of(config)):
-        scored = score(params, batch)
+    if parts is None:
+        parts = batches(examples, batch_size, layout or layouts.of(config))
+    for part, batch in parts:
+        dispatched = (part, score(params, batch))
         if pending is not None:
             collect(*pending)
-        pending = (part, scored)
+        pending = dispatched
     if pending is not None:
         collect(*pending)
     return scores
+
+
+def empty_inputs(
+    examples: Sequence[RankingExample], layout: layouts.Layout, eos_id: int
+) -> tuple[list[RankingExample], list[list[tuple[int, int]]]]:
+    """What calibration scores: every different choice once, after an input that says nothing.
+
+    That input is EOS alone or, where rows begin with a start token, this alone.
+
+    Args:
+        examples: Those to calibrate.
+        layout: How the model reads them.
+        eos_id: The token that ends a text.
+
+    Returns:
+        Examples of as many choices as the given ones have, and for each choice of each given
+        example in which of them it is, and its place there.
+    """
+    distinct: dict[bytes, np.ndarray] = {}
+    for example in examples:
+        distinct |= {choice.tobytes(): choice for choice in example.choices}
+    # Like lengths together.
+    ordered = sorted(distinct.items(), key=lambda item: len(item[1]))
+    width = max((len(example.choices) for example in examples), default=1)
+    starts = isinstance(layout, layouts.PrefixLM) and layout.start_id is not None
+    nothing = np.array([] if starts else [eos_id], np.int32)
+    made = []
+    for first in range(0, len(ordered), width):
+        choices = tuple(choice for _, choice in ordered[first : first + width])
+        none = (False,) * len(choices)
+        made.append(RankingExample(nothing, choices, none, "", ("",) * len(choices), False))
+    place = {key: divmod(number, width) for number, (key, _) in enumerate(ordered)}
+    places = [[place[choice.tobytes()] for choice in example.choices] for example in examples]
+    return made, places
+
+
+def compared(
+    rule: str,
+    examples: Sequence[RankingExample],
+    scores: Sequence[np.ndarray],
+    empty: Sequence[np.ndarray],
+) -> list[np.ndarray]:
+    """What a rule compares of the choices of each example: the largest is taken.
+
+    "sum": log p(choice | inputs), EOS included (T0: Sanh et al. 2022, section 5.1).
+    "per_token": this over the choice's tokens, EOS among them (T-Few: Liu et al. 2022).
+    "per_byte": this over the UTF-8 bytes of the choice's text, at least 1.
+    "calibrated": log p(choice | inputs) - log p(choice | an empty input), as `empty_inputs` says
+    (Holtzman et al. 2021, arXiv:2104.08315, without a domain premise).
+
+    Args:
+        rule: Of RULES.
+        examples: What was scored.
+        scores: Per example float32 [C], of `score_examples`.
+        empty: The same for the choices after an empty input; read by "calibrated" alone.
+
+    Raises:
+        UnknownNameError: there is no such rule.
+    """
+    if rule == "sum":
+        return list(scores)
+    if rule == "per_token":
+        sizes = [np.array([len(ids) for ids in example.choices]) for example in examples]
+        return [of_one / size for of_one, size in zip(scores, sizes, strict=True)]
+    if rule == "per_byte":
+        texts = [example.choices_text for example in examples]
+        sizes = [np.array([max(1, len(text.encode())) for text in of_one]) for of_one in texts]
+        return [of_one / size for of_one, size in zip(scores, sizes, strict=True)]
+    if rule == "calibrated":
+        return [of_one - nothing for of_one, nothing in zip(scores, empty, strict=True)]
+    raise UnknownNameError("rule of ranking", rule, RULES)
+
+
+def by_every_rule(
+    task: str,
+    examples: Sequence[RankingExample],
+    scores: Sequence[np.ndarray],
+    empty: Sequence[np.ndarray],
+) -> dict[str, float]:
+    """Accuracy in percent by the rules but T0's: "accuracy_per_token" and so on; as `rank` does."""
+    return {
+        f"accuracy_{rule}": rank(task, examples, compared(rule, examples, scores, empty)).figures[
+            "accuracy"
+        ]
+        for rule in RULES[1:]
+    }
 
 
 def rank(
@@ -191,6 +215,9 @@ def rank(
             example is right; a metric of classes, and the number of choices varies; there are no
             examples. Each would otherwise count as an answer without a word.
     """
+    broken = sum(not np.all(np.isfinite(scores_C)) for scores_C in scores)
+    if broken > 1:
+        task = f"{broken} of {len(scores)} examples have scores that are not finite; {task}"
     taken, right = [], []
     for index, (example, scores_C) in enumerate(zip(examples, scores, strict=True)):
         where = f"{task}, example {index}"

@@ -9,7 +9,7 @@ import pytest
 from m2l import models
 from m2l.data import layouts
 from m2l.data.examples import GenerationExample, RankingExample
-from m2l.evaluation import ranking
+from m2l.evaluation import batching, ranking
 from m2l.evaluation.entropy import mean_entropy
 
 
@@ -29,7 +29,7 @@ def examples():
 
 
 def batches(config, examples, size):
-    return ranking.batches(examples, size, layouts.of(config))
+    return batching.batches(examples, size, layouts.of(config))
 
 
 def test_of_choices_it_is_the_mean_entropy_of_the_softmax_over_their_scores(

@@ -1,13 +1,15 @@
 import functools
+import itertools
 
 import jax
 import numpy as np
 import pytest
 
 from m2l import models
-from m2l.data.examples import GenerationExample
+from m2l.data import layouts
+from m2l.data.examples import GenerationExample, RankingExample
 from m2l.errors import EvaluationError
-from m2l.evaluation import generation
+from m2l.evaluation import generation, ranking
 
 MAX_LENGTH = 6
 
@@ -66,3 +68,55 @@ def test_logits_that_are_not_finite_stop_decoding(tiny_config, tiny_params, exam
     broken = jax.tree.map(lambda leaf: leaf * np.nan, tiny_params)
     with pytest.raises(EvaluationError, match="'what it reads'"):
         generation.greedy(tiny_config, broken, examples, max_length=MAX_LENGTH)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.6, 3.0])
+@pytest.mark.parametrize("family", ["t5", "llama"])
+def test_wide_beams_find_the_best_of_all_texts(family, alpha):
+    if family == "t5":
+        config, layout = models.T5Config(7, 16, 8, 24, 2, 1, 1), layouts.EncoderDecoder()
+    else:
+        config, layout = models.LlamaConfig(7, 16, 24, 1, 2, 1, 8), layouts.PrefixLM(2)
+    params = models.init(config, jax.random.key(3))
+    # Sharper, and with some use for the end.
+    params["decoder"]["logits"] = 4 * params["decoder"]["logits"]
+    rng, length = np.random.default_rng(0), 3
+    nothing = np.empty(0, np.int32)
+    examples = [
+        GenerationExample(rng.integers(2, 7, n).astype(np.int32), nothing, (), "", "", False)
+        for n in (3, 9, 5)
+    ]
+    others = [token for token in range(7) if token != generation.EOS]
+    texts = [
+        np.array([*start, generation.EOS], np.int32)
+        for size in range(length)
+        for start in itertools.product(others, repeat=size)
+    ]
+    every = [
+        RankingExample(e.inputs, tuple(texts), (True,) * len(texts), "", ("",) * len(texts), False)
+        for e in examples
+    ]
+    scores = ranking.score_examples(config, params, every, layout=layout)
+    found = generation.beam_search(
+        config, params, examples, beams=40, alpha=alpha, max_length=length, layout=layout
+    )
+    worth = ((5 + np.array([len(text) for text in texts])) / 6) ** alpha
+    for tokens, of_one in zip(found, scores, strict=True):
+        best = texts[int(np.argmax(of_one / worth))]
+        assert tokens.tolist() == best[:-1].tolist()
+
+
+def test_a_beam_that_never_ends_gives_the_most_probable_unfinished_text(
+    tiny_config, tiny_params, examples
+):
+    found = generation.beam_search(
+        tiny_config, tiny_params, examples, beams=1, alpha=0.0, max_length=4, eos_id=-1
+    )
+    wanted = generation.greedy(tiny_config, tiny_params, examples, max_length=4, eos_id=-1)
+    assert [tokens.tolist() for tokens in found] == [tokens.tolist() for tokens in wanted]
+
+
+def test_beams_refuse_logits_that_are_not_finite(tiny_config, tiny_params, examples):
+    broken = jax.tree.map(lambda leaf: leaf * np.nan, tiny_params)
+    with pytest.raises(EvaluationError, match="'what it reads'"):
+        generation.beam_search(tiny_config, broken, examples, beams=2, max_length=MAX_LENGTH)

@@ -9,6 +9,7 @@ from sklearn import metrics as sklearn_metrics
 from t5.evaluation.metrics import f1_score_with_invalid, rank_classification
 
 from m2l import models
+from m2l.data import layouts
 from m2l.data.examples import RankingExample
 from m2l.errors import EvaluationError, UnknownNameError
 from m2l.evaluation import ranking
@@ -67,13 +68,6 @@ def test_every_example_is_scored_once_whatever_the_batch_and_the_order(
     assert [len(of_one) for of_one in scores] == [len(e.choices) for e in examples]
     for one, other in zip(scores, alone[::-1], strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5)
-
-
-def test_a_bucket_holds_its_length_and_wastes_less_than_half():
-    for length in range(1, 3000):
-        size = ranking.bucket(length)
-        assert length <= size < max(9, 1.5 * length)
-    assert len({ranking.bucket(length) for length in range(1, 513)}) <= 13
 
 
 def test_other_parameters_do_not_compile_again(tiny_config, tiny_params, examples, scores):
@@ -206,3 +200,55 @@ def test_a_choice_without_a_score_is_refused(examples):
 def test_no_examples_have_no_accuracy():
     with pytest.raises(EvaluationError, match="no examples"):
         ranking.rank("task", [], [])
+
+
+def test_each_rule_compares_what_it_says(examples):
+    one = dataclasses.replace(examples[1], choices_text=("né", "", "abcd"))
+    scores, empty = [np.array([-6.0, -8.0, -3.0])], [np.array([-1.0, -9.0, -2.0])]
+    wanted = {
+        "sum": [-6, -8, -3],
+        "per_token": [-6 / 3, -8 / 4, -3 / 2],
+        # Bytes, not letters; an empty text counts as one.
+        "per_byte": [-6 / 3, -8 / 1, -3 / 4],
+        "calibrated": [-5, 1, -1],
+    }
+    assert tuple(wanted) == ranking.RULES
+    for rule, values in wanted.items():
+        [found] = ranking.compared(rule, [one], scores, empty)
+        np.testing.assert_allclose(found, values)
+    figures = ranking.by_every_rule("task", [one], scores, empty)
+    assert figures == {
+        "accuracy_per_token": 0.0,
+        "accuracy_per_byte": 0.0,
+        "accuracy_calibrated": 0.0,
+    }
+    with pytest.raises(UnknownNameError, match="'per_token'"):
+        ranking.compared("per_tokens", [one], scores, empty)
+
+
+def test_calibration_scores_every_different_choice_once_after_an_empty_input(
+    tiny_config, tiny_params, examples
+):
+    many = [*examples, *examples]
+    layout = layouts.of(tiny_config)
+    made, places = ranking.empty_inputs(many, layout, EOS)
+    assert sum(len(one.choices) for one in made) == sum(len(one.choices) for one in examples)
+    assert all(one.inputs.tolist() == [EOS] for one in made)
+    scores = ranking.score_examples(tiny_config, tiny_params, made, batch_size=2)
+    for example, of_one in zip(many, places, strict=True):
+        alone = dataclasses.replace(example, inputs=np.array([EOS], np.int32))
+        [wanted] = ranking.score_examples(tiny_config, tiny_params, [alone], batch_size=1)
+        found = [scores[row][column] for row, column in of_one]
+        np.testing.assert_allclose(found, wanted, rtol=1e-5)
+
+
+def test_where_rows_begin_with_a_token_the_empty_input_is_this_alone(examples):
+    for start, inputs in ((7, []), (None, [EOS])):
+        made, _ = ranking.empty_inputs(examples, layouts.PrefixLM(start), EOS)
+        assert all(one.inputs.tolist() == inputs for one in made)
+
+
+def test_how_many_scores_are_not_finite_is_said(examples):
+    with pytest.raises(EvaluationError, match="2 of 3 examples have scores that are not finite"):
+        bad = np.array([0.0, np.nan])
+        ranking.rank("task", [examples[0]] * 3, [bad, np.zeros(2), bad])

@@ -1,0 +1,160 @@
+"""Examples as padded batches of few shapes: made once, for any number of models."""
+
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from m2l.data import layouts
+from m2l.data.examples import GenerationExample, RankingExample
+
+Example = RankingExample | GenerationExample
+Shape = tuple[int, int, int]
+"""The padded tokens of an input, its choices, and the padded tokens of a choice."""
+
+MAX_SHAPES = 8
+# Shapes are given up as long as padding adds no more than this to all work: each is a compilation.
+_WORTH_A_COMPILATION = 0.02
+
+
+class Batch(NamedTuple):
+    """Examples of like shape; rows and choices that are padding have length 0.
+
+    Attributes:
+        prefix_BxS: int32, what is encoded.
+        lengths_B: int32, its tokens.
+        start_B: int32, the token behind it, which starts every choice.
+        choices_BxCxT: int32, EOS last.
+        sizes_BxC: int32, the tokens of each choice.
+    """
+
+    prefix_BxS: np.ndarray
+    lengths_B: np.ndarray
+    start_B: np.ndarray
+    choices_BxCxT: np.ndarray
+    sizes_BxC: np.ndarray
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are no padding."""
+        return int(self.lengths_B.sum() + self.sizes_BxC.sum())
+
+    @property
+    def size(self) -> int:
+        """Tokens, padding included."""
+        return self.prefix_BxS.size + self.choices_BxCxT.size
+
+
+Part = tuple[list[int], Batch]
+"""The numbers of examples, and their batch."""
+
+
+def bucket(length: int, smallest: int = 8) -> int:
+    """The padded length of a sequence: the next of 8, 12, 16, 24, 32, 48, 64, ... ."""
+    size = smallest
+    while size < length:
+        # Alternating steps of 3/2 and 4/3 keep padding under a third.
+        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+    return size
+
+
+def scored(example: Example) -> tuple[np.ndarray, ...]:
+    """The texts of an example that are scored: its choices, or its target as the only one."""
+    return example.choices if isinstance(example, RankingExample) else (example.target,)
+
+
+def _shape(example: Example, layout: layouts.Layout) -> Shape:
+    texts = scored(example)
+    prefix, _ = layout.prompt(example.inputs)
+    longest = bucket(max(map(len, texts)), 4)
+    return bucket(len(prefix), 16), bucket(len(texts), min(len(texts), 2)), longest
+
+
+def _parts(
+    examples: Sequence[Example], batch_size: int, layout: layouts.Layout
+) -> Iterator[tuple[list[int], Shape]]:
+    """Every example once, with its likes, and the least shape that holds each part."""
+    shapes = [_shape(example, layout) for example in examples]
+    order = sorted(range(len(examples)), key=lambda index: (*shapes[index][1:], shapes[index][0]))
+    for first in range(0, len(order), batch_size):
+        part = order[first : first + batch_size]
+        yield part, _hull(shapes[index] for index in part)
+
+
+def _hull(shapes: Iterable[Shape]) -> Shape:
+    return tuple(map(max, zip(*shapes, strict=True)))
+
+
+def _cost(shape: Shape) -> int:
+    # A token of a choice is read by the output's matrix as well.
+    return shape[0] + 2 * shape[1] * shape[2]
+
+
+def common_shapes(
+    tasks: Iterable[Sequence[Example]], batch_size: int, layout: layouts.Layout
+) -> tuple[Shape, ...]:
+    """At most MAX_SHAPES shapes that hold the batches of all tasks, chosen for little padding.
+
+    Two shapes become the one that holds both, those first that cost least, until so few are left;
+    and on, while it adds next to nothing.
+
+    Args:
+        tasks: The examples of each task.
+        batch_size: Examples in a batch.
+        layout: How the model reads them.
+    """
+    held = Counter(shape for task in tasks for _, shape in _parts(task, batch_size, layout))
+    worth = _WORTH_A_COMPILATION * sum(count * _cost(shape) for shape, count in held.items())
+    while len(held) > 1:
+
+        def added(pair: tuple[Shape, Shape]) -> int:
+            one, other = pair
+            both = (held[one] + held[other]) * _cost(_hull(pair))
+            return both - held[one] * _cost(one) - held[other] * _cost(other)
+
+        pair = min(itertools.combinations(sorted(held), 2), key=added)
+        padding = added(pair)
+        if len(held) <= MAX_SHAPES and padding > worth:
+            break
+        worth -= padding
+        count = held.pop(pair[0]) + held.pop(pair[1])
+        held[_hull(pair)] += count
+    return tuple(sorted(held))
+
+
+def batches(
+    examples: Sequence[Example],
+    batch_size: int,
+    layout: layouts.Layout,
+    shapes: Sequence[Shape] | None = None,
+) -> Iterator[Part]:
+    """Every example once, with those of like shape, padded to a shape and the batch size.
+
+    Args:
+        examples: What to batch, in any order.
+        batch_size: Examples in a batch.
+        layout: How the model reads them.
+        shapes: Of `common_shapes`; None: those of these examples.
+    """
+    if shapes is None:
+        shapes = common_shapes([examples], batch_size, layout)
+    for part, least in _parts(examples, batch_size, layout):
+        holding = [s for s in shapes if all(n <= m for n, m in zip(least, s, strict=True))]
+        inputs, num_choices, targets = min(holding, key=_cost)
+        batch = Batch(
+            np.zeros((batch_size, inputs), np.int32),
+            np.zeros(batch_size, np.int32),
+            np.zeros(batch_size, np.int32),
+            np.zeros((batch_size, num_choices, targets), np.int32),
+            np.zeros((batch_size, num_choices), np.int32),
+        )
+        for row, index in enumerate(part):
+            prefix, batch.start_B[row] = layout.prompt(examples[index].inputs)
+            batch.prefix_BxS[row, : len(prefix)] = prefix
+            batch.lengths_B[row] = len(prefix)
+            for column, text in enumerate(scored(examples[index])):
+                batch.choices_BxCxT[row, column, : len(text)] = text
+                batch.sizes_BxC[row, column] = len(text)
+        yield part, batch
