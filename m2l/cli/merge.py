@@ -112,10 +112,12 @@ def merge(
             raise ConfigError(f"m2l merge: {flag} is missing")
     if preset:
         given = merging.preset(preset, given)
+    # Elsewhere such short compilations are not worth keeping; here they are a tenth of a merge.
+    import jax
+
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     how = merging.Recipe.read(recipe, **given) if recipe else merging.Recipe(**given)
     if distributed:
-        import jax
-
         jax.distributed.initialize()
     options = {
         "statistics": statistics,

@@ -30,7 +30,7 @@ from m2l.merging.workplace import Workplace
 RUNS, RUN = 2048, 512
 """A sample for thresholds: so many runs of so many consecutive entries."""
 
-SAMPLED = 1 << 22
+SAMPLED = 1 << 21
 """Diagnostics look at about so many parameters of each expert at most."""
 
 _CELL, _WHOLE_CELL = 1 << 14, 1 << 18
@@ -349,9 +349,11 @@ class Analysis:
         return {k: v for part in parts for k, v in _nested(part).items()}
 
     def _sample(self) -> dict[str, dict[str, np.ndarray]]:
-        """Sums over cells at even distances through each parameter."""
+        """Sums over cells at even distances through each parameter that is not a small part."""
         share, cells = min(1.0, SAMPLED / self._size), []
         for name in self._mine:
+            if share < 1 and self._sizes[name] < _CELL:
+                continue
             whole = spans({name: self._sizes[name]}, _CELL)
             wanted = max(1, round(len(whole) * share))
             places = np.unique(np.linspace(0, len(whole) - 1, wanted).round().astype(int))
@@ -382,8 +384,7 @@ class Analysis:
     def diagnostics(self) -> dict[str, Any]:
         """Norms and cosines of the task vectors, realised densities, conflicts; JSON-like."""
         groups: dict[str, dict[str, Any]] = {}
-        for name in self._sizes:
-            found = self.diagnosed[name]
+        for name, found in self.diagnosed.items():
             up = self._sizes[name] / float(found["entries"])
             for group in ("", group_of(name)):
                 held = groups.setdefault(group, {"parameters": 0})

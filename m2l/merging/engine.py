@@ -118,7 +118,8 @@ def prepare(
     compatibility.check_counts(base is not None, len(experts), len(statistics), recipe)
     paths = [Path(path).absolute() for path in ([] if base is None else [base])]
     paths += [Path(path).absolute() for path in experts]
-    opened, to = sources.open_all(paths, to)
+    named = METHODS[recipe.method].draws or bool(recipe.exclude or recipe.scales)
+    opened, to = sources.open_all(paths, to, named=named)
     beside, _ = sources.open_all([Path(path).absolute() for path in statistics], ORBAX)
     of_base, of_experts = (None, opened) if base is None else (opened[0], opened[1:])
     reference = of_experts[0] if of_base is None else of_base
@@ -304,13 +305,12 @@ def _compiled(name: str, consensus: Consensus, dtype: str) -> Callable:
 
     def merge_block(
         base: jax.Array | None, experts: list, statistics: list, given: kernel.Given
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> jax.Array:
         block = kernel.merged(method, consensus, base, experts, statistics, given)
         read = [*experts, *statistics] if base is None else [base, *experts, *statistics]
         # Trimming and dropping hide what is not finite; 0 times it is NaN, and so is the sum.
         nothing = add([array.astype(jnp.float32) * 0 for array in read])
-        block = jnp.where(nothing == 0, block, jnp.nan).astype(dtype)
-        return block, jnp.isfinite(block).all()
+        return jnp.where(nothing == 0, block, jnp.nan).astype(dtype)
 
     return jax.jit(merge_block)
 
@@ -444,11 +444,11 @@ class _Merge:
         job = self.job
         first, n = int(job.base is not None), len(job.experts)
         base = arrays[0] if self.method.needs_base else None
-        block, finite = self._merge_block(
+        block = self._merge_block(
             base, arrays[first : first + n], arrays[first + n :], self.analysis.given(span)
         )
         block = np.asarray(block)[: span.size]
-        if not finite:
+        if not _finite(block):
             self._refuse(span, block)
         return result.write(span, block)
 
@@ -543,6 +543,14 @@ class _Merge:
         checkpoints.publish(result.directory, job.out)
         self.work.remove()
         return manifest
+
+
+def _finite(block: np.ndarray) -> bool:
+    """Whether all numbers are finite, by their bits: NumPy has no fast test of bfloat16."""
+    word = np.dtype(f"u{block.dtype.itemsize}")
+    infinity = np.array(np.inf, block.dtype).view(word)
+    sign = word.type(1 << (8 * word.itemsize - 1))
+    return bool((block.view(word) & ~sign).max(initial=0) < infinity)
 
 
 def _check(stored: Any) -> None:

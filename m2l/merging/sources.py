@@ -7,6 +7,7 @@ parameters.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import threading
@@ -84,12 +85,16 @@ def kind(path: Path) -> str:
     )
 
 
-def open_all(paths: Sequence[Path], to: str | None) -> tuple[list[Source], str]:
+def open_all(
+    paths: Sequence[Path], to: str | None, *, named: bool = True
+) -> tuple[list[Source], str]:
     """Opens models; nothing but headers is read yet.
 
     Args:
         paths: Where they are.
         to: The format to write; None: that of the inputs.
+        named: Whether m2l's names of parameters are asked for: of Hugging Face's they cost the
+            import of the models.
 
     Returns:
         The models, and the format that the merge is to write.
@@ -105,7 +110,7 @@ def open_all(paths: Sequence[Path], to: str | None) -> tuple[list[Source], str]:
     native = to == HUGGINGFACE and set(kinds) == {HUGGINGFACE}
     opening: dict[str, Callable[[Path], Source]] = {
         ORBAX: _open_orbax,
-        HUGGINGFACE: _open_huggingface if native else _open_turned,
+        HUGGINGFACE: functools.partial(_open_huggingface, named) if native else _open_turned,
         T5X: _open_t5x,
     }
     return [opening[found](path) for found, path in zip(kinds, paths, strict=True)], to
@@ -126,12 +131,12 @@ def _open_orbax(path: Path) -> Source:
     )
 
 
-def _open_huggingface(path: Path) -> Source:
+def _open_huggingface(named: bool, path: Path) -> Source:
     stored = safetensors.open_tensors(path)
     directory = path if path.is_dir() else path.parent
     ours: dict[str, tuple[str, bool]] = {}
     model = _json(directory / "config.json") if (directory / "config.json").is_file() else {}
-    if model:
+    if model and (named or _has_aliases(model, stored)):
         from m2l.checkpoints import huggingface
 
         # A model that m2l has no network for keeps its own names.
@@ -153,6 +158,12 @@ def _open_huggingface(path: Path) -> Source:
         tokenizer=_tokenizer(directory),
         native=True,
     )
+
+
+def _has_aliases(model: Mapping[str, Any], stored: Mapping[str, Any]) -> bool:
+    """Whether files may hold tensors twice, or some that nothing reads."""
+    tied = "lm_head.weight" in stored and model.get("tie_word_embeddings") is not False
+    return tied or any(("embed_tokens" in n and "coder" in n) or "inv_freq" in n for n in stored)
 
 
 def _open_turned(path: Path) -> Source:

@@ -20,7 +20,7 @@ from m2l.errors import CheckpointError, MergeError
 
 Arrays = dict[str, np.ndarray]
 
-_SECONDS_BETWEEN_COMMITS = 1.0
+_SECONDS_BETWEEN_COMMITS = 0.25
 _SECONDS_TO_START = 600.0
 
 

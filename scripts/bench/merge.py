@@ -138,13 +138,13 @@ def run(command: list[str], **environment: str) -> tuple[float, float, int]:
 
 
 def repeated(command: list[str], out: Path, times: int) -> tuple[float, float, int]:
-    """Medians, after one run that does not count."""
+    """Medians, after one run that does not count, unless there is only one."""
     found = []
-    for _ in range(times + 1):
+    for _ in range(times + (times > 1)):
         subprocess.run(["rm", "-rf", str(out)], check=True)
         with tempfile.TemporaryDirectory() as cache:
             found.append(run(command, M2L_CACHE=cache))
-    return tuple(statistics.median(column) for column in zip(*found[1:], strict=True))
+    return tuple(statistics.median(column) for column in zip(*found[times > 1 :], strict=True))
 
 
 def ours(paths: list[Path], method: str, out: Path, *more: str) -> list[str]:
@@ -188,7 +188,12 @@ def started(times: int) -> float:
 
 
 def speed(
-    folder: Path, models: list[str], counts: list[int], mergekit: str | None, times: int
+    folder: Path,
+    models: list[str],
+    counts: list[int],
+    mergekit: str | None,
+    times: int,
+    peer_times: int,
 ) -> None:
     """Prints the table of speeds."""
     start = started(times)
@@ -210,7 +215,7 @@ def speed(
                 )
                 if mergekit:
                     command = theirs(mergekit, paths, method, out, folder)
-                    other, cpu, peak = repeated(command, out, times)
+                    other, cpu, peak = repeated(command, out, peer_times)
                     line += (
                         f"; mergekit {other:.2f} s (CPU {cpu:.1f} s, {peak / 2**20:.0f} MiB), "
                         f"{bytes_ / other / 1e9:.3f} GB/s; m2l is {other / seconds:.1f} times "
@@ -273,6 +278,7 @@ def main() -> None:
     parser.add_argument("--models", default="125m,500m")
     parser.add_argument("--experts", default="4,8")
     parser.add_argument("--runs", type=int, default=RUNS)
+    parser.add_argument("--peer_runs", type=int, default=RUNS, help="1: without a first run.")
     parser.add_argument("--folder", type=Path, help="Where models are kept for the next run.")
     flags = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -285,7 +291,7 @@ def main() -> None:
             processes(folder)
         else:
             counts = [int(count) for count in flags.experts.split(",")]
-            speed(folder, models, counts, flags.mergekit, flags.runs)
+            speed(folder, models, counts, flags.mergekit, flags.runs, flags.peer_runs)
 
 
 if __name__ == "__main__":

@@ -21,9 +21,9 @@ import pytest
 import tensorstore as ts
 from flax import serialization
 
-from m2l import checkpoints
+from m2l import checkpoints, merging
 from m2l.checkpoints import t5x
-from m2l.errors import CheckpointError
+from m2l.errors import CheckpointError, MergeError
 from m2l.models.t5 import T5Config
 
 VOCABULARY = {"name": "bytes", "size": 40, "fingerprint": "abc"}
@@ -396,3 +396,25 @@ print(pathlib.Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
     assert int(done.stdout.split()[-1]) << 10 < allowed
+
+
+@pytest.mark.parametrize("layout", ["t5", "scanned"])
+def test_t5x_checkpoints_merge_to_what_their_conversions_merge_to(tmp_path, layout):
+    rng, experts = np.random.default_rng(1), []
+    for name in ("base", "one", "two"):
+        draw = functools.partial(rng.standard_normal, dtype=np.float32)
+        target = arrange(T5_1_1, parameters(T5_1_1, draw), layout)
+        legacy(tmp_path / name / "checkpoint_9", target)
+        convert(tmp_path / name, tmp_path / f"ours_{name}")
+        experts.append(tmp_path / name)
+    recipe = merging.Recipe("dare_ties", drop_rate=0.4, density=0.5, seed=1)
+    base, *experts = experts
+    found = merging.merge(
+        base, experts, recipe, tmp_path / "out", vocabulary=VOCABULARY, progress=False
+    )
+    ours = [tmp_path / f"ours_{path.name}" for path in experts]
+    wanted = merging.merge(tmp_path / "ours_base", ours, recipe, tmp_path / "wanted")
+    assert found.parameters == wanted.parameters
+    assert found.model == wanted.model
+    with pytest.raises(MergeError, match="its vocabulary is not known to m2l"):
+        merging.merge(base, experts, recipe, tmp_path / "unused")

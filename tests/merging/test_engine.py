@@ -1,5 +1,7 @@
 """Merging checkpoints: the in-memory merge's bits, whatever the blocks; every bad input refused."""
 
+import errno
+import os
 import re
 import shutil
 import warnings
@@ -320,6 +322,18 @@ def test_a_damaged_expert_is_refused_by_the_parameters_name(refused, models, pat
     data[data.find(content) + 40] ^= 1
     file.write_bytes(data)
     refused("token_embedder is damaged", kind=CheckpointError, experts=[tmp_path / "damaged"])
+
+
+def test_a_full_disk_is_said_in_one_line_and_leaves_nothing(refused, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        refused(r"out: no space left: \d+.* bytes are needed; nothing", kind=CheckpointError)
+    usage = shutil.disk_usage(".")._replace(free=100)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    refused(r"out: no space left: 3,\d+ bytes are needed, 100 are free", kind=CheckpointError)
 
 
 def test_an_exclusion_that_means_nothing_is_refused(refused):
