@@ -11,7 +11,7 @@ from m2l.errors import ConfigError, DataError
 from m2l.progress import Progress
 
 if TYPE_CHECKING:
-    from m2l.evaluation.runner import TaskData
+    from m2l.evaluation.task_data import TaskData
 
 
 def jsonl_files(value: str | None, mixture: str | None) -> dict[str, Path]:
@@ -58,6 +58,8 @@ def scored_tasks(
     lengths: Mapping[str, int],
     max_examples: int | None = None,
     generative_score: str = "decoding",
+    beams: int = 1,
+    max_truncated: float = 1.0,
 ) -> tuple[Any, list["TaskData"]]:
     """Reads and tokenises what a model is to be scored on: all of a mixture but its corpora.
 
@@ -67,7 +69,8 @@ def scored_tasks(
         vocabulary_name: The vocabulary to read by, "microworld" or a path.
         fingerprint: That of the vocabulary the model was trained with.
         source: Of the records.
-        split, lengths, max_examples, generative_score: As `runner.load_tasks` takes them.
+        split, lengths, max_examples, generative_score, beams, max_truncated: As `load_tasks` takes
+            them.
 
     Returns:
         The seqio vocabulary, and the tasks.
@@ -83,7 +86,7 @@ def scored_tasks(
 
     from m2l import tasks as registry
     from m2l.data import vocabularies
-    from m2l.evaluation import runner
+    from m2l.evaluation.task_data import load_tasks
 
     vocabulary = vocabularies.load(vocabulary_name)
     if vocabularies.describe(vocabulary, vocabulary_name)["fingerprint"] != fingerprint:
@@ -93,12 +96,14 @@ def scored_tasks(
     scored = [info for info in infos if info.kind != "train"]
     if not scored:
         raise DataError(f"mixture {mixture!r} has no task that can be evaluated")
-    loaded = runner.load_tasks(
+    loaded = load_tasks(
         scored,
         split=split,
         lengths=lengths,
         max_examples=max_examples,
         generative_score=generative_score,
+        beams=beams,
+        max_truncated=max_truncated,
     )
     return vocabulary, loaded
 

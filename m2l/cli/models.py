@@ -3,7 +3,9 @@
 import json
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -26,6 +28,14 @@ _VOCABULARY = (
 @click.option("--steps", type=int, help="Optimizer steps in all.")
 @click.option("--jsonl", help="train=FILE[,validation=FILE]: your own data, as the task `jsonl`.")
 @click.option("--vocabulary", help=_VOCABULARY)
+@click.option(
+    "--distributed", is_flag=True, help="One of a cluster job's processes; JAX finds which."
+)
+@click.option("--coordinator", help="HOST:PORT of process 0, where no cluster says so.")
+@click.option("--process", help="I/N: which of N processes, with --coordinator, from 0/N.")
+@click.option("--synthetic", is_flag=True, help="Feed one random batch: how fast without input?")
+@click.option("--profile", is_flag=True, help="Trace steps 5 to 10 to OUT/profile.")
+@click.option("--wandb", metavar="PROJECT", help="Log to Weights & Biases as well.")
 @with_source(default=None)
 def train(
     gin_files: tuple[str, ...],
@@ -36,11 +46,21 @@ def train(
     steps: int | None,
     jsonl: str | None,
     vocabulary: str | None,
+    distributed: bool,
+    coordinator: str | None,
+    process: str | None,
+    synthetic: bool,
+    profile: bool,
+    wandb: str | None,
     source: str | None,
 ) -> None:
     """Train a model, or go on where a stopped run left off."""
     from m2l import checkpoints, configuration, models
 
+    if distributed or coordinator or process:
+        from m2l.training import processes
+
+        click.echo(f"m2l: {processes.join(coordinator, _process(process))}", err=True)
     files = jsonl_files(jsonl, mixture)
     mixture = "jsonl" if files else mixture
     flags = [f"Train.mixture={mixture!r}"] if mixture else []
@@ -62,8 +82,10 @@ def train(
         )
 
     from m2l.data import vocabularies
-    from m2l.training import loop
+    from m2l.training import loop, processes
+    from m2l.training.metrics import wandb_log
 
+    first = processes.is_first()
     data = register(vocabulary_name, run.source, files)
     described = vocabularies.describe(vocabularies.load(vocabulary_name), vocabulary_name)
     last = loop.train(
@@ -74,23 +96,46 @@ def train(
         data=data,
         init=init,
         resolved_config=f"# {shlex.join(['m2l', *sys.argv[1:]])}\n{resolved}",
+        synthetic=synthetic,
+        profile=profile,
+        log=wandb_log(wandb, out, {"mixture": run.settings.mixture}) if wandb and first else None,
     )
-    final = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    if not first:
+        return
+    final = {}
+    for line in (out / "metrics.jsonl").read_text().splitlines():
+        final |= json.loads(line)
     rows = [(name, float(value)) for name, value in final.items() if name != "step"]
     print_table(f"step {final['step']}", ["figure", "value"], rows)
     click.echo(f"checkpoint: {last}")
 
 
+def _process(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    number, found, count = text.partition("/")
+    if not (found and number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+        raise ConfigError(f"--process {text}: expected I/N, such as 0/2")
+    return int(number), int(count)
+
+
 @click.command("eval")
-@click.option("--checkpoint", type=DIRECTORY, required=True, help="What to evaluate.")
+@click.option("--checkpoint", type=DIRECTORY, help="What to evaluate; also a Hugging Face folder.")
 @click.option("--mixture", help="The task or mixture to evaluate by.")
 @click.option("--jsonl", help="validation=FILE: your own data, as the task `jsonl`.")
-@click.option("--out", type=DIRECTORY, required=True, help="One JSON result a task goes here.")
+@click.option("--out", type=DIRECTORY, help="One JSON result a task goes here.")
 @click.option("--split", default="validation", show_default=True)
 @click.option("--max_examples", type=click.IntRange(min=1), help="Examples of each task at most.")
 @click.option("--batch_size", type=click.IntRange(min=1), default=32, show_default=True)
 @click.option("--input_length", type=click.IntRange(min=1), default=512, show_default=True)
 @click.option("--target_length", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option(
+    "--max_truncated",
+    type=click.FloatRange(0, 1),
+    default=1.0,
+    show_default=True,
+    help="The share of a task's examples that may be longer than that.",
+)
 @click.option(
     "--generative_score",
     type=click.Choice(GENERATIVE_SCORES),
@@ -98,93 +143,199 @@ def train(
     show_default=True,
     help="Of tasks in free text: their metric on what is decoded, or the references' likelihood.",
 )
+@click.option(
+    "--beams", type=click.IntRange(min=1), default=1, show_default=True, help="1: greedy."
+)
+@click.option("--examples", is_flag=True, help="Write what became of each example as well.")
 @click.option("--vocabulary", help=f"{_VOCABULARY} By default the checkpoint's own.")
+@click.option("--fsdp", type=click.IntRange(min=1), default=1, help="Devices to split models over.")
+@click.option(
+    "--model", type=click.IntRange(min=1), default=1, help="Devices to split layers over."
+)
+@click.option("--distributed", is_flag=True, help="One process of a job; JAX finds which.")
+@click.option(
+    "--compare",
+    type=DIRECTORY,
+    nargs=2,
+    help="Evaluate nothing: what differs between two results that were made with --examples.",
+)
 @with_source()
 def evaluate(
-    checkpoint: Path,
+    checkpoint: Path | None,
     mixture: str | None,
     jsonl: str | None,
-    out: Path,
+    out: Path | None,
     split: str,
     max_examples: int | None,
     batch_size: int,
     input_length: int,
     target_length: int,
+    max_truncated: float,
     generative_score: str,
+    beams: int,
+    examples: bool,
     vocabulary: str | None,
+    fsdp: int,
+    model: int,
+    distributed: bool,
+    compare: tuple[Path, Path] | None,
     source: str,
 ) -> None:
-    """Evaluate a checkpoint: rank classification where there are answer choices, else decoding."""
+    """Evaluate a checkpoint: rank classification where there are answer choices, else decoding.
+
+    With --compare A B, print by how much B is better than A, how likely by chance, and examples.
+    """
+    if compare:
+        _compare(*compare)
+        return
+    for flag, value in (("--checkpoint", checkpoint), ("--out", out)):
+        if value is None:
+            raise ConfigError(f"m2l eval: {flag} is missing")
+
     import jax
 
-    from m2l import checkpoints, models
+    if distributed:
+        jax.distributed.initialize()
 
-    directory = checkpoints.resolve(checkpoint)
-    manifest = checkpoints.read_manifest(directory)
+    from m2l import models, partitioning
+    from m2l.evaluation.model import open_model
+
+    opened = open_model(checkpoint, vocabulary)
     loaded_vocabulary, loaded = scored_tasks(
         mixture,
         jsonl_files(jsonl, mixture),
-        vocabulary or manifest.vocabulary["name"],
-        manifest.vocabulary["fingerprint"],
+        vocabulary or opened.vocabulary["name"],
+        opened.vocabulary["fingerprint"],
         source,
         split=split,
         lengths={"inputs": input_length, "targets": target_length},
         max_examples=max_examples,
         generative_score=generative_score,
+        beams=beams,
+        max_truncated=max_truncated,
     )
 
     from m2l.evaluation import runner
 
-    results = runner.evaluate(
-        models.from_dict(manifest.model),
-        jax.device_put(checkpoints.restore(directory)),
-        loaded,
-        out,
-        vocabulary=loaded_vocabulary,
-        model_digest=manifest.digest,
-        batch_size=batch_size,
-    )
-    rows = [(r.task, r.metric, r.score, r.count, r.ties, r.truncated) for r in results]
-    columns = ["task", "metric", "score %", "examples", "ties", "truncated"]
-    print_table(f"{directory}", columns, rows)
-    click.echo(f"results: {out}")
+    mesh = partitioning.make_mesh(fsdp=fsdp, model=model)
+    placed = partitioning.shardings(models.spec(opened.config), mesh)
+    evaluator = runner.Evaluator(opened.config, loaded, loaded_vocabulary, batch_size=batch_size)
+    with jax.set_mesh(mesh):
+        results = evaluator.run(
+            opened.read(placed), out, model_digest=opened.digest, examples=examples
+        )
+    if jax.process_index() == 0:
+        _print_results(f"{opened.path}", results)
+        click.echo(f"results: {out}")
+
+
+def _print_results(title: str, results: Sequence[Any]) -> None:
+    from m2l.evaluation import aggregate
+
+    rows = [
+        (r.task, r.metric, r.score, _interval(r.interval), r.count, r.ties, r.truncated)
+        for r in results
+    ]
+    columns = ["task", "metric", "score %", "95 %", "examples", "ties", "truncated"]
+    print_table(title, columns, rows)
+    of_datasets = aggregate.over_prompts(results)
+    if all(row.prompts == 1 for row in of_datasets):
+        return
+    rows = [
+        (
+            *(row.dataset, row.metric, row.prompts, row.mean, _interval(row.interval), row.median),
+            *(*row.quartiles, row.worst[1], row.best[1], row.worst[0], row.best[0]),
+        )
+        for row in of_datasets
+    ]
+    columns = [
+        "dataset",
+        "metric",
+        "prompts",
+        "mean %",
+        "95 %",
+        "median",
+        "lower",
+        "upper quartile",
+    ]
+    print_table("over prompts", [*columns, "worst", "best", "worst prompt", "best prompt"], rows)
+    if len({row.dataset for row in of_datasets}) > 1:
+        of_categories = aggregate.over_categories(of_datasets)
+        rows = [(*group, mean) for group, mean in of_categories.items()]
+        print_table("over datasets", ["category", "metric", "mean %"], rows)
+
+
+def _interval(of_score: Sequence[float] | None) -> str:
+    return "" if of_score is None else "{:.2f} to {:.2f}".format(*of_score)
+
+
+# Of each task, how many examples are shown that two models answer differently.
+_SHOWN = 3
+
+
+def _compare(one: Path, other: Path) -> None:
+    from m2l.evaluation.compare import compare
+
+    found, alone = compare(one, other)
+    rows = []
+    for task in found:
+        d = task.difference
+        interval = f"{d.low:+.2f} to {d.high:+.2f}"
+        scores = task.one.task, task.one.metric, task.one.score, task.other.score
+        better = sum(flip.change > 0 for flip in task.flips)
+        worse = sum(flip.change < 0 for flip in task.flips)
+        rows.append((*scores, d.value, interval, d.p, better, worse))
+    columns = ["task", "metric", "A %", "B %", "B - A", "95 %", "p", "better", "worse"]
+    print_table(f"A: {one}, B: {other}", columns, rows)
+    for task in found:
+        for flip in task.flips[:_SHOWN]:
+            click.echo(f"\n{task.one.task}, example {flip.number}: {flip.inputs}")
+            click.echo(f"  right: {flip.right}\n  A: {flip.one}\n  B: {flip.other}")
+    if alone:
+        click.echo(f"\nonly one of them has: {', '.join(alone)}")
 
 
 @click.command()
 @click.argument("checkpoint", type=DIRECTORY)
 @click.argument("texts", nargs=-1)
 @click.option("--max_length", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option(
+    "--beams", type=click.IntRange(min=1), default=1, show_default=True, help="1: greedy."
+)
 @click.option("--chat", is_flag=True, help="Each text is a message, in the tokenizer's template.")
-def generate(checkpoint: Path, texts: tuple[str, ...], max_length: int, chat: bool) -> None:
-    """What a checkpoint writes after each text (or line of the standard input), greedily."""
+def generate(
+    checkpoint: Path, texts: tuple[str, ...], max_length: int, beams: int, chat: bool
+) -> None:
+    """What a checkpoint writes after each text (or line of the standard input)."""
     import jax
     import numpy as np
 
-    from m2l import checkpoints, models
     from m2l.data import layouts, vocabularies
     from m2l.data.examples import GenerationExample
     from m2l.evaluation import generation
+    from m2l.evaluation.model import open_model
 
-    directory = checkpoints.resolve(checkpoint)
-    manifest = checkpoints.read_manifest(directory)
-    name = manifest.vocabulary["name"]
+    opened = open_model(checkpoint)
+    name = opened.vocabulary["name"]
     name = f"chat:{name}" if chat and not name.startswith("chat:") else name
     vocabulary = vocabularies.load(name)
-    config = models.from_dict(manifest.model)
     texts = texts or tuple(line for line in sys.stdin.read().splitlines() if line.strip())
     encoded = [np.array(vocabulary.encode(text), np.int32) for text in texts]
     nothing = np.empty(0, np.int32)
-    written = generation.greedy(
-        config,
-        jax.device_put(checkpoints.restore(directory)),
+    how = {} if beams == 1 else {"beams": beams}
+    decode = generation.greedy if beams == 1 else generation.beam_search
+    written = decode(
+        opened.config,
+        jax.device_put(opened.read(None)),
         [
             GenerationExample(ids, nothing, (), text, "", False)
             for ids, text in zip(encoded, texts, strict=True)
         ],
         max_length=max_length,
-        layout=layouts.of(config, vocabulary),
+        layout=layouts.of(opened.config, vocabulary),
         eos_id=vocabulary.eos_id,
         batch_size=min(8, max(1, len(texts))),
+        **how,
     )
     for text, ids in zip(texts, written, strict=True):
         click.echo(f"{text}\n> {vocabularies.continuing(vocabulary).decode(ids.tolist())}")

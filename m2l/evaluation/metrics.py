@@ -76,6 +76,31 @@ def rouge(references: References, predictions: Sequence[str]) -> dict[str, float
     return {name: 100.0 * total / len(predictions) for name, total in sums.items()}
 
 
+def figures(
+    name: str, references: References, predictions: Sequence[str]
+) -> tuple[dict[str, float], list[float] | None]:
+    """A metric's figures, and the headline one of each example; None of a corpus's, BLEU.
+
+    Args:
+        name: The metric's.
+        references: Per example every text that counts as right.
+        predictions: Per example what the model wrote.
+
+    Raises:
+        UnknownNameError: there is no such metric.
+        EvaluationError: as the metrics do.
+    """
+    compute = metric(name)
+    if name == "bleu":
+        return compute(references, predictions), None
+    _check(references, predictions)
+    # The others are means over the examples.
+    pairs = zip(references, predictions, strict=True)
+    found = [compute([of_one], [prediction]) for of_one, prediction in pairs]
+    means = {figure: sum(one[figure] for one in found) / len(found) for figure in found[0]}
+    return means, [one[HEADLINE[name]] for one in found]
+
+
 METRICS: dict[str, Metric] = {"squad": squad, "bleu": bleu, "rouge": rouge}
 # Which of a metric's figures stands for it in tables and in normalised performance.
 HEADLINE = {

@@ -1,185 +1,302 @@
-"""A model on a set of tasks: one JSON result for each, written as soon as it is known."""
+"""Models on a set of tasks: one JSON result for each pair, written as soon as it is known."""
 
 import dataclasses
-import hashlib
-import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import m2l
-from m2l import files
+import jax
+import numpy as np
+
 from m2l.data import layouts
-from m2l.data.examples import (
-    GenerationExample,
-    RankingExample,
-    generation_examples,
-    ranking_examples,
+from m2l.errors import ConfigError
+from m2l.evaluation import batching, bootstrap, generation, likelihood, metrics, ranking
+from m2l.evaluation.results import (
+    FORMAT_VERSION,
+    Result,
+    finished,
+    read_result,
+    write_examples,
+    write_result,
 )
-from m2l.data.prompts import TaskInfo
-from m2l.errors import ConfigError, DataError, EvaluationError, UnknownNameError
-from m2l.evaluation import generation, likelihood, metrics, ranking
+from m2l.evaluation.task_data import TaskData, load_tasks
 from m2l.progress import Progress
 
-FORMAT_VERSION = 1
+__all__ = [
+    "FORMAT_VERSION",
+    "Evaluator",
+    "Outcome",
+    "Result",
+    "TaskData",
+    "evaluate",
+    "load_tasks",
+    "read_result",
+]
+
+OnDone = Callable[[int], None]
 
 
 @dataclasses.dataclass(frozen=True)
-class TaskData:
-    """A task's examples, tokenised once and used for every model.
+class Outcome:
+    """A model's result on a task, and what became of each example.
 
     Attributes:
-        info: What the task is.
-        examples: RankingExamples of a task with answer choices, GenerationExamples of others.
-        max_length: Tokens that may be generated.
-        digest: sha256 of everything that decides a score: tokens, choices, answers, metrics,
-            and for free text what its score is and, decoding, how many tokens there may be.
-        generative_score: Of metrics.GENERATIVE_SCORES, what stands for a task in free text.
+        result: The figures.
+        examples: Per example plain values: its texts, its scores or the prediction, and "value",
+            what it adds to the mean that is the score.
     """
 
-    info: TaskInfo
-    examples: Sequence[RankingExample] | Sequence[GenerationExample]
-    max_length: int
-    digest: str
-    generative_score: str = "decoding"
-
-    @property
-    def decoded(self) -> bool:
-        """Whether the model has to write answers."""
-        return self.info.kind == "generate" and self.generative_score == "decoding"
-
-    @property
-    def metric(self) -> str:
-        """What stands for the task: its own headline metric, or "reference_likelihood"."""
-        ranked = self.info.kind == "rank"
-        return self.info.metric if ranked or self.decoded else "reference_likelihood"
+    result: Result
+    examples: Sequence[Mapping[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Result:
-    """One model's result on one task, as it stands in its JSON file.
+class _Ready:
+    """A task's padded batches, those of its choices after an empty input, and where these are."""
 
-    Attributes:
-        metric: The headline metric, of the task's own or "reference_likelihood".
-        score: The figure that stands for the task, in percent: the headline metric's.
-        metrics: All figures of the task, in percent.
-        count: Examples evaluated.
-        ties: Examples whose best score was shared by several choices.
-        truncated: Examples that lost tokens to the length limits.
-        seconds: Time spent on the model's scores or decodings, data and metrics apart.
-    """
-
-    task: str
-    dataset: str
-    category: str
-    held_out: bool
-    kind: str
-    metric: str
-    score: float
-    metrics: Mapping[str, float]
-    count: int
-    ties: int
-    truncated: int
-    seconds: float
-    model_digest: str
-    task_digest: str
-    m2l_version: str = m2l.__version__
-    format_version: int = FORMAT_VERSION
+    task: TaskData
+    parts: Sequence[batching.Part]
+    empty: Sequence[Any] = ()
+    empty_parts: Sequence[batching.Part] = ()
+    places: Sequence[Sequence[tuple[int, int]]] = ()
 
 
-def load_tasks(
-    infos: Iterable[TaskInfo],
-    *,
-    split: str,
-    lengths: Mapping[str, int],
-    max_examples: int | None = None,
-    generative_score: str = "decoding",
-) -> list[TaskData]:
-    """Reads and tokenises the tasks' examples.
+class Evaluator:
+    """Tasks made ready once, for any number of models of one configuration.
+
+    Examples are padded once, to at most `batching.MAX_SHAPES` shapes, and one compiled function
+    each serves all models: between them only parameters change. They may come from a checkpoint or
+    from a merge in memory, and lie on any mesh; in several processes each calls the same methods.
 
     Args:
-        infos: The tasks.
-        split: "validation" or another split that every task has.
-        lengths: Tokens kept of "inputs" and "targets".
-        max_examples: How many examples of each task, from its first; None takes all.
-        generative_score: "decoding": a task in free text is decoded, and stands by its headline
-            metric; the likelihood of its references is a figure beside it. "likelihood": that is
-            its score, and nothing is decoded.
-
-    Raises:
-        UnknownNameError: there is no such generative_score.
-        DataError: a task has no such split, or no examples in it that can be used.
+        config: The models' configuration.
+        tasks: What to evaluate on, as `load_tasks` gives it.
+        vocabulary: The seqio vocabulary, to read what a model generates.
+        batch_size: Examples in a batch.
+        dtype: The dtype to compute in.
     """
-    if generative_score not in metrics.GENERATIVE_SCORES:
-        raise UnknownNameError("generative_score", generative_score, metrics.GENERATIVE_SCORES)
-    infos, loaded, max_length = list(infos), [], lengths["targets"]
-    with Progress("read tasks", len(infos), "tasks") as progress:
-        for info in infos:
-            read = ranking_examples if info.kind == "rank" else generation_examples
-            examples = read(info.name, split, lengths=lengths, max_examples=max_examples)
-            if not examples:
-                raise DataError(f"task {info.name}: its split {split!r} has no examples")
-            digest = _digest(info, max_length, generative_score, examples)
-            loaded.append(TaskData(info, examples, max_length, digest, generative_score))
-            progress.update(len(loaded))
-    return loaded
 
+    def __init__(
+        self,
+        config: Any,
+        tasks: Sequence[TaskData],
+        vocabulary: Any,
+        *,
+        batch_size: int = 32,
+        dtype: str = "float32",
+    ):
+        self.config, self.vocabulary, self.dtype = config, vocabulary, dtype
+        self.tasks = tuple(tasks)
+        layout = layouts.of(config, vocabulary)
+        ranked = {
+            task.info.name: ranking.empty_inputs(task.examples, layout, vocabulary.eos_id)
+            for task in self.tasks
+            if task.info.kind == "rank"
+        }
+        of_all = [task.examples for task in self.tasks] + [made for made, _ in ranked.values()]
+        batch_size = min(batch_size, max(map(len, of_all), default=1))
+        shapes = batching.common_shapes(of_all, batch_size, layout)
 
-def _digest(info: TaskInfo, max_length: int, generative_score: str, examples: Sequence[Any]) -> str:
-    generated = info.kind == "generate"
-    decoded = generated and generative_score == "decoding"
-    decided_by = [info.kind, info.metrics, max_length if decoded else None]
-    decided_by += [generative_score] if generated else []
-    digest = hashlib.sha256(json.dumps(decided_by).encode())
-    for example in examples:
-        if isinstance(example, RankingExample):
-            answer = [[choice.tolist() for choice in example.choices], list(example.is_correct)]
-        else:
-            answer = [example.target.tolist(), example.reference]
-        digest.update(json.dumps([example.inputs.tolist(), answer]).encode())
-    return digest.hexdigest()
+        def padded(examples: Sequence[batching.Example]) -> list[batching.Part]:
+            return list(batching.batches(examples, batch_size, layout, shapes))
 
+        self._ready = []
+        for task in self.tasks:
+            made, places = ranked.get(task.info.name, ((), ()))
+            self._ready.append(_Ready(task, padded(task.examples), made, padded(made), places))
 
-def read_result(path: Path) -> Result:
-    """A result from its file.
+    def outcomes(
+        self, params: Any, *, model_digest: str = "", on_done: OnDone = lambda count: None
+    ) -> Iterator[Outcome]:
+        """What a model makes of each task, in their order; nothing is read or written.
 
-    Raises:
-        EvaluationError: the file is not a result, or one of another version.
-    """
-    try:
-        fields = json.loads(Path(path).read_text())
-        if fields["format_version"] != FORMAT_VERSION:
-            raise EvaluationError(
-                f"{path}: result format {fields['format_version']}, this m2l reads "
-                f"{FORMAT_VERSION}; delete it and evaluate again"
+        Args:
+            params: The model's parameters.
+            model_digest: What the results say the model is.
+            on_done: Told how many examples were finished, batch by batch.
+
+        Raises:
+            EvaluationError: scores that cannot be believed: not finite, or incomplete.
+        """
+        for ready in self._ready:
+            yield self._outcome(ready, params, model_digest, on_done)
+
+    def run(
+        self,
+        params: Any,
+        out: Path,
+        *,
+        model_digest: str,
+        examples: bool = False,
+        description: str = "evaluate",
+    ) -> list[Result]:
+        """Evaluates a model; a task whose result is already there is not computed again.
+
+        Args:
+            params: The model's parameters.
+            out: Where `TASK.json` files go; made if need be.
+            model_digest: What identifies the model; results of another model are refused.
+            examples: Write `TASK.examples.jsonl.gz` as well.
+            description: What the progress bar calls it.
+
+        Returns:
+            A result for each task, in their order.
+        """
+        out, writes = Path(out), jax.process_index() == 0
+        for record in ("run.json", "study.json", "manifest.json"):
+            if (out / record).exists():
+                raise ConfigError(f"{out} holds something else ({record}); choose another --out")
+        out.mkdir(parents=True, exist_ok=True)
+        held = [finished(out, model_digest, task, examples) for task in self.tasks]
+        if jax.process_count() > 1:  # before any writes what another has yet to look for
+            from jax.experimental import multihost_utils
+
+            multihost_utils.sync_global_devices("m2l: which results are there")
+        results = []
+        with Progress(
+            description, sum(len(t.examples) for t in self.tasks), "examples"
+        ) as progress:
+            done = 0
+
+            def on_done(count: int) -> None:
+                nonlocal done
+                done += count
+                progress.update(done)
+
+            for ready, result in zip(self._ready, held, strict=True):
+                if result is None:
+                    outcome = self._outcome(ready, params, model_digest, on_done)
+                    result = outcome.result
+                    if writes and examples:
+                        write_examples(out, result.task, outcome.examples)
+                    if writes:
+                        write_result(out, result)
+                else:
+                    on_done(result.count)
+                results.append(result)
+        return results
+
+    def _outcome(self, ready: _Ready, params: Any, digest: str, on_done: OnDone) -> Outcome:
+        task, start = ready.task, time.monotonic()
+        how = {"dtype": self.dtype}
+        # Scoring references is short beside decoding, which then tells of its progress alone.
+        told = {} if task.decoded else {"on_done": on_done}
+        scores = ranking.score_examples(
+            self.config, params, task.examples, parts=ready.parts, **how, **told
+        )
+        if task.info.kind == "rank":
+            empty = ranking.score_examples(
+                self.config, params, ready.empty, parts=ready.empty_parts, **how
             )
-        return Result(**fields)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise EvaluationError(f"{path}: not a result of `m2l eval` ({error})") from error
+            seconds = time.monotonic() - start
+            figures, ties, lines = _ranked(ready, scores, empty)
+        else:
+            texts = self._texts(ready, params, on_done) if task.decoded else None
+            seconds = time.monotonic() - start
+            figures, ties, lines = _generated(task, scores, texts)
+        batches = [batch for _, batch in (*ready.parts, *ready.empty_parts)]
+        tokens, size = (sum(getattr(b, name) for b in batches) for name in ("tokens", "size"))
+        interval = None
+        if task.metric != "bleu":
+            of = bootstrap.statistic(task.metric, lines)
+            interval = bootstrap.interval(of, len(lines))
+        result = Result(
+            task=task.info.name,
+            dataset=task.info.dataset,
+            category=task.info.category,
+            held_out=task.info.held_out,
+            kind=task.info.kind,
+            metric=task.metric,
+            score=figures[metrics.HEADLINE[task.metric]],
+            metrics=figures,
+            count=len(task.examples),
+            ties=ties,
+            truncated=task.truncated,
+            seconds=seconds,
+            model_digest=digest,
+            task_digest=task.digest,
+            interval=interval,
+            tokens=tokens,
+            padding=1 - tokens / size,
+        )
+        return Outcome(result, lines)
+
+    def _texts(self, ready: _Ready, params: Any, on_done: OnDone) -> list[str]:
+        task = ready.task
+        how = {
+            "max_length": task.max_length,
+            "eos_id": self.vocabulary.eos_id,
+            "dtype": self.dtype,
+            "parts": ready.parts,
+            "on_done": on_done,
+        }
+        if task.beams > 1:
+            how["beams"] = task.beams
+        decode = generation.beam_search if task.beams > 1 else generation.greedy
+        decoded = decode(self.config, params, task.examples, **how)
+        return [self.vocabulary.decode(tokens.tolist()).strip() for tokens in decoded]
 
 
-def _finished(path: Path, model_digest: str, task: TaskData) -> Result | None:
-    """The result already there, if it is of this model and these examples."""
-    if not path.exists():
-        return None
-    held = read_result(path)
-    if held.model_digest != model_digest:
-        raise EvaluationError(
-            f"{path} is the result of another model ({held.model_digest[:12]}, this one is "
-            f"{model_digest[:12]}); choose another --out, or delete it"
+Figures = tuple[dict[str, float], int, list[dict[str, Any]]]
+
+
+def _ranked(ready: _Ready, scores: Sequence[np.ndarray], of_empty: Sequence[np.ndarray]) -> Figures:
+    """A task's figures, its ties, and what became of each example."""
+    name, examples = ready.task.info.name, ready.task.examples
+    empty = [np.array([of_empty[row][column] for row, column in of_one]) for of_one in ready.places]
+    ranked = ranking.rank(name, examples, scores, metrics=ready.task.info.metrics)
+    figures = dict(ranked.figures) | ranking.by_every_rule(name, examples, scores, empty)
+    lines = []
+    for example, of_one, of_nothing in zip(examples, scores, empty, strict=True):
+        taken = np.flatnonzero(of_one == of_one.max())
+        lines.append(
+            {
+                "inputs": example.inputs_text,
+                "choices": list(example.choices_text),
+                "tokens": [len(choice) for choice in example.choices],
+                "scores": of_one.tolist(),
+                "empty_scores": of_nothing.tolist(),
+                "right": example.is_correct.index(True),
+                "taken": taken.tolist(),
+                "value": 100.0 * float(np.mean(np.array(example.is_correct)[taken])),
+                "truncated": example.truncated,
+            }
         )
-    if held.metric != task.metric:
-        raise EvaluationError(
-            f"{path} holds the score {held.metric}, not {task.metric}; evaluate with the same "
-            "--generative_score, choose another --out, or delete it"
+    return figures, ranked.ties, lines
+
+
+def _generated(
+    task: TaskData, scores: Sequence[np.ndarray], texts: Sequence[str] | None
+) -> Figures:
+    """The same of a task in free text, with what was decoded, if anything was."""
+    examples = task.examples
+    figures = {
+        "reference_likelihood": likelihood.reference_likelihood(task.info.name, examples, scores)
+    }
+    lines: list[dict[str, Any]] = []
+    for example, of_one in zip(examples, scores, strict=True):
+        lines.append(
+            {
+                "inputs": example.inputs_text,
+                "references": list(example.reference),
+                "reference_score": float(of_one[0]),
+                "reference_tokens": len(example.target),
+                "value": float(of_one[0]) / len(example.target),
+                "truncated": example.truncated,
+            }
         )
-    if held.task_digest != task.digest:
-        raise EvaluationError(
-            f"{path} is the result of other examples or settings ({held.count} examples then, "
-            f"{len(task.examples)} now); choose another --out, or delete it"
-        )
-    return held if held.m2l_version == m2l.__version__ else None
+    if texts is None:
+        return figures, 0, lines
+    references = [example.reference for example in examples]
+    for metric in task.info.metrics:
+        found, by_example = metrics.figures(metric, references, texts)
+        figures |= found
+        if metric == task.metric:
+            for number, line in enumerate(lines):
+                line["prediction"] = texts[number]
+                line["value"] = by_example[number] if by_example else None
+    return figures, 0, lines
 
 
 def evaluate(
@@ -192,98 +309,13 @@ def evaluate(
     model_digest: str,
     batch_size: int = 32,
     dtype: str = "float32",
+    examples: bool = False,
     description: str = "evaluate",
 ) -> list[Result]:
-    """Evaluates a model on tasks; a task whose result is already there is not computed again.
+    """Evaluates one model on tasks; for several, make an `Evaluator` once and `run` each.
 
-    Args:
-        config: The model's configuration.
-        params: Its parameters.
-        tasks: What to evaluate it on, as `load_tasks` gives it.
-        out: Where `TASK.json` files go; made if need be.
-        vocabulary: The seqio vocabulary, to read what the model generates.
-        model_digest: The digest of the model's manifest; results of another model are refused.
-        batch_size: Examples in a batch.
-        dtype: The dtype to compute in.
-        description: What the progress bar calls it.
-
-    Returns:
-        A result for each task, in their order.
+    Args and returned are those of `Evaluator` and its `run`.
     """
-    out = Path(out)
-    for record in ("run.json", "study.json", "manifest.json"):
-        if (out / record).exists():
-            raise ConfigError(f"{out} holds something else ({record}); choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    results = []
-    with Progress(description, sum(len(t.examples) for t in tasks), "examples") as progress:
-        done = 0
-
-        def on_done(count: int) -> None:
-            nonlocal done
-            done += count
-            progress.update(done)
-
-        for task in tasks:
-            path = out / f"{task.info.name}.json"
-            result = _finished(path, model_digest, task)
-            if result is None:
-                figures, ties, seconds = _figures(
-                    config, params, task, vocabulary, batch_size, dtype, on_done
-                )
-                result = Result(
-                    task=task.info.name,
-                    dataset=task.info.dataset,
-                    category=task.info.category,
-                    held_out=task.info.held_out,
-                    kind=task.info.kind,
-                    metric=task.metric,
-                    score=figures[metrics.HEADLINE[task.metric]],
-                    metrics=figures,
-                    count=len(task.examples),
-                    ties=ties,
-                    truncated=sum(example.truncated for example in task.examples),
-                    seconds=seconds,
-                    model_digest=model_digest,
-                    task_digest=task.digest,
-                )
-                files.write(path, json.dumps(dataclasses.asdict(result), indent=1) + "\n")
-            else:
-                on_done(len(task.examples))
-            results.append(result)
-    return results
-
-
-def _figures(
-    config: Any,
-    params: Any,
-    task: TaskData,
-    vocabulary: Any,
-    batch_size: int,
-    dtype: str,
-    on_done: Any,
-) -> tuple[dict[str, float], int, float]:
-    """A task's metrics, its ties, and the seconds that the model took."""
-    start = time.monotonic()
-    name, examples = task.info.name, task.examples
-    layout = layouts.of(config, vocabulary)
-    how = {"layout": layout, "batch_size": batch_size, "dtype": dtype}
-    # Scoring references is short beside decoding, which then tells of its progress alone.
-    told = {} if task.decoded else {"on_done": on_done}
-    scores = ranking.score_examples(config, params, examples, **how, **told)
-    seconds = time.monotonic() - start
-    if task.info.kind == "rank":
-        ranked = ranking.rank(name, examples, scores, metrics=task.info.metrics)
-        return dict(ranked.figures), ranked.ties, seconds
-    reference_likelihood = likelihood.reference_likelihood(name, examples, scores)
-    figures = {"reference_likelihood": reference_likelihood}
-    if not task.decoded:
-        return figures, 0, seconds
-    ending = {"max_length": task.max_length, "eos_id": vocabulary.eos_id}
-    decoded = generation.greedy(config, params, examples, on_done=on_done, **ending, **how)
-    seconds = time.monotonic() - start
-    texts = [vocabulary.decode(tokens.tolist()).strip() for tokens in decoded]
-    references = [example.reference for example in examples]
-    for metric in task.info.metrics:
-        figures |= metrics.metric(metric)(references, texts)
-    return figures, 0, seconds
+    evaluator = Evaluator(config, tasks, vocabulary, batch_size=batch_size, dtype=dtype)
+    how = {"model_digest": model_digest, "examples": examples, "description": description}
+    return evaluator.run(params, out, **how)

@@ -80,12 +80,13 @@ def test_scores_are_the_same_for_any_batch_size_bucket_and_order(tiny_config, ti
     rng = np.random.default_rng(2)
     examples = [ranked(rng, rng.integers(1, 60), (1, 3, 2)[: rng.integers(2, 4)]) for _ in range(9)]
     layout = layouts.of(tiny_config)
-    wanted = ranking.score_examples(tiny_config, tiny_params, examples, batch_size=1)
-    for batch_size, shapes in ((4, None), (9, [(96, 4, 12)])):
+    wanted = None
+    for batch_size, shapes in ((1, [(64, 3, 4)]), (4, [(32, 3, 4), (96, 4, 12)]), (9, None)):
         for turn in (1, -1):
             turned = examples[::turn]
             parts = batching.batches(turned, batch_size, layout, shapes)
             found = ranking.score_examples(tiny_config, tiny_params, turned, parts=parts)[::turn]
+            wanted = wanted or found
             for one, other in zip(found, wanted, strict=True):
                 np.testing.assert_allclose(one, other, rtol=1e-5)
                 assert one.argmax() == other.argmax()

@@ -70,8 +70,7 @@ def test_logits_that_are_not_finite_stop_decoding(tiny_config, tiny_params, exam
         generation.greedy(tiny_config, broken, examples, max_length=MAX_LENGTH)
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.6, 3.0])
-@pytest.mark.parametrize("family", ["t5", "llama"])
+@pytest.mark.parametrize(("family", "alpha"), [("t5", 0.6), ("t5", 3.0), ("llama", 0.0)])
 def test_wide_beams_find_the_best_of_all_texts(family, alpha):
     if family == "t5":
         config, layout = models.T5Config(7, 16, 8, 24, 2, 1, 1), layouts.EncoderDecoder()

@@ -2,12 +2,14 @@
 
 import json
 
+import jax
+import numpy as np
 import pytest
 
-from m2l import tasks
+from m2l import merging, models, tasks
 from m2l.data import vocabularies
-from m2l.errors import EvaluationError, UnknownNameError
-from m2l.evaluation import generation, metrics, runner
+from m2l.errors import ConfigError, DataError, EvaluationError, UnknownNameError
+from m2l.evaluation import batching, bootstrap, generation, metrics, ranking, results, runner
 
 FREE = [{"inputs": f"{n} plus one", "targets": f"it is {n + 1}"} for n in range(5)]
 CHOICES = [{**line, "answer_choices": [line["targets"], "nothing"]} for line in FREE]
@@ -33,11 +35,9 @@ def load(info, lengths=(32, 8), **settings):
 
 @pytest.fixture(scope="module")
 def evaluate(tiny_config, tiny_params):
-    def run(task, out):
-        vocabulary = vocabularies.load("microworld")
-        [result] = runner.evaluate(
-            tiny_config, tiny_params, [task], out, vocabulary=vocabulary, model_digest="m"
-        )
+    def run(task, out, **settings):
+        settings = {"vocabulary": vocabularies.load("microworld"), "model_digest": "m"} | settings
+        [result] = runner.evaluate(tiny_config, tiny_params, [task], out, **settings)
         assert runner.read_result(out / f"{task.info.name}.json") == result
         return result
 
@@ -81,7 +81,8 @@ def test_answer_choices_are_ranked_whatever_stands_for_free_text(infos, evaluate
     assert by_likelihood.digest == by_decoding.digest
     assert evaluate(by_likelihood, tmp_path) == result
     assert (tmp_path / "runner_choices.json").read_bytes() == before
-    assert set(result.metrics) == {"accuracy", "chance"}
+    alternatives = {"accuracy_per_token", "accuracy_per_byte", "accuracy_calibrated"}
+    assert set(result.metrics) == {"accuracy", "chance"} | alternatives
 
 
 def test_a_result_by_the_other_score_is_not_taken_for_a_finished_one(infos, evaluate, tmp_path):
@@ -108,6 +109,95 @@ def test_a_digest_covers_the_target_and_decoding_its_longest_answer(infos):
 def test_an_unknown_score_proposes_the_nearest(infos):
     with pytest.raises(UnknownNameError, match="'likelihood'"):
         load(infos["free"], generative_score="likelyhood")
+
+
+def test_what_became_of_each_example_adds_up_to_the_result(infos, evaluate, tmp_path):
+    for name, score in (("choices", "decoding"), ("free", "decoding"), ("free", "likelihood")):
+        task, out = load(infos[name], generative_score=score), tmp_path / f"{name}_{score}"
+        result = evaluate(task, out, examples=True)
+        lines = results.read_examples(out, task.info.name)
+        assert [line["inputs"] for line in lines] == [e.inputs_text for e in task.examples]
+        whole = bootstrap.statistic(result.metric, lines)(np.arange(len(lines)))
+        assert whole == pytest.approx(result.score)
+        low, high = result.interval
+        assert low <= result.score + 1e-9 and result.score <= high + 1e-9
+    first = (out / "runner_free.examples.jsonl.gz").read_bytes()
+    evaluate(task, tmp_path / "again", examples=True)
+    assert (tmp_path / "again" / "runner_free.examples.jsonl.gz").read_bytes() == first
+    (out / "runner_free.examples.jsonl.gz").write_bytes(first[:40])
+    with pytest.raises(EvaluationError, match=r"examples.jsonl.gz: damaged"):
+        results.read_examples(out, "runner_free")
+
+
+def test_examples_that_are_asked_for_later_are_computed_and_then_no_more(
+    infos, evaluate, tmp_path, monkeypatch
+):
+    task = load(infos["choices"])
+    first = evaluate(task, tmp_path)
+    assert not list(tmp_path.glob("*.gz"))
+    again = evaluate(task, tmp_path, examples=True)
+    assert again.metrics == first.metrics and list(tmp_path.glob("*.gz"))
+    monkeypatch.setattr(ranking, "score_examples", no_decoding)
+    assert evaluate(task, tmp_path, examples=True) == again == evaluate(task, tmp_path)
+
+
+def test_the_results_file_of_another_version_is_refused(infos, evaluate, tmp_path):
+    evaluate(load(infos["choices"]), tmp_path)
+    path = tmp_path / "runner_choices.json"
+    path.write_text(path.read_text().replace('"format_version": 2', '"format_version": 1'))
+    with pytest.raises(EvaluationError, match="result format 1, this m2l reads 2"):
+        evaluate(load(infos["choices"]), tmp_path)
+
+
+def test_what_is_cut_is_counted_and_refused_above_a_share(infos, evaluate, tmp_path):
+    task = load(infos["choices"], (1, 8), max_truncated=1.0)
+    assert evaluate(task, tmp_path).truncated == len(CHOICES)
+    with pytest.raises(DataError, match="5 of 5 examples are longer than 1"):
+        load(infos["choices"], (1, 8), max_truncated=0.9)
+    assert load(infos["choices"], (32, 8), max_truncated=0.0).truncated == 0
+
+
+def test_beams_decode_and_are_another_setting(infos, evaluate, tmp_path, monkeypatch):
+    by_beams = load(infos["free"], beams=3)
+    assert by_beams.digest != load(infos["free"]).digest
+    assert load(infos["free"], beams=3, generative_score="likelihood").digest == (
+        load(infos["free"], generative_score="likelihood").digest
+    )
+    monkeypatch.setattr(generation, "greedy", no_decoding)
+    evaluate(by_beams, tmp_path)
+    with pytest.raises(EvaluationError, match="other examples or settings"):
+        evaluate(load(infos["free"], beams=2), tmp_path)
+    with pytest.raises(ConfigError, match="beams: expected at least 1"):
+        load(infos["free"], beams=0)
+
+
+def test_one_evaluator_serves_merges_in_memory_without_compiling_or_batching_again(
+    infos, tiny_config, tiny_params, tmp_path, monkeypatch
+):
+    vocabulary = vocabularies.load("microworld")
+    tasks_of = [load(infos[name], (32, 12)) for name in ("choices", "free")]
+    evaluator = runner.Evaluator(tiny_config, tasks_of, vocabulary, batch_size=4)
+    expert = models.init(tiny_config, jax.random.key(1))
+    scores, at_first = [], None
+    monkeypatch.setattr(batching, "batches", no_decoding)
+    for scale in (0.0, 0.5, 1.0):
+        recipe = merging.Recipe("task_arithmetic", scale=scale)
+        merged = merging.merge_params(tiny_params, [expert], recipe)
+        scores.append([one.result.score for one in evaluator.outcomes(merged)])
+        compiled = ranking.scorer(tiny_config, "float32")._cache_size()
+        at_first = at_first or compiled
+        assert compiled == at_first
+    monkeypatch.undo()
+    for params, wanted in ((tiny_params, scores[0]), (expert, scores[2])):
+        alone = runner.evaluate(
+            tiny_config,
+            params,
+            tasks_of,
+            tmp_path / str(wanted[1]),
+            vocabulary=vocabulary,
+            model_digest="m",
+        )
+        assert [result.score for result in alone] == pytest.approx(wanted, rel=1e-4)
 
 
 def test_the_command_evaluates_by_the_likelihood_that_it_is_asked_for(

@@ -1,0 +1,84 @@
+"""A model to evaluate: a checkpoint of m2l's, or a Hugging Face directory read as it is."""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from m2l import checkpoints, models
+from m2l.checkpoints import huggingface, safetensors
+from m2l.data import tokenizer_files
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model, of which only the headers are read.
+
+    Attributes:
+        path: Where it is.
+        config: Its configuration.
+        vocabulary: {"name", "size", "fingerprint"} of the one it reads.
+        digest: What identifies it: its manifest's, or that of its files' content.
+        read: Its parameters, given where they are to lie as `checkpoints.restore` is.
+    """
+
+    path: Path
+    config: models.Config
+    vocabulary: Mapping[str, Any]
+    digest: str
+    read: Callable[[Any], dict[str, Any]]
+
+
+def open_model(path: str | Path, vocabulary: str | None = None) -> Model:
+    """Opens a checkpoint, a training run's last one, or a Hugging Face directory.
+
+    Args:
+        path: Where it is.
+        vocabulary: Of a Hugging Face directory, where its tokenizer is; None: in it.
+
+    Raises:
+        CheckpointError: it is missing, unfinished, damaged or of an unknown kind.
+        DataError: a Hugging Face directory without a tokenizer.
+    """
+    path = Path(path)
+    ours = (path / "manifest.json").is_file() or (path / "checkpoints").is_dir()
+    if not ours and (path / "config.json").is_file():
+        return _of_huggingface(path, vocabulary)
+    directory = checkpoints.resolve(path)
+    manifest = checkpoints.read_manifest(directory)
+
+    def read(shardings: Any) -> dict[str, Any]:
+        return checkpoints.restore(directory, shardings=shardings)
+
+    config = models.from_dict(manifest.model)
+    return Model(directory, config, manifest.vocabulary, manifest.digest, read)
+
+
+def _of_huggingface(directory: Path, vocabulary: str | None) -> Model:
+    stored = safetensors.open_tensors(directory)
+    layout = huggingface.read_layout(directory, stored)
+
+    def read(shardings: Any) -> dict[str, Any]:
+        found = {
+            name: origin.take(stored[origin.tensor].read().reshape(stored[origin.tensor].shape))
+            for name, origin in layout.origins.items()
+        }
+        params = checkpoints.unflatten(found)
+        if shardings is None:
+            return params
+
+        def place(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+            return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
+
+        return jax.tree.map(place, params, jax.tree.broadcast(shardings, params))
+
+    digest = hashlib.sha256()
+    for file in (directory / "config.json", *sorted(directory.glob("*.safetensors"))):
+        with file.open("rb") as content:
+            digest.update(hashlib.file_digest(content, "sha256").digest())
+    described = tokenizer_files.describe(vocabulary or str(directory))
+    return Model(directory, layout.config, described, digest.hexdigest(), read)

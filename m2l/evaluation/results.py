@@ -1,0 +1,157 @@
+"""What an evaluation leaves behind: a JSON file for each task, and on request every example."""
+
+import dataclasses
+import gzip
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import m2l
+from m2l import files
+from m2l.errors import EvaluationError
+from m2l.evaluation.task_data import TaskData
+
+FORMAT_VERSION = 2
+EXAMPLES = ".examples.jsonl.gz"
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One model's result on one task, as it stands in its JSON file.
+
+    Attributes:
+        metric: The headline metric, of the task's own or "reference_likelihood".
+        score: The figure that stands for the task, in percent: the headline metric's.
+        metrics: All figures of the task, in percent.
+        count: Examples evaluated.
+        ties: Examples whose best score was shared by several choices.
+        truncated: Examples that lost tokens to the length limits.
+        seconds: Time spent on the model's scores or decodings, data and metrics apart.
+        interval: Where `score` lies with 95 % confidence, by a bootstrap over the examples; None
+            for BLEU, which is dear to compute so often.
+        tokens: Tokens that the model scored or read, without padding and without what it wrote.
+        padding: The share of padding beside them.
+    """
+
+    task: str
+    dataset: str
+    category: str
+    held_out: bool
+    kind: str
+    metric: str
+    score: float
+    metrics: Mapping[str, float]
+    count: int
+    ties: int
+    truncated: int
+    seconds: float
+    model_digest: str
+    task_digest: str
+    interval: Sequence[float] | None = None
+    tokens: int = 0
+    padding: float = 0.0
+    m2l_version: str = m2l.__version__
+    format_version: int = FORMAT_VERSION
+
+
+def path_of(out: Path, task: str) -> Path:
+    """The file of a task's result."""
+    return out / f"{task}.json"
+
+
+def write_result(out: Path, result: Result) -> None:
+    """Writes a result under its task's name, whole or not at all."""
+    files.write(path_of(out, result.task), json.dumps(dataclasses.asdict(result), indent=1) + "\n")
+
+
+def read_result(path: Path) -> Result:
+    """A result from its file.
+
+    Raises:
+        EvaluationError: the file is not a result, or one of another version.
+    """
+    try:
+        fields = json.loads(Path(path).read_text())
+        if fields["format_version"] != FORMAT_VERSION:
+            raise EvaluationError(
+                f"{path}: result format {fields['format_version']}, this m2l reads "
+                f"{FORMAT_VERSION}; delete it and evaluate again"
+            )
+        return Result(**fields)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise EvaluationError(f"{path}: not a result of `m2l eval` ({error})") from error
+
+
+def read_results(directory: Path) -> dict[str, Result]:
+    """By task, the results in a folder of `m2l eval`.
+
+    Raises:
+        EvaluationError: there are none, or one is damaged or of another version.
+    """
+    found = [read_result(path) for path in sorted(Path(directory).glob("*.json"))]
+    if not found:
+        raise EvaluationError(f"{directory}: no results of `m2l eval`")
+    return {result.task: result for result in found}
+
+
+def finished(out: Path, model_digest: str, task: TaskData, examples: bool) -> Result | None:
+    """The result already there, if it is of this model and these examples.
+
+    Args:
+        examples: Whether its examples have to be there as well.
+
+    Raises:
+        EvaluationError: what is there is the result of another model, of other examples or by
+            another score, or none.
+    """
+    path = path_of(out, task.info.name)
+    if not path.exists():
+        return None
+    held = read_result(path)
+    if held.model_digest != model_digest:
+        raise EvaluationError(
+            f"{path} is the result of another model ({held.model_digest[:12]}, this one is "
+            f"{model_digest[:12]}); choose another --out, or delete it"
+        )
+    if held.metric != task.metric:
+        raise EvaluationError(
+            f"{path} holds the score {held.metric}, not {task.metric}; evaluate with the same "
+            "--generative_score, choose another --out, or delete it"
+        )
+    if held.task_digest != task.digest:
+        raise EvaluationError(
+            f"{path} is the result of other examples or settings ({held.count} examples then, "
+            f"{len(task.examples)} now); choose another --out, or delete it"
+        )
+    if examples and not (out / (task.info.name + EXAMPLES)).exists():
+        return None
+    return held if held.m2l_version == m2l.__version__ else None
+
+
+def write_examples(out: Path, task: str, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Writes what became of each example as compressed JSON lines, whole or not at all."""
+    path = out / (task + EXAMPLES)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # No time and no name in it: the same examples give the same bytes.
+    with unfinished.open("wb") as file, gzip.GzipFile("", "wb", fileobj=file, mtime=0) as packed:
+        for line in lines:
+            packed.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+    unfinished.rename(path)
+
+
+def read_examples(out: Path, task: str) -> list[dict[str, Any]]:
+    """What `write_examples` wrote.
+
+    Raises:
+        EvaluationError: it is missing or damaged.
+    """
+    path = out / (task + EXAMPLES)
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            return [json.loads(line) for line in file]
+    except FileNotFoundError as error:
+        raise EvaluationError(f"{path} is missing; m2l eval --examples writes it") from error
+    except (OSError, EOFError, ValueError) as error:
+        raise EvaluationError(f"{path}: damaged ({error}); delete it and evaluate again") from error

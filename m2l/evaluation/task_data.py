@@ -1,0 +1,125 @@
+"""A task's examples, read and tokenised once for every model that is evaluated on them."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from m2l.data.examples import (
+    GenerationExample,
+    RankingExample,
+    generation_examples,
+    ranking_examples,
+)
+from m2l.data.prompts import TaskInfo
+from m2l.errors import ConfigError, DataError, UnknownNameError
+from m2l.evaluation import metrics
+from m2l.progress import Progress
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskData:
+    """A task's examples, tokenised once and used for every model.
+
+    Attributes:
+        info: What the task is.
+        examples: RankingExamples of a task with answer choices, GenerationExamples of others.
+        max_length: Tokens that may be generated.
+        digest: sha256 of everything that decides a score: tokens, choices, answers, metrics,
+            and for free text what its score is and, decoding, how many tokens there may be and how
+            they are searched.
+        generative_score: Of metrics.GENERATIVE_SCORES, what stands for a task in free text.
+        beams: Of a beam search; 1: the most probable token is taken.
+    """
+
+    info: TaskInfo
+    examples: Sequence[RankingExample] | Sequence[GenerationExample]
+    max_length: int
+    digest: str
+    generative_score: str = "decoding"
+    beams: int = 1
+
+    @property
+    def decoded(self) -> bool:
+        """Whether the model has to write answers."""
+        return self.info.kind == "generate" and self.generative_score == "decoding"
+
+    @property
+    def metric(self) -> str:
+        """What stands for the task: its own headline metric, or "reference_likelihood"."""
+        ranked = self.info.kind == "rank"
+        return self.info.metric if ranked or self.decoded else "reference_likelihood"
+
+    @property
+    def truncated(self) -> int:
+        """Examples that lost tokens to the length limits."""
+        return sum(example.truncated for example in self.examples)
+
+
+def load_tasks(
+    infos: Iterable[TaskInfo],
+    *,
+    split: str,
+    lengths: Mapping[str, int],
+    max_examples: int | None = None,
+    generative_score: str = "decoding",
+    beams: int = 1,
+    max_truncated: float = 1.0,
+) -> list[TaskData]:
+    """Reads and tokenises the tasks' examples.
+
+    Args:
+        infos: What the tasks are; none of kind "train".
+        split: The split to read.
+        lengths: {"inputs": S, "targets": T}, in tokens: what is longer is cut and counted.
+        max_examples: Only so many examples of each task, drawn from all over the split.
+        generative_score: What stands for a task in free text. "decoding": the headline of its own
+            metric; the likelihood of its references is a figure beside it. "likelihood": that is
+            its score, and nothing is decoded.
+        beams: Of the beam search that decodes; 1: greedily.
+        max_truncated: The share of a task's examples that may be longer than `lengths`.
+
+    Raises:
+        UnknownNameError: there is no such generative_score.
+        ConfigError: `beams` is less than 1.
+        DataError: a task has no such split, no examples in it that can be used, or too many that
+            are cut.
+    """
+    if generative_score not in metrics.GENERATIVE_SCORES:
+        raise UnknownNameError("generative_score", generative_score, metrics.GENERATIVE_SCORES)
+    if beams < 1:
+        raise ConfigError(f"beams: expected at least 1, found {beams}")
+    infos, loaded = list(infos), []
+    with Progress("read tasks", len(infos), "tasks") as progress:
+        for info in infos:
+            read = ranking_examples if info.kind == "rank" else generation_examples
+            examples = read(info.name, split, lengths=lengths, max_examples=max_examples)
+            if not examples:
+                raise DataError(f"task {info.name}: its split {split!r} has no examples")
+            task = TaskData(info, examples, lengths["targets"], "", generative_score, beams)
+            if task.truncated > max_truncated * len(examples):
+                raise DataError(
+                    f"task {info.name}: {task.truncated} of {len(examples)} examples are longer "
+                    f"than {lengths['inputs']} + {lengths['targets']} tokens, more than the share "
+                    f"of {max_truncated:g} that may be cut; allow longer ones or a larger share"
+                )
+            loaded.append(dataclasses.replace(task, digest=_digest(task)))
+            progress.update(len(loaded))
+    return loaded
+
+
+def _digest(task: TaskData) -> str:
+    generated = task.info.kind == "generate"
+    decided_by: list[Any] = [task.info.kind, task.info.metrics]
+    decided_by += [task.max_length if task.decoded else None]
+    decided_by += [task.generative_score] if generated else []
+    decided_by += [task.beams] if task.decoded and task.beams > 1 else []
+    digest = hashlib.sha256(json.dumps(decided_by).encode())
+    for example in task.examples:
+        if isinstance(example, RankingExample):
+            answer = [[choice.tolist() for choice in example.choices], list(example.is_correct)]
+        else:
+            answer = [example.target.tolist(), example.reference]
+        digest.update(json.dumps([example.inputs.tolist(), answer]).encode())
+    return digest.hexdigest()
