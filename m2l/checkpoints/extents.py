@@ -4,16 +4,12 @@ import bisect
 import contextlib
 import dataclasses
 import os
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from m2l.errors import CheckpointError
-
-# By file: whoever waits for another writer of a file in the kernel, spins there.
-_LOCKS = [threading.Lock() for _ in range(61)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +72,7 @@ class Extents:
             CheckpointError: A file is missing or cannot be written, or the disk is full.
         """
         for file, offset, data in self._parts(block, start):
-            lock = _LOCKS[hash(file) % len(_LOCKS)]
-            with opening(file, os.O_WRONLY, "written") as descriptor, lock:
+            with opening(file, os.O_WRONLY, "written") as descriptor:
                 while data:
                     count = os.pwrite(descriptor, data, offset)
                     data, offset = data[count:], offset + count

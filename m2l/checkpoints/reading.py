@@ -5,7 +5,7 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,10 +98,6 @@ class Parameter:
         block = np.empty(stop - start, self.dtype)
         self.read_into(start, stop, block)
         return block
-
-    def start(self, start: int = 0, stop: int | None = None) -> Callable[[], np.ndarray]:
-        """Call the result for elements [start, stop)."""
-        return functools.partial(self.read, start, stop)
 
     def check(self, digest: str) -> None:
         """Raises CheckpointError unless `digest`, as `sha256` gives it, is the manifest's."""

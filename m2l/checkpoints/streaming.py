@@ -19,7 +19,7 @@ WORKERS = 3
 """How many arrays are worked on at a time, and so held in memory."""
 
 _BLOCK_BYTES = 8 << 20
-_TILE = 256
+_TILE_BYTES = 1024  # of a side
 
 
 def in_parallel(
@@ -62,12 +62,18 @@ def blocks(array: np.ndarray, dtype: np.dtype, name: str) -> Iterator[np.ndarray
 def _contiguous(array: np.ndarray) -> np.ndarray:
     if array.flags.c_contiguous or array.ndim != 2 or array.strides[0] >= array.strides[1]:
         return np.ascontiguousarray(array)
-    # In tiles that the cache holds: twice as fast as NumPy copies a transposed view.
     out = np.empty(array.shape, array.dtype)
-    for row in range(0, len(array), _TILE):
-        for column in range(0, array.shape[1], _TILE):
-            tile = slice(row, row + _TILE), slice(column, column + _TILE)
-            out[tile] = array[tile]
+    # In tiles that the cache holds: several times as fast as NumPy copies a transposed view. Each
+    # by way of rows that no power of two is apart, for such rows push each other out of it.
+    side = max(1, _TILE_BYTES // array.itemsize)
+    room = np.empty((side, side + 64), array.dtype)
+    for row in range(0, array.shape[0], side):
+        for column in range(0, array.shape[1], side):
+            place = slice(row, row + side), slice(column, column + side)
+            source = array[place].T
+            tile = room[: source.shape[0], : source.shape[1]]
+            tile[...] = source
+            out[place] = tile.T
     return out
 
 

@@ -11,8 +11,7 @@ multiply-adds of the weights and of attention three times (forward, and twice fo
 
 `convert`: a Llama of 135M, bfloat16, from and to a Hugging Face directory, against `cp` of the same
 bytes, with and without putting them on the disk (a conversion does: the machine may stop any time).
-With N layers of width 2048 instead of 30 of 576 it has 96 N + 201 MB. What was written is removed
-between rows: a file system is slow to make files where others were removed just now.
+With N layers of width 2048 instead of 30 of 576 it has 96 N + 201 MB.
 
 Prints medians. Nothing else should run beside it.
 """
@@ -21,7 +20,6 @@ import argparse
 import itertools
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -240,14 +238,21 @@ def convert(layers: int | None) -> None:
         huggingface.export_checkpoint(root / "first", root / "public")
         size = sum(file.stat().st_size for file in (root / "public").iterdir())
 
-        def timed(make: Callable[[Path], None]) -> float:
-            outs = (root / "made" / str(number) for number in itertools.count())
-            (root / "made").mkdir()
-            seconds = median_of(lambda: make(next(outs)))
-            shutil.rmtree(root / "made")
-            # What the removal leaves to do belongs to no row.
+        numbers = itertools.count()
+
+        def seconds(make: Callable[[Path], None]) -> float:
+            out = root / str(next(numbers))
+            # A virtual machine may have given the memory for the new files back to its host.
+            np.ones(3 * size, np.uint8)
+            start = time.perf_counter()
+            make(out)
+            taken = time.perf_counter() - start
+            # Emptied and not removed: ext4 makes files slowly where others were removed just now.
+            for file in out.rglob("*"):
+                if file.is_file():
+                    os.truncate(file, 0)
             os.sync()
-            return seconds
+            return taken
 
         def copy(out: Path) -> None:
             subprocess.run(["cp", "-r", str(root / "public"), str(out)], check=True)
@@ -256,18 +261,21 @@ def convert(layers: int | None) -> None:
             copy(out)
             subprocess.run(["sync", "-f", str(out)], check=True)
 
-        rows = {
-            "cp": timed(copy),
-            "cp, then sync": timed(copy_to_disk),
-            "import": timed(
-                lambda out: huggingface.import_checkpoint(
-                    root / "public", out, vocabulary=vocabulary
-                )
+        makers = {
+            "cp": copy,
+            "cp, then sync": copy_to_disk,
+            "import": lambda out: huggingface.import_checkpoint(
+                root / "public", out, vocabulary=vocabulary
             ),
-            "export": timed(lambda out: huggingface.export_checkpoint(root / "first", out)),
+            "export": lambda out: huggingface.export_checkpoint(root / "first", out),
         }
-    for name, seconds in rows.items():
-        print(f"{name}: {seconds:.3f} s, {size / seconds / 1e9:.2f} GB/s of {size / 1e6:.0f} MB")
+        taken = [[seconds(make) for make in makers.values()] for _ in range(STEPS + 1)]
+    for name, column in zip(makers, zip(*taken[1:], strict=True), strict=True):
+        median = statistics.median(column)
+        print(
+            f"{name}: {median:.3f} s ({min(column):.3f} to {max(column):.3f}), "
+            f"{size / median / 1e9:.2f} GB/s of {size / 1e6:.0f} MB"
+        )
 
 
 def main() -> None:
