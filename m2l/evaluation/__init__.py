@@ -1,3 +1,3 @@
 """Evaluation: rank classification for tasks with answer choices, decoding and the
-reference's likelihood for those without.
+reference's likelihood for those without. docs/evaluation.md says what is computed.
 """

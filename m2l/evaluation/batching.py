@@ -1,6 +1,5 @@
 """Examples as padded batches of few shapes: made once, for any number of models."""
 
-import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -87,9 +86,9 @@ def _hull(shapes: Iterable[Shape]) -> Shape:
     return tuple(map(max, zip(*shapes, strict=True)))
 
 
-def _cost(shape: Shape) -> int:
+def _cost(shapes_x3: np.ndarray) -> np.ndarray:
     # A token of a choice is read by the output's matrix as well.
-    return shape[0] + 2 * shape[1] * shape[2]
+    return shapes_x3[..., 0] + 2 * shapes_x3[..., 1] * shapes_x3[..., 2]
 
 
 def common_shapes(
@@ -106,22 +105,23 @@ def common_shapes(
         layout: How the model reads them.
     """
     held = Counter(shape for task in tasks for _, shape in _parts(task, batch_size, layout))
-    worth = _WORTH_A_COMPILATION * sum(count * _cost(shape) for shape, count in held.items())
-    while len(held) > 1:
-
-        def added(pair: tuple[Shape, Shape]) -> int:
-            one, other = pair
-            both = (held[one] + held[other]) * _cost(_hull(pair))
-            return both - held[one] * _cost(one) - held[other] * _cost(other)
-
-        pair = min(itertools.combinations(sorted(held), 2), key=added)
-        padding = added(pair)
-        if len(held) <= MAX_SHAPES and padding > worth:
+    shapes_Nx3 = np.array(sorted(held), np.int64).reshape(-1, 3)
+    count_N = np.array([held[shape] for shape in sorted(held)], np.int64)
+    worth = _WORTH_A_COMPILATION * np.sum(count_N * _cost(shapes_Nx3))
+    while len(count_N) > 1:
+        hull_NxNx3 = np.maximum(shapes_Nx3[:, None], shapes_Nx3)
+        apart_N = count_N * _cost(shapes_Nx3)
+        together_NxN = (count_N[:, None] + count_N) * _cost(hull_NxNx3)
+        added_NxN = together_NxN - apart_N[:, None] - apart_N
+        added_NxN[np.tril_indices(len(count_N))] = np.iinfo(np.int64).max
+        one, other = np.unravel_index(np.argmin(added_NxN), added_NxN.shape)
+        padding = added_NxN[one, other]
+        if len(count_N) <= MAX_SHAPES and padding > worth:
             break
         worth -= padding
-        count = held.pop(pair[0]) + held.pop(pair[1])
-        held[_hull(pair)] += count
-    return tuple(sorted(held))
+        shapes_Nx3[one], count_N[one] = hull_NxNx3[one, other], count_N[one] + count_N[other]
+        shapes_Nx3, count_N = np.delete(shapes_Nx3, other, 0), np.delete(count_N, other)
+    return tuple(sorted({tuple(shape) for shape in shapes_Nx3.tolist()}))
 
 
 def batches(
@@ -142,7 +142,7 @@ def batches(
         shapes = common_shapes([examples], batch_size, layout)
     for part, least in _parts(examples, batch_size, layout):
         holding = [s for s in shapes if all(n <= m for n, m in zip(least, s, strict=True))]
-        inputs, num_choices, targets = min(holding, key=_cost)
+        inputs, num_choices, targets = min(holding, key=lambda shape: _cost(np.array(shape)))
         batch = Batch(
             np.zeros((batch_size, inputs), np.int32),
             np.zeros(batch_size, np.int32),

@@ -1,6 +1,7 @@
 """Models on a set of tasks: one JSON result for each pair, written as soon as it is known."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ import jax
 import numpy as np
 
 from m2l.data import layouts
-from m2l.errors import ConfigError
+from m2l.errors import ConfigError, UnknownNameError
 from m2l.evaluation import batching, bootstrap, generation, likelihood, metrics, ranking
 from m2l.evaluation.results import (
     FORMAT_VERSION,
@@ -101,25 +102,40 @@ class Evaluator:
         def padded(examples: Sequence[batching.Example]) -> list[batching.Part]:
             return list(batching.batches(examples, batch_size, layout, shapes))
 
-        self._ready = []
+        self._ready: dict[str, _Ready] = {}
         for task in self.tasks:
             made, places = ranked.get(task.info.name, ((), ()))
-            self._ready.append(_Ready(task, padded(task.examples), made, padded(made), places))
+            ready = _Ready(task, padded(task.examples), made, padded(made), places)
+            self._ready[task.info.name] = ready
+
+    def _asked(self, only: Sequence[str] | None) -> list[_Ready]:
+        if only is None:
+            return list(self._ready.values())
+        for name in only:
+            if name not in self._ready:
+                raise UnknownNameError("task of this evaluator", name, self._ready)
+        return [self._ready[name] for name in only]
 
     def outcomes(
-        self, params: Any, *, model_digest: str = "", on_done: OnDone = lambda count: None
+        self,
+        params: Any,
+        *,
+        only: Sequence[str] | None = None,
+        model_digest: str = "",
+        on_done: OnDone = lambda count: None,
     ) -> Iterator[Outcome]:
         """What a model makes of each task, in their order; nothing is read or written.
 
         Args:
             params: The model's parameters.
+            only: The names of the tasks to evaluate on, of the evaluator's; None: all.
             model_digest: What the results say the model is.
             on_done: Told how many examples were finished, batch by batch.
 
         Raises:
             EvaluationError: scores that cannot be believed: not finite, or incomplete.
         """
-        for ready in self._ready:
+        for ready in self._asked(only):
             yield self._outcome(ready, params, model_digest, on_done)
 
     def run(
@@ -128,6 +144,7 @@ class Evaluator:
         out: Path,
         *,
         model_digest: str,
+        only: Sequence[str] | None = None,
         examples: bool = False,
         description: str = "evaluate",
     ) -> list[Result]:
@@ -137,6 +154,7 @@ class Evaluator:
             params: The model's parameters.
             out: Where `TASK.json` files go; made if need be.
             model_digest: What identifies the model; results of another model are refused.
+            only: The names of the tasks to evaluate on, of the evaluator's; None: all.
             examples: Write `TASK.examples.jsonl.gz` as well.
             description: What the progress bar calls it.
 
@@ -148,7 +166,8 @@ class Evaluator:
             if (out / record).exists():
                 raise ConfigError(f"{out} holds something else ({record}); choose another --out")
         out.mkdir(parents=True, exist_ok=True)
-        held = [finished(out, model_digest, task, examples) for task in self.tasks]
+        asked = self._asked(only)
+        held = [finished(out, model_digest, ready.task, examples) for ready in asked]
         if jax.process_count() > 1:  # before any writes what another has yet to look for
             from jax.experimental import multihost_utils
 
@@ -164,7 +183,7 @@ class Evaluator:
                 done += count
                 progress.update(done)
 
-            for ready, result in zip(self._ready, held, strict=True):
+            for ready, result in zip(asked, held, strict=True):
                 if result is None:
                     outcome = self._outcome(ready, params, model_digest, on_done)
                     result = outcome.result
@@ -299,6 +318,25 @@ def _generated(
     return figures, 0, lines
 
 
+@dataclasses.dataclass(frozen=True)
+class _Asked:
+    """What an evaluator is made of; compared by what decides it."""
+
+    config: Any
+    digests: tuple[tuple[str, str], ...]
+    vocabulary_id: int
+    batch_size: int
+    dtype: str
+    tasks: Sequence[TaskData] = dataclasses.field(compare=False)
+    vocabulary: Any = dataclasses.field(compare=False)
+
+
+@functools.lru_cache(maxsize=8)
+def _evaluator(asked: _Asked) -> Evaluator:
+    how = {"batch_size": asked.batch_size, "dtype": asked.dtype}
+    return Evaluator(asked.config, asked.tasks, asked.vocabulary, **how)
+
+
 def evaluate(
     config: Any,
     params: Any,
@@ -312,10 +350,13 @@ def evaluate(
     examples: bool = False,
     description: str = "evaluate",
 ) -> list[Result]:
-    """Evaluates one model on tasks; for several, make an `Evaluator` once and `run` each.
+    """Evaluates a model on tasks, which are made ready once for a number of calls.
 
-    Args and returned are those of `Evaluator` and its `run`.
+    Args and returned are those of `Evaluator` and its `run`. Models that are evaluated on different
+    ones of many tasks share their compiled functions if one `Evaluator` has them all.
     """
-    evaluator = Evaluator(config, tasks, vocabulary, batch_size=batch_size, dtype=dtype)
+    digests = tuple((task.info.name, task.digest) for task in tasks)
+    asked = _Asked(config, digests, id(vocabulary), batch_size, dtype, tasks, vocabulary)
+    evaluator = _evaluator(asked)
     how = {"model_digest": model_digest, "examples": examples, "description": description}
     return evaluator.run(params, out, **how)

@@ -187,6 +187,10 @@ def test_one_evaluator_serves_merges_in_memory_without_compiling_or_batching_aga
         compiled = ranking.scorer(tiny_config, "float32")._cache_size()
         at_first = at_first or compiled
         assert compiled == at_first
+    [alone] = evaluator.outcomes(tiny_params, only=["runner_free"])
+    assert alone.result.score == scores[0][1]
+    with pytest.raises(UnknownNameError, match="'runner_free'"):
+        list(evaluator.outcomes(tiny_params, only=["runner_fre"]))
     monkeypatch.undo()
     for params, wanted in ((tiny_params, scores[0]), (expert, scores[2])):
         alone = runner.evaluate(
