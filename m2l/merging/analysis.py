@@ -457,15 +457,17 @@ def _unpacked(
 
 
 def _flat(totals: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    return {f"{kind}:{name}": a for name, held in totals.items() for kind, a in held.items()}
+    """Sums of every parameter as an array of each kind, for a file."""
+    kinds = next(iter(totals.values()), {})
+    stacked = {kind: np.stack([held[kind] for held in totals.values()]) for kind in kinds}
+    return stacked | {"": np.array(list(totals), dtype=np.str_)}
 
 
 def _nested(part: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
-    found: dict[str, dict[str, np.ndarray]] = {}
-    for key, array in part.items():
-        kind, name = key.split(":", 1)
-        found.setdefault(name, {})[kind] = array
-    return found
+    names, kinds = part[""], [kind for kind in part if kind]
+    return {
+        str(name): {kind: part[kind][place] for kind in kinds} for place, name in enumerate(names)
+    }
 
 
 class _Cache:

@@ -225,17 +225,17 @@ def speed(
             subprocess.run(["rm", "-rf", str(out)], check=True)
 
 
-def memory(folder: Path, models: list[str]) -> None:
+def memory(folder: Path, models: list[str], experts: int) -> None:
     """Prints peak memory by the size of the model."""
     for size in models:
-        paths = make(folder, size, 4)
+        paths = make(folder, size, experts)
         parameters = sum(int(np.prod(shape)) for shape in shapes(size).values())
         for method in OURS:
             out = folder / "out"
             subprocess.run(["rm", "-rf", str(out)], check=True)
             seconds, _, peak = run(ours(paths, method, out), M2L_CACHE=str(folder / "cache"))
             print(
-                f"{size} ({parameters / 1e6:,.0f}M) x 4 {method}: {peak / 2**20:.0f} MiB, "
+                f"{size} ({parameters / 1e6:,.0f}M) x {experts} {method}: {peak / 2**20:.0f} MiB, "
                 f"{seconds:.1f} s",
                 flush=True,
             )
@@ -286,7 +286,7 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         models = flags.models.split(",")
         if flags.what == "memory":
-            memory(folder, models)
+            memory(folder, models, int(flags.experts.split(",")[0]))
         elif flags.what == "processes":
             processes(folder)
         else:
