@@ -1,6 +1,7 @@
 """What a merge will take, told before a byte is read: bytes, blocks, memory, time."""
 
 import dataclasses
+import math
 import os
 import re
 import time
@@ -177,9 +178,7 @@ def make(
         for name in mine
         if name in source.parameters
     )
-    result = sum(
-        np.prod(described[n][0], dtype=np.int64) * described[n][1].itemsize for n in described
-    )
+    result = sum(math.prod(shape) * dtype.itemsize for shape, dtype in described.values())
     parent = next((p for p in (out, *out.parents) if p.is_dir()), None)
     status = None if parent is None else os.statvfs(parent)
     return Plan(
@@ -187,7 +186,7 @@ def make(
         mine=share,
         experts=0,
         read=stored * (readings + 1),
-        write=int(result * share / total),
+        write=result * share // total,
         readings=readings + 1,
         verified=stored if verify else 0,
         block=size,
@@ -195,7 +194,7 @@ def make(
         threads=threads,
         memory=needs(size, threads),
         free=None if status is None else status.f_bavail * status.f_frsize,
-        size=int(result),
+        size=result,
     )
 
 
