@@ -66,7 +66,10 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     install_requires=REQUIREMENTS,
-    extras_require={"test": ["hypothesis>=6.100", "pytest>=8.0", "ruff>=0.12", "safetensors>=0.5"]},
+    extras_require={
+        "test": ["hypothesis>=6.100", "pytest>=8.0", "ruff>=0.12", "safetensors>=0.5"],
+        "wandb": ["wandb>=0.19"],
+    },
     packages=[
         *find_packages(include=["m2l", "m2l.*"]),
         "m2l.gin_configs",

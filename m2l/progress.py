@@ -26,9 +26,18 @@ class Progress:
         total: How many units there are.
         unit: The name of a unit in the plural.
         done: How many were done before (a resumed run): they do not count towards the rate.
+        silent: Shows nothing, as in all but one of several processes.
     """
 
-    def __init__(self, description: str, total: int, unit: str = "steps", done: int = 0):
+    def __init__(
+        self,
+        description: str,
+        total: int,
+        unit: str = "steps",
+        done: int = 0,
+        silent: bool = False,
+    ):
+        self._silent = silent
         self._description, self._total, self._unit = description, total, unit
         self._first, self._done = done, done
         self._figures: dict[str, str] = {}
@@ -58,6 +67,8 @@ class Progress:
 
     def _show(self, line: str) -> None:
         self._shown = time.monotonic()
+        if self._silent:
+            return
         if self._terminal:
             line = line[: shutil.get_terminal_size().columns - 1]
         sys.stderr.write(f"\r\x1b[2K{line}" if self._terminal else f"{line}\n")
@@ -75,5 +86,5 @@ class Progress:
     ) -> None:
         if kind is None:
             self._show(self._line() + f"  in {_clock(time.monotonic() - self._start)}")
-        if self._terminal:
+        if self._terminal and not self._silent:
             sys.stderr.write("\n")

@@ -3,9 +3,8 @@
 import contextlib
 import dataclasses
 import math
-import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,42 +13,25 @@ import jax.numpy as jnp
 import numpy as np
 
 from m2l import checkpoints, files, models, partitioning
-from m2l.data import layouts, pipeline
-from m2l.errors import CheckpointError, ConfigError, M2LError, Stopped
+from m2l.errors import ConfigError, DataError, M2LError, Stopped
 from m2l.progress import Progress
-from m2l.training import optimizers, state
-from m2l.training.metrics import MetricsWriter
+from m2l.training import (
+    failures,
+    flops,
+    memory,
+    optimizers,
+    plot,
+    processes,
+    record,
+    starting,
+    state,
+)
+from m2l.training.meter import Meter
+from m2l.training.metrics import Log, MetricsWriter
+from m2l.training.saves import Lock, Saves
 from m2l.training.settings import TrainSettings
-
-
-@contextlib.contextmanager
-def _stop_requests() -> Iterator[list[int]]:
-    """Collects SIGTERM instead of dying of it."""
-    received: list[int] = []
-    previous = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
-    try:
-        yield received
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
-def _saved(saves: Path) -> list[Path]:
-    """The run's whole checkpoints, oldest first; a directory with a manifest is whole."""
-    return sorted(manifest.parent for manifest in saves.glob("step_*/manifest.json"))
-
-
-def _first_state(
-    config: Any, settings: TrainSettings, init: Path | None, placed: state.TrainState
-) -> state.TrainState:
-    """The state at step 0, made or read straight onto its shards."""
-    if init is None:
-        make = jax.jit(
-            lambda key: state.fresh(config, settings.optimizer, key), out_shardings=placed
-        )
-        return make(jax.random.key(settings.seed))
-    params = checkpoints.restore(init, shardings=placed.params)
-    around = jax.jit(lambda p: state.around(settings.optimizer, p), out_shardings=placed)
-    return around(params)
+from m2l.training.stopping import Stopping
+from m2l.training.validation import Validation, place
 
 
 def train(
@@ -61,11 +43,16 @@ def train(
     data: Mapping[str, Any],
     init: Path | None = None,
     resolved_config: str | None = None,
+    synthetic: bool = False,
+    profile: bool = False,
+    log: Log | None = None,
 ) -> Path:
     """Trains a model, or goes on where a stopped run of the same settings left off.
 
+    Every process of a run calls it with the same arguments.
+
     Args:
-        out: The run's directory: checkpoints/, metrics.jsonl, tensorboard/ and run.json.
+        out: The run's directory: checkpoints/, metrics.jsonl, tensorboard/, loss.svg and run.json.
         config: The model's configuration.
         vocabulary: The vocabulary's description, as `vocabularies.describe` gives it.
         settings: What to do.
@@ -73,13 +60,16 @@ def train(
             what the run is, and of the checkpoint's manifest.
         init: The checkpoint to start from; None starts from a random model.
         resolved_config: The gin text of the run, kept beside it as config.gin.
+        synthetic: Whether one batch of random tokens is fed instead of the mixture.
+        profile: Whether steps 5 to 10 are traced, to out/profile.
+        log: Is given every figure as well; see `metrics.wandb_log`.
 
     Returns:
-        The directory of the last checkpoint.
+        The directory of the last checkpoint; with keep_best, of the best.
 
     Raises:
-        ConfigError: `out` holds another run.
-        CheckpointError: `init` is unusable, or of another model or vocabulary.
+        ConfigError: `out` holds another run, or another trainer is at it; the mesh cannot hold it.
+        CheckpointError: `init` is unusable, or of another model or vocabulary; or a save failed.
         M2LError: The loss is not finite.
         Stopped: After SIGTERM, when the state was saved.
     """
@@ -90,31 +80,32 @@ def train(
     if init is not None:
         init = checkpoints.resolve(init)
         manifest = checkpoints.read_manifest(init)
-        _check_same_model(init, manifest, config, vocabulary)
+        starting.check_same_model(init, manifest, config, vocabulary)
         parents = [{"role": "init", "path": str(init), "digest": manifest.digest}]
     if vocabulary["size"] > config.vocab_size:
         raise ConfigError(
             f"vocabulary {vocabulary['name']!r} has {vocabulary['size']} ids, the model room for "
             f"{config.vocab_size}; set its vocab_size to at least that"
         )
-    made_by = {"kind": "train", "settings": dataclasses.asdict(settings), "data": dict(data)}
+    data = dict(data) | ({"synthetic": True} if synthetic else {})
+    made_by = {"kind": "train", "settings": dataclasses.asdict(settings), "data": data}
     run = {
         **dataclasses.asdict(settings),
         "model": models.to_dict(config),
         "vocabulary": vocabulary["fingerprint"],
         "chat": vocabulary["name"].startswith("chat:"),
-        "data": dict(data),
+        "data": data,
         "init": parents[0]["digest"] if parents else None,
     }
     files.check_claim(out, "run.json", run, what="run")
 
     # --- mesh, model, optimizer ---
     mesh = partitioning.make_mesh(fsdp=settings.fsdp, model=settings.model)
-    _check_rows(settings.batch_size, mesh)
-    placed = state.shardings(config, settings.optimizer, mesh)
-    step_fn = state.train_step(
-        config, settings.optimizer, settings.execution(), mesh, settings.loss_chunk
-    )
+    starting.check_rows(settings, mesh)
+    needed = memory.check(config, settings, mesh)
+    optimizer, execution = settings.optimization(), settings.execution()
+    placed = state.shardings(config, optimizer, mesh)
+    step_fn = state.train_step(config, optimizer, execution, mesh, settings.objective())
     learning_rate = optimizers.schedule(
         settings.schedule,
         peak=settings.learning_rate,
@@ -123,108 +114,164 @@ def train(
     )
     dropout_key = jax.random.key(settings.seed)
 
-    # --- data, from where the newest checkpoint stands ---
-    saves = out / "checkpoints"
-    newest = next(reversed(_saved(saves)), None)
-    if newest is not None and checkpoints.read_manifest(newest).step >= settings.steps:
-        return newest
-    batches = pipeline.training_batches(
-        settings.mixture,
-        lengths={"inputs": settings.input_length, "targets": settings.target_length},
-        batch_size=settings.batch_size,
-        seed=settings.seed,
-        pack=settings.pack,
-        layout=layouts.of(config, pipeline.vocabulary_of(settings.mixture)),
-        state=None if newest is None else checkpoints.restore_data_state(newest),
-    )
-    on_mesh = partitioning.batch_sharding(mesh)
+    with contextlib.ExitStack() as exits:
+        # --- one trainer a folder, and what it has already ---
+        lock = exits.enter_context(Lock(out))
+        if processes.is_first():
+            lock.take()
+        saves = exits.enter_context(Saves(out, settings.keep))
+        if (finished := saves.finished()) is not None:
+            saves.prune(finished if settings.keep_best else None)
+            return finished
 
-    # --- state: the run's own newest checkpoint, else init, else a random model ---
-    if newest is not None:
-        current = _restored(newest, config, settings, placed)
-    else:
-        current = _first_state(config, settings, init, placed)
-    first = int(current.step)
+        # --- data ---
+        share = processes.share(mesh, settings.batch_size)
+        read_from = starting.reader(config, settings, share, synthetic)
 
-    # --- nothing is left to refuse: the folder is this run's from here on ---
-    files.claim(out, "run.json", run)
-    if resolved_config is not None:
-        files.write(out / "config.gin", resolved_config)
-    saves.mkdir(exist_ok=True)
-    checkpoints.clean(saves)
+        # --- restore: the newest whole checkpoint, else init, else a random model ---
+        resumed = starting.resumed(saves, config, settings, placed, read_from, share)
+        if resumed is not None:
+            newest, current, batches, stopping = resumed
+            if int(current.step) >= settings.steps:
+                return saves.finish(newest, _best(settings, stopping), "steps")
+        else:
+            newest, batches, stopping = None, read_from(None), Stopping()
+            current = starting.first_state(config, settings, init, mesh)
+        first = int(current.step)
+        validation = None
+        if settings.validation:
+            held_out = starting.reader(config, settings, share, synthetic, settings.validation)
+            validation = Validation(
+                *(config, execution, mesh, held_out(None)),
+                *(settings.validation_batches, settings.loss_chunk),
+            )
 
-    def save(step: int) -> Path:
-        directory = saves / f"step_{step:08d}"
-        checkpoints.save(
-            directory,
-            current.params,
-            model=models.to_dict(config),
-            vocabulary=vocabulary,
-            made_by=made_by,
-            parents=parents,
-            step=step,
-            opt_state=current.opt_state,
-            data_state=batches.state(),
+        # --- nothing is left to refuse: the folder is this run's from here on ---
+        if processes.is_first():
+            out.mkdir(parents=True, exist_ok=True)
+            lock.take()
+            files.claim(out, "run.json", run)
+            if resolved_config is not None:
+                files.write(out / "config.gin", resolved_config)
+            record.write(out, config, mesh, needed)
+            saves.directory.mkdir(exist_ok=True)
+            checkpoints.clean(saves.directory)
+        processes.wait_for_all("claimed")
+
+        def save(step: int) -> Path:
+            position = processes.gather_positions(batches.state(), share)
+            held = processes.on_host((current.params, current.opt_state))
+            so_far = made_by | {"validation": dataclasses.asdict(stopping)}
+
+            def write(directory: Path) -> None:
+                checkpoints.save(
+                    directory,
+                    held[0],
+                    model=models.to_dict(config),
+                    vocabulary=vocabulary,
+                    made_by=so_far if settings.validation else made_by,
+                    parents=parents,
+                    step=step,
+                    opt_state=held[1],
+                    data_state=position,
+                )
+
+            return saves.start(step, write, _best(settings, stopping))
+
+        def read(step: int, metrics: state.Metrics) -> dict[str, float]:
+            figures = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            if not (math.isfinite(figures["loss"]) and math.isfinite(figures["gradient_norm"])):
+                kept = "" if synthetic else _kept_batch(out, step, settings, read_from, anchor)
+                raise M2LError(
+                    f"step {step}: the loss is {figures['loss']} and the gradient's norm "
+                    f"{figures['gradient_norm']}; lower the learning rate, or look at the batch"
+                    f"{kept}"
+                )
+            progress.update(step, loss=f"{figures['loss']:.3f}")
+            return figures
+
+        # --- loop: the metrics of a step are read when the next one is already on its way ---
+        meter = Meter(
+            flops.of_step(
+                *(config, settings.batch_size, settings.input_length, settings.target_length)
+            ),
+            flops.peak(settings.dtype),
+            share[1],
         )
-        for old in _saved(saves)[: -settings.keep]:
-            checkpoints.remove(old)
-        return directory
-
-    # --- loop: the metrics of a step are read when the next one is already on its way ---
-    with (
-        jax.set_mesh(mesh),
-        _stop_requests() as stop_requested,
-        MetricsWriter(out, after=first) as writer,
-        Progress(f"train {settings.mixture}", settings.steps, done=first) as progress,
-    ):
+        exits.enter_context(jax.set_mesh(mesh))
+        asked_to_stop = exits.enter_context(processes.stop_requests())
+        writer = exits.enter_context(_writer(out, first, log))
+        progress = exits.enter_context(_progress(settings, first))
         pending: tuple[int, state.Metrics] | None = None
-        tokens, since = 0.0, time.monotonic()
-        last_saved = newest
+        anchor = first, batches.state()
+        last_saved, stopped, over = newest, False, False
         for step in range(first, settings.steps):
-            batch = {
-                name: jax.make_array_from_process_local_data(on_mesh, value)
-                for name, value in next(batches).items()
-            }
+            if profile and step - first in (4, 10):
+                _trace(out / "profile", start=step - first == 4)
+            asked = time.perf_counter()
+            batch = next(batches)
+            meter.fed(batch, time.perf_counter() - asked)
             rate = learning_rate(step)
-            current, metrics = step_fn(current, batch, np.float32(rate), dropout_key)
+            current, metrics = step_fn(current, place(batch, mesh), np.float32(rate), dropout_key)
             done = step + 1
             if pending is not None:
-                tokens += _read(*pending, progress)["target_tokens"]
+                read(*pending)
             pending = (done, metrics)
+            is_last = done == settings.steps
+            stopped = asked_to_stop(done)
 
-            if done % settings.log_every == 0 or done == settings.steps:
-                figures = _read(*pending, progress)
-                pending, tokens = None, tokens + figures["target_tokens"]
-                per_second = tokens / (time.monotonic() - since)
-                writer.write(
-                    done,
-                    figures | {"learning_rate": rate, "target_tokens_per_second": per_second},
-                )
-                tokens, since = 0.0, time.monotonic()
-            stopping = bool(stop_requested) and done < settings.steps
-            if done % settings.save_every == 0 or done == settings.steps or stopping:
-                _read(done, metrics, progress)
+            if done % settings.log_every == 0 or is_last:
+                figures = read(*pending)
+                pending = None
+                speed = meter.read()
+                saves.check()
+                if processes.is_first():
+                    writer.write(done, figures | {"learning_rate": rate} | speed)
+                _show_speed(progress, speed)
+            if done == first + 1:
+                # What was compiled does not count.
+                read(done, metrics)
+                meter.run()
+
+            improved = False
+            if validation is not None and (done % settings.evaluate_every == 0 or is_last):
+                meter.pause()
+                found = validation.run(done, current.params)
+                stopping = stopping.after(done, found["loss"], settings.minimum_improvement)
+                improved = settings.keep_best and stopping.best_step == done
+                over = stopping.is_over(settings.patience)
+                if processes.is_first():
+                    writer.write(done, found, part="validation")
+                progress.update(validation=f"{found['loss']:.3f}")
+                meter.run()
+            ending = is_last or stopped or over
+            if done % settings.save_every == 0 or improved or ending:
+                meter.pause()
+                read(done, metrics)
                 _check_parameters(done, current.params)
-                writer.flush()
-                last_saved = save(done)
-            if stopping:
-                raise Stopped(f"stopped at step {done} of {settings.steps}; saved in {last_saved}")
-        progress.update(settings.steps)
-    if stop_requested:
-        raise Stopped(f"stopped; this run is finished: {last_saved}")
-    return last_saved
+                if processes.is_first():
+                    writer.flush()
+                last_saved, anchor = save(done), (done, batches.state())
+                meter.run()
+            if ending:
+                break
 
-
-def _read(step: int, metrics: state.Metrics, progress: Progress) -> dict[str, float]:
-    """The metrics as Python floats; stops a run whose loss is not a finite number."""
-    figures = {name: float(value) for name, value in metrics.items()}
-    if not (math.isfinite(figures["loss"]) and math.isfinite(figures["gradient_norm"])):
-        raise M2LError(
-            f"step {step}: the loss is {figures['loss']} and the gradient's norm "
-            f"{figures['gradient_norm']}; lower the learning rate, or look at the batch"
-        )
-    progress.update(step, loss=f"{figures['loss']:.3f}")
-    return figures
+        # --- the end of the run, or of this part of it ---
+        saves.wait()
+        if profile and step - first in range(4, 10):
+            _trace(out / "profile", start=False)
+        if processes.is_first():
+            plot.draw(out, f"{settings.mixture}: loss per target token")
+        if stopped and not (is_last or over):
+            raise Stopped(f"stopped at step {done} of {settings.steps}; saved in {last_saved}")
+        progress.update(done)
+        why = "steps" if is_last else "early stopping"
+        left = saves.finish(last_saved, _best(settings, stopping), why)
+        if processes.is_first() and settings.export_dtype:
+            record.export(left, out / "exported", settings.export_dtype)
+    if stopped:
+        raise Stopped(f"stopped; this run is finished: {left}")
+    return left
 
 
 @jax.jit
@@ -238,39 +285,44 @@ def _check_parameters(step: int, params: state.Params) -> None:
         raise M2LError(f"step {step}: a parameter is not a finite number; lower the learning rate")
 
 
-def _check_rows(batch_size: int, mesh: jax.sharding.Mesh) -> None:
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    if batch_size % ways:
-        raise ConfigError(f"batch_size {batch_size} cannot be split evenly over {ways} devices")
-    if jax.process_count() > 1:
-        raise ConfigError("training runs in one process, on all of its devices; found several")
+def _best(settings: TrainSettings, stopping: Stopping) -> int | None:
+    return stopping.best_step if settings.keep_best and stopping.best is not None else None
 
 
-def _check_same_model(
-    init: Path, manifest: checkpoints.Manifest, config: Any, vocabulary: Mapping[str, Any]
-) -> None:
-    # A manifest of an older m2l lacks the settings that came later, which were the defaults.
-    held, wanted = models.to_dict(models.from_dict(manifest.model)), models.to_dict(config)
-    for name, value in wanted.items():
-        if held.get(name) != value:
-            raise CheckpointError(
-                f"{init}: its model's {name} is {held.get(name)!r}, the configured "
-                f"model's is {value!r}; leave the model out to take the checkpoint's own"
-            )
-    own, used = manifest.vocabulary, vocabulary
-    if own["fingerprint"] != used["fingerprint"]:
-        raise CheckpointError(
-            f"{init}: it was made with vocabulary {own['name']!r} ({own['fingerprint'][:8]}), this "
-            f"run uses {used['name']!r} ({used['fingerprint'][:8]}); a model reads its own alone"
-        )
+def _kept_batch(
+    out: Path,
+    step: int,
+    settings: TrainSettings,
+    read_from: starting.Reader,
+    anchor: tuple[int, bytes | None],
+) -> str:
+    try:
+        return "; " + failures.keep_batch(out, step, settings.mixture, read_from, anchor)
+    except (DataError, OSError) as error:
+        return f" (it could not be kept: {error})"
 
 
-def _restored(
-    directory: Path, config: Any, settings: TrainSettings, placed: state.TrainState
-) -> state.TrainState:
-    like = state.abstract(config, settings.optimizer)
-    return state.TrainState(
-        jax.device_put(np.int32(checkpoints.read_manifest(directory).step), device=placed.step),
-        checkpoints.restore(directory, shardings=placed.params),
-        jax.device_put(checkpoints.restore_opt_state(directory, like.opt_state), placed.opt_state),
+def _writer(out: Path, after: int, log: Log | None) -> contextlib.AbstractContextManager:
+    first = processes.is_first()
+    return MetricsWriter(out, after=after, also=log) if first else contextlib.nullcontext()
+
+
+def _progress(settings: TrainSettings, done: int) -> Progress:
+    return Progress(
+        f"train {settings.mixture}", settings.steps, done=done, silent=not processes.is_first()
     )
+
+
+def _show_speed(progress: Progress, speed: Mapping[str, float]) -> None:
+    if "tokens_per_second" in speed:
+        shown = {"tokens/s": f"{speed['tokens_per_second']:,.0f}"}
+        if "mfu" in speed:
+            shown["MFU"] = f"{speed['mfu']:.0%}"
+        progress.update(**shown)
+
+
+def _trace(directory: Path, start: bool) -> None:
+    if start:
+        jax.profiler.start_trace(str(directory))
+    else:
+        jax.profiler.stop_trace()

@@ -1,17 +1,40 @@
 """A run's figures, as JSON lines (the record) and TensorBoard events (a view of it)."""
 
+import hashlib
+import importlib
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from m2l import files
+from m2l.errors import ConfigError
+
+Log = Callable[[int, Mapping[str, float]], None]
+
+
+def wandb_log(project: str, directory: Path, run: Mapping[str, Any]) -> Log:
+    """A function that logs to Weights & Biases, in the run of that folder, new or gone on with.
+
+    Raises:
+        ConfigError: wandb is not installed.
+    """
+    try:
+        wandb = importlib.import_module("wandb")  # an extra
+    except ImportError as error:
+        raise ConfigError("--wandb: wandb is not installed: pip install 'm2l[wandb]'") from error
+    name = hashlib.sha256(str(directory).encode()).hexdigest()[:16]
+    made = wandb.init(
+        project=project, id=name, name=directory.name, resume="allow", config=dict(run)
+    )
+    return lambda step, figures: made.log(dict(figures), step=step)
 
 
 class MetricsWriter:
@@ -21,9 +44,11 @@ class MetricsWriter:
         directory: The run's directory.
         after: The step a resumed run goes on from: lines of later steps, written before the run
             was killed, are dropped, for they will be written again.
+        also: Given (step, figures by part/name) as well, such as `wandb_log`'s.
     """
 
-    def __init__(self, directory: Path, *, after: int):
+    def __init__(self, directory: Path, *, after: int, also: Log | None = None):
+        self._also = also
         path = directory / "metrics.jsonl"
         if path.exists():
             # A kill can cut the last line short.
@@ -41,11 +66,23 @@ class MetricsWriter:
     def _event(self, step: int, **content: object) -> None:
         self._events.write_event(Event(wall_time=time.time(), step=step, **content))
 
-    def write(self, step: int, figures: Mapping[str, float]) -> None:
-        """Records the figures of one step."""
-        self._file.write(json.dumps({"step": step, **figures}) + "\n")
+    def write(self, step: int, figures: Mapping[str, float], part: str = "train") -> None:
+        """Records the figures of one step, to be seen at once.
+
+        Args:
+            step: The number of steps done.
+            figures: The values by name.
+            part: "train", or "validation": then names begin with it in the JSON lines as well.
+        """
+        prefix = "" if part == "train" else f"{part}_"
+        line = {f"{prefix}{name}": value for name, value in figures.items()}
+        self._file.write(json.dumps({"step": step, **line}) + "\n")
         for name, value in figures.items():
-            self._event(step, summary=summary.scalar(f"train/{name}", value))
+            self._event(step, summary=summary.scalar(f"{part}/{name}", value))
+        if self._also is not None:
+            self._also(step, {f"{part}/{name}": value for name, value in figures.items()})
+        self._file.flush()
+        self._events.flush()
 
     def flush(self) -> None:
         """Puts everything written so far on the disk."""

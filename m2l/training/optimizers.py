@@ -1,26 +1,103 @@
-"""Adafactor as T5X and the papers use it, and the learning rates it is driven with."""
+"""Adafactor as T5X and the papers use it, AdamW, SGD; and the learning rates they are driven with.
 
+An optimizer's updates are to be multiplied by the learning rate and added: the training step does
+so with a rate that is a value, which can change from step to step and from run to run without
+another compilation.
+"""
+
+import dataclasses
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from m2l.errors import UnknownNameError
+from m2l.errors import ConfigError, UnknownNameError
 
 Schedule = Callable[[int], float]
 
 
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """Which optimizer, and how it is set: a value, by which a compiled step is found again.
+
+    Attributes:
+        name: A key of OPTIMIZERS.
+        weight_decay: AdamW's: what share of the learning rate every matrix shrinks by.
+        beta1: AdamW's decay of the first moment.
+        beta2: AdamW's decay of the second moment.
+        momentum: SGD's; 0: none.
+        clip: The largest norm that the gradient of all parameters may have; 0: any.
+        freeze: Regular expressions; a parameter that one of them matches anywhere in its name
+            ("encoder/", "token_embedder$") keeps its value, and has no optimizer state.
+
+    Raises:
+        UnknownNameError: There is no such optimizer.
+        ConfigError: A number out of range, or no regular expression.
+    """
+
+    name: str = "adafactor"
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    momentum: float = 0.0
+    clip: float = 0.0
+    freeze: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.name not in OPTIMIZERS:
+            raise UnknownNameError("optimizer", self.name, OPTIMIZERS)
+        for name in ("weight_decay", "clip"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}: {getattr(self, name)} is below 0")
+        for name in ("beta1", "beta2", "momentum"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name}: {getattr(self, name)} is not in [0, 1)")
+        for pattern in self.freeze:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ConfigError(
+                    f"freeze: {pattern!r} is no regular expression: {error}"
+                ) from error
+
+    def trained(self, params: Any) -> Any:
+        """True for every parameter that is trained, False for every frozen one.
+
+        Raises:
+            ConfigError: A pattern that matches no parameter, or nothing left to train.
+        """
+        unused = set(self.freeze)
+
+        def is_trained(path: tuple[Any, ...], leaf: Any) -> bool:
+            name = "/".join(part.key for part in path)
+            matching = {pattern for pattern in self.freeze if re.search(pattern, name)}
+            unused.difference_update(matching)
+            return not matching
+
+        found = jax.tree.map_with_path(is_trained, params)
+        if unused:
+            raise ConfigError(f"freeze: no parameter has a name with {min(unused)!r} in it")
+        if not any(jax.tree.leaves(found)):
+            raise ConfigError("freeze: every parameter is frozen, so there is nothing to train")
+        return found
+
+    def transformation(self) -> optax.GradientTransformation:
+        """The optimizer itself; of frozen parameters it keeps nothing, and their update is moot."""
+        made = OPTIMIZERS[self.name](self)
+        return optax.masked(made, self.trained) if self.freeze else made
+
+
+def of(optimizer: Optimizer | str) -> Optimizer:
+    """An optimizer as it is; by its name, at its defaults."""
+    return Optimizer(optimizer) if isinstance(optimizer, str) else optimizer
+
+
 def adafactor() -> optax.GradientTransformation:
     """Adafactor without momentum or weight decay: factored, clipped, scaled by each parameter.
-
-    The learning rate is left out: the training step multiplies it in, as a value that can change
-    from step to step and from run to run without another compilation.
-
-    Returns:
-        A transformation whose updates are to be multiplied by the learning rate and added.
 
     Source: Shazeer & Stern, "Adafactor: Adaptive Learning Rates with Sublinear Memory Cost"
     (2018), algorithm 5 with beta2 = 1 - t^-0.8, d = 1, epsilon = (1e-30, 1e-3).
@@ -53,7 +130,28 @@ def _rms(x: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.mean(jnp.square(x)))
 
 
-OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {"adafactor": adafactor}
+def adamw(weight_decay: float, beta1: float, beta2: float) -> optax.GradientTransformation:
+    """AdamW: bias-corrected moments, and weight decay apart from them, of matrices alone.
+
+    Source: Loshchilov & Hutter, "Decoupled Weight Decay Regularization" (2017), algorithm 2, with
+    epsilon 1e-8; the decay is multiplied by the learning rate, as in PyTorch and optax.
+    """
+    decay = optax.add_decayed_weights(
+        weight_decay, mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+    )
+    return optax.chain(optax.scale_by_adam(beta1, beta2, eps=1e-8), decay, optax.scale(-1.0))
+
+
+def sgd(momentum: float) -> optax.GradientTransformation:
+    """Gradient descent: velocity = momentum * velocity + gradient is what is descended along."""
+    return optax.chain(optax.trace(momentum) if momentum else optax.identity(), optax.scale(-1.0))
+
+
+OPTIMIZERS: Mapping[str, Callable[[Optimizer], optax.GradientTransformation]] = {
+    "adafactor": lambda _: adafactor(),
+    "adamw": lambda how: adamw(how.weight_decay, how.beta1, how.beta2),
+    "sgd": lambda how: sgd(how.momentum),
+}
 
 
 def constant(peak: float, steps: int, warmup_steps: int) -> Schedule:
@@ -74,17 +172,34 @@ def cosine(peak: float, steps: int, warmup_steps: int) -> Schedule:
     return rate
 
 
+def linear(peak: float, steps: int, warmup_steps: int) -> Schedule:
+    """A linear rise from 0 to `peak` over `warmup_steps`, then a line down to 0."""
+
+    def rate(step: int) -> float:
+        if step < warmup_steps:
+            return peak * (step + 1) / warmup_steps
+        return peak * max(0.0, steps - step) / max(1, steps - warmup_steps)
+
+    return rate
+
+
+def rsqrt(peak: float, steps: int, warmup_steps: int) -> Schedule:
+    """A linear rise from 0 to `peak` over `warmup_steps`, then peak * sqrt(warmup_steps / step).
+
+    T5's pretraining is peak 0.01 after 10,000 steps of `peak` (its rise is left out there).
+    Source: Raffel et al. (2020), section 3.1.2; Vaswani et al. (2017), equation 3.
+    """
+    del steps
+    first = max(1, warmup_steps)
+    return lambda step: peak * min((step + 1) / first, math.sqrt(first / (step + 1)))
+
+
 SCHEDULES: dict[str, Callable[[float, int, int], Schedule]] = {
     "constant": constant,
     "cosine": cosine,
+    "linear": linear,
+    "rsqrt": rsqrt,
 }
-
-
-def optimizer(name: str) -> optax.GradientTransformation:
-    """The optimizer of that name; UnknownNameError if there is none."""
-    if name not in OPTIMIZERS:
-        raise UnknownNameError("optimizer", name, OPTIMIZERS)
-    return OPTIMIZERS[name]()
 
 
 def schedule(name: str, *, peak: float, steps: int, warmup_steps: int) -> Schedule:

@@ -1,5 +1,6 @@
 """The state of a training run, where it lies on the mesh, and the one step that changes it."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from m2l import models, partitioning
 from m2l.training import losses, optimizers
+from m2l.training.optimizers import Optimizer
 
 Params = dict[str, Any]
 Metrics = dict[str, jax.Array]
@@ -33,7 +35,7 @@ def _parameter_path(path: tuple[Any, ...]) -> tuple[str, ...]:
     return tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
 
 
-def shardings(config: Any, optimizer_name: str, mesh: Mesh) -> TrainState:
+def shardings(config: Any, optimizer: Optimizer | str, mesh: Mesh) -> TrainState:
     """A NamedSharding for every leaf of the state.
 
     Optimizer state of a parameter's own shape lies as the parameter does; the rest (Adafactor's
@@ -58,36 +60,89 @@ def shardings(config: Any, optimizer_name: str, mesh: Mesh) -> TrainState:
         shape, sharding = of_parameter.get(_parameter_path(path), (None, replicated))
         return sharding if leaf.shape == shape else replicated
 
-    opt_state = jax.eval_shape(optimizers.optimizer(optimizer_name).init, abstract)
+    opt_state = jax.eval_shape(optimizers.of(optimizer).transformation().init, abstract)
     return TrainState(replicated, params, jax.tree_util.tree_map_with_path(place, opt_state))
 
 
-def abstract(config: Any, optimizer_name: str) -> TrainState:
+def abstract(config: Any, optimizer: Optimizer | str) -> TrainState:
     """The state's shapes and dtypes, without making it."""
-    init = functools.partial(fresh, config, optimizer_name)
+    init = functools.partial(fresh, config, optimizer)
     return jax.eval_shape(init, jax.random.key(0))
 
 
-def fresh(config: Any, optimizer_name: str, key: jax.Array) -> TrainState:
+def fresh(config: Any, optimizer: Optimizer | str, key: jax.Array) -> TrainState:
     """The state of a run that starts from a random model."""
-    return around(optimizer_name, models.init(config, key))
-
-
-def around(optimizer_name: str, params: Params) -> TrainState:
-    """The state of a run that starts from `params`."""
-    # Masters are float32, whatever the checkpoint holds: a step is less than bfloat16 can tell.
-    params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
-    opt_state = optimizers.optimizer(optimizer_name).init(params)
-    return TrainState(jnp.zeros((), jnp.int32), params, opt_state)
+    return around(optimizer, models.init(config, key))
 
 
 @functools.cache
+def makers(
+    config: Any, optimizer: Optimizer, mesh: Mesh
+) -> tuple[Callable[[jax.Array], TrainState], Callable[[Params], TrainState]]:
+    """`fresh`, of a key, and `around`, of parameters, jitted: they make the state on its shards."""
+    placed = shardings(config, optimizer, mesh)
+    return (
+        jax.jit(functools.partial(fresh, config, optimizer), out_shardings=placed),
+        jax.jit(functools.partial(around, optimizer), out_shardings=placed),
+    )
+
+
+def around(optimizer: Optimizer | str, params: Params) -> TrainState:
+    """The state of a run that starts from `params`."""
+    # Masters are float32, whatever the checkpoint holds: a step is less than bfloat16 can tell.
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+    opt_state = optimizers.of(optimizer).transformation().init(params)
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state)
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What a step minimises, and in how many parts it takes a batch.
+
+    Attributes:
+        loss_chunk: Positions of a row whose logits are held at a time; 0: all.
+        z_loss: See `losses.cross_entropy`.
+        smoothing: See `losses.cross_entropy`.
+        accumulate: In how many parts, one after the other, a batch is taken. Gradients of sums are
+            added and divided once, by all targets that count, so that their number in a part
+            does not matter.
+    """
+
+    loss_chunk: int = 0
+    z_loss: float = 0.0
+    smoothing: float = 0.0
+    accumulate: int = 1
+
+
+def summed_loss(
+    config: Any,
+    params: Params,
+    batch: Batch,
+    key: jax.Array | None,
+    execution: models.Execution,
+    objective: Objective,
+) -> dict[str, jax.Array]:
+    """The sums of `losses.cross_entropy` over a batch; `key` is dropout's."""
+    hidden = models.hidden(config, params, batch, dropout_key=key, execution=execution)
+    return losses.cross_entropy(
+        hidden,
+        models.unembedding(config, params),
+        batch["decoder_target_tokens"],
+        batch["decoder_loss_weights"],
+        softcap=config.logit_softcap,
+        chunk=objective.loss_chunk,
+        tied=config.tie_word_embeddings,
+        z_loss=objective.z_loss,
+        smoothing=objective.smoothing,
+    )
+
+
 def train_step(
     config: Any,
-    optimizer_name: str,
+    optimizer: Optimizer | str,
     execution: models.Execution,
     mesh: Mesh,
-    loss_chunk: int = 0,
+    objective: Objective = Objective(),
 ) -> Callable[[TrainState, Batch, jax.Array, jax.Array], tuple[TrainState, Metrics]]:
     """One jitted step, the same function for every run of this model on this mesh.
 
@@ -97,42 +152,78 @@ def train_step(
 
     Args:
         config: The model's configuration.
-        optimizer_name: A key of `optimizers.OPTIMIZERS`.
+        optimizer: An optimizer, or the name of one at its defaults.
         execution: How the network is computed; parameters and optimizer state are float32.
         mesh: Where the state and the batch lie.
-        loss_chunk: Positions of a row whose logits are held at a time; 0: all.
+        objective: What is minimised.
     """
-    transformation = optimizers.optimizer(optimizer_name)
-    placed = shardings(config, optimizer_name, mesh)
+    return _train_step(config, optimizers.of(optimizer), execution, mesh, objective)
+
+
+@functools.cache
+def _train_step(
+    config: Any,
+    optimizer: Optimizer,
+    execution: models.Execution,
+    mesh: Mesh,
+    objective: Objective,
+) -> Callable[[TrainState, Batch, jax.Array, jax.Array], tuple[TrainState, Metrics]]:
+    transformation = optimizer.transformation()
+    placed = shardings(config, optimizer, mesh)
+    trained = optimizer.trained(placed.params)
     replicated = NamedSharding(mesh, PartitionSpec())
 
-    def loss_fn(params: Params, batch: Batch, key: jax.Array | None):
-        hidden = models.hidden(config, params, batch, dropout_key=key, execution=execution)
-        sums = losses.cross_entropy(
-            hidden,
-            models.unembedding(config, params),
-            batch["decoder_target_tokens"],
-            batch["decoder_loss_weights"],
-            softcap=config.logit_softcap,
-            chunk=loss_chunk,
-            tied=config.tie_word_embeddings,
-        )
-        return sums["loss"] / jnp.maximum(sums["weight"], 1.0), sums
+    def loss_fn(params: Params, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, Metrics]:
+        sums = summed_loss(config, params, batch, key, execution, objective)
+        return sums["loss"], sums
+
+    def mean_fn(params: Params, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, Metrics]:
+        loss, sums = loss_fn(params, batch, key)
+        return loss / jnp.maximum(sums["weight"], 1.0), sums
+
+    def gradient_of_parts(
+        params: Params, batch: Batch, key: jax.Array | None
+    ) -> tuple[Params, Metrics]:
+        def add(total: Any, numbered: Any) -> tuple[Any, None]:
+            number, part = numbered
+            of_part = None if key is None else jax.random.fold_in(key, number)
+            gradients, sums = jax.grad(loss_fn, has_aux=True)(params, part, of_part)
+            return jax.tree.map(jnp.add, total, (gradients, sums)), None
+
+        parts = jax.tree.map(functools.partial(_in_parts, objective.accumulate), batch)
+        zeros = jax.tree.map(jnp.zeros_like, params), dict.fromkeys(losses.SUMS, jnp.float32(0))
+        numbered = jnp.arange(objective.accumulate), parts
+        (gradients, sums), _ = jax.lax.scan(add, zeros, numbered)
+        return jax.tree.map(lambda g: g / jnp.maximum(sums["weight"], 1.0), gradients), sums
 
     def step(
         state: TrainState, batch: Batch, learning_rate: jax.Array, key: jax.Array
     ) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(key, state.step) if execution.dropout_rate else None
-        (loss, sums), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
-            state.params, batch, key
+        if objective.accumulate > 1:
+            gradients, sums = gradient_of_parts(state.params, batch, key)
+        else:
+            gradients, sums = jax.grad(mean_fn, has_aux=True)(state.params, batch, key)
+        of_trained = jax.tree.map(
+            lambda g, is_trained: g if is_trained else 0.0, gradients, trained
         )
+        norm = optax.global_norm(of_trained)
+        if optimizer.clip:
+            shrink = optimizer.clip / jnp.maximum(norm, optimizer.clip)
+            gradients = jax.tree.map(lambda g: g * shrink, gradients)
         updates, opt_state = transformation.update(gradients, state.opt_state, state.params)
-        params = jax.tree.map(lambda p, u: p + learning_rate * u, state.params, updates)
+        params = jax.tree.map(
+            lambda p, u, is_trained: p + learning_rate * u if is_trained else p,
+            state.params,
+            updates,
+            trained,
+        )
+        weight = jnp.maximum(sums["weight"], 1.0)
         metrics = {
-            "loss": loss,
-            "accuracy": sums["correct"] / jnp.maximum(sums["weight"], 1.0),
+            "loss": sums["loss"] / weight,
+            "accuracy": sums["correct"] / weight,
             "target_tokens": sums["weight"],
-            "gradient_norm": optax.global_norm(gradients),
+            "gradient_norm": norm,
         }
         return TrainState(state.step + 1, params, opt_state), metrics
 
@@ -142,4 +233,27 @@ def train_step(
         out_shardings=(placed, replicated),
         donate_argnums=0,
         compiler_options=_COMPILER_OPTIONS.get(mesh.devices.flat[0].platform),
+    )
+
+
+def _in_parts(count: int, rows: jax.Array) -> jax.Array:
+    """[B, ...] as [count, B / count, ...]: every device's rows are dealt out among the parts."""
+    dealt = rows.reshape(rows.shape[0] // count, count, *rows.shape[1:])
+    return jnp.moveaxis(dealt, 1, 0)
+
+
+@functools.cache
+def evaluation_step(
+    config: Any, execution: models.Execution, mesh: Mesh, loss_chunk: int = 0
+) -> Callable[[Params, Batch], Metrics]:
+    """The jitted sums of `losses.cross_entropy`, without dropout, z-loss or smoothing."""
+    plain = dataclasses.replace(execution, dropout_rate=0.0)
+    objective = Objective(loss_chunk)
+    return jax.jit(
+        lambda params, batch: summed_loss(config, params, batch, None, plain, objective),
+        in_shardings=(
+            partitioning.shardings(models.spec(config), mesh),
+            partitioning.batch_sharding(mesh),
+        ),
+        out_shardings=NamedSharding(mesh, PartitionSpec()),
     )

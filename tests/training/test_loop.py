@@ -9,38 +9,11 @@ import jax
 import numpy as np
 import pytest
 
-from m2l import checkpoints, models, partitioning, tasks
-from m2l.data import vocabularies
+from m2l import checkpoints, models, partitioning
 from m2l.errors import CheckpointError, ConfigError, M2LError, Stopped
-from m2l.training import loop, optimizers, state
-from m2l.training.settings import TrainSettings
+from m2l.training import optimizers, starting, state
 
-SETTINGS = TrainSettings(
-    mixture="sentiment", steps=6, batch_size=4, learning_rate=0.05, save_every=2, log_every=1
-)
-
-
-@pytest.fixture(scope="module")
-def train(tiny_config):
-    """Trains the tiny model; returns the last checkpoint."""
-    tasks.register()
-    described = vocabularies.describe(vocabularies.load("microworld"), "microworld")
-
-    def run(out, settings=SETTINGS, **kwargs):
-        arguments = {
-            "config": tiny_config,
-            "vocabulary": described,
-            "data": {"source": "microworld"},
-        }
-        return loop.train(out, settings=settings, **(arguments | kwargs))
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def whole(train, tmp_path_factory):
-    """A run that nothing interrupted."""
-    return train(tmp_path_factory.mktemp("whole") / "run")
+from .conftest import SETTINGS
 
 
 def figures(run):
@@ -65,7 +38,8 @@ def test_sigterm_saves_and_the_run_goes_on_to_the_same_bits(train, whole, tmp_pa
         at_step(patch, 2, lambda: signal.raise_signal(signal.SIGTERM))
         with pytest.raises(Stopped, match="stopped at step 3 of 6"):
             train(out)
-    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step_00000003"]
+    names = sorted(path.name for path in (out / "checkpoints").iterdir())
+    assert names == ["step_00000002", "step_00000003"]
     last = train(out)
     assert checkpoints.read_manifest(last).digest == checkpoints.read_manifest(whole).digest
     assert figures(out) == figures(whole.parents[1])
@@ -95,7 +69,7 @@ def test_a_run_that_was_killed_goes_on_from_its_last_save_to_the_same_bits(
 
 def test_a_finished_run_is_not_run_again(train, whole, monkeypatch):
     before = figures(whole.parents[1])
-    monkeypatch.setattr(loop.pipeline, "training_batches", lambda *_, **__: pytest.fail("read"))
+    monkeypatch.setattr(starting.pipeline, "training_batches", lambda *_, **__: pytest.fail("read"))
     assert train(whole.parents[1]) == whole
     assert figures(whole.parents[1]) == before
 
@@ -166,9 +140,9 @@ def test_training_learns(train, tmp_path):
 
 
 def test_old_checkpoints_go_and_as_many_as_asked_stay(train, tmp_path):
-    last = train(tmp_path / "run", dataclasses.replace(SETTINGS, keep=2))
+    last = train(tmp_path / "run", dataclasses.replace(SETTINGS, save_every=1, keep=3))
     names = sorted(path.name for path in last.parent.iterdir())
-    assert names == ["step_00000004", "step_00000006"]
+    assert names == ["step_00000004", "step_00000005", "step_00000006"]
 
 
 EIGHT_DEVICES = """

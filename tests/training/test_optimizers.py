@@ -66,6 +66,49 @@ def test_cosine_schedule_falls_to_half_in_the_middle_and_to_zero_at_the_end():
 
 def test_unknown_names_propose_the_nearest():
     with pytest.raises(UnknownNameError, match="'adafactor'"):
-        optimizers.optimizer("adafaktor")
+        optimizers.Optimizer("adafaktor")
     with pytest.raises(UnknownNameError, match="'cosine'"):
         optimizers.schedule("cosin", peak=1.0, steps=1, warmup_steps=0)
+
+
+def test_linear_schedule_falls_in_a_line_to_zero():
+    rate = optimizers.schedule("linear", peak=0.4, steps=110, warmup_steps=10)
+    np.testing.assert_allclose(
+        [rate(s) for s in (4, 9, 10, 60, 110)], [0.2, 0.4, 0.4, 0.2, 0.0], atol=1e-12
+    )
+
+
+def test_rsqrt_schedule_falls_with_the_root_of_the_step():
+    rate = optimizers.schedule("rsqrt", peak=0.01, steps=1, warmup_steps=100)
+    np.testing.assert_allclose([rate(s) for s in (49, 99, 399, 9999)], [0.005, 0.01, 0.005, 0.001])
+
+
+def test_adamw_equals_the_published_algorithm():
+    rng = np.random.default_rng(0)
+    start, vector = rng.normal(size=(4, 3)), rng.normal(size=3)
+    optimizer = optimizers.Optimizer("adamw", weight_decay=0.1, beta1=0.8, beta2=0.9)
+    transformation = optimizer.transformation()
+    params = {"matrix": jnp.float32(start), "vector": jnp.float32(vector)}
+    state = transformation.init(params)
+    expected, decay = {"matrix": start, "vector": vector}, {"matrix": 0.1, "vector": 0.0}
+    moments = dict.fromkeys(params, (0.0, 0.0))
+    for t in range(1, 6):
+        gradients = {name: rng.normal(size=leaf.shape) for name, leaf in params.items()}
+        updates, state = transformation.update(jax.tree.map(jnp.float32, gradients), state, params)
+        params = jax.tree.map(lambda p, u: p + 0.01 * u, params, updates)
+        for name, g in gradients.items():
+            m, v = moments[name]
+            m, v = moments[name] = 0.8 * m + 0.2 * g, 0.9 * v + 0.1 * g**2
+            step = (m / (1 - 0.8**t)) / (np.sqrt(v / (1 - 0.9**t)) + 1e-8)
+            expected[name] = expected[name] - 0.01 * (step + decay[name] * expected[name])
+    for name, value in expected.items():
+        np.testing.assert_allclose(params[name], value, rtol=1e-5)
+
+
+def test_sgd_descends_along_its_velocity():
+    transformation = optimizers.Optimizer("sgd", momentum=0.5).transformation()
+    state = transformation.init(jnp.zeros(2))
+    gradient = jnp.array([1.0, -2.0])
+    first, state = transformation.update(gradient, state)
+    second, _ = transformation.update(gradient, state)
+    np.testing.assert_array_equal([first, second], [-gradient, -1.5 * gradient])

@@ -15,7 +15,7 @@ from m2l.training.settings import TrainSettings
         ("warmup_steps", 99, "not in 0 to 10"),
         ("dtype", "float8", "'float32'|'bfloat16'"),
         ("schedule", "cosine_", "'cosine'"),
-        ("optimizer", "adam", "'adafactor'"),
+        ("optimizer", "adam", "'adamw'"),
     ],
 )
 def test_a_bad_setting_is_refused_with_its_value(setting, value, said):

@@ -1,0 +1,155 @@
+"""Several processes of one run: joining, each one's share of the rows, and stopping together.
+
+One program runs in every process; process 0 alone writes. Every process must see the run's folder.
+"""
+
+import contextlib
+import json
+import signal
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from m2l import partitioning
+from m2l.errors import CheckpointError, ConfigError
+
+# A pod's hosts do not all come up at once.
+_SECONDS_TO_START = 1800
+
+
+def join(coordinator: str | None = None, process: tuple[int, int] | None = None) -> str:
+    """Makes this process one of those that run the program together.
+
+    Args:
+        coordinator: HOST:PORT of process 0; None asks the cluster (Slurm, Open MPI, GKE, a TPU
+            pod), as JAX detects it.
+        process: (this process's number, how many there are); None asks the cluster.
+
+    Returns:
+        What was joined, in words.
+
+    Raises:
+        ConfigError: No cluster is detected, or process 0 is not reached.
+    """
+    number, count = process or (None, None)
+    try:
+        jax.distributed.initialize(
+            coordinator, count, number, initialization_timeout=_SECONDS_TO_START
+        )
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"--distributed: {str(error).splitlines()[0]}; run it under Slurm, Open MPI, on GKE or "
+            "a TPU pod, or name --coordinator HOST:PORT and --process I/N"
+        ) from error
+    return (
+        f"process {jax.process_index()} of {jax.process_count()}, "
+        f"{jax.local_device_count()} of {jax.device_count()} devices"
+    )
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes."""
+    return jax.process_index() == 0
+
+
+def share(mesh: Mesh, rows: int) -> tuple[int, int]:
+    """Which share of a batch this process feeds: (its number, how many shares there are).
+
+    Processes whose devices hold the same rows, the parts of one model, feed the same share.
+
+    Raises:
+        ConfigError: Some, but not all, of two processes' rows are the same.
+    """
+    held: dict[int, set[int]] = {}
+    of_device = partitioning.batch_sharding(mesh).devices_indices_map((rows,))
+    for device, (part,) in of_device.items():
+        held.setdefault(device.process_index, set()).add(part.start or 0)
+    shares = sorted({tuple(sorted(starts)) for starts in held.values()})
+    if sum(map(len, shares)) != len(set().union(*shares)):
+        raise ConfigError(
+            "the mesh divides processes unevenly: their devices hold partly the same rows; choose "
+            "fsdp and model so that a process's devices are a multiple of model, or divide it"
+        )
+    return shares.index(tuple(sorted(held[jax.process_index()]))), len(shares)
+
+
+def wait_for_all(name: str) -> None:
+    """Returns when every process has come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def on_host(tree: Any) -> Any:
+    """Copies of a pytree's arrays as NumPy arrays, whole, in process 0; elsewhere None.
+
+    Every process must call it, and may change or donate the arrays afterwards.
+    """
+
+    def fetch(leaf: jax.Array) -> np.ndarray | None:
+        if leaf.is_fully_addressable:
+            return np.array(leaf)
+        if leaf.is_fully_replicated:
+            return np.array(leaf.addressable_data(0))
+        whole = multihost_utils.process_allgather(leaf, tiled=True)
+        return np.asarray(whole) if is_first() else None
+
+    return jax.tree.map(fetch, tree)
+
+
+def gather_positions(position: bytes, of_share: tuple[int, int]) -> bytes:
+    """The positions in the data of all shares as one; of one share, its own as it is."""
+    number, count = of_share
+    if jax.process_count() == 1 or count == 1:
+        return position
+    text = np.frombuffer(position, np.uint8)
+    longest = int(np.max(multihost_utils.process_allgather(np.array([len(text)], np.int32))))
+    padded = np.zeros(longest, np.uint8)
+    padded[: len(text)] = text
+    numbers, lengths, texts = (
+        np.asarray(multihost_utils.process_allgather(value))
+        for value in (np.int32(number), np.int32(len(text)), padded)
+    )
+    found = {
+        int(n): texts[i, : lengths[i]].tobytes().hex() for i, n in enumerate(numbers.reshape(-1))
+    }
+    return json.dumps({"shares": [found[n] for n in range(count)]}).encode()
+
+
+def own_position(saved: bytes, of_share: tuple[int, int]) -> bytes:
+    """This share's part of what `gather_positions` gave.
+
+    Raises:
+        CheckpointError: It was saved by another number of shares.
+    """
+    number, count = of_share
+    shares = json.loads(saved)["shares"] if saved.startswith(b'{"shares"') else [saved.hex()]
+    if len(shares) != count:
+        raise CheckpointError(
+            f"the run was fed in {len(shares)} shares and is now fed in {count}: go on with as "
+            "many processes as before, or start a new run with --init"
+        )
+    return bytes.fromhex(shares[number])
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[Callable[[int], bool]]:
+    """Collects SIGTERM instead of dying of it.
+
+    Yields:
+        A function of the number of steps done, to be called after every step by every process: it
+        is true, in all of them at the same step, once any has been asked to stop.
+    """
+    if jax.process_count() > 1:
+        # jax.distributed has its own handler, and agrees on a step that none has done yet.
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    received: list[int] = []
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    try:
+        yield lambda done: bool(received)
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -1,0 +1,141 @@
+"""Kills a training run at random moments, and compares its end with a run that was not killed.
+
+    python scripts/kill_test.py [--kills 20] [--seed 0] [--signal KILL]
+
+Trains a tiny T5 for 60 steps, with a checkpoint every two and a validation every five, first in one
+go and then killed so many times, each time after a random part of the time that the whole took.
+Prints the step that each attempt began at, and both digests; exits with 1 if they differ. Every
+attempt is a process of its own, forked from one that has imported everything but used nothing.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import jax
+
+from m2l import checkpoints, models, tasks
+from m2l.data import vocabularies
+from m2l.training import loop
+from m2l.training.settings import TrainSettings
+
+CONFIG = models.T5Config(1152, 16, 8, 32, 2, 1, 2)
+SETTINGS = TrainSettings(
+    mixture="sentiment",
+    steps=60,
+    batch_size=4,
+    learning_rate=0.05,
+    save_every=2,
+    log_every=1,
+    validation="sentiment",
+    validation_batches=1,
+    evaluate_every=5,
+    keep_best=True,
+)
+
+
+def train(out: Path, cache: Path) -> None:
+    """Trains, or goes on."""
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    tasks.register()
+    loop.train(
+        out,
+        config=CONFIG,
+        vocabulary=vocabularies.describe(vocabularies.load("microworld"), "microworld"),
+        settings=SETTINGS,
+        data={"source": "microworld"},
+    )
+
+
+def forked(work: Callable[[], None]) -> int:
+    """Does work in a forked process; returns its id. It is quiet, and exits with 1 if it fails."""
+    if process := os.fork():
+        return process
+    code = 1
+    try:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+            work()
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def killed_run(root: Path, kills: int, seed: int, number: int) -> tuple[str, str, list[int]]:
+    """Trains twice, in one go and with kills.
+
+    Args:
+        root: An empty folder.
+        kills: How many times a process is killed, of those that have not finished before.
+        seed: Decides the moments.
+        number: The signal.
+
+    Returns:
+        The digests of both ends, and the step that each attempt began at.
+    """
+    chance = random.Random(seed)
+    cache, whole, out = root / "cache", root / "whole", root / "killed"
+
+    def wait(process: int) -> None:
+        _, status = os.waitpid(process, 0)
+        if os.waitstatus_to_exitcode(status):
+            raise SystemExit(f"a run ended with {os.waitstatus_to_exitcode(status)}")
+
+    wait(forked(lambda: train(root / "warm", cache)))
+    start = time.monotonic()
+    wait(forked(lambda: train(whole, cache)))
+    took = time.monotonic() - start
+
+    began = []
+    for _ in range(kills):
+        done = [int(path.name[5:]) for path in out.glob("checkpoints/step_*")]
+        began.append(max(done, default=0))
+        process = forked(lambda: train(out, cache))
+        until = time.monotonic() + chance.uniform(0.0, took)
+        while time.monotonic() < until and not (out / "finished.json").exists():
+            time.sleep(0.005)
+        os.kill(process, number)
+        os.waitpid(process, 0)
+        if (out / "finished.json").exists():
+            break
+    wait(forked(lambda: train(out, cache)))
+    ends = [checkpoints.read_manifest(run).digest for run in (whole, out)]
+    lines = [
+        [
+            {name: value for name, value in json.loads(line).items() if name in ("step", "loss")}
+            for line in (run / "metrics.jsonl").open()
+        ]
+        for run in (whole, out)
+    ]
+    if lines[0] != lines[1]:
+        raise SystemExit("the losses differ")
+    return ends[0], ends[1], began
+
+
+def main() -> None:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--signal", choices=["KILL", "TERM"], default="KILL")
+    flags = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        number = signal.Signals["SIG" + flags.signal]
+        whole, killed, began = killed_run(Path(folder), flags.kills, flags.seed, number)
+    print(f"{len(began)} kills; attempts began at steps {began}")
+    print(f"in one go: {whole}\nkilled:    {killed}")
+    sys.exit(whole != killed)
+
+
+if __name__ == "__main__":
+    main()

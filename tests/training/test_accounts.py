@@ -1,0 +1,123 @@
+"""What a run says of itself: its arithmetic, its memory, its speed, its curve."""
+
+import dataclasses
+import xml.etree.ElementTree as ElementTree
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh
+
+from m2l import models, partitioning
+from m2l.errors import CheckpointError, ConfigError
+from m2l.training import flops, memory, meter, plot, processes
+
+from .conftest import SETTINGS
+
+LLAMA = models.LlamaConfig(64, 32, 48, 2, 4, 2, 8)
+ROWS, INPUTS, TARGETS = 3, 12, 7
+
+
+def products(jaxpr):
+    """The operations of all matrix products in a jaxpr, those of its parts included."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            length = np.prod([left[axis] for axis in contracted])
+            total += 2 * length * np.prod(equation.outvars[0].aval.shape)
+        for parameter in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda leaf: hasattr(leaf, "eqns")
+        ):
+            inner = getattr(parameter, "jaxpr", parameter)
+            total += products(inner) if hasattr(inner, "eqns") else 0
+    return total
+
+
+@pytest.mark.parametrize("family", ["t5", "llama"])
+def test_operations_are_those_of_the_network_s_matrix_products(family, tiny_config):
+    config = tiny_config if family == "t5" else LLAMA
+    length = INPUTS + TARGETS if config.decoder_only else TARGETS
+    batch = {"decoder_input_tokens": jnp.ones((ROWS, length), jnp.int32)}
+    if not config.decoder_only:
+        batch["encoder_input_tokens"] = jnp.ones((ROWS, INPUTS), jnp.int32)
+    params = jax.eval_shape(lambda: models.init(config, jax.random.key(0)))
+    logits = jax.make_jaxpr(lambda p, b: models.apply(config, p, b))(params, batch)
+    # Of causal attention half is counted; the network computes all of it.
+    layers, inner = (2, 32) if config.decoder_only else (2, 16)
+    causal = 2 * ROWS * layers * length * length * inner
+    expected = 3 * (products(logits.jaxpr) - causal)
+    found = flops.of_step(config, ROWS, INPUTS, TARGETS)
+    # A decoder's loss is on targets, but its logits are of all positions.
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_window_lowers_the_operations_of_attention():
+    seen = [
+        flops.of_step(dataclasses.replace(LLAMA, windows=windows), 1, 100, 28)
+        for windows in ((), (128, 128), (16, 0))
+    ]
+    assert seen[0] == seen[1] > seen[2]
+
+
+def test_memory_of_a_mesh_is_what_its_shardings_hold(tiny_config):
+    one = memory.need(tiny_config, SETTINGS, partitioning.make_mesh(devices=jax.devices()[:1]))
+    spec = models.spec(tiny_config)
+    assert one.params == sum(4 * np.prod(leaf.shape) for leaf in jax.tree.leaves(spec))
+    # 4 rows of 32 targets, float32 logits and their gradient.
+    assert one.logits == 4 * 32 * 1152 * 8
+    split = AbstractMesh((1, 2, 2), partitioning.MESH_AXES)
+    assert memory.need(tiny_config, SETTINGS, split).params < one.params / 2
+    adam = dataclasses.replace(SETTINGS, optimizer="adamw")
+    of_adam = memory.need(tiny_config, adam, split)
+    assert of_adam.opt_state == pytest.approx(2 * of_adam.params, abs=8)
+
+
+def test_a_mesh_that_cannot_hold_a_run_is_refused_before_anything_is_made(
+    train, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(memory, "device_bytes", lambda device: 100_000)
+    with pytest.raises(ConfigError, match=r"needs at least .* GiB on each device \(params"):
+        train(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_speed_is_of_the_tokens_that_are_no_padding(monkeypatch):
+    clock = iter([0.0, 10.0, 10.0])
+    monkeypatch.setattr(meter.time, "perf_counter", lambda: next(clock))
+    counted = meter.Meter(flops=50.0, peak=100.0, shares=2)
+    batch = {
+        "encoder_input_tokens": np.array([[5, 6, 0]]),
+        "decoder_loss_weights": np.array([[1, 0]]),
+    }
+    counted.fed(batch, waited=1.0)
+    assert counted.read() == {}
+    counted.run()
+    counted.fed(batch, waited=1.0)
+    assert counted.read() == {
+        "tokens_per_second": 0.6,
+        "target_tokens_per_second": 0.2,
+        "input_wait": 0.1,
+        "mfu": 0.05,
+    }
+
+
+def test_the_curve_is_a_picture_with_every_point():
+    drawn = plot.svg({"loss": [(1, 7.0), (50, 3.5), (100, 2.0)]}, "a < b")
+    root = ElementTree.fromstring(drawn)
+    (line,) = root.iter("{http://www.w3.org/2000/svg}polyline")
+    points = [tuple(map(float, point.split(","))) for point in line.get("points").split()]
+    assert len(points) == 3
+    assert [x for x, _ in points] == sorted(x for x, _ in points)
+    assert [y for _, y in points] == sorted(y for _, y in points)
+    plot.svg({"loss": [(1, 2.0)]}, "one point")
+
+
+def test_a_run_goes_on_with_as_many_shares_as_it_began_with():
+    assert processes.own_position(b"alone", (0, 1)) == b"alone"
+    saved = b'{"shares": ["6161", "6262"]}'
+    assert processes.own_position(saved, (1, 2)) == b"bb"
+    with pytest.raises(CheckpointError, match="fed in 2 shares and is now fed in 1"):
+        processes.own_position(saved, (0, 1))

@@ -1,0 +1,204 @@
+"""What a run survives: kills, damage, a full disk, a second trainer; and when it stops."""
+
+import dataclasses
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from m2l import checkpoints
+from m2l.checkpoints import publishing
+from m2l.errors import CheckpointError, ConfigError, M2LError, Stopped
+from m2l.training import optimizers
+from m2l.training.saves import Lock
+
+from .conftest import SETTINGS
+
+ROOT = Path(__file__).parents[2]
+VALIDATED = dataclasses.replace(
+    SETTINGS, validation="sentiment", evaluate_every=1, validation_batches=1
+)
+# Nothing improves by so much, so the first evaluation stays the best.
+NEVER_BETTER = dataclasses.replace(VALIDATED, minimum_improvement=1e9)
+
+
+def digest(path):
+    return checkpoints.read_manifest(path).digest
+
+
+def names(run):
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def damage(checkpoint):
+    file = max((checkpoint / "params").rglob("c.*"), key=lambda file: file.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.fixture
+def unfinished(whole, tmp_path):
+    """A copy of the whole run, as it was before it was recorded to be finished."""
+    out = shutil.copytree(whole.parents[1], tmp_path / "run")
+    (out / "finished.json").unlink()
+    return out
+
+
+def test_three_kills_at_random_end_in_the_same_bits():
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "kill_test.py", "--kills", "3", "--seed", "1"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    ends = re.findall(r"[0-9a-f]{64}", done.stdout)
+    assert len(ends) == 2
+    assert ends[0] == ends[1]
+
+
+def test_a_damaged_newest_checkpoint_is_left_for_the_one_before(train, whole, unfinished, capsys):
+    newest = unfinished / "checkpoints" / whole.name
+    damage(newest)
+    last = train(unfinished)
+    assert digest(last) == digest(whole)
+    checkpoints.verify(last)
+    said = capsys.readouterr().err
+    assert f"{newest}" in said
+    assert "damaged" in said
+    assert "going on from the one before" in said
+    assert names(unfinished)[0] == "damaged_step_00000006"
+
+
+def test_a_truncated_manifest_counts_as_damage(train, whole, unfinished):
+    manifest = unfinished / "checkpoints" / whole.name / "manifest.json"
+    manifest.write_text(manifest.read_text()[:100])
+    assert digest(train(unfinished)) == digest(whole)
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(train, unfinished):
+    for checkpoint in (unfinished / "checkpoints").iterdir():
+        damage(checkpoint)
+    with pytest.raises(CheckpointError, match="every checkpoint of this run is damaged"):
+        train(unfinished)
+
+
+def test_a_second_trainer_of_a_folder_is_refused(train, unfinished):
+    before = names(unfinished)
+    with Lock(unfinished) as lock:
+        lock.take()
+        with pytest.raises(ConfigError, match=r"another trainer \(process \d+\) is at this run"):
+            train(unfinished)
+    assert names(unfinished) == before
+    train(unfinished)
+
+
+def test_a_full_disk_stops_the_run_and_the_last_save_stays(train, whole, tmp_path, monkeypatch):
+    out, usage = tmp_path / "run", shutil.disk_usage
+    with monkeypatch.context() as patch:
+        full = lambda path: (  # noqa: E731
+            SimpleNamespace(free=0) if (out / "checkpoints/step_00000002").exists() else usage(path)
+        )
+        patch.setattr(publishing.shutil, "disk_usage", full)
+        with pytest.raises(CheckpointError, match="no space left"):
+            train(out)
+    assert names(out) == ["step_00000002"]
+    assert digest(train(out)) == digest(whole)
+
+
+def test_a_run_stops_when_validation_no_longer_improves(train, tmp_path):
+    out = tmp_path / "run"
+    settings = dataclasses.replace(NEVER_BETTER, patience=2)
+    last = train(out, settings)
+    assert last.name == "step_00000003"
+    assert json.loads((out / "finished.json").read_text())["why"] == "early stopping"
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").open()]
+    assert [line["step"] for line in lines if "validation_loss" in line] == [1, 2, 3]
+    assert train(out, settings) == last
+
+
+def test_a_stopped_run_remembers_how_validation_went(train, tmp_path, monkeypatch):
+    settings = dataclasses.replace(NEVER_BETTER, patience=3)
+    expected = train(tmp_path / "whole", settings)
+    schedule = optimizers.schedule
+
+    def interrupted(*args, **kwargs):
+        rate = schedule(*args, **kwargs)
+        return lambda at: (signal.raise_signal(signal.SIGTERM) if at == 2 else None) or rate(at)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(optimizers, "schedule", interrupted)
+        with pytest.raises(Stopped, match="stopped at step 3"):
+            train(tmp_path / "run", settings)
+    last = train(tmp_path / "run", settings)
+    assert last.name == expected.name == "step_00000004"
+    assert digest(last) == digest(expected)
+
+
+def test_a_run_that_keeps_its_best_is_left_with_it_alone(train, tmp_path):
+    out = tmp_path / "run"
+    settings = dataclasses.replace(NEVER_BETTER, keep_best=True, export_dtype="bfloat16")
+    best = train(out, settings)
+    assert names(out) == [best.name] == ["step_00000001"]
+    assert checkpoints.resolve(out) == best
+    assert train(out, settings) == best
+
+    exported = checkpoints.restore(out / "exported")
+    assert checkpoints.read_manifest(out / "exported").dtype == "bfloat16"
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(a, jnp.asarray(b, jnp.bfloat16)),
+        exported,
+        checkpoints.restore(best),
+    )
+
+
+def test_a_run_that_improves_keeps_its_newest_checkpoints(train, whole, tmp_path):
+    settings = dataclasses.replace(VALIDATED, learning_rate=1e-3, patience=1, keep_best=True)
+    best = train(tmp_path / "run", settings)
+    assert best.name == "step_00000006"
+
+
+def test_a_loss_that_is_not_finite_leaves_its_batch_and_names_the_examples(train, tmp_path):
+    out = tmp_path / "run"
+    with pytest.raises(
+        M2LError, match=r"failed_step_\d+.npz .* drawn from their tasks: \w+ \d+ to"
+    ):
+        train(out, dataclasses.replace(SETTINGS, learning_rate=1e30))
+    (arrays,) = out.glob("failed_step_*.npz")
+    batch = np.load(arrays)
+    assert batch["decoder_target_tokens"].shape == (4, 32)
+    text = arrays.with_suffix(".txt").read_text()
+    assert re.match(r"\w+: \d+ to \d+\n", text)
+    assert "row 0, encoder_input_tokens, 1: " in text
+
+
+def test_what_is_written_beside_a_run(whole):
+    out = whole.parents[1]
+    assert "decoder/layers_00/mlp/wo" in (out / "model.txt").read_text()
+    assert json.loads((out / "environment.json").read_text())["processes"] == 1
+    assert "<polyline" in (out / "loss.svg").read_text()
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").open()]
+    assert {"tokens_per_second", "mfu", "input_wait"} <= lines[-1].keys()
+    assert 0 < lines[-1]["mfu"] < 1
+
+
+def test_a_synthetic_run_reads_no_data_and_is_another_run(train, whole, tmp_path, monkeypatch):
+    from m2l.training import starting
+
+    with pytest.raises(ConfigError, match="its data is"):
+        train(whole.parents[1], synthetic=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(starting.pipeline, "training_batches", lambda *_, **__: pytest.fail("read"))
+        train(tmp_path / "run", synthetic=True, profile=True)
+    assert any((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
