@@ -1,0 +1,203 @@
+"""The trainer as a whole, and what it needs of memory; the bare step is in models.py.
+
+    python scripts/bench/train.py speed [--torch PYTHON]
+    python scripts/bench/train.py saving
+    python scripts/bench/train.py memory
+
+`speed`: `m2l train` itself, of T5-small's dimensions on 16 x (256 + 64) tokens in float32 with
+dropout 0.1 and Adafactor: tokens a second (all positions), the share of the time in which input was
+waited for, and MFU, with random tokens and with the microworld's packed ones. PYTHON is an
+interpreter that has torch and transformers: their step of the same dimensions, in three modes, is
+measured beside it.
+
+`saving`: the same run with a checkpoint every ten steps: for how long one holds training up, what
+share that is at one every 500 steps, and how long it is written beside it.
+
+`memory`: what T5 XXL and a decoder of 64B need on each of 64, 256 and 1,024 devices with a row of
+2,048 + 512 tokens at a time on each, from shapes and the sharding table: nothing is allocated.
+
+Prints medians. Nothing else should run beside it.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import models as bare
+from jax.sharding import AbstractMesh
+
+from m2l import checkpoints, configuration, partitioning, tasks
+from m2l.data import vocabularies
+from m2l.models import LlamaConfig, T5Config
+from m2l.training import loop, memory, processes
+from m2l.training.saves import Saves
+from m2l.training.settings import TrainSettings
+
+STEPS = 12
+T5_SMALL = T5Config(
+    vocab_size=32128,
+    d_model=512,
+    d_kv=64,
+    d_ff=2048,
+    num_heads=8,
+    num_encoder_layers=6,
+    num_decoder_layers=6,
+    feed_forward_proj="relu",
+    tie_word_embeddings=True,
+    scale_decoder_outputs=True,
+)
+# 64.6B parameters.
+DECODER_64B = LlamaConfig(
+    vocab_size=256000,
+    hidden_size=8192,
+    intermediate_size=24576,
+    num_hidden_layers=80,
+    num_attention_heads=64,
+    num_key_value_heads=8,
+    head_dim=128,
+)
+
+
+def settings(**changes: Any) -> TrainSettings:
+    """Of the run that is measured."""
+    return TrainSettings(
+        **{
+            "mixture": "flan_without_t0",
+            "steps": STEPS,
+            "batch_size": 16,
+            "input_length": 256,
+            "target_length": 64,
+            "dropout_rate": 0.1,
+            "save_every": 1000,
+            "log_every": 1,
+            **changes,
+        }
+    )
+
+
+def trained(out: Path, **how: Any) -> list[dict[str, float]]:
+    """Trains T5-small into `out`; returns the lines of its metrics, but for the first two."""
+    of_run = how.pop("settings", settings())
+    loop.train(
+        out,
+        config=T5_SMALL,
+        vocabulary=vocabularies.describe(vocabularies.load("microworld"), "microworld"),
+        settings=of_run,
+        data={"source": "microworld"},
+        **how,
+    )
+    return [json.loads(line) for line in (out / "metrics.jsonl").open()][2:]
+
+
+def median(lines: list[dict[str, float]], name: str) -> float:
+    """Of a figure over lines."""
+    return statistics.median(line[name] for line in lines)
+
+
+def speed(root: Path, torch_python: str | None) -> None:
+    """Prints the trainer's speed."""
+    positions = 16 * (256 + 64)
+    found = {}
+    for name, synthetic in (("random tokens", True), ("microworld", False)):
+        lines = trained(root / name.replace(" ", "_"), synthetic=synthetic)
+        # The random batch has no padding; MFU counts positions, and so gives the packed run's rate.
+        rate = median(lines, "mfu")
+        found[name] = rate
+        print(f"{name}: MFU {rate:.1%}, input waited for {median(lines, 'input_wait'):.2%}")
+        if synthetic:
+            tokens = median(lines, "tokens_per_second")
+            print(f"{name}: {tokens:.0f} tokens/s, {positions / tokens:.3f} s a step")
+    if torch_python:
+        done = subprocess.run(
+            [torch_python, bare.__file__, "peer"], stdout=subprocess.PIPE, text=True, check=True
+        )
+        for mode, seconds in json.loads(done.stdout.splitlines()[-1]).items():
+            if mode.startswith("T5-small"):
+                other = positions / seconds
+                print(f"torch {mode}: {other:.0f} tokens/s; m2l is {tokens / other:.2f} times it")
+
+
+def saving(root: Path) -> None:
+    """Prints what saving costs."""
+    blocked: list[float] = []
+    written: list[float] = []
+
+    def timed(function: Callable[..., Any], into: list[float]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                into.append(time.perf_counter() - start)
+
+        return run
+
+    starting: list[float] = []
+    processes.on_host = timed(processes.on_host, blocked)
+    Saves.start = timed(Saves.start, starting)
+    checkpoints.save = timed(checkpoints.save, written)
+    lines = trained(root / "saving", synthetic=True, settings=settings(steps=30, save_every=10))
+    step = 16 * (256 + 64) / median(lines, "tokens_per_second")
+    held_up = statistics.median(a + b for a, b in zip(blocked, starting, strict=True))
+    print(
+        f"a save holds training up for {held_up:.3f} s and is written in "
+        f"{statistics.median(written):.2f} s beside it; a step takes {step:.2f} s: "
+        f"{held_up / (500 * step):.3%} at one every 500 steps"
+    )
+
+
+def table() -> None:
+    """Prints the memory of large models on large meshes."""
+    gib = 2**30
+    xxl, _ = configuration.load(
+        "Run",
+        ["runs/train.gin", "models/t5_1_1_xxl.gin"],
+        ["MIXTURE=none", "STEPS=1", "Run.model=%MODEL"],
+    )
+    print("GiB on each device; of them certain: parameters, optimizer, gradients, logits")
+    for name, config in (("T5 1.1 XXL", xxl.model), ("decoder of 64B", DECODER_64B)):
+        for devices in (64, 256, 1024):
+            for model in (1, 8):
+                mesh = AbstractMesh((1, devices // model, model), partitioning.MESH_AXES)
+                of_run = settings(
+                    batch_size=devices // model,
+                    input_length=2048,
+                    target_length=512,
+                    dtype="bfloat16",
+                    remat="full",
+                    loss_chunk=128,
+                )
+                needed = memory.need(config, of_run, mesh)
+                print(
+                    f"{name}, {devices} devices, fsdp {devices // model}, model {model}: "
+                    f"{needed.least / gib:.2f}, with activations about {needed.total / gib:.2f}"
+                )
+
+
+def main() -> None:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["speed", "saving", "memory"])
+    parser.add_argument("--torch", help="A Python that has torch and transformers.")
+    flags = parser.parse_args()
+    if flags.what == "memory":
+        table()
+        return
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    tasks.register()
+    with tempfile.TemporaryDirectory() as folder:
+        if flags.what == "speed":
+            speed(Path(folder), flags.torch)
+        else:
+            saving(Path(folder))
+
+
+if __name__ == "__main__":
+    main()
