@@ -13,7 +13,7 @@ import numpy as np
 from m2l import models
 from m2l.checkpoints.manifest import Manifest
 from m2l.checkpoints.saving import writing
-from m2l.checkpoints.streaming import FLOATS, blocks, in_parallel
+from m2l.checkpoints.streaming import FLOATS, WORKERS, blocks, in_parallel
 from m2l.checkpoints.trees import flatten
 from m2l.errors import CheckpointError, UnknownNameError
 from m2l.progress import Progress
@@ -71,10 +71,11 @@ def import_tensors(
     made_by: Mapping[str, Any],
     ignored: Collection[str] = (),
     dtype: str | None = None,
+    at_once: int = WORKERS,
 ) -> Manifest:
     """Makes a checkpoint; each tensor is read once, and a few are on their way at a time.
 
-    Memory held: at most three tensors' and 0.5 GiB. NaN and infinity are kept.
+    Memory held: at most `at_once` tensors' and 0.5 GiB. NaN and infinity are kept.
 
     Args:
         out: The checkpoint to make; must not exist.
@@ -86,6 +87,7 @@ def import_tensors(
         made_by: What made it, as JSON-like data.
         ignored: Names of tensors that are not needed.
         dtype: One of FLOATS, for all parameters; None keeps each tensor's.
+        at_once: How many tensors are on their way at a time.
 
     Raises:
         CheckpointError: Before anything is read or written: a tensor is missing, has another
@@ -125,7 +127,7 @@ def import_tensors(
             done += nbytes
             progress.update(done // 10**6)
 
-        in_parallel(convert, largest_first, advance)
+        in_parallel(convert, largest_first, advance, at_once)
         return writer.finish(model=models.to_dict(config), vocabulary=vocabulary, made_by=made_by)
 
 

@@ -16,22 +16,25 @@ FLOATS = ("float32", "bfloat16", "float16", "float64")
 """The dtypes that parameters may have on disk, by name."""
 
 WORKERS = 3
-"""How many arrays are worked on at a time, and so held in memory."""
+"""How many arrays are worked on at a time, and so held in memory, at the most."""
 
 _BLOCK_BYTES = 8 << 20
 _TILE_BYTES = 1024  # of a side
 
 
 def in_parallel(
-    work: Callable[[T], R], items: Iterable[T], done: Callable[[R], None] | None = None
+    work: Callable[[T], R],
+    items: Iterable[T],
+    done: Callable[[R], None] | None = None,
+    workers: int = WORKERS,
 ) -> None:
-    """Calls work(item) of every item in WORKERS threads, and done(result) of each here.
+    """Calls work(item) of every item in `workers` threads, and done(result) of each here.
 
     Raises:
         Exception: The first that one of them raises; then no further item is begun, and none is
             still worked on.
     """
-    with ThreadPoolExecutor(WORKERS) as pool:
+    with ThreadPoolExecutor(workers) as pool:
         try:
             for future in as_completed([pool.submit(work, item) for item in items]):
                 result = future.result()

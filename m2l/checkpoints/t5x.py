@@ -88,6 +88,7 @@ def import_checkpoint(
         vocabulary=vocabulary,
         made_by=made_by | ({"step": int(step[1])} if step else {}),
         dtype=dtype,
+        at_once=2,  # Three in memory, for the one being read is there twice.
     )
 
 

@@ -10,6 +10,7 @@ import contextlib
 import math
 import os
 import re
+import threading
 from collections.abc import Iterator, Mapping
 from os import PathLike
 from pathlib import Path
@@ -33,6 +34,9 @@ _ZARR = "/.zarray"
 _MSGPACK_BYTES = 128 << 20
 _MSGPACK_ENTRIES = 1 << 20
 _DEPTH = 32
+
+# TensorStore holds an array twice while it reads it, so one at a time.
+_READING = threading.Lock()
 
 
 def read(source: str | PathLike) -> dict[str, Tensor]:
@@ -241,7 +245,7 @@ def _tensor(item: Path, name: str, leaf: np.ndarray | ts.TensorStore) -> Tensor:
             raise CheckpointError(
                 f"{item}: {name}: {list(shape)} is {size:,} bytes, more than this machine's memory"
             )
-        with _naming(item, name):
+        with _READING, _naming(item, name):
             return (leaf.read().result() if stored else leaf).view(native).reshape(shape)
 
     return Tensor(name=name, shape=shape, dtype=native, read=load)
