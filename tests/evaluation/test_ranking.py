@@ -102,6 +102,22 @@ def test_accuracy_and_f1_are_those_of_t5s_rank_classification(examples):
         {"accuracy": expected["accuracy"], "f1": expected["f1"], "chance": 50.0}
     )
     assert ranked.ties == 0
+    # By tokens, of choices of different lengths, it is t5's normalised figure.
+    uneven = labelled(dataclasses.replace(examples[0], choices=examples[1].choices[:2]), [0, 1])
+    uneven = [uneven[right] for right in rng.integers(0, 2, 50)]
+    rows = [
+        ((i, c), right, 1.0, len(e.choices[c]))
+        for i, e in enumerate(uneven)
+        for c, right in enumerate(e.is_correct)
+    ]
+    low = [of_one - 5 for of_one in of_all]
+    flat = [float(score) for of_one in low for score in of_one]
+    expected = rank_classification(rows, flat, num_classes=2, normalize_by_target_length=True)
+    found = ranking.by_every_rule("task", uneven, low, low)
+    assert found["accuracy_per_token"] == pytest.approx(expected["accuracy"])
+    assert found["accuracy_per_token"] != pytest.approx(
+        ranking.rank("task", uneven, low).figures["accuracy"]
+    )
 
 
 def test_f1_is_of_the_second_choice(examples):
