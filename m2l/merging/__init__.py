@@ -1,8 +1,10 @@
 """Merging in weight space: methods as pure functions, over checkpoints of any size or in memory."""
 
-from m2l.merging.engine import Job, merge, prepare
+from m2l.merging.engine import merge
 from m2l.merging.in_memory import merge_params
-from m2l.merging.methods import METHODS, Method
+from m2l.merging.job import Job, prepare
+from m2l.merging.method import Method
+from m2l.merging.methods import METHODS
 from m2l.merging.presets import PRESETS, preset
 from m2l.merging.recipe import Recipe
 from m2l.merging.sweep import Point, best, grid, sweep

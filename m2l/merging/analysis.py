@@ -5,25 +5,20 @@ any number of processes together, each of which reads its own part of the parame
 """
 
 import functools
-import hashlib
-import json
-import os
-import re
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from m2l import files
-from m2l.errors import MergeError
-from m2l.merging import kernel, randomness, thresholds
-from m2l.merging.methods import METHODS, Consensus
+from m2l.merging import diagnostics, kernel, randomness, thresholds
+from m2l.merging.cache import Cache
+from m2l.merging.method import Consensus
+from m2l.merging.methods import METHODS
 from m2l.merging.passes import Pass, Span, spans
 from m2l.merging.recipe import Recipe
-from m2l.merging.sources import Source
+from m2l.merging.sources import Source, refuse_nonfinite
 from m2l.merging.thresholds import Counts, Interval, Trimming
 from m2l.merging.workplace import Workplace
 
@@ -134,8 +129,8 @@ class Analysis:
 
     # The passes
 
-    def run(self, diagnostics: bool) -> None:
-        """Finds all that the method needs, and, if asked for, diagnostics."""
+    def run(self, diagnose: bool) -> None:
+        """Finds all that the method needs and, if asked to, measures the task vectors."""
         recipe, method = self.recipe, self.method
         if method.ranks:
             self._find_tables()
@@ -149,7 +144,7 @@ class Analysis:
             total = sum(int(found["majority"]) for found in self.measured.values())
             undecided = -1 if recipe.zero_sign == "majority" else 0
             self._zero_sign = np.float32(np.sign(total) or undecided)
-        if diagnostics:
+        if diagnose:
             self.diagnosed = self.measured or self._sample()
 
     def _ranks(self, size: int | None = None) -> list[int]:
@@ -190,14 +185,14 @@ class Analysis:
 
     def _of_model(self) -> list[list[Trimming]]:
         ranks, serial = self._ranks(), iter(range(100))
-        cache = None if self.method.draws else _Cache(self._base, self._experts, self._sizes)
+        cache = None if self.method.draws else Cache(self._base, self._experts, self._sizes)
         if cache is not None and (found := cache.get(ranks, self._size)):
             return found
 
         def read(intervals: Sequence[Sequence[Interval]]) -> list[list[Counts]]:
             make = functools.partial(self._count, self._mine, intervals)
-            parts = self._work.gather(f"counts-{next(serial)}", lambda: _packed(make()))
-            return thresholds.merge_counts([_unpacked(part, intervals) for part in parts])
+            parts = self._work.gather(f"counts-{next(serial)}", lambda: thresholds.packed(make()))
+            return thresholds.merge_counts([thresholds.unpacked(part, intervals) for part in parts])
 
         first = self._brackets(ranks)
         found = thresholds.select(read, first, ranks, self._size)
@@ -345,8 +340,8 @@ class Analysis:
         """Sums over every parameter, exact to float32's rounding."""
         cells = spans({name: self._sizes[name] for name in self._mine}, _WHOLE_CELL)
         make = functools.partial(self._sums, cells, _WHOLE_CELL)
-        parts = self._work.gather(tag, lambda: _flat(make()))
-        return {k: v for part in parts for k, v in _nested(part).items()}
+        parts = self._work.gather(tag, lambda: diagnostics.flat(make()))
+        return {k: v for part in parts for k, v in diagnostics.nested(part).items()}
 
     def _sample(self) -> dict[str, dict[str, np.ndarray]]:
         """Sums over cells at even distances through each parameter that is not a small part."""
@@ -359,8 +354,8 @@ class Analysis:
             places = np.unique(np.linspace(0, len(whole) - 1, wanted).round().astype(int))
             cells += [whole[place] for place in places]
         make = functools.partial(self._sums, cells, _CELL)
-        parts = self._work.gather("diagnostics", lambda: _flat(make()))
-        return {k: v for part in parts for k, v in _nested(part).items()}
+        parts = self._work.gather("diagnostics", lambda: diagnostics.flat(make()))
+        return {k: v for part in parts for k, v in diagnostics.nested(part).items()}
 
     def _sums(self, cells: Sequence[Span], cell: int) -> dict[str, dict[str, np.ndarray]]:
         measure = _measure(self.recipe.method, self.recipe.election)
@@ -383,134 +378,4 @@ class Analysis:
 
     def diagnostics(self) -> dict[str, Any]:
         """Norms and cosines of the task vectors, realised densities, conflicts; JSON-like."""
-        groups: dict[str, dict[str, Any]] = {}
-        for name, found in self.diagnosed.items():
-            up = self._sizes[name] / float(found["entries"])
-            for group in ("", group_of(name)):
-                held = groups.setdefault(group, {"parameters": 0})
-                held["parameters"] += self._sizes[name]
-                for kind, array in found.items():
-                    if kind != "entries":
-                        held[kind] = held.get(kind, 0.0) + array * up
-        looked_at = sum(float(found["entries"]) for found in self.diagnosed.values())
-        model = _described(groups.pop(""))
-        if self.densities is not None:
-            model["density"] = self.densities
-        return model | {
-            "share": looked_at / self._size,
-            "groups": {group: _described(held) for group, held in groups.items()},
-        }
-
-
-def _described(held: Mapping[str, Any]) -> dict[str, Any]:
-    norms = np.sqrt(np.diagonal(held["products"]))
-    cosines = held["products"] / np.maximum(np.outer(norms, norms), 1e-30)
-    found = {
-        "parameters": held["parameters"],
-        "norms": [float(f"{norm:.6g}") for norm in norms],
-        "cosines": np.clip(cosines, -1, 1).round(6).tolist(),
-    }
-    if "kept" in held:
-        found |= {
-            "density": (held["kept"] / held["parameters"]).round(6).tolist(),
-            "sign_conflicts": round(float(held["conflicts"] / max(1.0, held["touched"])), 6),
-        }
-    return found
-
-
-def group_of(name: str) -> str:
-    """The layer that a parameter belongs to, or the part of the model that has none."""
-    layer = re.match(r"(.*?(?:layers?_?|block|h)[./_]?\d+)[./]", name)
-    if layer:
-        return layer[1]
-    return name.split("/")[0] if "/" in name else re.sub(r"\.(weight|bias)$", "", name)
-
-
-def refuse_nonfinite(sources: Sequence[Source], span: Span) -> None:
-    """Raises MergeError naming the first entry of a span that is NaN or infinity, if any is."""
-    for source in sources:
-        stored = source.parameters[span.name]
-        array = np.empty(span.size, stored.dtype)
-        stored.read_into(span.start, span.stop, array)
-        for index in np.flatnonzero(~np.isfinite(array.astype(np.float32)))[:1]:
-            raise MergeError(
-                f"{source.path}: {span.name}[{span.start + index}] (row-major) is {array[index]}: "
-                "only finite numbers can be merged; use a checkpoint from before the training run "
-                "diverged, or it is damaged: m2l inspect --verify"
-            )
-
-
-def _packed(counts: Sequence[Sequence[Counts]]) -> dict[str, np.ndarray]:
-    return {
-        "above": np.array([[each.above for each in row] for row in counts], np.int64),
-        "bins": np.array([[each.bins for each in row] for row in counts], np.int64),
-    }
-
-
-def _unpacked(
-    part: Mapping[str, np.ndarray], intervals: Sequence[Sequence[Interval]]
-) -> list[list[Counts]]:
-    return [
-        [Counts(i, int(a), b) for i, a, b in zip(row, above, bins, strict=True)]
-        for row, above, bins in zip(intervals, part["above"], part["bins"], strict=True)
-    ]
-
-
-def _flat(totals: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Sums of every parameter as an array of each kind, for a file."""
-    kinds = next(iter(totals.values()), {})
-    stacked = {kind: np.stack([held[kind] for held in totals.values()]) for kind in kinds}
-    return stacked | {"": np.array(list(totals), dtype=np.str_)}
-
-
-def _nested(part: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
-    names, kinds = part[""], [kind for kind in part if kind]
-    return {
-        str(name): {kind: part[kind][place] for kind in kinds} for place, name in enumerate(names)
-    }
-
-
-class _Cache:
-    """Thresholds that were found before, by what base and experts are."""
-
-    def __init__(self, base: Source, experts: Sequence[Source], sizes: Mapping[str, int]):
-        folder = os.environ.get("M2L_CACHE") or os.path.join(
-            os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "m2l"
-        )
-        what = json.dumps(list(sizes.items()))
-        self._files = []
-        for expert in experts:
-            text = f"{base.digest} {expert.digest} {what}"
-            name = hashlib.sha256(text.encode()).hexdigest()
-            self._files.append(Path(folder) / "thresholds" / f"{name}.json")
-
-    def get(self, ranks: Sequence[int], size: int) -> list[list[Trimming]] | None:
-        """The thresholds of every expert for every rank; None unless all are known."""
-        found = []
-        for file in self._files:
-            known = _read(file)
-            if not all(str(rank) in known for rank in ranks):
-                return None
-            rows = [known[str(rank)] for rank in ranks]
-            found.append([Trimming(np.uint32(b).view(np.float32), kept, size) for b, kept in rows])
-        return found
-
-    def put(self, ranks: Sequence[int], found: Sequence[Sequence[Trimming]]) -> None:
-        """Keeps thresholds; what cannot be kept is found again."""
-        for file, row in zip(self._files, found, strict=True):
-            new = {
-                str(rank): [int(np.float32(t.threshold).view(np.uint32)), t.kept]
-                for rank, t in zip(ranks, row, strict=True)
-            }
-            try:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                files.write(file, json.dumps(_read(file) | new))
-            except OSError:
-                return
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {}
+        return diagnostics.summary(self.diagnosed, self._sizes, self.densities)

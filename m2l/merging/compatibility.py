@@ -9,7 +9,8 @@ from typing import Any
 
 from m2l.checkpoints import check_absent
 from m2l.errors import MergeError
-from m2l.merging.methods import METHODS, Method
+from m2l.merging.method import Method
+from m2l.merging.methods import METHODS
 from m2l.merging.recipe import Recipe
 from m2l.merging.results import is_float
 from m2l.merging.sources import Source

@@ -11,7 +11,8 @@ import numpy as np
 from m2l import checkpoints
 from m2l.errors import MergeError
 from m2l.merging import compatibility, kernel, randomness
-from m2l.merging.methods import METHODS, Consensus, Method
+from m2l.merging.method import Consensus, Method
+from m2l.merging.methods import METHODS
 from m2l.merging.recipe import Recipe
 from m2l.merging.results import is_float
 from m2l.merging.thresholds import kth_largest

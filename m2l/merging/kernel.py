@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from m2l.merging import randomness
-from m2l.merging.methods import Consensus, Method, add, scaled
+from m2l.merging.method import Consensus, Method, add, scaled
 
 Given = Mapping[str, Any]
 """What a method takes beside parameters, as arrays; each only if the method takes it.

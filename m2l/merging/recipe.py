@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from m2l.errors import MergeError, UnknownNameError
-from m2l.merging.methods import METHODS, REQUIRED, Consensus
+from m2l.merging.method import REQUIRED, Consensus
+from m2l.merging.methods import METHODS
 
 SCOPES = ("model", "tensor")
 DTYPES = ("float32", "bfloat16", "float16")

@@ -20,7 +20,7 @@ import numpy as np
 from m2l import checkpoints
 from m2l.checkpoints import Manifest, safetensors
 from m2l.errors import CheckpointError, MergeError
-from m2l.merging.passes import Stored
+from m2l.merging.passes import Span, Stored
 
 ORBAX, HUGGINGFACE, T5X = "orbax", "huggingface", "t5x"
 FORMATS = (ORBAX, HUGGINGFACE)
@@ -273,6 +273,20 @@ def held(source: Source) -> int:
         if isinstance(parameter, Whole)
     ]
     return 3 * max(sizes, default=0)
+
+
+def refuse_nonfinite(sources: Sequence[Source], span: Span) -> None:
+    """Raises MergeError naming the first entry of a span that is NaN or infinity, if any is."""
+    for source in sources:
+        stored = source.parameters[span.name]
+        array = np.empty(span.size, stored.dtype)
+        stored.read_into(span.start, span.stop, array)
+        for index in np.flatnonzero(~np.isfinite(array.astype(np.float32)))[:1]:
+            raise MergeError(
+                f"{source.path}: {span.name}[{span.start + index}] (row-major) is {array[index]}: "
+                "only finite numbers can be merged; use a checkpoint from before the training run "
+                "diverged, or it is damaged: m2l inspect --verify"
+            )
 
 
 def _identity(files: Sequence[Path]) -> str:

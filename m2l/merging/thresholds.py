@@ -10,7 +10,7 @@ finds the same bits.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -227,6 +227,24 @@ def merge_counts(parts: Iterable[Sequence[Sequence[Counts]]]) -> list[list[Count
             for same in zip(*rows, strict=True)
         ]
         for rows in zip(*parts, strict=True)
+    ]
+
+
+def packed(counts: Sequence[Sequence[Counts]]) -> dict[str, np.ndarray]:
+    """Counts as arrays, for a file."""
+    return {
+        "above": np.array([[each.above for each in row] for row in counts], np.int64),
+        "bins": np.array([[each.bins for each in row] for row in counts], np.int64),
+    }
+
+
+def unpacked(
+    part: Mapping[str, np.ndarray], intervals: Sequence[Sequence[Interval]]
+) -> list[list[Counts]]:
+    """The counts that were packed."""
+    return [
+        [Counts(i, int(a), b) for i, a, b in zip(row, above, bins, strict=True)]
+        for row, above, bins in zip(intervals, part["above"], part["bins"], strict=True)
     ]
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from m2l.merging import METHODS, Recipe, merge_params
-from m2l.merging.methods import Consensus, elect_and_merge, trim
+from m2l.merging.method import Consensus, elect_and_merge, trim
 
 from . import oracles
 

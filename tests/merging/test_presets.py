@@ -10,7 +10,7 @@ import pytest
 from m2l.checkpoints import safetensors
 from m2l.errors import UnknownNameError
 from m2l.merging import METHODS, PRESETS, Recipe, merge, preset
-from m2l.merging.methods import Consensus, drop, elect_and_merge, trim
+from m2l.merging.method import Consensus, drop, elect_and_merge, trim
 
 DATA = Path(__file__).parents[1] / "data"
 NAMES = ["embed.weight", "up.weight", "down.weight", "norm.weight", "gate", "odd"]

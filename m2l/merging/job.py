@@ -1,0 +1,187 @@
+"""A merge that was checked and planned, before a byte is read."""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from m2l import checkpoints
+from m2l.errors import MergeError
+from m2l.merging import compatibility, plan, results, sources
+from m2l.merging.methods import METHODS
+from m2l.merging.plan import Plan
+from m2l.merging.recipe import Recipe
+from m2l.merging.sources import ORBAX, Source
+from m2l.merging.thresholds import BINS
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A merge that was checked, and can be planned or done.
+
+    Attributes:
+        recipe: How to merge.
+        base: The base; None without one.
+        experts: The experts.
+        statistics: A statistic of each expert, if the method needs them.
+        reference: Whose parameters are copied where they are not merged.
+        to: The format to write.
+        out: Where.
+        vocabulary: Of an m2l checkpoint to be written.
+        sizes: Name -> elements of all that is merged, in order.
+        copied: The names of all else.
+        mine: Of both, the names of this process.
+        process: Which of how many processes this is.
+        diagnostics: Whether to measure the task vectors.
+        verify: Whether to check the inputs' digests.
+        plan: What it will take.
+    """
+
+    recipe: Recipe
+    base: Source | None
+    experts: tuple[Source, ...]
+    statistics: tuple[Source, ...]
+    reference: Source
+    to: str
+    out: Path
+    vocabulary: Mapping[str, Any] | None
+    sizes: Mapping[str, int]
+    copied: tuple[str, ...]
+    mine: frozenset[str]
+    process: tuple[int, int]
+    diagnostics: bool
+    verify: bool
+    plan: Plan
+
+    @property
+    def key(self) -> str:
+        """What is merged and how: equal for merges that give the same files."""
+        content = {
+            "recipe": self.recipe.to_dict(),
+            "inputs": [s.digest for s in (*self.used, self.reference)],
+            "to": self.to,
+            "processes": self.process[1],
+            "block": self.plan.block,
+            "diagnostics": self.diagnostics,
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def used(self) -> list[Source]:
+        """The models that are read for what is merged, in the order in which blocks are."""
+        first = [] if self.base is None else [self.base]
+        return [*first, *self.experts, *self.statistics]
+
+
+def prepare(
+    base: str | os.PathLike | None,
+    experts: Sequence[str | os.PathLike],
+    recipe: Recipe,
+    out: str | os.PathLike,
+    *,
+    statistics: Sequence[str | os.PathLike] = (),
+    to: str | None = None,
+    vocabulary: Mapping[str, Any] | None = None,
+    memory: int | None = None,
+    block: int | None = None,
+    process: tuple[int, int] | None = None,
+    diagnostics: bool = True,
+    verify: bool = True,
+) -> Job:
+    """Checks all that can be checked before a byte is read, and plans; see `merge`."""
+    process = process or (jax.process_index(), jax.process_count())
+    if not 0 <= process[0] < process[1]:
+        raise MergeError(f"process {process[0]} of {process[1]}: counted from 0")
+    compatibility.check_counts(base is not None, len(experts), len(statistics), recipe)
+    paths = [Path(path).absolute() for path in ([] if base is None else [base])]
+    paths += [Path(path).absolute() for path in experts]
+    named = METHODS[recipe.method].draws or bool(recipe.exclude or recipe.scales)
+    opened, to = sources.open_all(paths, to, named=named)
+    beside, _ = sources.open_all([Path(path).absolute() for path in statistics], ORBAX)
+    of_base, of_experts = (None, opened) if base is None else (opened[0], opened[1:])
+    reference = of_experts[0] if of_base is None else of_base
+    out = Path(out).absolute()
+    compatibility.check_destination(out, [source.path for source in (*opened, *beside)])
+    compatibility.check_alike(opened)
+    compatibility.check_statistics(METHODS[recipe.method], of_experts, beside)
+    if to == ORBAX:
+        vocabulary = vocabulary or _vocabulary([*of_experts, *([of_base] if of_base else [])])
+        checkpoints.check_tokenizer(vocabulary)
+    names = compatibility.merged_names(reference, recipe)
+    sizes = {name: reference.parameters[name].size for name in names}
+    copied = tuple(name for name in reference.parameters if name not in sizes)
+    method = METHODS[recipe.method]
+    # A base that the method does not take is read only for what is copied.
+    of_base = of_base if method.needs_base else None
+    diagnostics = diagnostics and method.needs_base
+    compatibility.warn_of_repetition([s for s in (of_base, *of_experts) if s is not None])
+    shares = plan.shares(sizes | {n: reference.parameters[n].size for n in copied}, process[1])
+    described = results.described(reference, recipe.dtype, names)
+    used = [s for s in (of_base, *of_experts, *beside) if s is not None]
+    mine = frozenset(shares[process[0]])
+    readings = _readings(recipe)
+    planned = plan.make(
+        used,
+        sizes,
+        [name for name in names if name in mine],
+        described=described,
+        readings=readings,
+        verify=verify and any(s.manifest for s in used),
+        states=_states(recipe, len(of_experts)),
+        memory=memory,
+        block=block,
+        whole=method.whole,
+        out=out,
+    )
+    return Job(
+        recipe,
+        of_base,
+        tuple(of_experts),
+        tuple(beside),
+        reference,
+        to,
+        out,
+        vocabulary,
+        sizes,
+        copied,
+        mine,
+        process,
+        diagnostics,
+        verify,
+        dataclasses.replace(planned, experts=len(of_experts)),
+    )
+
+
+def _readings(recipe: Recipe) -> int:
+    """How many times all is read before it is merged."""
+    method = METHODS[recipe.method]
+    trims = method.trims and (recipe.density < 1 or bool(recipe.gamma))
+    return (
+        int(method.ranks)
+        + (1 + (recipe.scope == "tensor")) * trims
+        + (method.coefficients is not None or recipe.zero_sign.startswith("majority"))
+        + (method.draws and recipe.rescale == "norm")
+    )
+
+
+def _states(recipe: Recipe, experts: int) -> int:
+    """Bytes of counts and tables."""
+    method = METHODS[recipe.method]
+    counts = 8 * BINS * experts * (1 + ("ceilings" in method.takes)) * 3 if method.trims else 0
+    return counts + (8 << 16) * experts * 4 * method.ranks
+
+
+def _vocabulary(candidates: Sequence[Source]) -> Mapping[str, Any]:
+    # As the experts read it: the base may have been trained without their chat template.
+    for source in candidates:
+        if source.vocabulary is not None:
+            return source.vocabulary
+    raise MergeError(
+        f"{candidates[0].path}: its vocabulary is not known to m2l: name the tokenizer with "
+        "--vocabulary, or write --to huggingface"
+    )
