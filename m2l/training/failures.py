@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import numpy as np
 import seqio
 
@@ -19,7 +20,8 @@ def keep_batch(
 ) -> str:
     """Reads the batch of a step again, and writes it to `out`.
 
-    Two files: failed_step_N.npz, the arrays, and failed_step_N.txt, its examples as text.
+    Two files: failed_step_N.npz, the arrays, and failed_step_N.txt, its examples as text; of
+    several processes each writes its share.
 
     Args:
         out: The run's folder.
@@ -36,7 +38,8 @@ def keep_batch(
     for _ in range(done, step - 1):
         next(batches)
     before, batch, after = batches.state(), next(batches), batches.state()
-    name = f"failed_step_{step}"
+    several = f"_process_{jax.process_index()}" if jax.process_count() > 1 else ""
+    name = f"failed_step_{step}{several}"
     np.savez(out / f"{name}.npz", **batch)
     ids = _examples(mixture, before, after)
     named = "\n".join(f"{task}: {first} to {last}" for task, first, last in ids)

@@ -122,6 +122,7 @@ def train(
         saves = exits.enter_context(Saves(out, settings.keep))
         if (finished := saves.finished()) is not None:
             saves.prune(finished if settings.keep_best else None)
+            _export(finished, out, settings)
             return finished
 
         # --- data ---
@@ -132,8 +133,9 @@ def train(
         resumed = starting.resumed(saves, config, settings, placed, read_from, share)
         if resumed is not None:
             newest, current, batches, stopping = resumed
-            if int(current.step) >= settings.steps:
-                return saves.finish(newest, _best(settings, stopping), "steps")
+            over = stopping.is_over(settings.patience)
+            if over or int(current.step) >= settings.steps:
+                return _finish(saves, newest, settings, stopping, out)
         else:
             newest, batches, stopping = None, read_from(None), Stopping()
             current = starting.first_state(config, settings, init, mesh)
@@ -265,10 +267,7 @@ def train(
         if stopped and not (is_last or over):
             raise Stopped(f"stopped at step {done} of {settings.steps}; saved in {last_saved}")
         progress.update(done)
-        why = "steps" if is_last else "early stopping"
-        left = saves.finish(last_saved, _best(settings, stopping), why)
-        if processes.is_first() and settings.export_dtype:
-            record.export(left, out / "exported", settings.export_dtype)
+        left = _finish(saves, last_saved, settings, stopping, out)
     if stopped:
         raise Stopped(f"stopped; this run is finished: {left}")
     return left
@@ -287,6 +286,20 @@ def _check_parameters(step: int, params: state.Params) -> None:
 
 def _best(settings: TrainSettings, stopping: Stopping) -> int | None:
     return stopping.best_step if settings.keep_best and stopping.best is not None else None
+
+
+def _finish(
+    saves: Saves, last: Path, settings: TrainSettings, stopping: Stopping, out: Path
+) -> Path:
+    why = "early stopping" if stopping.is_over(settings.patience) else "steps"
+    left = saves.finish(last, _best(settings, stopping), why)
+    _export(left, out, settings)
+    return left
+
+
+def _export(left: Path, out: Path, settings: TrainSettings) -> None:
+    if processes.is_first() and settings.export_dtype and not (out / "exported").exists():
+        record.export(left, out / "exported", settings.export_dtype)
 
 
 def _kept_batch(

@@ -1,7 +1,6 @@
 """What is written beside a run once: its model's table, its environment, an export of its end."""
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -41,8 +40,6 @@ def write(out: Path, config: Any, mesh: Mesh, needed: memory.Need) -> None:
 def export(checkpoint: Path, out: Path, dtype: str) -> None:
     """Writes a checkpoint's parameters alone, in another dtype, as a checkpoint at `out`."""
     manifest = checkpoints.read_manifest(checkpoint)
-    if out.exists():
-        shutil.rmtree(out)
     wanted = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
     params = jax.tree.map(lambda leaf: leaf.astype(wanted), checkpoints.restore(checkpoint))
     checkpoints.save(

@@ -142,13 +142,15 @@ class Saves:
         if processes.is_first():
             record = {"checkpoint": left.name, "why": why}
             files.write(self._record, json.dumps(record) + "\n")
-            self.prune(left if best is not None else None)
+        self.prune(left if best is not None else None)
         processes.wait_for_all("finished")
         return left
 
     def prune(self, only: Path | None) -> None:
         """Removes every checkpoint but `only`; None: nothing."""
-        for other in self.whole() if only is not None and only.exists() else ():
+        if only is None or not processes.is_first():
+            return
+        for other in self.whole():
             if other != only:
                 checkpoints.remove(other)
 
