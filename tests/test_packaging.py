@@ -41,7 +41,8 @@ DISTRIBUTIONS = {
 # What t5 asks for and m2l leaves out; pyproject.toml tells uv the same.
 LEFT_OUT = {"mesh-tensorflow", "seqio-nightly", "tfds-nightly", "transformers"}
 # What a dependency imports without asking for it, or asks for in a release that is too old.
-FOR_OTHERS = {"importlib-resources", "tensorflow-datasets"}
+# And Orbax, whose format checkpoints are written in, for those who read them with it.
+FOR_OTHERS = {"importlib-resources", "tensorflow-datasets", "orbax-checkpoint"}
 
 
 def module(path):
