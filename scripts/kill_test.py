@@ -3,7 +3,7 @@
     python scripts/kill_test.py [--kills 20] [--seed 0] [--signal KILL]
 
 Trains a tiny T5 for 40 steps, with a checkpoint every two and a validation every five, first in one
-go and then killed so many times, each time after a random part of the time that the whole took.
+go and then killed so many times, each time some random steps and milliseconds further on.
 Prints the step that each attempt began at, and both digests; exits with 1 if they differ. Every
 attempt is a process of its own, forked from one that has imported everything but used nothing.
 """
@@ -71,12 +71,18 @@ def forked(work: Callable[[], None]) -> int:
         os._exit(code)
 
 
+def steps_in(metrics: Path) -> int:
+    """The last step that is whole in a run's metrics; 0 for none."""
+    lines = metrics.read_text().split("\n")[:-1] if metrics.exists() else []
+    return json.loads(lines[-1])["step"] if lines else 0
+
+
 def killed_run(root: Path, kills: int, seed: int, number: int) -> tuple[str, str, list[int]]:
     """Trains twice, in one go and with kills.
 
     Args:
         root: An empty folder.
-        kills: How many times a process is killed, of those that have not finished before.
+        kills: How many times a process is killed.
         seed: Decides the moments.
         number: The signal.
 
@@ -91,22 +97,22 @@ def killed_run(root: Path, kills: int, seed: int, number: int) -> tuple[str, str
         if os.waitstatus_to_exitcode(status):
             raise SystemExit(f"a run ended with {os.waitstatus_to_exitcode(status)}")
 
-    start = time.monotonic()
     wait(forked(lambda: train(whole, cache)))
-    took = time.monotonic() - start
-
-    began = []
+    metrics, began = out / "metrics.jsonl", []
     for _ in range(kills):
         done = [int(path.name[5:]) for path in out.glob("checkpoints/step_*")]
         began.append(max(done, default=0))
+        until = max(began[-1], steps_in(metrics)) + chance.randint(
+            1, max(1, 2 * SETTINGS.steps // kills)
+        )
         process = forked(lambda: train(out, cache))
-        until = time.monotonic() + chance.uniform(0.0, took)
-        while time.monotonic() < until and not (out / "finished.json").exists():
-            time.sleep(0.005)
+        while steps_in(metrics) < min(until, SETTINGS.steps - 1):
+            if os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                break
+            time.sleep(0.002)
+        time.sleep(chance.uniform(0.0, 0.05))
         os.kill(process, number)
         os.waitpid(process, 0)
-        if (out / "finished.json").exists():
-            break
     wait(forked(lambda: train(out, cache)))
     ends = [checkpoints.read_manifest(run).digest for run in (whole, out)]
     lines = [
