@@ -214,7 +214,7 @@ class _Merge:
         return results.create(self.work.content, job.to, described, SHARD_SIZE)
 
     def _write(self, stream: Pass, result: Result) -> dict[str, str]:
-        """Writes this process's parameters; returns the digests of all."""
+        """Writes this process's parameters; returns the digests, process 0 those of all."""
         job = self.job
         journal = Journal(self.work.path / f"journal-{job.process[0]}.jsonl")
         copied = [name for name in job.copied if name in job.mine]
@@ -263,9 +263,12 @@ class _Merge:
         digests = {name: future.result() for name, future in verifying.items()}
         for future in self._verifying:
             future.result()
-        found = self.work.gather(
-            "digests", lambda: {name: np.array(digest) for name, digest in digests.items()}
-        )
+        arrays = {name: np.array(digest) for name, digest in digests.items()}
+        if job.process[0] != 0:
+            # Process 0 may have published, and removed the place, before we looked for its own.
+            self.work.mine("digests", lambda: arrays)
+            return digests
+        found = self.work.gather("digests", lambda: arrays)
         return {name: str(digest) for part in found for name, digest in part.items()}
 
     def _files(self, result: Result, span: Span) -> list[Path]:

@@ -68,13 +68,14 @@ class Workplace:
     def mine(self, tag: str, make: Callable[[], Arrays]) -> Arrays:
         """What this process left under `tag`; made if there is nothing yet."""
         file = self.path / f"{tag}-{self.process[0]}.npz"
-        if not file.is_file():
-            found = make()
-            temporary = file.with_suffix(".tmp")
-            with open(temporary, "wb") as opened:
-                np.savez(opened, **found)
-            temporary.rename(file)
-        return _load(file)
+        if file.is_file():
+            return _load(file)
+        found, temporary = make(), file.with_suffix(".tmp")
+        with open(temporary, "wb") as opened:
+            np.savez(opened, **found)
+        # From here on others may go on, and remove the folder.
+        temporary.rename(file)
+        return found
 
     def gather(self, tag: str, make: Callable[[], Arrays]) -> list[Arrays]:
         """What every process left under `tag`, in their order; waits until all have.
