@@ -57,6 +57,15 @@ def test_flags_become_a_recipe_and_a_recipe_is_read_back(road, run_m2l, capsys, 
     assert one.digest == two.digest
 
 
+def test_a_merge_of_checkpoints_becomes_a_hugging_face_directory(road, run_m2l, tmp_path):
+    flags = ("--method", "task_arithmetic", "--to", "huggingface")
+    for scale in (0.5, 1.0):
+        out = ("--scale", scale, "--out", tmp_path / str(scale))
+        assert run_m2l("merge", *models(road), *flags, *out) == 0
+        assert (tmp_path / str(scale) / "model.safetensors").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.5", "1.0"]
+
+
 def test_a_negative_scale_forgets(road, run_m2l, tmp_path):
     flags = ("--method", "task_arithmetic", "--scale", -1, "--out", tmp_path / "out")
     expert = ("--base", road / "base", "--expert", road / "sentiment")

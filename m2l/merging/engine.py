@@ -28,7 +28,7 @@ from m2l.merging.passes import Pass, Span, spans
 from m2l.merging.recipe import Recipe
 from m2l.merging.results import Result
 from m2l.merging.sources import HUGGINGFACE, ORBAX, Source, refuse_nonfinite
-from m2l.merging.workplace import Journal, Workplace
+from m2l.merging.workplace import Journal, ProcessStopped, Workplace
 from m2l.progress import Progress
 
 SHARD_SIZE = 5_000_000_000
@@ -44,7 +44,7 @@ def merge(
     *,
     progress: bool = True,
     **options: Any,
-) -> Manifest:
+) -> Manifest | None:
     """Merges checkpoints into a new one, in memory that does not grow with the model.
 
     Equal inputs give equal parameters to the last bit, and so an equal digest, whatever the blocks,
@@ -70,7 +70,8 @@ def merge(
             that have them.
 
     Returns:
-        The manifest of `out`: its parents with their digests, the recipe, and diagnostics.
+        The manifest of `out`: its parents with their digests, the recipe, and diagnostics. None in
+        processes other than the first.
 
     Raises:
         MergeError: The models do not fit each other or the recipe, or hold NaN or infinity; or the
@@ -89,6 +90,8 @@ def merge(
     with Workplace(job.out, job.key, job.process) as work:
         try:
             return _Merge(job, work).run(progress)
+        except ProcessStopped:
+            raise  # What the others left is to be taken up.
         except (MergeError, CheckpointError) as error:
             # Nothing that the same command could take up.
             work.remove()
@@ -109,20 +112,23 @@ def merge(
 
 def _by_export(
     base: Any, experts: Sequence[Any], recipe: Recipe, out: Any, progress: bool, **options: Any
-) -> Manifest:
+) -> Manifest | None:
     """Merges into an m2l checkpoint, and makes a Hugging Face directory of that."""
     from m2l.checkpoints import huggingface
 
     out = Path(out).absolute()
     checkpoints.check_absent(out)
-    between = out.with_name(f".{out.name}.merged")
+    options = options | {"to": ORBAX}
+    job = prepare(base, experts, recipe, out, **options)
+    # Another merge to the same place must not be taken for this one.
+    between = out.with_name(f".{out.name}.merged-{job.key[:16]}")
     if not between.exists():
-        options = options | {"to": ORBAX}
         merge(base, experts, recipe, between, progress=progress, **options)
+    if job.process[0] != 0:
+        return None
     manifest = checkpoints.read_manifest(between)
-    if options.get("process", (0, 1))[0] == 0:
-        huggingface.export_checkpoint(between, out)
-        checkpoints.remove(between)
+    huggingface.export_checkpoint(between, out)
+    checkpoints.remove(between)
     return manifest
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from m2l import checkpoints
+from m2l import __version__, checkpoints
 from m2l.errors import MergeError
 from m2l.merging import compatibility, plan, results, sources
 from m2l.merging.methods import METHODS
@@ -62,6 +62,7 @@ class Job:
     def key(self) -> str:
         """What is merged and how: equal for merges that give the same files."""
         content = {
+            "m2l": __version__,
             "recipe": self.recipe.to_dict(),
             "inputs": [s.digest for s in (*self.used, self.reference)],
             "to": self.to,

@@ -24,6 +24,10 @@ _SECONDS_BETWEEN_COMMITS = 0.25
 _SECONDS_TO_START = 600.0
 
 
+class ProcessStopped(MergeError):
+    """Another process of the same merge is not there any more; nothing is lost."""
+
+
 class Workplace:
     """The folder of one merge; a context manager, which leaves it as it is.
 
@@ -81,7 +85,7 @@ class Workplace:
         """What every process left under `tag`, in their order; waits until all have.
 
         Raises:
-            MergeError: A process has stopped, or did not start in ten minutes.
+            ProcessStopped: A process has stopped, or did not start in ten minutes.
         """
         found = [self.mine(tag, make)]
         for index in range(self.process[1]):
@@ -101,7 +105,7 @@ class Workplace:
                 not seen and time.monotonic() - since > _SECONDS_TO_START
             ):
                 what = "has stopped" if seen else "has not started"
-                raise MergeError(
+                raise ProcessStopped(
                     f"process {index} of {self.process[1]} {what}; run all of them again with the "
                     "same commands: they go on from here"
                 )
@@ -112,12 +116,12 @@ class Workplace:
         """Waits until process 0 has published the result.
 
         Raises:
-            MergeError: It has stopped without.
+            ProcessStopped: It has stopped without.
         """
         lock = self.path / "process-0.lock"
         while not self.out.exists():
             if not (lock.is_file() and _held(lock)) and not self.out.exists():
-                raise MergeError(
+                raise ProcessStopped(
                     f"{self.out}: process 0 has stopped before publishing it; run all of them "
                     "again with the same commands: they go on from here"
                 )

@@ -166,6 +166,7 @@ def test_a_process_that_stopped_is_not_waited_for(root, tmp_path):
         time.sleep(0.5)
     _, errors = second.communicate(timeout=60)
     assert "process 0 of 2 has stopped; run all of them again" in errors
+    assert place.exists()
 
 
 def test_thresholds_that_were_found_once_are_not_counted_again(root, monkeypatch, tmp_path):
