@@ -15,7 +15,7 @@ from m2l.merging.recipe import Recipe
 from m2l.merging.results import is_float
 from m2l.merging.sources import Source
 
-_DIFFERENCES_SHOWN = 3
+_SHOWN = 8
 
 
 def check_counts(base: bool, experts: int, statistics: int, recipe: Recipe) -> None:
@@ -66,21 +66,57 @@ def check_alike(sources: Sequence[Source]) -> None:
     for other in others:
         where = f"{other.path} cannot be merged with {first.path}"
         _check_vocabulary(where, other, first)
-        for kind, mine, reference in (
-            ("model", _model(other), _model(first)),
-            ("parameters", _kinds(other), _kinds(first)),
-        ):
-            names = [*reference, *(name for name in mine if name not in reference)]
-            differing = [
-                f"{name} is {mine.get(name, 'missing')} and not {reference.get(name, 'there')}"
-                for name in names
-                if mine.get(name) != reference.get(name)
-            ]
-            if differing:
-                more = len(differing) - _DIFFERENCES_SHOWN
-                shown = "; ".join(differing[:_DIFFERENCES_SHOWN])
-                rest = f"; and {more} more" if more > 0 else ""
-                raise MergeError(f"{where}: another {kind}: {shown}{rest}")
+        table = differences(_kinds(first), _kinds(other), _short_names(first.path, other.path))
+        mine, reference = _model(other), _model(first)
+        fields = [
+            f"{name} is {mine.get(name, 'missing')} and not {reference.get(name, 'there')}"
+            for name in [*reference, *(name for name in mine if name not in reference)]
+            if mine.get(name) != reference.get(name)
+        ]
+        if fields:
+            raise MergeError(f"{where}: another model: {'; '.join(fields[:_SHOWN])}{table}")
+        if table:
+            raise MergeError(f"{where}: other parameters{table}")
+
+
+def differences(reference: Mapping[str, str], found: Mapping[str, str], of: Sequence[str]) -> str:
+    """A table of the first parameters that two models have not alike, in lines of their own.
+
+    Args:
+        reference: Name -> kind of each parameter, as `kind` tells it.
+        found: The other model's.
+        of: What the models are called.
+
+    Returns:
+        The lines, each after a line break; nothing where there is no difference.
+    """
+    names = [*reference, *(name for name in found if name not in reference)]
+    rows = [
+        (name, reference.get(name, "missing"), found.get(name, "missing"))
+        for name in names
+        if reference.get(name) != found.get(name)
+    ]
+    if not rows:
+        return ""
+    shown = [("parameter", *of), *rows[:_SHOWN]]
+    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in shown
+    ]
+    if len(rows) > _SHOWN:
+        lines.append(f"and {len(rows) - _SHOWN} more")
+    return "".join(f"\n  {line}" for line in lines)
+
+
+def kind(shape: Sequence[int], dtype: Any) -> str:
+    """What must be equal of a parameter; a bfloat16 and a float32 one can be merged."""
+    return f"{'float' if is_float(dtype) else dtype}{list(shape)}"
+
+
+def _short_names(first: Path, other: Path) -> tuple[str, str]:
+    shared = os.path.commonpath([first, other])
+    return os.path.relpath(first, shared), os.path.relpath(other, shared)
 
 
 def _check_vocabulary(where: str, other: Source, first: Source) -> None:
@@ -102,11 +138,7 @@ def _model(source: Source) -> Mapping[str, Any]:
 
 
 def _kinds(source: Source) -> dict[str, str]:
-    """Shape and kind of each parameter; a bfloat16 and a float32 one can be merged."""
-    return {
-        name: f"{'float' if is_float(stored.dtype) else stored.dtype}{list(stored.shape)}"
-        for name, stored in source.parameters.items()
-    }
+    return {name: kind(stored.shape, stored.dtype) for name, stored in source.parameters.items()}
 
 
 def check_statistics(method: Method, experts: Sequence[Source], found: Sequence[Source]) -> None:

@@ -5,6 +5,7 @@ time, as models are streamed.
 """
 
 import functools
+import math
 from collections.abc import Iterable, Sequence
 
 import jax
@@ -100,29 +101,50 @@ def regmean(
     for kernel, gram in experts:
         shape = shape or kernel.shape
         _check_regression(f"{name} of expert {count}", shape, kernel, gram)
-        kernel = np.asarray(kernel, np.float64).reshape(shape[0], -1)
-        scaled = nondiagonal_scale * np.asarray(gram, np.float64)
-        np.fill_diagonal(scaled, np.diagonal(gram))
-        count, grams, kernels = count + 1, grams + scaled, kernels + kernel
-        products = products + scaled @ kernel
+        kernel = np.array(kernel, np.float64).reshape(shape[0], -1)
+        scaled = np.array(gram, np.float64)
+        diagonal = np.diagonal(scaled).copy()
+        scaled *= nondiagonal_scale
+        np.fill_diagonal(scaled, diagonal)
+        count += 1
+        products += scaled @ kernel
+        grams += scaled
+        kernels += kernel
+        del kernel, gram, scaled
     if not count:
         raise MergeError(f"{name}: no experts to merge")
-    mean = kernels / count
+    mean = kernels
+    mean /= count
     # The difference from the mean is solved for, each input in units of its size: what is to be
     # free is then 0, and the eigenvalues of a correlation matrix are at least 1 - alpha.
     sizes = np.sqrt(np.diagonal(grams))
     sizes = np.where(sizes > 0, sizes, 1.0)
-    correlations = grams / np.outer(sizes, sizes)
+    products -= grams @ mean
+    products /= sizes[:, None]
+    correlations = np.outer(sizes, sizes)
+    np.divide(grams, correlations, out=correlations)
+    del grams
     np.fill_diagonal(correlations, 1 + max(0.0, _RESOLVED - (1 - nondiagonal_scale)))
-    wanted = (products - grams @ mean) / sizes[:, None]
     try:
-        solution = scipy.linalg.solve(correlations, wanted, assume_a="pos")
+        solution = scipy.linalg.solve(correlations, products, assume_a="pos")
     except np.linalg.LinAlgError as error:
         raise MergeError(
             f"{name}: the Grams together have a negative eigenvalue, so one of them is no Gram; "
             "gather them anew with m2l statistics"
         ) from error
-    return (mean + solution / sizes[:, None]).reshape(shape).astype(np.float32)
+    solution /= sizes[:, None]
+    mean += solution
+    return mean.reshape(shape).astype(np.float32)
+
+
+def regmean_bytes(kernel: Sequence[int], inputs: int) -> int:
+    """The most that `regmean` and its caller hold for a kernel, whatever the number of experts.
+
+    Args:
+        kernel: Its shape.
+        inputs: d_in, the length of its Gram's sides.
+    """
+    return 8 * (3 * inputs**2 + 5 * math.prod(kernel))
 
 
 def _check_regression(

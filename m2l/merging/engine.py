@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-import hashlib
+import math
 import os
 import re
 import shutil
@@ -27,13 +27,12 @@ from m2l.merging.methods import METHODS
 from m2l.merging.passes import Pass, Span, spans
 from m2l.merging.recipe import Recipe
 from m2l.merging.results import Result
-from m2l.merging.sources import HUGGINGFACE, ORBAX, Source, refuse_nonfinite
+from m2l.merging.sources import HUGGINGFACE, ORBAX, Source, check_digest, refuse_nonfinite
 from m2l.merging.workplace import Journal, ProcessStopped, Workplace
 from m2l.progress import Progress
 
 SHARD_SIZE = 5_000_000_000
 _FULL = re.compile(r"No space left on device|Disk quota exceeded")
-_READ = 1 << 20
 
 
 def merge(
@@ -226,9 +225,9 @@ class _Merge:
         copied = [name for name in job.copied if name in job.mine]
         sizes = {name: job.sizes[name] for name in self.names}
         block = job.plan.block
-        if self.method.whole:
-            block = max([1, *sizes.values()])
-        merged = spans(sizes, block)
+        kernels = {n: size for n, size in sizes.items() if self._is_whole(n)}
+        merged = spans(kernels, max([1, *kernels.values()]))
+        merged += spans({n: size for n, size in sizes.items() if n not in kernels}, block)
         others = spans({n: job.reference.parameters[n].size for n in copied}, block)
         todo = merged + others
         # The last spans of a journal may be of files that never came to be.
@@ -292,23 +291,28 @@ class _Merge:
             self._refuse(span, block)
         return result.write(span, block)
 
+    def _is_whole(self, name: str) -> bool:
+        return self.method.whole and name in self.job.statistics[0].parameters
+
     def _merge_whole(self, result: Result, span: Span) -> int:
+        """Merges a whole kernel, or a span of what has no statistics; one expert at a time."""
         job, name = self.job, span.name
         refuse_nonfinite(job.experts, span)
-        shape = job.reference.parameters[name].shape
 
-        def read(source: Source) -> np.ndarray:
+        def read(source: Source, start: int, stop: int, shape: tuple[int, ...]) -> np.ndarray:
             stored = source.parameters[name]
-            array = np.empty(stored.size, stored.dtype)
-            stored.read_into(0, stored.size, array)
-            return array.reshape(stored.shape).astype(np.float32)
+            array = np.empty(stop - start, stored.dtype)
+            stored.read_into(start, stop, array)
+            return array.reshape(shape).astype(np.float32, copy=False)
 
-        grams = None
-        if name in job.statistics[0].parameters:
-            grams = [read(source) for source in job.statistics]
-        alpha = job.recipe.nondiagonal_scale
-        merged = self.method.function(name, [read(s) for s in job.experts], grams, alpha)
-        block = merged.reshape(shape).astype(result.described[name][1]).reshape(-1)
+        shape, grams = (span.size,), None
+        if self._is_whole(name):
+            shape = tuple(job.reference.parameters[name].shape)
+            square = tuple(job.statistics[0].parameters[name].shape)
+            grams = (read(source, 0, math.prod(square), square) for source in job.statistics)
+        experts = (read(source, span.start, span.stop, shape) for source in job.experts)
+        merged = self.method.function(name, experts, grams, job.recipe.nondiagonal_scale)
+        block = merged.astype(result.described[name][1]).reshape(-1)
         if not np.isfinite(block.astype(np.float32)).all():
             self._refuse(span, block)
         return result.write(span, block)
@@ -338,7 +342,7 @@ class _Merge:
         for source in self._to_verify:
             if name in source.parameters:
                 stored = source.parameters[name]
-                self._verifying.append(stream.pool.submit(_check, stored))
+                self._verifying.append(stream.pool.submit(check_digest, stored))
 
     def _finish(self, result: Result, digests: Mapping[str, str]) -> Manifest | None:
         job = self.job
@@ -391,13 +395,3 @@ def _finite(block: np.ndarray) -> bool:
     infinity = np.array(np.inf, block.dtype).view(word)
     sign = word.type(1 << (8 * word.itemsize - 1))
     return bool((block.view(word) & ~sign).max(initial=0) < infinity)
-
-
-def _check(stored: Any) -> None:
-    digest = hashlib.sha256()
-    buffer = np.empty(min(_READ, max(1, stored.size)), stored.dtype)
-    for start in range(0, stored.size, _READ):
-        part = buffer[: min(_READ, stored.size - start)]
-        stored.read_into(start, start + part.size, part)
-        digest.update(part.view(np.uint8))
-    stored.check(digest.hexdigest())

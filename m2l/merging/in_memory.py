@@ -53,17 +53,21 @@ def merge_params(
     trees = [checkpoints.flatten(tree) for tree in experts]
     beside = [checkpoints.flatten(tree) for tree in statistics]
     reference = trees[0] if base is None else checkpoints.flatten(base)
-    shapes = {name: jnp.shape(leaf) for name, leaf in reference.items()}
+    wanted, first = _kinds(reference), "expert 0" if base is None else "base"
     for index, tree in enumerate(trees):
-        found = {name: jnp.shape(leaf) for name, leaf in tree.items()}
-        for name in [*shapes, *found]:
-            if shapes.get(name) != found.get(name):
-                raise MergeError(
-                    f"expert {index}: {name} has shape {found.get(name, 'none')} and not "
-                    f"{shapes.get(name, 'none')}: these are not models of one kind"
-                )
+        if table := compatibility.differences(wanted, _kinds(tree), (first, f"expert {index}")):
+            raise MergeError(
+                f"expert {index} cannot be merged with {first}: other parameters{table}"
+            )
     merge = _merge_on_host if method.whole else _merge_on_devices
     return checkpoints.unflatten(merge(reference, trees, beside, recipe))
+
+
+def _kinds(tree: Arrays) -> dict[str, str]:
+    return {
+        name: compatibility.kind(jnp.shape(leaf), jnp.result_type(leaf))
+        for name, leaf in tree.items()
+    }
 
 
 def _names(reference: Arrays, recipe: Recipe) -> list[str]:

@@ -12,7 +12,7 @@ import jax
 
 from m2l import __version__, checkpoints
 from m2l.errors import MergeError
-from m2l.merging import compatibility, plan, results, sources
+from m2l.merging import compatibility, data_driven, plan, results, sources
 from m2l.merging.methods import METHODS
 from m2l.merging.plan import Plan
 from m2l.merging.recipe import Recipe
@@ -136,7 +136,7 @@ def prepare(
         states=_states(recipe, len(of_experts)),
         memory=memory,
         block=block,
-        whole=method.whole,
+        whole=_whole(reference, beside, names) if method.whole else 0,
         out=out,
     )
     return Job(
@@ -175,6 +175,19 @@ def _states(recipe: Recipe, experts: int) -> int:
     method = METHODS[recipe.method]
     counts = 8 * BINS * experts * (1 + ("ceilings" in method.takes)) * 3 if method.trims else 0
     return counts + (8 << 16) * experts * 4 * method.ranks
+
+
+def _whole(reference: Source, statistics: Sequence[Source], names: Sequence[str]) -> int:
+    """The most bytes that a kernel takes which is merged whole, with its Grams."""
+    grams = statistics[0].parameters
+    return max(
+        (
+            data_driven.regmean_bytes(reference.parameters[name].shape, grams[name].shape[0])
+            for name in names
+            if name in grams
+        ),
+        default=0,
+    )
 
 
 def _vocabulary(candidates: Sequence[Source]) -> Mapping[str, Any]:

@@ -17,7 +17,7 @@ recipe's order. What a function takes says what it needs:
 and its other arguments are hyper-parameters. To add a method, add a function here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -218,8 +218,8 @@ def fisher(experts: Arrays, fishers: Arrays, weights: jax.Array, floor: jax.Arra
 @method(statistic="gram", whole=True, nondiagonal_scale=data_driven.NONDIAGONAL_SCALE)
 def regmean(
     name: str,
-    experts: Sequence[np.ndarray],
-    grams: Sequence[np.ndarray] | None,
+    experts: Iterable[np.ndarray],
+    grams: Iterable[np.ndarray] | None,
     nondiagonal_scale: float,
 ) -> np.ndarray:
     """Linear kernels fit to all experts' outputs in least squares; the mean of what is none.
@@ -227,6 +227,9 @@ def regmean(
     W = (sum_i G_i)^-1 sum_i G_i W_i, Jin et al. 2023, arXiv:2212.09849.
     """
     if grams is None:
-        return np.sum(np.float32(experts), axis=0, dtype=np.float32) / np.float32(len(experts))
+        count, total = 0, np.float32(0)
+        for expert in experts:
+            count, total = count + 1, total + np.float32(expert)
+        return total / np.float32(count)
     pairs = zip(experts, grams, strict=True)
     return data_driven.regmean(name, pairs, nondiagonal_scale)

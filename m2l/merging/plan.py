@@ -71,6 +71,7 @@ class Plan:
         memory: Bytes that the process will hold in memory at most.
         free: Bytes free where the result goes; None where that is not known.
         size: Bytes of the result.
+        whole: Bytes of the memory that the largest of the parameters takes that are merged whole.
     """
 
     parameters: int
@@ -86,6 +87,7 @@ class Plan:
     memory: int
     free: int | None
     size: int
+    whole: int
 
     def seconds(self, bandwidth: float) -> float:
         """How long reading and writing take at so many bytes a second."""
@@ -99,11 +101,16 @@ class Plan:
             ("read", f"{spell(self.read)}, in {self.readings} reading{'s'[: self.readings > 1]}"),
             ("write", f"{spell(self.write)}" + self._room()),
             ("blocks", f"{self.blocks:,} of {self.block:,}, {self.threads} threads"),
-            ("memory", f"{spell(self.memory)} at most"),
+            ("memory", f"{spell(self.memory)} at most" + self._at_once()),
         ]
 
     def _share(self) -> str:
         return "" if self.mine == self.parameters else f", {self.mine:,} of them here"
+
+    def _at_once(self) -> str:
+        return f", {spell(self.whole)} of it for the largest kernel and its Grams" * bool(
+            self.whole
+        )
 
     def _room(self) -> str:
         return "" if self.free is None else f" ({spell(self.free)} are free)"
@@ -123,7 +130,7 @@ def make(
     states: int,
     memory: int | None,
     block: int | None,
-    whole: bool,
+    whole: int,
     out: Path,
 ) -> Plan:
     """Works out blocks and threads that keep to the memory limit.
@@ -138,7 +145,7 @@ def make(
         states: Bytes that counts and tables take.
         memory: The limit; None: 1 GiB, or what a process that holds much already needs.
         block: Elements of a block; None: chosen by the limit.
-        whole: Whether whole parameters are merged at once.
+        whole: The most bytes that a parameter takes which is merged at once; 0: none is.
         out: Where the result goes.
 
     Raises:
@@ -147,11 +154,8 @@ def make(
     widths = [next(iter(s.parameters.values())).dtype.itemsize for s in sources]
     element = sum(widths) + 4 * len(sources) + 8
     memory = memory or max(DEFAULT_MEMORY, resident() + (DEFAULT_MEMORY >> 1))
-    fixed = resident() + _OVERHEAD + states + sum(map(held, sources))
+    fixed = resident() + _OVERHEAD + states + sum(map(held, sources)) + whole
     largest = max(sizes.values())
-    if whole:
-        # In float64 and with Grams; see data_driven.regmean.
-        fixed += 8 * largest * 6
 
     def needs(block: int, threads: int) -> int:
         return fixed + (threads + 1) * min(block, max(largest, SHORT)) * element
@@ -166,7 +170,8 @@ def make(
         least = min(needs(*choice) for choice in choices)
         raise MergeError(
             f"--memory {spell(memory)} is too little for this merge: {spell(least)} is the least "
-            f"that works ({len(sources)} models at once, and {spell(fixed)} for all else)"
+            f"that works ({len(sources)} models at once, and {spell(fixed)} for all else"
+            + (f", {spell(whole)} of it for the largest kernel and its Grams)" if whole else ")")
         )
     size, threads = fitting[0]
     size = min(size, max(largest, SHORT))
@@ -195,6 +200,7 @@ def make(
         memory=needs(size, threads),
         free=None if status is None else status.f_bavail * status.f_frsize,
         size=result,
+        whole=whole,
     )
 
 

@@ -22,6 +22,8 @@ from m2l.checkpoints import Manifest, safetensors
 from m2l.errors import CheckpointError, MergeError
 from m2l.merging.passes import Span, Stored
 
+_READ = 1 << 20
+
 ORBAX, HUGGINGFACE, T5X = "orbax", "huggingface", "t5x"
 FORMATS = (ORBAX, HUGGINGFACE)
 """What a merge can write."""
@@ -287,6 +289,17 @@ def refuse_nonfinite(sources: Sequence[Source], span: Span) -> None:
                 "only finite numbers can be merged; use a checkpoint from before the training run "
                 "diverged, or it is damaged: m2l inspect --verify"
             )
+
+
+def check_digest(stored: Any) -> None:
+    """Raises CheckpointError where a parameter is not what its checkpoint's manifest says."""
+    digest = hashlib.sha256()
+    buffer = np.empty(min(_READ, max(1, stored.size)), stored.dtype)
+    for start in range(0, stored.size, _READ):
+        part = buffer[: min(_READ, stored.size - start)]
+        stored.read_into(start, start + part.size, part)
+        digest.update(part.view(np.uint8))
+    stored.check(digest.hexdigest())
 
 
 def _identity(files: Sequence[Path]) -> str:

@@ -1,0 +1,127 @@
+"""Merges by statistics of data: each entry's Fisher information, each kernel's Gram."""
+
+import tracemalloc
+
+import jax
+import numpy as np
+import pytest
+
+from m2l import checkpoints
+from m2l.errors import MergeError
+from m2l.merging import Recipe, merge, merge_params, plan, prepare
+from m2l.merging.data_driven import regmean, regmean_bytes
+
+from . import oracles
+from .conftest import SHAPES, same_bits, whole, write
+
+
+@pytest.fixture
+def statistics(tmp_path, models, paths):
+    """Writes statistics of the experts, as m2l statistics does; says where."""
+
+    def make(kind, trees):
+        found = []
+        for index, tree in enumerate(trees):
+            of = checkpoints.read_manifest(paths[1][index]).digest
+            about = {"kind": "statistics", "statistic": kind, "of": of}
+            write(tmp_path / f"{kind}_{index}", tree, made_by=about)
+            found.append(tmp_path / f"{kind}_{index}")
+        return found
+
+    return make
+
+
+def test_fisher_weighs_each_entry(tmp_path, models, paths, statistics):
+    rng = np.random.default_rng(0)
+    fishers = [
+        jax.tree.map(lambda leaf: rng.random(leaf.shape, np.float32), tree) for tree in models[1]
+    ]
+    beside = statistics("fisher", fishers)
+    recipe = Recipe("fisher", weights=(1, 2, 0.5))
+    merge(None, paths[1], recipe, tmp_path / "out", statistics=beside, block=100, progress=False)
+    found = checkpoints.restore(tmp_path / "out")
+    same_bits(
+        checkpoints.flatten(found),
+        checkpoints.flatten(merge_params(None, models[1], recipe, fishers)),
+    )
+    certain = np.stack([w * whole(f) for w, f in zip((1, 2, 0.5), fishers, strict=True)])
+    wanted = (certain * np.stack(list(map(whole, models[1])))).sum(0) / certain.sum(0)
+    np.testing.assert_allclose(whole(found), wanted, atol=1e-5)
+
+
+def test_regmean_solves_for_kernels_and_averages_the_rest(tmp_path, models, paths, statistics):
+    rng, name = np.random.default_rng(0), "decoder/layers_01/mlp/wi_0"
+    inputs = [rng.standard_normal((50, 8)).astype(np.float32) for _ in range(3)]
+    grams = [checkpoints.unflatten({name: x.T @ x}) for x in inputs]
+    beside = statistics("gram", grams)
+    recipe = Recipe("regmean", nondiagonal_scale=1.0)
+    merge(None, paths[1], recipe, tmp_path / "out", statistics=beside, progress=False)
+    found = checkpoints.flatten(checkpoints.restore(tmp_path / "out"))
+    same_bits(found, checkpoints.flatten(merge_params(None, models[1], recipe, grams)))
+    experts = [checkpoints.flatten(expert) for expert in models[1]]
+    for other in SHAPES:
+        if other != name:
+            mean = oracles.average([expert[other] for expert in experts])
+            np.testing.assert_allclose(found[other], mean, atol=1e-6)
+    # The kernel is the least-squares fit to what each expert makes of its own inputs.
+    outputs = np.concatenate([x @ e[name] for x, e in zip(inputs, experts, strict=True)])
+    wanted = np.linalg.lstsq(np.concatenate(inputs), outputs, rcond=None)[0]
+    np.testing.assert_allclose(found[name], wanted, atol=1e-4)
+
+
+def test_statistics_must_be_the_experts_own(refused, paths, statistics, models):
+    beside = statistics("fisher", models[1])
+    for given, message in (
+        ([], "needs the fisher statistics of each expert, in the same order: 0 given for 3"),
+        (beside[::-1], "statistics of another model than"),
+        (paths[1], "holds no fisher statistics"),
+    ):
+        with pytest.raises(MergeError, match=message):
+            merge(None, paths[1], Recipe("fisher"), "unused", statistics=given)
+    with pytest.raises(MergeError, match="average takes no statistics"):
+        merge(None, paths[1], Recipe("average"), "unused", statistics=beside)
+
+
+def test_regmean_is_planned_with_its_largest_kernel_and_grams(paths, statistics):
+    name, side = "decoder/layers_01/mlp/wi_0", 8
+    gram = checkpoints.unflatten({name: np.eye(side, dtype=np.float32)})
+    beside = statistics("gram", [gram] * 3)
+    job = prepare(None, paths[1], Recipe("regmean"), "unused", statistics=beside)
+    assert job.plan.whole == regmean_bytes(SHAPES[name], side)
+    assert prepare(None, paths[1], Recipe("average"), "unused").plan.whole == 0
+    told = dict(job.plan.rows())["memory"]
+    assert told.startswith(f"{plan.spell(job.plan.memory)} at most, {plan.spell(job.plan.whole)}")
+    with pytest.raises(MergeError, match=r"is too little .* for the largest kernel and its Grams"):
+        prepare(None, paths[1], Recipe("regmean"), "unused", statistics=beside, memory=1 << 20)
+
+
+@pytest.mark.parametrize("shape", [(512, 64), (128, 4, 128), (32, 4096)])
+def test_regmean_holds_what_is_planned_whatever_the_number_of_experts(shape):
+    def experts(count):
+        for index in range(count):
+            rng = np.random.default_rng(index)
+            kernel = rng.standard_normal(shape, np.float32)
+            yield kernel, np.diag(rng.random(shape[0], np.float32))
+
+    planned = regmean_bytes(shape, shape[0])
+    for count in (2, 6):
+        tracemalloc.start()
+        regmean("w", experts(count))
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert planned / 2 < most <= planned
+
+
+def test_regmean_in_blocks_of_any_size_has_the_same_bits(tmp_path, paths, statistics):
+    name = "decoder/layers_01/mlp/wi_0"
+    beside = statistics("gram", [checkpoints.unflatten({name: np.eye(8, dtype=np.float32)})] * 3)
+    digests = {
+        merge(
+            *(None, paths[1], Recipe("regmean"), tmp_path / str(block)),
+            statistics=beside,
+            block=block,
+            progress=False,
+        ).digest
+        for block in (7, 100, None)
+    }
+    assert len(digests) == 1

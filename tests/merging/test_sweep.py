@@ -1,0 +1,32 @@
+"""Many recipes from one reading of the experts."""
+
+import numpy as np
+import pytest
+
+from m2l.errors import MergeError
+from m2l.merging import best, grid, in_memory, merge_params, sweep
+
+from .conftest import whole
+
+
+def test_a_sweep_scores_every_recipe_and_finds_the_best(models):
+    base, experts = models
+    recipes = grid({"method": "ties"}, {"density": [0.2, 0.5], "scale": [0.0, 0.5, 1.0]})
+    assert [(r.density, r.scale) for r in recipes][:4] == [(0.2, 0), (0.2, 0.5), (0.2, 1), (0.5, 0)]
+    wanted = whole(merge_params(base, experts, recipes[4]))
+    compiled = in_memory._merge._cache_size()
+
+    def score(params, recipe):
+        return -float(np.abs(whole(params) - wanted).sum())
+
+    points = sweep(base, experts, recipes, score)
+    assert in_memory._merge._cache_size() == compiled
+    assert [point.recipe for point in points] == recipes
+    assert best(points) == points[4]
+    assert best(points).score == 0
+    for point in points:
+        np.testing.assert_array_equal(
+            score(merge_params(base, experts, point.recipe), point.recipe), point.score
+        )
+    with pytest.raises(MergeError, match="no values"):
+        grid({"method": "ties"}, {"scale": []})
