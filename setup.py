@@ -80,7 +80,7 @@ setup(
     package_data={
         "m2l.gin_configs": ["**/*.gin"],
         "m2l.tasks": ["**/*.model", "*.csv"],
-        "m2l.reporting": ["*.jinja"],
+        "m2l.reporting": ["*.jinja", "*.csv"],
     },
     entry_points={"console_scripts": ["m2l = m2l.cli:main"]},
     zip_safe=False,
