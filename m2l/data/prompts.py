@@ -10,7 +10,10 @@ from m2l.data.origins import SPLITS, Hub, Splits, Tfds
 from m2l.errors import DataError, UnknownNameError
 
 CHOICE_METRICS = ("accuracy", "f1", "spearman")
-TEXT_METRICS = ("squad", "rouge", "bleu")
+TEXT_METRICS = (
+    *("squad", "rouge", "bleu"),
+    *("program", "refusal", "compliance", "number", "sandbox", "nontoxic"),  # these judge
+)
 KINDS = ("string", "int", "strings", "choices")
 _NAME = re.compile(r"[\w.]+")
 _REFERENCE = re.compile(r"(?P<field>\w+(?:/\w+)*)(?:\[(?P<index>\w+)\])?")
@@ -81,7 +84,7 @@ class Prompt:
             of the second of two fixed choices, "spearman" of fixed choices that have an order.
             Without choices of TEXT_METRICS.
         references: "{field}" with a list field that holds every text that counts as right, where
-            that is more than the target.
+            that is more than the target; or what the metric judges by, such as test cases.
         original_task: Whether it asks what the dataset was made to ask.
     """
 
@@ -122,6 +125,7 @@ class Dataset:
             of the derived fields. Runs inside the tf.data graph.
         complaint: What is wrong with a flat record whose fields are all of their types, so that
             `derive` or a template would fail on it, or make no sense of it; "" if nothing is.
+        keep: Which flat records are the dataset's, where its repository has others as well.
         splits: Our name of each split with labels -> the Hub's, or a part of one where it has no
             split of that kind.
         hub: Where the Hugging Face Hub has it.
@@ -147,6 +151,7 @@ class Dataset:
     derived: Mapping[str, FieldType] = field(default_factory=dict)
     derive: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
     complaint: Callable[[Mapping[str, Any]], str] | None = None
+    keep: Callable[[Mapping[str, Any]], bool] | None = None
     splits: Splits = field(default_factory=lambda: dict(SPLITS))
     hub: Hub | None = None
     tfds: Tfds | None = None

@@ -3,9 +3,10 @@
 Each takes one list of references per prediction, whatever the library underneath wants.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from m2l.errors import EvaluationError, UnknownNameError
+from m2l.evaluation import scorers
 
 References = Sequence[Sequence[str]]
 Metric = Callable[[References, Sequence[str]], dict[str, float]]
@@ -94,6 +95,9 @@ def figures(
     if name == "bleu":
         return compute(references, predictions), None
     _check(references, predictions)
+    if name in scorers.SCORERS:
+        values = scorers.SCORERS[name](references, predictions)
+        return _means(values), values[HEADLINE[name]]
     # The others are means over the examples.
     pairs = zip(references, predictions, strict=True)
     found = [compute([of_one], [prediction]) for of_one, prediction in pairs]
@@ -101,7 +105,24 @@ def figures(
     return means, [one[HEADLINE[name]] for one in found]
 
 
-METRICS: dict[str, Metric] = {"squad": squad, "bleu": bleu, "rouge": rouge}
+def _means(values: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    return {figure: sum(of_all) / len(of_all) for figure, of_all in values.items()}
+
+
+def _of_scorer(scorer: scorers.Scorer) -> Metric:
+    def compute(references: References, predictions: Sequence[str]) -> dict[str, float]:
+        _check(references, predictions)
+        return _means(scorer(references, predictions))
+
+    return compute
+
+
+METRICS: dict[str, Metric] = {
+    "squad": squad,
+    "bleu": bleu,
+    "rouge": rouge,
+    **{name: _of_scorer(scorer) for name, scorer in scorers.SCORERS.items()},
+}
 # Which of a metric's figures stands for it in tables and in normalised performance.
 HEADLINE = {
     "squad": "f1",
@@ -109,6 +130,7 @@ HEADLINE = {
     "rouge": "rougeLsum",
     "accuracy": "accuracy",
     "reference_likelihood": "reference_likelihood",
+    **{name: name for name in scorers.SCORERS},
 }
 # What stands for a task in free text: the headline of its metrics on decoded text, or the
 # likelihood of its references, for which nothing is decoded.

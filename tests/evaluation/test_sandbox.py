@@ -1,0 +1,215 @@
+"""The sandbox: off by default, and what a program tries inside it does not get out."""
+
+import itertools
+import os
+import re
+import time
+from pathlib import Path
+
+import pytest
+
+from m2l.errors import EvaluationError
+from m2l.evaluation import metrics, sandbox, sandboxed, scorers
+
+FEW = sandbox.Limits(seconds=2, memory=1 << 28, file=1 << 16)
+
+
+@pytest.fixture(scope="module")
+def can_run():
+    """Skips where this machine cannot put up the walls, as some containers cannot."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(sandbox.SWITCH, sandbox.ON)
+        try:
+            sandbox.run("", FEW)
+        except EvaluationError as error:
+            pytest.skip(str(error))
+
+
+@pytest.fixture
+def on(can_run, monkeypatch):
+    monkeypatch.setenv(sandbox.SWITCH, sandbox.ON)
+
+
+@pytest.mark.parametrize("value", [None, "", "1", "true"])
+def test_nothing_runs_unless_it_is_switched_on(monkeypatch, tmp_path, value):
+    monkeypatch.delenv(sandbox.SWITCH, raising=False)
+    if value is not None:
+        monkeypatch.setenv(sandbox.SWITCH, value)
+    monkeypatch.setattr(sandbox.subprocess, "Popen", None)
+    for attempt in (
+        lambda: sandbox.run("x = 1"),
+        lambda: sandbox.verdicts([["#<answer>"]], ["x = 1"]),
+        lambda: metrics.metric("sandbox")([["#<answer>"]], ["x = 1"]),
+        lambda: scorers.require(["sandbox"]),
+    ):
+        with pytest.raises(EvaluationError, match="M2L_RUN_GENERATED_CODE=sandbox"):
+            attempt()
+
+
+FINE = [
+    "assert 1 + 1 == 2",
+    "import math, re, json, collections, itertools, random, threading\nassert math.sqrt(4) == 2",
+    "with open('mine', 'w') as f: f.write('x')\nassert open('mine').read() == 'x'",
+    "import threading\nt = threading.Thread(target=lambda: None)\nt.start()\nt.join()",
+    "import os\nassert os.listdir('.') == [] and os.listdir('/proc') == []",
+    "import os\nassert set(os.environ) <= {'OPENBLAS_NUM_THREADS', 'OMP_NUM_THREADS', 'LC_CTYPE'}",
+    "print('x' * 1000000)",
+]
+
+
+@pytest.mark.parametrize("program", FINE)
+def test_a_program_that_only_computes_passes(on, program):
+    assert sandbox.run(program, sandbox.Limits(seconds=5)) == "passed"
+
+
+FAILING = {
+    "assert 1 + 1 == 3": "AssertionError",
+    "x = (": "SyntaxError",
+    "def f(): return f()\nf()": "RecursionError",
+    "import sys\nsys.exit(0)": "SystemExit",
+    "raise KeyboardInterrupt": "KeyboardInterrupt",
+    "import os\nos._exit(0)": "ended before its tests",
+    "import ctypes\nctypes.string_at(0)": "ended before its tests",
+    # Time and memory.
+    "while True: pass": "out of time",
+    "import time\ntime.sleep(60)": "out of time",
+    "import signal\nsignal.signal(signal.SIGXCPU, lambda *a: 0)\nwhile 1: pass": "out of time",
+    "x = bytearray(1 << 29)": "MemoryError",
+    "x = []\nwhile True: x.append('a' * 1000000 + str(len(x)))": "MemoryError",
+    # Files.
+    "open('big', 'wb').write(b'x' * (1 << 20))": "OSError",
+    "for i in range(9999): open(str(i), 'w')": "OSError",
+    "open('/dev/null', 'w')": "PermissionError",
+    # The network and other programs.
+    "import socket\nsocket.socket()": "PermissionError",
+    "import socket\nsocket.socket(socket.AF_UNIX)": "PermissionError",
+    "import urllib.request\nurllib.request.urlopen('http://127.0.0.1')": "URLError",
+    "import os\nos.fork()": "PermissionError",
+    "import subprocess\nsubprocess.run(['/bin/true'])": "PermissionError",
+    "import os\nos.execv('/bin/true', ['true'])": "PermissionError",
+    "import os\nos.kill(1, 9)": "PermissionError",
+    "import os\nassert os.system('true') == 0": "AssertionError",
+    # The walls themselves.
+    "import resource\nresource.setrlimit(resource.RLIMIT_AS, (1 << 40, 1 << 40))": "ValueError",
+    "import ctypes\nl = ctypes.CDLL(None)\nassert l.unshare(0x10000000) == 0": "AssertionError",
+    "import ctypes\nl = ctypes.CDLL(None)\nassert l.mount(b'a', b'/tmp', b'tmpfs', 0, 0) == 0": (
+        "AssertionError"
+    ),
+    "import ctypes\nl = ctypes.CDLL(None)\nassert l.umount2(b'/proc', 2) == 0": "AssertionError",
+}
+
+
+@pytest.mark.parametrize("program", FAILING)
+def test_a_program_that_goes_beyond_its_walls_fails(on, program):
+    found = sandbox.run(program, FEW)
+    assert found.startswith("failed: ") and FAILING[program] in found
+
+
+def test_files_outside_are_neither_written_nor_removed(on, tmp_path):
+    victim, folder = tmp_path / "victim", tmp_path / "folder"
+    victim.write_text("whole")
+    folder.mkdir()
+    for attempt in (
+        f"open({str(victim)!r}, 'w').write('gone')",
+        f"open({str(victim)!r}, 'a').write('more')",
+        f"import os; os.remove({str(victim)!r})",
+        f"import os; os.rename({str(victim)!r}, 'mine')",
+        f"import os; os.rmdir({str(folder)!r})",
+        f"import os; os.chmod({str(victim)!r}, 0)",
+        f"open({str(tmp_path / 'new')!r}, 'w')",
+        f"import shutil; shutil.rmtree({str(tmp_path)!r})",
+    ):
+        assert sandbox.run(attempt, FEW).startswith("failed: "), attempt
+    assert victim.read_text() == "whole"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "victim"]
+
+
+def test_nothing_of_a_run_stays_behind(on, monkeypatch, tmp_path):
+    monkeypatch.setattr(sandbox.tempfile, "tempdir", str(tmp_path))
+    before = set(os.listdir("/proc"))
+    sandbox.run("open('mine', 'w').write('x')\nwhile True: pass", FEW)
+    assert list(tmp_path.iterdir()) == []
+    left = {pid for pid in set(os.listdir("/proc")) - before if pid.isdigit()}
+    lines = [Path(f"/proc/{pid}/cmdline") for pid in left]
+    assert not any("sandboxed" in line.read_text() for line in lines if line.exists())
+
+
+def test_the_wall_clock_stops_what_uses_no_time_of_the_processor(on):
+    start = time.monotonic()
+    assert sandbox.run("import time\ntime.sleep(1000)", FEW) == "failed: out of time"
+    assert time.monotonic() - start < 60
+
+
+@pytest.mark.parametrize(
+    ("part", "instead", "wall"),
+    [
+        ("_MOUNT_SETATTR = 442", "_MOUNT_SETATTR = 99999", "file systems that are read-only"),
+        ("_NEWUSER | _NEWNS", "0x1000 | _NEWNS", "namespaces of its own"),
+        ('"x86_64": 0xC0', '"vax": 0xC0', "a filter of system calls"),
+    ],
+)
+def test_a_wall_that_cannot_be_put_up_is_named_and_nothing_runs(
+    on, monkeypatch, tmp_path, part, instead, wall
+):
+    source = Path(sandboxed.__file__).read_text()
+    if "x86_64" in part and os.uname().machine != "x86_64":
+        pytest.skip("of another architecture")
+    assert part in source
+    broken, trace = tmp_path / "broken.py", tmp_path / "trace"
+    broken.write_text(source.replace(part, instead))
+    monkeypatch.setattr(sandbox, "_INSIDE", broken)
+    with pytest.raises(EvaluationError, match=f"cannot run generated code safely: {wall}"):
+        sandbox.run(f"open({str(trace)!r}, 'w')", FEW)
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize(
+    ("header", "place"),
+    [
+        ("/usr/include/x86_64-linux-gnu/asm/unistd_64.h", 0),
+        ("/usr/include/asm-generic/unistd.h", 1),
+    ],
+)
+def test_the_numbers_of_system_calls_are_the_kernels(header, place):
+    if not Path(header).exists():
+        pytest.skip("no headers of the kernel here")
+    defined = re.findall(r"#define __NR(?:3264)?_(\w+)\s+(\d+)", Path(header).read_text())
+    numbers = {name: int(number) for name, number in defined}
+    for name, of_each in sandboxed._SYSTEM_CALLS.items():
+        assert of_each[place] == numbers.get(name), name
+
+
+TEST = "import math\n#<answer>\nassert double(2) == 4\nassert double(-1) == -2"
+
+
+def test_an_answer_takes_its_place_in_the_test_program():
+    assert sandbox.assembled("a\n#<answer>\nb", "x") == "a\nx\nb"
+    answer = "Here you are:\n```python\nx = 1\n```\nDone.\n```\ny = 2\n```"
+    assert sandbox.assembled("#<answer>\nb", answer) == "x = 1\n\nb"
+    assert sandbox.code_of("```py\nx = 1") == "x = 1"
+    with pytest.raises(EvaluationError, match="lacks the line"):
+        sandbox.assembled("a = '#<answer>'", "x")
+
+
+def test_the_metric_is_the_share_of_answers_that_pass_all_their_tests(on):
+    right, wrong = "def double(x):\n    return 2 * x", "def double(x):\n    return x * x"
+    answers = [right, wrong, f"```python\n{right}\n```", "I do not know."]
+    figures, values = metrics.figures("sandbox", [[TEST]] * 4, answers)
+    assert values == [100, 0, 100, 0]
+    assert figures == {"sandbox": 50.0}
+    both = ["#<answer>\nassert double(2) == 4", "#<answer>\nassert double(3) == 6"]
+    assert metrics.figures("sandbox", [both] * 2, [right, wrong])[1] == [100, 0]
+
+
+@pytest.mark.parametrize(("samples", "k"), [(1, 1), (5, 1), (5, 2), (6, 6), (8, 3)])
+def test_pass_at_k_is_the_share_of_draws_with_an_answer_that_passes(samples, k):
+    for passing in range(samples + 1):
+        drawn = list(itertools.combinations(range(samples), k))
+        share = sum(any(one < passing for one in draw) for draw in drawn) / len(drawn)
+        assert sandbox.pass_at_k(samples, passing, k) == pytest.approx(share, abs=1e-12)
+
+
+@pytest.mark.parametrize(("samples", "passing", "k"), [(5, 6, 1), (5, -1, 1), (5, 2, 6), (5, 2, 0)])
+def test_pass_at_k_of_counts_that_cannot_be_is_refused(samples, passing, k):
+    with pytest.raises(EvaluationError, match=f"pass@{k}"):
+        sandbox.pass_at_k(samples, passing, k)
