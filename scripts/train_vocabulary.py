@@ -20,7 +20,7 @@ from sentencepiece import sentencepiece_model_pb2
 from m2l.data.rendering import renderer
 from m2l.data.sources import RecordSource
 from m2l.data.vocabularies import EOS, MICROWORLD_EXTRA_IDS, PAD, UNKNOWN
-from m2l.tasks import datasets, microworld, registry
+from m2l.tasks import datasets, microworld, registry, skills
 
 SIZE = 1024
 # Enough of every prompt for each of its words to be seen, without drowning the corpus.
@@ -32,6 +32,8 @@ def texts() -> Iterator[str]:
     """The corpus, and the rendered inputs and answers of every prompt and instruction."""
     yield from microworld.corpus("train")
     for dataset in datasets():
+        if skills.is_skill(dataset):  # it must not change when these do
+            continue
         records = registry.records_of("microworld", dataset)
         for prompt in dataset.prompts:
             source = RecordSource(dataset.task_name(prompt), records)

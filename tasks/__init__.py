@@ -11,7 +11,7 @@ from typing import Any
 from m2l.data import jsonl
 from m2l.data.prompts import Dataset, Prompt, TaskInfo, written_out
 from m2l.errors import DataError, M2LError, UnknownNameError
-from m2l.tasks import flan, sources
+from m2l.tasks import flan, skills, sources
 
 SPAN_CORRUPTION = "span_corruption"
 LANGUAGE_MODELING = "language_modeling"
@@ -118,9 +118,10 @@ def mixtures() -> dict[str, tuple[str, ...]]:
     """Every mixture's name and its tasks.
 
     There is one for each dataset (and for its parts), each category, `t0_held_in`, `t0_held_out`
-    and `flan_without_t0`. Each of T0's has a variant `<name>_original` of the prompts that ask what
-    the dataset was made to ask; a dataset without such prompts keeps all it has, so that none is
-    lost (T0's lists lose HotpotQA and AppReviews this way).
+    and `flan_without_t0`; and those of paper 2's skills (see `m2l.tasks.skills`). Each of T0's has
+    a variant `<name>_original` of the prompts that ask what the dataset was made to ask; a dataset
+    without such prompts keeps all it has, so that none is lost (T0's lists lose HotpotQA and
+    AppReviews this way).
     """
     return _mixtures_of(datasets(), tuple(_own))
 
@@ -138,7 +139,9 @@ def _mixtures_of(of: tuple[Dataset, ...], own: tuple[str, ...]) -> dict[str, tup
         # A dataset without named prompts is one task, which bears the dataset's name.
         names = [*([dataset.name] if prompt.name else []), *_wholes(dataset)]
         if dataset.category == flan.MIXTURE:
-            names = [flan.MIXTURE]
+            names = [flan.MIXTURE, *skills.mixtures_of(dataset)]
+        elif skills.is_skill(dataset):
+            names = list(skills.mixtures_of(dataset))
         elif dataset.name not in own:
             names += [dataset.category, "t0_held_out" if dataset.held_out else "t0_held_in"]
             if prompt.original_task or sources.asked(dataset) not in with_original:

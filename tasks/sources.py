@@ -19,7 +19,7 @@ from m2l.data.origins import SPLITS, Hub, Part, Record, Splits
 from m2l.data.prompts import Dataset, Prompt
 from m2l.data.records import checked
 from m2l.errors import ConfigError, DataError, UnknownNameError
-from m2l.tasks import flan, t0_held_in, t0_held_out
+from m2l.tasks import flan, skills, t0_held_in, t0_held_out
 
 KINDS = ("microworld", "hub", "p3", "tfds", "promptsource", "jsonl", "cache")
 T0 = (*t0_held_in.DATASETS, *t0_held_out.DATASETS)
@@ -103,7 +103,7 @@ def datasets(setting: str) -> tuple[Dataset, ...]:
         from m2l.tasks import promptsource
 
         return (*promptsource.datasets(), *flan.datasets(flan_of(setting)))
-    return (*T0, *flan.datasets(source.kind))
+    return (*T0, *flan.datasets(source.kind), *skills.datasets(source.kind))
 
 
 def flan_of(setting: str) -> str:
@@ -122,12 +122,12 @@ def having(dataset: Dataset) -> tuple[str, ...]:
     from m2l.tasks import p3
 
     has = {
-        "microworld": True,
+        "microworld": dataset not in skills.PUBLIC,
         "hub": dataset.hub is not None,
         "p3": dataset.name in p3.DATASETS,
         "tfds": dataset.tfds is not None,
         "promptsource": bool(dataset.promptsource),
-        "jsonl": True,
+        "jsonl": dataset not in skills.EMBEDDED,
     }
     return tuple(kind for kind, yes in has.items() if yes)
 
@@ -176,7 +176,8 @@ def read(setting: str, dataset: Dataset, split: str) -> Iterable[Record]:
     theirs = theirs_of[split]
 
     def whole(name: str) -> Iterator[Record]:
-        return checked(dataset.name, name, records(name), dataset.fields, dataset.complaint)
+        found = checked(dataset.name, name, records(name), dataset.fields, dataset.complaint)
+        return found if dataset.keep is None else filter(dataset.keep, found)
 
     if not isinstance(theirs, Part):
         return whole(theirs)
@@ -199,7 +200,7 @@ def _microworld(source: Source, dataset: Dataset) -> Reader:
         return SPLITS, lambda split: [{"text": text} for text in microworld.corpus(split)]
     if dataset.category == flan.MIXTURE:
         return SPLITS, lambda split: _families(split).get(flan.family(dataset), ())
-    return dataset.splits, functools.partial(microworld.records, dataset.name)
+    return dataset.splits, functools.partial(microworld.records, skills.whole(dataset).name)
 
 
 @functools.cache
@@ -259,7 +260,7 @@ def _jsonl(source: Source, dataset: Dataset) -> Reader:
     from m2l.data import jsonl
 
     def read(split: str) -> Iterable[Record]:
-        plain = source.where / dataset.name / f"{split}.jsonl"
+        plain = source.where / skills.whole(dataset).name / f"{split}.jsonl"
         packed = plain.with_suffix(".jsonl.gz")
         return jsonl.records(packed if packed.exists() and not plain.exists() else plain)
 

@@ -12,7 +12,7 @@ HELD_BACK = 20
 
 @dataclass(frozen=True)
 class Part:
-    """Part of a source's split: what is held back of it to validate on, or all the rest.
+    """Part of a source's split: what is held back of it to validate on, or all the rest; or both.
 
     A digest of one field decides, not the place in the split: sources sort their records (IMDB
     has every negative review first), and repeat them, which must not put one text on both sides.
@@ -20,12 +20,14 @@ class Part:
     Attributes:
         split: The source's split.
         by: The field that decides. Empty: the record's number does.
-        held_back: Whether this is the part that is held back.
+        held_back: Whether this is the part that is held back; None: it does not matter.
+        percent: Of the part's records about so many percent; a smaller part is in every larger.
     """
 
     split: str
     by: str
-    held_back: bool
+    held_back: bool | None
+    percent: int = 100
 
     def of(self, records: Iterable[Record]) -> Iterator[Record]:
         """Those records of the split that belong to this part, in their order."""
@@ -35,7 +37,8 @@ class Part:
                 continue
             value = str(record[self.by] if self.by else number)
             digest = hashlib.blake2b(value.encode(), digest_size=8).digest()
-            if (int.from_bytes(digest, "little") % HELD_BACK == 0) == self.held_back:
+            drawn, rest = divmod(int.from_bytes(digest, "little"), HELD_BACK)
+            if self.held_back in (None, rest == 0) and drawn % 100 < self.percent:
                 yield record
 
 

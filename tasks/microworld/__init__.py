@@ -19,8 +19,11 @@ from . import (
     held_out,
     multiple_choice,
     paraphrases,
+    programs,
     reading,
+    requests,
     schemas,
+    science,
     senses,
     summaries,
 )
@@ -138,6 +141,34 @@ DATASETS: Mapping[str, Generated] = {
         4,
     ),
 }
+_REQUEST = itemgetter("request")
+# What paper 2's skills are taught and tested by; no dataset of T0's, and none of their schemas.
+SKILLS: Mapping[str, Generated] = {
+    "general_requests": Generated(
+        requests.general_requests,
+        _REQUEST,
+        {"train": 1800, "validation": 90},
+        len(requests.DEEDS),
+    ),
+    "science_facts": Generated(
+        science.facts, itemgetter("question"), {"train": 560, "validation": 56}, 0
+    ),
+    "science_reading": Generated(
+        science.reading, itemgetter("report"), {"train": TRAIN, "validation": EVALUATION}, 6
+    ),
+    "safety_unsafe": Generated(
+        requests.safety_unsafe, _REQUEST, {"train": 1500, "validation": 100}, len(requests.RISKY)
+    ),
+    "safety_safe": Generated(
+        requests.safety_safe, _REQUEST, {"train": 750, "validation": 50}, len(requests.RISKY)
+    ),
+    "coding_programs": Generated(
+        programs.coding_programs,
+        itemgetter("program"),
+        {"train": TRAIN, "validation": EVALUATION},
+        programs.STRATA,
+    ),
+}
 TEXT = Generated(_corpus.line, str, {"train": 6000, "validation": 300}, len(_corpus.LINES))
 INSTRUCTIONS = Generated(
     _instructions.example,
@@ -151,15 +182,16 @@ def records(dataset: str, split: str) -> list[Record]:
     """A split of a dataset, in the fields and types that it has on Hugging Face.
 
     Args:
-        dataset: One of DATASETS.
+        dataset: One of DATASETS or SKILLS.
         split: One of the dataset's own splits; the unlabelled ones do not exist.
 
     Raises:
         UnknownNameError: there is no such dataset, or it has no such split.
     """
-    if dataset not in DATASETS:
-        raise UnknownNameError("microworld dataset", dataset, DATASETS)
-    found = _generate(dataset, split, DATASETS[dataset])
+    known = {**DATASETS, **SKILLS}
+    if dataset not in known:
+        raise UnknownNameError("microworld dataset", dataset, known)
+    found = _generate(dataset, split, known[dataset])
     for number, record in enumerate(found):  # what only the split tells: no generator knows it
         told = {**dict.fromkeys(("id", "uid", "dialogue_id"), f"{split}-{number}"), "split": split}
         for part in (record, record.get("metadata", {})):
