@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
 from m2l.cli.options import DIRECTORY, print_table, with_gin
-from m2l.errors import ConfigError
+from m2l.errors import ConfigError, M2LError
 
 
 @click.command()
@@ -14,16 +15,42 @@ from m2l.errors import ConfigError
 @with_gin
 def demo(out: Path, gin_files: tuple[str, ...], bindings: tuple[str, ...]) -> None:
     """The embedded study, from nothing to the report page: about ten minutes on two cores."""
-    _study(out, gin_files or ("experiments/demo.gin",), bindings, None, False, False)
-    _report(out)
+    study, plan = _planned(gin_files or ("experiments/demo.gin",), bindings, out, update=False)
+    _run(study, plan, out)
+    _report(out, None)
 
 
 @click.command()
 @with_gin
 @click.option("--out", type=DIRECTORY, required=True, help="The study's folder.")
 @click.option("--only", help="Do one stage, and what it is made from.")
-@click.option("--dry_run", is_flag=True, help="Print the stages and do nothing.")
+@click.option("--dry_run", is_flag=True, help="Print stages, time and disk, and do nothing.")
 @click.option("--update", is_flag=True, help="In a study of other settings, redo what they change.")
+@click.option(
+    "--executor",
+    type=click.Choice(["local", "processes", "slurm"]),
+    default="local",
+    show_default=True,
+    help="Who runs the stages: this process, several of this machine, a Slurm job for each.",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    default=2,
+    show_default=True,
+    help="Processes, or jobs at a time.",
+)
+@click.option(
+    "--slurm",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Of submitit's executor: slurm_partition=gpu, gpus_per_node=4, timeout_min=600; repeat.",
+)
+@click.option(
+    "--peak",
+    type=float,
+    help="With --dry_run: operations a second of the devices it is for; else this machine's.",
+)
 def study(
     out: Path,
     gin_files: tuple[str, ...],
@@ -31,55 +58,151 @@ def study(
     only: str | None,
     dry_run: bool,
     update: bool,
+    executor: str,
+    workers: int,
+    slurm: tuple[str, ...],
+    peak: float | None,
 ) -> None:
-    """Run a study: bases, experts, merges and evaluations; what is finished is not done again."""
-    if not gin_files:
+    """Run a study: bases, experts, merges and evaluations; what is finished is not done again.
+
+    Without --gin_file, the study in OUT goes on. Several at one OUT share the work.
+    """
+    if not gin_files and bindings:
+        raise ConfigError("m2l study: --gin.NAME=VALUE needs a --gin_file to be applied to")
+    if not gin_files and not (out / "study.json").exists():
         raise ConfigError("m2l study: --gin_file is missing; experiments/demo.gin is an example")
-    _study(out, gin_files, bindings, only, dry_run, update)
+    settings, plan = _planned(gin_files, bindings, out, update, claim=not dry_run)
+    plan = plan.needed_for(only) if only else plan
+    if dry_run:
+        _print_plan(settings, plan, out, peak)
+    elif executor == "local":
+        _run(settings, plan, out)
+    elif executor == "processes":
+        from m2l.studies import executors
+
+        if only:
+            raise ConfigError("--only is for one process: leave --executor out")
+        executors.by_processes(out, workers)
+    else:
+        from m2l.studies import executors
+
+        queued = executors.by_slurm(plan, out, _slurm_settings(slurm), workers)
+        click.echo(f"{len(queued)} jobs queued; their output is in {out / 'slurm'}")
 
 
-def _study(
-    out: Path,
-    gin_files: Sequence[str],
-    bindings: Sequence[str],
-    only: str | None,
-    dry_run: bool,
-    update: bool,
-) -> None:
+def _planned(
+    gin_files: Sequence[str], bindings: Sequence[str], out: Path, update: bool, claim: bool = True
+) -> tuple[Any, Any]:
+    """The study and its plan; its folder is made, unless it is not to be claimed."""
     from m2l import configuration, files
-    from m2l.studies import execute, scaling
+    from m2l.studies import records, scaling
 
+    if not gin_files:
+        settings = records.read_study(out)
+        return settings, scaling.plan(settings)
     settings, resolved = configuration.load("ScalingStudy", gin_files, bindings)
     scaling.check_mixtures(settings)
     plan = scaling.plan(settings)
-    plan = plan.needed_for(only) if only else plan
-    if dry_run:
-        rows = [(stage.name, stage.kind, execute.state(plan, out, stage.name)) for stage in plan]
-        print_table(f"{len(plan)} stages", ["stage", "kind", "state"], rows)
-        return
-    content = {"kind": "scaling", **scaling.to_dict(settings)}
-    mend = "redo what changes with m2l study --update"
-    files.check_claim(out, "study.json", content, what="study", update=update, mend=mend)
-    files.claim(out, "study.json", content)
-    files.write(out / "config.gin", resolved)
-    from m2l.studies import stages
+    if claim:
+        content = {"kind": "scaling", **scaling.to_dict(settings)}
+        mend = "redo what changes with m2l study --update"
+        files.check_claim(out, "study.json", content, what="study", update=update, mend=mend)
+        files.claim(out, "study.json", content)
+        files.write(out / "config.gin", resolved)
+    return settings, plan
 
-    ran = execute.execute(plan, out, stages.runners(settings.categories + settings.held_out))
+
+def _run(settings: Any, plan: Any, out: Path) -> None:
+    from m2l.studies import execute, stages
+
+    outcome = execute.execute(plan, out, stages.RUNNERS)
+    ran = len(outcome.ran)
+    if outcome.failed:
+        rows = [*outcome.failed.items(), *((name, "not run") for name in outcome.blocked)]
+        print_table("stages that failed, and those that read them", ["stage", "why"], rows)
+        message = f"{len(outcome.failed)} of {len(plan)} stages failed; {ran} others were run"
+        if outcome.bugs:
+            raise RuntimeError(f"{message}; tracebacks are in {out / 'stages'}")
+        raise M2LError(f"{message}; the same command tries them again")
     click.echo(f"{ran} of {len(plan)} stages run, {len(plan) - ran} were done before; in {out}")
+
+
+def _slurm_settings(given: Sequence[str]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for one in given:
+        name, has_value, value = one.partition("=")
+        if not has_value:
+            raise ConfigError(f"--slurm {one}: expected NAME=VALUE")
+        found[name] = int(value) if value.isdigit() else value
+    return found
+
+
+def _print_plan(settings: Any, plan: Any, out: Path, peak: float | None) -> None:
+    from m2l.studies import costs, execute, scaling
+    from m2l.training import flops
+
+    states = {stage.name: execute.state(plan, out, stage.name) for stage in plan}
+    found = costs.of_plan(plan)
+    peak = peak or flops.peak("float32") or 0.0
+    if not peak:
+        raise ConfigError("the devices of this machine are not known: say their --peak")
+    rows = [
+        (
+            *(stage.name, stage.kind, states[stage.name]),
+            ", ".join(stage.inputs.values()),
+            _time(costs.seconds(found[stage.name], peak)),
+        )
+        for stage in plan
+    ]
+    print_table(f"{len(plan)} stages", ["stage", "kind", "state", "reads", "time"], rows)
+    kinds = []
+    for kind, count in scaling.counts(plan).items():
+        stages = [stage.name for stage in plan if stage.kind == kind]
+        done = sum(states[name] == "done" for name in stages)
+        cost = sum((found[name] for name in stages), costs.NOTHING)
+        time = _time(costs.seconds(cost, peak))
+        kinds.append((kind, count, done, f"{cost.flops:.2g}", time, _bytes(cost.disk)))
+    left = sum((found[n] for n in states if states[n] != "done"), costs.NOTHING)
+    names = ["kind", "stages", "done", "operations", "time", "disk"]
+    print_table(f"{scaling.cells(settings)} cells of the grid", names, kinds)
+    click.echo(
+        f"left to do: {left.flops:.2g} operations, {_time(costs.seconds(left, peak))} at "
+        f"{costs.UTILISATION:.0%} of {peak:.3g} a second; {_bytes(left.disk)} of disk. "
+        "Small models reach less, and compiling comes on top."
+    )
+
+
+def _time(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:,.1f} h"
+
+
+def _bytes(count: float) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if count >= size:
+            return f"{count / size:,.1f} {unit}"
+    return f"{count / 1e3:.1f} kB"
 
 
 @click.command()
 @click.argument("directory", type=DIRECTORY)
-def report(directory: Path) -> None:
+@click.option("--publish", type=DIRECTORY, help="Write what the report is made of there, small.")
+def report(directory: Path, publish: Path | None) -> None:
     """Tables (csv, md, tex), figures (svg, pdf, png) and index.html of a study."""
-    _report(directory)
+    _report(directory, publish)
 
 
-def _report(directory: Path) -> None:
+def _report(directory: Path, publish: Path | None) -> None:
     from m2l.reporting import page, tables
+    from m2l.studies import records
 
-    path = page.write(directory)
-    frame = tables.performance(tables.cells(page.read_study(directory), directory))
+    if publish:
+        records.publish(records.load(directory), publish)
+        directory = publish
+    material = page.collect(directory)
+    path = page.write(directory, material)
+    frame = tables.summary(material.performance)
     rows = [tuple(row) for row in frame.itertuples(index=False)]
     print_table("normalised performance, by number of experts merged", list(frame.columns), rows)
     click.echo(f"report: {path}")

@@ -1,6 +1,5 @@
 """`m2l sweep`."""
 
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -115,8 +114,7 @@ def sweep(
     curve: list[dict[str, Any]] = []
 
     def score(params: Any, recipe: merging.Recipe) -> float:
-        made_of = json.dumps([content["base"], content["experts"], recipe.to_dict()])
-        digest = hashlib.sha256(made_of.encode()).hexdigest()
+        digest = recipe.identity(content["base"], content["experts"])
         results = runner.evaluate(
             config,
             params,

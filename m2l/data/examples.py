@@ -59,14 +59,15 @@ class GenerationExample:
     truncated: bool
 
 
-def _in_order(task: seqio.Task, split: str, max_examples: int | None) -> tf.data.Dataset:
+def _in_order(task: seqio.Task, split: str, max_examples: int | None, skip: int) -> tf.data.Dataset:
     """A task's rows, of all records or of so many from all over the split."""
     if max_examples is None:
         return task.get_dataset(None, split=split, shuffle=False, try_in_mem_cache=False)
     if not isinstance(task.source, RecordSource):  # someone else's task
-        records = task.source.get_dataset(split, shuffle=False).take(max_examples)
+        records = task.source.get_dataset(split, shuffle=False).skip(skip).take(max_examples)
         return task.preprocess_postcache(task.preprocess_precache(records), sequence_length=None)
-    return task.preprocess_postcache(task.source.sample(split, max_examples), sequence_length=None)
+    records = task.source.sample(split, max_examples, skip)
+    return task.preprocess_postcache(records, sequence_length=None)
 
 
 def _rows(dataset: tf.data.Dataset, task: str) -> Iterator[dict[str, Any]]:
@@ -99,7 +100,12 @@ def _cut_targets(row: Mapping[str, Any], lengths: Mapping[str, int]) -> np.ndarr
 
 
 def ranking_examples(
-    task: str, split: str, *, lengths: Mapping[str, int], max_examples: int | None = None
+    task: str,
+    split: str,
+    *,
+    lengths: Mapping[str, int],
+    max_examples: int | None = None,
+    skip: int = 0,
 ) -> list[RankingExample]:
     """The examples of a task with answer choices, from the rows of its `_score_eval` twin.
 
@@ -108,6 +114,7 @@ def ranking_examples(
         split: The split to read.
         lengths: {"inputs": S, "targets": T}, in tokens: what is longer is cut and flagged.
         max_examples: Only so many examples (not rows), drawn from all over the split.
+        skip: With max_examples, so many that would be drawn first are left out.
 
     Raises:
         UnknownNameError: no such task with answer choices.
@@ -115,7 +122,7 @@ def ranking_examples(
             tokens, without a right choice or with rows missing; names task and example.
     """
     twin = find("task with answer choices", task.removesuffix(SCORE_EVAL) + SCORE_EVAL, split)
-    dataset = _in_order(twin, split, max_examples)
+    dataset = _in_order(twin, split, max_examples, skip)
     groups = itertools.groupby(_rows(dataset, task), key=lambda row: int(row["idx"][0]))
     return [_ranking_example(task, number, list(rows), lengths) for number, rows in groups]
 
@@ -161,7 +168,12 @@ def _ranking_example(
 
 
 def generation_examples(
-    task: str, split: str, *, lengths: Mapping[str, int], max_examples: int | None = None
+    task: str,
+    split: str,
+    *,
+    lengths: Mapping[str, int],
+    max_examples: int | None = None,
+    skip: int = 0,
 ) -> list[GenerationExample]:
     """The examples of a task that is answered in free text.
 
@@ -170,6 +182,7 @@ def generation_examples(
         split: The split to read.
         lengths: {"inputs": S, "targets": T}, in tokens: what is longer is cut and flagged.
         max_examples: Only so many examples, drawn from all over the split.
+        skip: With max_examples, so many that would be drawn first are left out.
 
     Raises:
         UnknownNameError: no such task.
@@ -177,7 +190,7 @@ def generation_examples(
             without an answer are left out, with a warning that says how many.
     """
     provider = find("task", task, split)
-    dataset = _in_order(provider, split, max_examples)
+    dataset = _in_order(provider, split, max_examples, skip)
     if "references" not in dataset.element_spec:
         raise DataError(f"task {task!r} is not answered in free text: nothing to compare with")
     examples, blank = [], 0

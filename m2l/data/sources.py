@@ -212,15 +212,17 @@ class RecordSource(seqio.DataSource):
             )
         return size
 
-    def sample(self, split: str, count: int) -> tf.data.Dataset:
+    def sample(self, split: str, count: int, skip: int = 0) -> tf.data.Dataset:
         """So many examples from all over the split, in its order, the same for all its prompts.
+
+        Those after the first `skip` that would be drawn: of one split, samples that do not overlap.
 
         Sources sort their records (IMDB's first half is negative): the first ones would not do.
         """
         size = self._records.size(split)
         keys = tf.constant([0, zlib.crc32(self._records.name.encode())], tf.int64)
         drawn = tf.random.experimental.index_shuffle(
-            tf.range(min(count, size), dtype=tf.int64), keys, size - 1
+            tf.range(min(skip, size), min(skip + count, size), dtype=tf.int64), keys, size - 1
         )
         return tf.data.Dataset.from_tensor_slices(tf.sort(drawn)).map(self._example(split))
 

@@ -22,16 +22,18 @@ def dataset_scores(results: Iterable[Result]) -> dict[str, float]:
     return {dataset: fmean(scores) for dataset, scores in by_dataset.items()}
 
 
-def normalized(results: Iterable[Result], reference: Mapping[str, Result]) -> float:
-    """The mean over a category's datasets, then categories, of score over the reference's score.
+def ratios(
+    results: Iterable[Result], reference: Mapping[str, Result]
+) -> dict[tuple[str, str], float]:
+    """By category and dataset, the score over the reference's score.
 
     Args:
         results: The model's results, one for each task.
         reference: By task name, the results that stand for 1.0: at least those of `results`.
 
     Returns:
-        1.0 where the model does as well as the reference; NaN if the reference scores 0 on a whole
-        dataset, for nothing can be divided by it.
+        1.0 where the model does as well as the reference; NaN where the reference scores 0, for
+        nothing can be divided by it.
 
     Raises:
         EvaluationError: there are no results; a task lacks its reference; the reference was scored
@@ -56,7 +58,18 @@ def normalized(results: Iterable[Result], reference: Mapping[str, Result]) -> fl
             )
     category_of = {result.dataset: result.category for result in results}
     ones = dataset_scores(reference[result.task] for result in results)
-    ratios = defaultdict(list)
-    for dataset, score in dataset_scores(results).items():
-        ratios[category_of[dataset]].append(score / ones[dataset] if ones[dataset] else math.nan)
-    return fmean(fmean(of_category) for of_category in ratios.values())
+    return {
+        (category_of[dataset], dataset): score / ones[dataset] if ones[dataset] else math.nan
+        for dataset, score in dataset_scores(results).items()
+    }
+
+
+def normalized(results: Iterable[Result], reference: Mapping[str, Result]) -> float:
+    """The mean over a category's datasets, then categories, of `ratios`; NaN if one is.
+
+    Args and errors are those of `ratios`.
+    """
+    by_category = defaultdict(list)
+    for (category, _), ratio in ratios(results, reference).items():
+        by_category[category].append(ratio)
+    return fmean(fmean(of_category) for of_category in by_category.values())

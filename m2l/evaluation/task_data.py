@@ -63,6 +63,7 @@ def load_tasks(
     split: str,
     lengths: Mapping[str, int],
     max_examples: int | None = None,
+    skip: int = 0,
     generative_score: str = "decoding",
     beams: int = 1,
     max_truncated: float = 1.0,
@@ -74,6 +75,8 @@ def load_tasks(
         split: The split to read.
         lengths: {"inputs": S, "targets": T}, in tokens: what is longer is cut and counted.
         max_examples: Only so many examples of each task, drawn from all over the split.
+        skip: With max_examples, so many that would be drawn first are left out: examples to choose
+            by, none of which is among those that a model is judged by.
         generative_score: What stands for a task in free text. "decoding": the headline of its own
             metric; the likelihood of its references is a figure beside it. "likelihood": that is
             its score, and nothing is decoded.
@@ -98,7 +101,7 @@ def load_tasks(
     with Progress("read tasks", len(infos), "tasks") as progress:
         for info in infos:
             read = ranking_examples if info.kind == "rank" else generation_examples
-            examples = read(info.name, split, lengths=lengths, max_examples=max_examples)
+            examples = read(info.name, split, lengths=lengths, max_examples=max_examples, skip=skip)
             if not examples:
                 raise DataError(f"task {info.name}: its split {split!r} has no examples")
             task = TaskData(info, examples, lengths["targets"], "", generative_score, beams)

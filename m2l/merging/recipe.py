@@ -2,6 +2,7 @@
 
 import dataclasses
 import fnmatch
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -224,6 +225,11 @@ class Recipe:
                     return found | {"weights": np.array(value, np.float32)}
                 return found | {"scale": np.float32(value)}
         return found
+
+    def identity(self, base: str | None, experts: Sequence[str]) -> str:
+        """The digest of what this makes of checkpoints with these digests: sha256 over all."""
+        made_of = json.dumps([base, list(experts), self.to_dict()], sort_keys=True)
+        return hashlib.sha256(made_of.encode()).hexdigest()
 
     def kept_of(self, size: int) -> int:
         """How many of `size` entries the density keeps, before ties with the last."""

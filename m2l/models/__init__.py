@@ -9,6 +9,7 @@ methods called here; a new one is a line in `_FAMILIES`.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,6 +38,7 @@ __all__ = [
     "hidden",
     "init",
     "kernel_inputs",
+    "parameters",
     "spec",
     "start_decoding",
     "to_dict",
@@ -105,6 +107,11 @@ def spec(config: Config) -> dict[str, Any]:
 
 
 @functools.partial(jax.jit, static_argnums=0)
+def parameters(config: Config) -> int:
+    """How many numbers the model's parameters are."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(spec(config)))
+
+
 def init(config: Config, key: Array) -> dict[str, Any]:
     """Fresh float32 parameters, drawn as the family's authors draw them (T5: as T5X does).
 

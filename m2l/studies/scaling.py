@@ -1,28 +1,27 @@
-"""Paper 1's grid: bases x methods x numbers of experts x seeds, and what each merge is worth.
+"""Paper 1's grid: bases x sizes x methods x numbers of experts x seeds, as a plan.
 
 Source: Yadav et al., "What Matters for Model Merging at Scale?", sections 3 and 4.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import numpy as np
 
 import m2l
-from m2l import models, tasks
-from m2l.errors import ConfigError, UnknownNameError
+from m2l import checkpoints, models, tasks
+from m2l.errors import ConfigError, MergeError, UnknownNameError
 from m2l.evaluation.metrics import GENERATIVE_SCORES
-from m2l.evaluation.normalize import dataset_scores, normalized
-from m2l.evaluation.runner import Result, read_result
-from m2l.merging import METHODS, Recipe
-from m2l.studies.execute import folder
+from m2l.merging import METHODS, Recipe, grid
 from m2l.studies.plan import Plan, Stage
 from m2l.training.settings import TrainSettings, check_types
 
 BASES = ("pretrained", "instruct")
+
+Swept = Mapping[str, Mapping[str, tuple[float, ...]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,29 +29,38 @@ class ScalingStudy:
     """The study's settings.
 
     Attributes:
-        model: The model's configuration.
+        models: By the name of a size ("1B"), the model's configuration; from small to large.
         pretrain: How the pretrained base is made from a random model.
         instruct: How the instruction-tuned base is made from the pretrained one.
         expert: How an expert is made from a base; its mixture is a category's.
         multitask: How the multitask model is made from a base; its mixture is all categories.
         categories: The held-in categories, one expert each.
         held_out: The held-out categories, by which every model is evaluated.
-        recipes: The merge methods with their hyper-parameters.
+        recipes: The merge methods with their hyper-parameters, as far as these are not swept.
+        swept: By method, by setting, the values to choose from; the paper does not tell its own.
+            They are chosen for each size, base, method and number of experts by the mean
+            normalised performance on the constituents' tasks, on examples of their own.
         expert_counts: How many experts are merged.
-        seeds: Each draws the constituents of a merge (the same for every base and method) and is
-            the seed of the methods that need randomness.
+        seeds: Each draws the constituents of a merge (the same for every size, base and method)
+            and is the seed of the methods that need randomness.
+        given: By the name of a stage ("bases/1B/pretrained"), the checkpoint that takes its place.
+        keep_merges: Whether merged models are kept as checkpoints; they are made in memory,
+            evaluated and dropped otherwise.
         vocabulary: The vocabulary's name.
         source: Where the raw records come from.
         split: The split that everything is evaluated on.
         original_only: Whether models are evaluated by those prompts alone that ask what the
             dataset was made to ask, as T0 is; experts are trained on all prompts.
+        max_prompts: Prompts of each dataset to evaluate by; 0: all.
         max_examples: Examples of each task at most.
+        choosing_prompts: Prompts of each dataset to choose by; 0: all.
+        choosing_examples: Examples of each task to choose by; none of them is evaluated on.
         eval_batch_size: Examples in an evaluation batch.
         generative_score: What stands for a task in free text: "decoding" (its headline metric on
             what the model writes) or "likelihood" (of the references; nothing is decoded).
     """
 
-    model: Any
+    models: Mapping[str, Any]
     pretrain: TrainSettings
     instruct: TrainSettings
     expert: TrainSettings
@@ -60,13 +68,19 @@ class ScalingStudy:
     categories: tuple[str, ...]
     held_out: tuple[str, ...]
     recipes: tuple[Recipe, ...]
+    swept: Swept = dataclasses.field(default_factory=dict)
     expert_counts: tuple[int, ...] = (2, 4)
     seeds: tuple[int, ...] = (0, 1)
+    given: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    keep_merges: bool = False
     vocabulary: str = "microworld"
     source: str = "microworld"
     split: str = "validation"
     original_only: bool = True
+    max_prompts: int = 0
     max_examples: int = 100
+    choosing_prompts: int = 1
+    choosing_examples: int = 20
     eval_batch_size: int = 32
     generative_score: str = "decoding"
 
@@ -90,11 +104,21 @@ class ScalingStudy:
             if not isinstance(getattr(self, name), TrainSettings):
                 raise ConfigError(f"ScalingStudy.{name}: expected @Train(), found a plain value")
         methods = tuple(recipe.method for recipe in self.recipes)
-        for name, value in (("recipes", methods), ("seeds", self.seeds)):
+        for name, value in (
+            ("recipes", methods),
+            ("seeds", self.seeds),
+            ("expert_counts", self.expert_counts),
+        ):
             if len(set(value)) < len(value):
                 raise ConfigError(f"ScalingStudy.{name}: {value!r} has one of them twice")
-        if min(self.seeds) < 0 or self.max_examples < 1 or self.eval_batch_size < 1:
-            raise ConfigError("ScalingStudy: seeds are 0 or more, numbers of examples 1 or more")
+        for name in ("max_examples", "choosing_examples", "eval_batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"ScalingStudy.{name}: expected 1 or more")
+        for name in ("max_prompts", "choosing_prompts"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"ScalingStudy.{name}: expected 0 (all) or more")
+        if min(self.seeds) < 0:
+            raise ConfigError("ScalingStudy.seeds: expected 0 or more")
         if self.generative_score not in GENERATIVE_SCORES:
             raise UnknownNameError(
                 "ScalingStudy.generative_score", self.generative_score, GENERATIVE_SCORES
@@ -105,14 +129,62 @@ class ScalingStudy:
                     f"ScalingStudy.expert_counts: {count} experts, but "
                     f"{len(self.categories)} categories"
                 )
+        self._check_models()
+        self._check_swept(methods)
+
+    def _check_models(self) -> None:
+        if not isinstance(self.models, Mapping) or not self.models:
+            raise ConfigError(
+                "ScalingStudy.models: expected the configurations by size, such as "
+                f"{{'1M': @T5()}}, found {self.models!r}"
+            )
+        for size, config in self.models.items():
+            if not isinstance(config, models.Config) or "/" in size:
+                raise ConfigError(f"ScalingStudy.models: {size!r}: {config!r} is not a model")
+        if not isinstance(self.given, Mapping):
+            raise ConfigError(f"ScalingStudy.given: expected {{stage: DIR}}, found {self.given!r}")
+
+    def _check_swept(self, methods: tuple[str, ...]) -> None:
+        if not isinstance(self.swept, Mapping):
+            raise ConfigError(f"ScalingStudy.swept: expected a dict, found {self.swept!r}")
+        checked = {}
+        for method, settings in self.swept.items():
+            if method not in methods:
+                raise UnknownNameError("ScalingStudy.swept: method", method, methods)
+            if not isinstance(settings, Mapping) or not settings:
+                raise ConfigError(
+                    f"ScalingStudy.swept: {method}: expected the values by setting, such as "
+                    f"{{'scale': [0.5, 1]}}, found {settings!r}"
+                )
+            checked[method] = {name: tuple(values) for name, values in settings.items()}
+        object.__setattr__(self, "swept", checked)
+        for recipe in self.recipes:
+            try:
+                candidates(self, recipe)
+            except MergeError as error:
+                raise ConfigError(f"ScalingStudy.swept: {error}") from error
+
+
+def candidates(study: ScalingStudy, recipe: Recipe) -> list[Recipe]:
+    """The recipes that a method's hyper-parameters are chosen from; one: nothing is to choose."""
+    swept = study.swept.get(recipe.method)
+    if not swept:
+        return [recipe]
+    known = METHODS[recipe.method].hyper_parameters
+    for name in swept:
+        if name not in known:
+            raise UnknownNameError(f"setting of {recipe.method} to sweep", name, known)
+    fixed = {f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe)}
+    return grid({name: value for name, value in fixed.items() if name not in swept}, swept)
 
 
 def check_mixtures(study: ScalingStudy) -> None:
-    """Refuses names that the registry does not know, before anything is trained.
+    """Refuses names that nothing answers to, before anything is trained.
 
     Raises:
-        UnknownNameError: no such source or mixture.
+        UnknownNameError: no such source, mixture or stage.
         ConfigError: something is named as a category that is none.
+        CheckpointError: a given checkpoint is unusable.
     """
     tasks.use(study.source)
     for settings in (study.pretrain, study.instruct):
@@ -121,194 +193,189 @@ def check_mixtures(study: ScalingStudy) -> None:
         found = {tasks.info(task).category for task in tasks.tasks_in(category)}
         if found != {category}:
             raise ConfigError(f"{category!r} is not a task category; its tasks are of {found}")
+    trained = [stage.name for stage in _trained(study)]
+    for name in study.given:
+        if name not in trained:
+            raise UnknownNameError("ScalingStudy.given: stage", name, trained)
 
 
 def constituents(study: ScalingStudy, count: int, seed: int) -> tuple[str, ...]:
-    """The categories whose experts are merged: a draw by seed, whatever the base and method."""
+    """The categories whose experts are merged: a draw by seed, whatever else."""
     drawn = np.random.default_rng((seed, count)).permutation(len(study.categories))[:count]
     return tuple(study.categories[index] for index in sorted(drawn))
 
 
 @dataclasses.dataclass(frozen=True)
 class Merge:
-    """One cell of the grid. Cells that would merge the same experts the same way share a stage."""
+    """One cell of the grid. Cells that would merge the same experts the same way share a model.
 
+    Attributes:
+        recipe: With the cell's seed; what is swept is not chosen yet.
+        model: The model's name, under which its results lie.
+        stage: The stage that makes it, with all others of the same experts.
+    """
+
+    size: str
     base: str
     recipe: Recipe
     count: int
     seed: int
     categories: tuple[str, ...]
     stage: str
+    model: str
 
 
 def merges(study: ScalingStudy) -> Iterator[Merge]:
     """Every cell of the grid."""
-    for base in BASES:
-        for recipe in study.recipes:
-            for count in study.expert_counts:
-                for seed in study.seeds:
-                    categories = constituents(study, count, seed)
-                    seeded = dataclasses.replace(recipe, seed=seed)
-                    label = "+".join(categories) if count < len(study.categories) else "all"
-                    label += f"-seed{seed}" if METHODS[recipe.method].draws else ""
-                    stage = f"merges/{base}/{recipe.method}/{label}"
-                    yield Merge(base, seeded, count, seed, categories, stage)
+    for size in study.models:
+        for base in BASES:
+            for recipe in study.recipes:
+                for count in study.expert_counts:
+                    for seed in study.seeds:
+                        categories = constituents(study, count, seed)
+                        whole = count == len(study.categories)
+                        of = "all" if whole else "+".join(categories)
+                        stage = f"results/merges/{size}/{base}/{of}"
+                        draws = METHODS[recipe.method].draws
+                        name = recipe.method + (f"-seed{seed}" if draws else "")
+                        seeded = dataclasses.replace(recipe, seed=seed) if draws else recipe
+                        model = f"{stage.removeprefix('results/')}/{name}"
+                        yield Merge(size, base, seeded, count, seed, categories, stage, model)
 
 
-def plan(study: ScalingStudy) -> Plan:
-    """The study's stages: bases, experts, multitask models, merges, and the evaluation of each."""
-    data = {"data": [study.vocabulary, study.source], "m2l": m2l.__version__}
-    trained_on = {**data, "model": models.to_dict(study.model)}
-    evaluated_on = {
-        **data,
+def _data(study: ScalingStudy) -> dict[str, Any]:
+    return {"data": [study.vocabulary, study.source], "m2l": m2l.__version__}
+
+
+def _trained(study: ScalingStudy) -> Iterator[Stage]:
+    """Bases, experts and multitask models, size by size."""
+    for size, config in study.models.items():
+
+        def train(name: str, settings: TrainSettings, init: str | None = None) -> Stage:
+            if name in study.given:
+                directory = checkpoints.resolve(Path(study.given[name]))
+                digest = checkpoints.read_manifest(directory).digest
+                return Stage(name, "given", {"checkpoint": str(directory), "digest": digest})
+            decided_by = {
+                **_data(study),
+                "model": models.to_dict(config),  # noqa: B023
+                "settings": dataclasses.asdict(settings),
+            }
+            return Stage(name, "train", decided_by, {"init": init} if init else {})
+
+        pretrained, instruct = (f"bases/{size}/{base}" for base in BASES)
+        yield train(pretrained, study.pretrain)
+        yield train(instruct, study.instruct, pretrained)
+        for base in BASES:
+            for category in study.categories:
+                settings = dataclasses.replace(study.expert, mixture=category)
+                yield train(f"experts/{size}/{base}/{category}", settings, f"bases/{size}/{base}")
+            settings = dataclasses.replace(study.multitask, mixture="+".join(study.categories))
+            yield train(f"multitask/{size}/{base}", settings, f"bases/{size}/{base}")
+
+
+def _evaluated_on(study: ScalingStudy) -> dict[str, Any]:
+    return {
+        **_data(study),
         "split": study.split,
         "original_only": study.original_only,
+        "prompts": study.max_prompts,
         "max_examples": study.max_examples,
         "batch_size": study.eval_batch_size,
         "generative_score": study.generative_score,
         "lengths": {"inputs": study.expert.input_length, "targets": study.expert.target_length},
+        "all_categories": list(study.categories + study.held_out),
     }
 
-    def train(name: str, settings: TrainSettings, init: str | None = None) -> Stage:
-        decided_by = {**trained_on, "settings": dataclasses.asdict(settings)}
-        return Stage(name, "train", decided_by, {"init": init} if init else {})
 
-    def evaluate(model: str, categories: tuple[str, ...]) -> Stage:
-        settings = {**evaluated_on, "categories": list(categories)}
-        return Stage(f"results/{model}", "evaluate", settings, {"model": model})
+def plan(study: ScalingStudy) -> Plan:
+    """The study's stages: what is trained, the evaluations of it, choices, and merges.
 
+    A stage of kind "merge" makes all merges of one set of experts and evaluates them, so that the
+    experts are read once; "choose" finds the hyper-parameters for one number of experts.
+    """
+    evaluated_on = _evaluated_on(study)
     everything = study.categories + study.held_out
-    stages = [
-        train("bases/pretrained", study.pretrain),
-        train("bases/instruct", study.instruct, "bases/pretrained"),
-    ]
-    for base in BASES:
-        for category in study.categories:
-            settings = dataclasses.replace(study.expert, mixture=category)
-            stages.append(train(f"experts/{base}/{category}", settings, f"bases/{base}"))
-        together = dataclasses.replace(study.multitask, mixture="+".join(study.categories))
-        stages.append(train(f"multitask/{base}", together, f"bases/{base}"))
-    for base in BASES:
-        stages.append(evaluate(f"bases/{base}", everything))
-        for category in study.categories:
-            stages.append(evaluate(f"experts/{base}/{category}", (category,)))
-        stages.append(evaluate(f"multitask/{base}", everything))
-    planned = set()
+    stages = list(_trained(study))
+    for stage in list(stages):
+        kind, *_, last = stage.name.split("/")
+        categories = (last,) if kind == "experts" else everything
+        settings = {**evaluated_on, "categories": list(categories)}
+        stages.append(Stage(f"results/{stage.name}", "evaluate", settings, {"model": stage.name}))
+    stages += _choices(study, evaluated_on)
+    groups: dict[str, list[Merge]] = {}
     for merge in merges(study):
-        if merge.stage in planned:
-            continue
-        planned.add(merge.stage)
-        inputs = {"base": f"bases/{merge.base}"}
-        for index, category in enumerate(merge.categories):
-            inputs[f"expert_{index:02d}"] = f"experts/{merge.base}/{category}"
-        stages.append(Stage(merge.stage, "merge", merge.recipe.to_dict(), inputs))
-        stages.append(evaluate(merge.stage, merge.categories + study.held_out))
+        groups.setdefault(merge.stage, []).append(merge)
+    for name, cells in groups.items():
+        first = cells[0]
+        recipes = {cell.model.rsplit("/", 1)[-1]: cell.recipe.to_dict() for cell in cells}
+        settings = {
+            **evaluated_on,
+            "categories": list(first.categories + study.held_out),
+            "recipes": recipes,
+            "keep": study.keep_merges,
+        }
+        inputs = _constituents(first.size, first.base, first.categories)
+        if study.swept:
+            inputs["choice"] = choice(first.size, first.base, first.count)
+        stages.append(Stage(name, "merge", settings, inputs))
     return Plan(stages)
 
 
-# --- from results to the paper's figures ---
+def _constituents(size: str, base: str, categories: tuple[str, ...]) -> dict[str, str]:
+    inputs = {"base": f"bases/{size}/{base}"}
+    for category in categories:
+        inputs[f"expert/{category}"] = f"experts/{size}/{base}/{category}"
+    return inputs
 
 
-def results(out: Path, model: str) -> dict[str, Result]:
-    """A model's results by task name."""
-    paths = sorted(folder(out, f"results/{model}").glob("*.json"))
-    return {path.stem: read_result(path) for path in paths}
+def choice(size: str, base: str, count: int) -> str:
+    """The stage that chooses the hyper-parameters of merges of so many experts."""
+    return f"choices/{size}/{base}/{count}"
 
 
-def _of(results: Mapping[str, Result], categories: tuple[str, ...]) -> list[Result]:
-    return [result for result in results.values() if result.category in categories]
-
-
-def performance_rows(study: ScalingStudy, out: Path) -> list[dict[str, Any]]:
-    """Normalised performance of every cell, and of the multitask model on the same tasks.
-
-    Returns:
-        Rows with base, method ("multitask" among them), experts, seed, constituents, held_in
-        (reference: each task's expert) and held_out (reference: the base model).
-    """
-    rows = []
-    for base in BASES:
-        of_base = results(out, f"bases/{base}")
-        of_experts = {
-            task: result
-            for category in study.categories
-            for task, result in results(out, f"experts/{base}/{category}").items()
-            if result.category == category
-        }
-        of_multitask = results(out, f"multitask/{base}")
-        seen = set()
-        for merge in (merge for merge in merges(study) if merge.base == base):
-            models_here = {merge.recipe.method: results(out, merge.stage)}
-            if (merge.count, merge.seed) not in seen:
-                seen.add((merge.count, merge.seed))
-                models_here["multitask"] = of_multitask
-            for method, found in models_here.items():
-                rows.append(
-                    {
-                        "base": base,
-                        "method": method,
-                        "experts": merge.count,
-                        "seed": merge.seed,
-                        "constituents": "+".join(merge.categories),
-                        "held_in": normalized(_of(found, merge.categories), of_experts),
-                        "held_out": normalized(_of(found, study.held_out), of_base),
-                    }
-                )
-    return rows
-
-
-def expert_rows(study: ScalingStudy, out: Path) -> list[dict[str, Any]]:
-    """What each expert gained over its base on its own category, in points (percent).
-
-    Returns:
-        Rows with base, category, dataset, before (the base's score), expert and multitask: means
-        over the dataset's prompts.
-    """
-    rows = []
-    for base in BASES:
-        of_base, of_multitask = results(out, f"bases/{base}"), results(out, f"multitask/{base}")
-        for category in study.categories:
-            of_expert = results(out, f"experts/{base}/{category}")
-            before = dataset_scores(_of(of_base, (category,)))
-            after = dataset_scores(_of(of_expert, (category,)))
-            together = dataset_scores(_of(of_multitask, (category,)))
-            for dataset in before:
-                rows.append(
-                    {
-                        "base": base,
-                        "category": category,
-                        "dataset": dataset,
-                        "before": before[dataset],
-                        "expert": after[dataset],
-                        "multitask": together[dataset],
-                    }
-                )
-    return rows
-
-
-def held_out_rows(study: ScalingStudy, out: Path) -> list[dict[str, Any]]:
-    """The scores of bases and multitask models on the held-out datasets, with chance beside."""
-    rows = []
-    for base in BASES:
-        of_base, of_multitask = results(out, f"bases/{base}"), results(out, f"multitask/{base}")
-        held_out = _of(of_base, study.held_out)
-        together = dataset_scores(_of(of_multitask, study.held_out))
-        for dataset, score in dataset_scores(held_out).items():
-            chance = [
-                result.metrics["chance"]
-                for result in held_out
-                if result.dataset == dataset and "chance" in result.metrics
-            ]
-            rows.append(
-                {
-                    "base": base,
-                    "dataset": dataset,
-                    "before": score,
-                    "multitask": together[dataset],
-                    "chance": fmean(chance) if chance else 0.0,
+def _choices(study: ScalingStudy, evaluated_on: Mapping[str, Any]) -> Iterator[Stage]:
+    if not study.swept:
+        return
+    for size in study.models:
+        for base in BASES:
+            for count in study.expert_counts:
+                sets = dict.fromkeys(constituents(study, count, seed) for seed in study.seeds)
+                drawn = {category for one in sets for category in one}
+                involved = tuple(c for c in study.categories if c in drawn)
+                settings = {
+                    **evaluated_on,
+                    "choosing": [study.choosing_prompts, study.choosing_examples],
+                    "choosing_categories": list(study.categories),
+                    "sets": [list(one) for one in sets],
+                    "candidates": {
+                        recipe.method: [c.to_dict() for c in candidates(study, recipe)]
+                        for recipe in study.recipes
+                        if recipe.method in study.swept
+                    },
+                    "swept": {method: list(of) for method, of in study.swept.items()},
                 }
-            )
-    return rows
+                inputs = _constituents(size, base, involved)
+                yield Stage(choice(size, base, count), "choose", settings, inputs)
+
+
+def counts(of: Plan) -> dict[str, int]:
+    """How many stages of each kind there are."""
+    found: dict[str, int] = {}
+    for stage in of:
+        found[stage.kind] = found.get(stage.kind, 0) + 1
+    return found
+
+
+def merged_models(study: ScalingStudy) -> int:
+    """How many different merged models there are; cells of the grid may share one."""
+    return len({merge.model for merge in merges(study)})
+
+
+def cells(study: ScalingStudy) -> int:
+    """The number of cells of the grid: the paper's 384."""
+    grids = (study.models, BASES, study.recipes, study.expert_counts, study.seeds)
+    return math.prod(map(len, grids))
 
 
 # --- the study's settings on disk ---
@@ -317,7 +384,7 @@ def held_out_rows(study: ScalingStudy, out: Path) -> list[dict[str, Any]]:
 def to_dict(study: ScalingStudy) -> dict[str, Any]:
     """The settings as plain JSON values."""
     fields = dataclasses.asdict(study)
-    fields["model"] = models.to_dict(study.model)
+    fields["models"] = {size: models.to_dict(config) for size, config in study.models.items()}
     fields["recipes"] = [recipe.to_dict() for recipe in study.recipes]
     return fields
 
@@ -328,8 +395,8 @@ def from_dict(fields: Mapping[str, Any]) -> ScalingStudy:
     return ScalingStudy(
         **{
             **fields,
-            "model": models.from_dict(fields["model"]),
-            "recipes": [Recipe(**recipe) for recipe in fields["recipes"]],
+            "models": {size: models.from_dict(of) for size, of in fields["models"].items()},
+            "recipes": [Recipe.from_dict(recipe) for recipe in fields["recipes"]],
             **{run: TrainSettings(**fields[run]) for run in runs},
         }
     )

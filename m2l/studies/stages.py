@@ -1,20 +1,28 @@
-"""What the stages of a study do: train, merge, evaluate, each by its room's own function."""
+"""What a study's stages do: train, evaluate, choose, merge, each by its room's own function."""
 
 import functools
-from collections.abc import Mapping
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import jax
 
-from m2l import checkpoints, models, tasks
+from m2l import checkpoints, files, merging, models, tasks
 from m2l.data import vocabularies
+from m2l.errors import CheckpointError
 from m2l.evaluation import runner
-from m2l.merging import Recipe, merge
+from m2l.evaluation.normalize import normalized
+from m2l.evaluation.runner import Evaluator, Result
+from m2l.merging import Recipe
 from m2l.studies.execute import Run
 from m2l.studies.plan import Stage
 from m2l.training.loop import train
 from m2l.training.settings import TrainSettings
+
+RECIPES = "recipes.json"
 
 
 def run_train(stage: Stage, out: Path, inputs: Mapping[str, Path]) -> None:
@@ -32,79 +40,221 @@ def run_train(stage: Stage, out: Path, inputs: Mapping[str, Path]) -> None:
     )
 
 
-def run_merge(stage: Stage, out: Path, inputs: Mapping[str, Path]) -> None:
-    """Merges the stage's experts; its output is a checkpoint."""
-    # A checkpoint appears under its name only when it is whole.
-    if out.exists():
-        return
-    experts = [path for role, path in sorted(inputs.items()) if role.startswith("expert_")]
-    merge(inputs["base"], experts, Recipe(**stage.settings), out)
+def run_given(stage: Stage, out: Path, inputs: Mapping[str, Path]) -> None:
+    """Links a checkpoint that somebody else trained to the stage's place.
+
+    Raises:
+        CheckpointError: it is another one by now.
+    """
+    directory = Path(stage.settings["checkpoint"])
+    if checkpoints.read_manifest(directory).digest != stage.settings["digest"]:
+        raise CheckpointError(f"{directory}: changed since the study was planned; start it again")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.unlink(missing_ok=True)
+    out.symlink_to(directory, target_is_directory=True)
 
 
-@functools.lru_cache(maxsize=1)
-def _task_data(
-    data: tuple[str, str],
-    names: tuple[str, ...],
-    split: str,
-    lengths: tuple[tuple[str, int], ...],
-    max_examples: int,
-    generative_score: str,
-) -> Mapping[str, runner.TaskData]:
-    vocabulary, source = data
+# --- evaluation ---
+
+
+@functools.lru_cache(maxsize=2)
+def _loaded(asked: str) -> tuple[list[runner.TaskData], dict[str, list[str]]]:
+    """The tasks' data of a study, and by category their names; `asked` is JSON."""
+    how = json.loads(asked)
+    vocabulary, source = how["data"]
     tasks.register(vocabulary=vocabulary, source=source)
-    infos = [tasks.info(name) for name in names]
+    suffix = tasks.ORIGINAL if how["original_only"] else ""
+    names = {category: prompts(category + suffix, how["prompts"]) for category in how["categories"]}
     loaded = runner.load_tasks(
-        infos,
-        split=split,
-        lengths=dict(lengths),
-        max_examples=max_examples,
-        generative_score=generative_score,
+        [tasks.info(name) for of_category in names.values() for name in of_category],
+        split=how["split"],
+        lengths=how["lengths"],
+        max_examples=how["examples"],
+        skip=how["skip"],
+        generative_score=how["generative_score"],
     )
-    return {task.info.name: task for task in loaded}
+    return loaded, names
 
 
-def evaluation(held_in_and_out: tuple[str, ...]) -> Run:
-    """The runner of "evaluate" stages.
+def prompts(mixture: str, most: int) -> list[str]:
+    """The tasks of a mixture that evaluation can score: so many of each dataset, 0: all."""
+    by_dataset: dict[str, list[str]] = defaultdict(list)
+    for name in tasks.tasks_in(mixture):
+        info = tasks.info(name)
+        if info.kind != "train":
+            by_dataset[info.dataset].append(name)
+    return [name for names in by_dataset.values() for name in names[: most or len(names)]]
+
+
+@functools.lru_cache(maxsize=2)
+def _evaluator(asked: str, model: str, batch_size: int) -> Evaluator:
+    loaded, _ = _loaded(asked)
+    vocabulary = vocabularies.load(json.loads(asked)["data"][0])
+    return Evaluator(models.from_dict(json.loads(model)), loaded, vocabulary, batch_size=batch_size)
+
+
+class _Judge:
+    """A study's tasks, made ready once for all models of a size.
 
     Args:
-        held_in_and_out: Every category of the study: their data is read and tokenised once, by the
-            first stage that evaluates, and serves all models.
+        settings: Of a stage that evaluates.
+        model: The models' configuration as a manifest has it.
+        choosing: Whether by the examples to choose by, rather than those to be judged by.
     """
 
-    def run_evaluate(stage: Stage, out: Path, inputs: Mapping[str, Path]) -> None:
-        tasks.use(stage.settings["data"][1])
-        suffix = tasks.ORIGINAL if stage.settings["original_only"] else ""
-        names = {category: _evaluated(category + suffix) for category in held_in_and_out}
-        data = _task_data(
-            tuple(stage.settings["data"]),
-            tuple(name for of_category in names.values() for name in of_category),
-            stage.settings["split"],
-            tuple(sorted(stage.settings["lengths"].items())),
-            stage.settings["max_examples"],
-            stage.settings["generative_score"],
-        )
-        wanted = [name for category in stage.settings["categories"] for name in names[category]]
-        directory = checkpoints.resolve(inputs["model"])
-        manifest = checkpoints.read_manifest(directory)
-        runner.evaluate(
-            models.from_dict(manifest.model),
-            jax.device_put(checkpoints.restore(directory)),
-            [data[name] for name in wanted],
-            out,
-            vocabulary=vocabularies.load(stage.settings["data"][0]),
-            model_digest=manifest.digest,
-            batch_size=stage.settings["batch_size"],
-            description=stage.name,
-        )
+    def __init__(self, settings: Mapping[str, Any], model: Mapping[str, Any], choosing: bool):
+        names = ("data", "original_only", "split", "lengths", "generative_score")
+        how = {name: settings[name] for name in names}
+        how |= {"prompts": settings["prompts"], "examples": settings["max_examples"], "skip": 0}
+        how["categories"] = settings["all_categories"]
+        if choosing:
+            most, examples = settings["choosing"]
+            how |= {"prompts": most, "examples": examples, "skip": settings["max_examples"]}
+            how["categories"] = settings["choosing_categories"]
+        asked = json.dumps(how, sort_keys=True)
+        self._names = _loaded(asked)[1]
+        described = json.dumps(model, sort_keys=True)
+        self._evaluator = _evaluator(asked, described, settings["batch_size"])
 
-    return run_evaluate
+    def _only(self, categories: Sequence[str]) -> list[str]:
+        return [name for category in categories for name in self._names[category]]
 
+    def write(self, params: Any, categories: Sequence[str], out: Path, digest: str) -> None:
+        """A result file for each task of the categories."""
+        what = "/".join(out.parts[out.parts.index("results") + 1 :])
+        only = self._only(categories)
+        self._evaluator.run(params, out, model_digest=digest, only=only, description=what)
 
-def _evaluated(mixture: str) -> list[str]:
-    """The tasks of a mixture that evaluation can score."""
-    return [name for name in tasks.tasks_in(mixture) if tasks.info(name).kind != "train"]
+    def results(self, params: Any, categories: Sequence[str]) -> list[Result]:
+        """The results themselves."""
+        outcomes = self._evaluator.outcomes(params, only=self._only(categories))
+        return [outcome.result for outcome in outcomes]
 
 
-def runners(categories: tuple[str, ...]) -> dict[str, Any]:
-    """By kind of stage, what does it."""
-    return {"train": run_train, "merge": run_merge, "evaluate": evaluation(categories)}
+def run_evaluate(stage: Stage, out: Path, inputs: Mapping[str, Path]) -> None:
+    """Evaluates the stage's model; its output are the results, a file for each task."""
+    directory = checkpoints.resolve(inputs["model"])
+    manifest = checkpoints.read_manifest(directory)
+    judge = _Judge(stage.settings, manifest.model, choosing=False)
+    params = jax.device_put(checkpoints.restore(directory))
+    judge.write(params, stage.settings["categories"], out, manifest.digest)
+
+
+# --- merges ---
+
+
+class _Experts:
+    """A base and its experts in memory, read once for all their merges."""
+
+    def __init__(self, inputs: Mapping[str, Path]):
+        self.paths = {
+            role.removeprefix("expert/"): checkpoints.resolve(path)
+            for role, path in inputs.items()
+            if role == "base" or role.startswith("expert/")
+        }
+        manifests = {name: checkpoints.read_manifest(path) for name, path in self.paths.items()}
+        self.model = manifests["base"].model
+        self._digests = {name: manifest.digest for name, manifest in manifests.items()}
+        self._params = {
+            name: jax.device_put(checkpoints.restore(path)) for name, path in self.paths.items()
+        }
+
+    def expert(self, category: str) -> Any:
+        """The parameters of a category's expert."""
+        return self._params[category]
+
+    def merged(self, recipe: Recipe, categories: Sequence[str]) -> tuple[Any, str]:
+        """The merge of these categories' experts, and its digest."""
+        base = self._params["base"] if merging.METHODS[recipe.method].needs_base else None
+        params = merging.merge_params(base, [self._params[c] for c in categories], recipe)
+        of_base = self._digests["base"] if base is not None else None
+        return params, recipe.identity(of_base, [self._digests[c] for c in categories])
+
+    def keep(self, recipe: Recipe, categories: Sequence[str], out: Path) -> None:
+        """Writes the merge as a checkpoint."""
+        base = self.paths["base"] if merging.METHODS[recipe.method].needs_base else None
+        merging.merge(base, [self.paths[c] for c in categories], recipe, out)
+
+
+def run_choose(stage: Stage, out: Path, inputs: Mapping[str, Path]) -> None:
+    """Finds each method's hyper-parameters; its output is a file METHOD.json for each.
+
+    The score of a candidate is its mean normalised performance on its constituents' tasks, over
+    the sets of constituents, by examples that no model is judged by.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    left = [m for m in stage.settings["candidates"] if not (out / f"{m}.json").exists()]
+    if not left:
+        return
+    experts, sets = _Experts(inputs), stage.settings["sets"]
+    judge = _Judge(stage.settings, experts.model, choosing=True)
+    reference = {
+        result.task: result
+        for category in dict.fromkeys(category for one in sets for category in one)
+        for result in judge.results(experts.expert(category), [category])
+    }
+
+    def score(recipe: Recipe) -> list[float]:
+        """Of each set of constituents."""
+        return [
+            normalized(judge.results(experts.merged(recipe, one)[0], one), reference)
+            for one in sets
+        ]
+
+    for method in left:
+        recipes = [Recipe.from_dict(r) for r in stage.settings["candidates"][method]]
+        points = []
+        for recipe in recipes:
+            by_set = score(recipe)
+            swept = {name: getattr(recipe, name) for name in stage.settings["swept"][method]}
+            points.append({"settings": swept, "score": fmean(by_set), "by_set": by_set})
+        best = max(points, key=lambda point: point["score"])
+        record = {"points": points, "chosen": best["settings"], "sets": sets}
+        files.write(out / f"{method}.json", json.dumps(record, indent=1) + "\n")
+
+
+def run_merge(stage: Stage, out: Path, inputs: Mapping[str, Path]) -> None:
+    """Makes all merges of a set of experts in memory, and evaluates and drops each.
+
+    Its output is a folder of results for each, and recipes.json with the recipes as chosen.
+    """
+    categories = [role.removeprefix("expert/") for role in inputs if role.startswith("expert/")]
+    experts = _Experts(inputs)
+    judge = _Judge(stage.settings, experts.model, choosing=False)
+    out.mkdir(parents=True, exist_ok=True)
+    chosen = {
+        name: _as_chosen(Recipe.from_dict(recipe), inputs.get("choice"))
+        for name, recipe in stage.settings["recipes"].items()
+    }
+    for name, recipe in chosen.items():
+        if stage.settings["keep"]:
+            kept = _beside(out, name)
+            if not kept.exists():
+                experts.keep(recipe, categories, kept)
+        params, digest = experts.merged(recipe, categories)
+        judge.write(params, stage.settings["categories"], out / name, digest)
+    recipes = {name: recipe.to_dict() for name, recipe in chosen.items()}
+    files.write(out / RECIPES, json.dumps(recipes, indent=1) + "\n")
+
+
+def _beside(results: Path, name: str) -> Path:
+    """Where the checkpoint of a merge lies whose results lie under results/."""
+    parts = list(results.parts)
+    del parts[parts.index("results")]
+    return Path(*parts) / name
+
+
+def _as_chosen(recipe: Recipe, choice: Path | None) -> Recipe:
+    file = choice and choice / f"{recipe.method}.json"
+    if not file or not file.exists():
+        return recipe
+    return Recipe.from_dict(recipe.to_dict() | files.read_json(file)["chosen"])
+
+
+RUNNERS: Mapping[str, Run] = {
+    "train": run_train,
+    "given": run_given,
+    "evaluate": run_evaluate,
+    "choose": run_choose,
+    "merge": run_merge,
+}

@@ -46,6 +46,19 @@ def of_step(config: Any, rows: int, inputs: int, targets: int) -> float:
     return 6.0 * rows * _multiply_adds(config, inputs, targets)
 
 
+def of_evaluation(config: Any, rows: int, inputs: int, targets: int, choices: int = 1) -> float:
+    """Floating-point operations of scoring examples: forward, the inputs once for all choices.
+
+    Args:
+        config: The model's configuration.
+        rows: Examples.
+        inputs: Tokens of an example's inputs.
+        targets: Tokens of one of its choices.
+        choices: How many it has.
+    """
+    return 2.0 * rows * _multiply_adds(config, inputs, targets * choices)
+
+
 def _multiply_adds(config: T5Config | LlamaConfig, inputs: int, targets: int) -> float:
     """Of a row, forward."""
     if isinstance(config, LlamaConfig):

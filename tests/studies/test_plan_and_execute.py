@@ -1,10 +1,12 @@
 import json
+import os
 import shutil
+import time
 
 import pytest
 
-from m2l.errors import UnknownNameError
-from m2l.studies import execute
+from m2l.errors import ConfigError, UnknownNameError
+from m2l.studies import execute, executors
 from m2l.studies.plan import Plan, Stage
 
 
@@ -92,6 +94,61 @@ def test_a_stage_that_broke_off_is_run_again_over_what_it_left(tmp_path):
     assert execute.state(plan(), tmp_path, "merged") == "missing"
     assert run(plan(), tmp_path) == ["expert", "merged", "other"]
     assert (tmp_path / "expert" / "half").exists()
+
+
+class Failing(Recorder):
+    """Fails at the expert, of which one other stage is made."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def __call__(self, stage, out, inputs):
+        if stage.name == "expert":
+            raise self.error
+        super().__call__(stage, out, inputs)
+
+
+@pytest.mark.parametrize(
+    ("error", "bugs"), [(ConfigError("too small"), False), (ValueError("too small"), True)]
+)
+def test_a_stage_that_fails_is_named_and_the_others_go_on(tmp_path, capfd, error, bugs):
+    failing = Failing(error)
+    outcome = execute.execute(plan(), tmp_path, {"train": failing, "merge": failing})
+    assert outcome.ran == ["base", "other"] and outcome.blocked == ["merged"]
+    assert list(outcome.failed) == ["expert"] and "too small" in outcome.failed["expert"]
+    assert outcome.bugs is bugs
+    assert "expert failed" in capfd.readouterr().err
+    assert "too small" in (tmp_path / "stages" / "expert.error").read_text()
+    assert run(plan(), tmp_path) == ["expert", "merged"]
+
+
+def test_processes_that_share_a_folder_share_the_stages(tmp_path):
+    def stage(number):
+        return Stage(f"stage_{number}", "train", {}, {"init": "first"})
+
+    of = Plan([Stage("first", "train", {}), *map(stage, range(12))])
+    workers = []
+    for _ in range(3):
+        if (worker := os.fork()) == 0:
+            recorder = Recorder()
+
+            def slowly(stage, out, inputs, recorder=recorder):
+                time.sleep(0.05)  # so that others find it under way
+                recorder(stage, out, inputs)
+
+            execute.execute(of, tmp_path, {"train": slowly})
+            (tmp_path / f"ran_{os.getpid()}").write_text("\n".join(recorder.ran))
+            os._exit(0)
+        workers.append(worker)
+    assert [os.waitpid(worker, 0)[1] for worker in workers] == [0, 0, 0]
+    ran = [path.read_text().split() for path in tmp_path.glob("ran_*")]
+    assert sorted(name for names in ran for name in names) == sorted(stage.name for stage in of)
+    assert sum(map(bool, ran)) > 1
+
+
+def test_levels_hold_what_can_run_side_by_side():
+    assert executors.levels(plan()) == [["base", "other"], ["expert"], ["merged"]]
 
 
 def test_what_another_digest_began_is_thrown_away(tmp_path):

@@ -8,7 +8,7 @@ from m2l.merging import Recipe
 from m2l.studies import scaling
 
 
-def test_constituents_are_the_same_for_every_base_and_method(study):
+def test_constituents_are_the_same_for_every_size_base_and_method(study):
     drawn = {}
     for merge in scaling.merges(study):
         drawn.setdefault((merge.count, merge.seed), set()).add(merge.categories)
@@ -18,34 +18,88 @@ def test_constituents_are_the_same_for_every_base_and_method(study):
 
 
 def test_every_cell_of_the_grid_is_there(study):
-    cells = {(m.base, m.recipe.method, m.count, m.seed) for m in scaling.merges(study)}
-    assert len(cells) == 2 * 2 * 2 * 3
+    cells = {(m.size, m.base, m.recipe.method, m.count, m.seed) for m in scaling.merges(study)}
+    assert len(cells) == scaling.cells(study) == 2 * 2 * 2 * 2 * 3
 
 
 def test_merges_of_the_same_experts_in_the_same_way_are_made_once(study):
-    stages = {(m.base, m.recipe.method, m.count): set() for m in scaling.merges(study)}
+    made = {}
     for merge in scaling.merges(study):
-        stages[merge.base, merge.recipe.method, merge.count].add(merge.stage)
-    assert len(stages["instruct", "average", 4]) == 1
+        key = merge.size, merge.base, merge.recipe.method, merge.count
+        made.setdefault(key, set()).add(merge.model)
+    assert len(made["0.1M", "instruct", "average", 4]) == 1
     # Its draws of what to drop differ by seed.
-    assert len(stages["instruct", "dare_ties", 4]) == 3
+    assert len(made["0.1M", "instruct", "dare_ties", 4]) == 3
+
+
+def test_all_merges_of_a_set_of_experts_are_one_stage_that_reads_them_once(study):
+    plan = scaling.plan(study)
+    stages = [stage for stage in plan if stage.kind == "merge"]
+    read = [tuple(sorted(stage.inputs.values())) for stage in stages]
+    assert len(set(read)) == len(read)
+    planned = {f"{stage.name}/{name}" for stage in stages for name in stage.settings["recipes"]}
+    assert planned == {f"results/{merge.model}" for merge in scaling.merges(study)}
 
 
 def test_the_plan_reads_what_the_paper_compares(study):
     plan = scaling.plan(study)
-    kinds = [stage.kind for stage in plan]
-    assert kinds.count("train") == 2 + 2 * (4 + 1)
-    for stage in plan:
-        if stage.kind == "merge":
-            assert stage.inputs["base"] == f"bases/{stage.name.split('/')[1]}"
-    # A merge of sentiment and another is not evaluated on what neither was trained on.
+    assert scaling.counts(plan)["train"] == 2 * (2 + 2 * (4 + 1))
     for merge in scaling.merges(study):
-        evaluated = plan[f"results/{merge.stage}"].settings["categories"]
-        assert evaluated == [*merge.categories, "natural_language_inference"]
+        stage = plan[merge.stage]
+        assert stage.inputs["base"] == f"bases/{merge.size}/{merge.base}"
+        # A merge of sentiment and another is not evaluated on what neither was trained on.
+        expected = [*merge.categories, "natural_language_inference"]
+        assert stage.settings["categories"] == expected
 
 
 def test_settings_survive_the_disk(study):
-    assert scaling.from_dict(json.loads(json.dumps(scaling.to_dict(study)))) == study
+    swept = dataclasses.replace(study, swept={"dare_ties": {"scale": (0.5, 1.0)}})
+    for one in (study, swept):
+        assert scaling.from_dict(json.loads(json.dumps(scaling.to_dict(one)))) == one
+
+
+def test_what_is_swept_is_chosen_by_a_stage_that_the_merges_read(study):
+    swept = {"dare_ties": {"scale": (0.5, 1.0), "drop_rate": (0.1, 0.9)}}
+    study = dataclasses.replace(study, swept=swept)
+    plan = scaling.plan(study)
+    assert scaling.counts(plan)["choose"] == 2 * 2 * 2
+    for merge in scaling.merges(study):
+        choice = plan[plan[merge.stage].inputs["choice"]]
+        assert choice.name == f"choices/{merge.size}/{merge.base}/{merge.count}"
+        assert list(merge.categories) in choice.settings["sets"]
+        assert set(choice.settings["candidates"]) == {"dare_ties"}
+    recipes = scaling.candidates(study, study.recipes[1])
+    assert [(r.scale, r.drop_rate) for r in recipes] == [(0.5, 0.1), (0.5, 0.9), (1, 0.1), (1, 0.9)]
+    assert scaling.candidates(study, study.recipes[0]) == [study.recipes[0]]
+
+
+def test_a_changed_sweep_changes_choices_and_merges_and_nothing_trained(study):
+    before = scaling.plan(dataclasses.replace(study, swept={"dare_ties": {"scale": (0.5, 1.0)}}))
+    after = scaling.plan(dataclasses.replace(study, swept={"dare_ties": {"scale": (0.5, 2.0)}}))
+    changed = {s.kind for s in after if after.digest(s.name) != before.digest(s.name)}
+    same = {s.kind for s in after if after.digest(s.name) == before.digest(s.name)}
+    assert (changed, same) == ({"choose", "merge"}, {"train", "evaluate"})
+
+
+def test_a_size_more_changes_no_stage_of_the_others(study, tiny_config):
+    larger = {**study.models, "1M": dataclasses.replace(tiny_config, d_model=64)}
+    before, after = (
+        scaling.plan(dataclasses.replace(study, models=m)) for m in (study.models, larger)
+    )
+    assert len(after) == len(before) * 3 // 2
+    assert all(after.digest(stage.name) == before.digest(stage.name) for stage in before)
+
+
+def test_a_given_checkpoint_takes_a_stages_place(study, road):
+    name = "experts/0.1M/instruct/sentiment"
+    given = dataclasses.replace(study, given={name: str(road / "sentiment")})
+    scaling.check_mixtures(given)
+    plan = scaling.plan(given)
+    assert plan[name].kind == "given" and not plan[name].inputs
+    assert plan[name].settings["digest"]
+    wrong = dataclasses.replace(study, given={"experts/0.1M/sentiment": str(road / "sentiment")})
+    with pytest.raises(UnknownNameError, match=r"experts/0\.1M/"):
+        scaling.check_mixtures(wrong)
 
 
 @pytest.mark.parametrize(
@@ -56,15 +110,35 @@ def test_settings_survive_the_disk(study):
         ({"seeds": (1, 1)}, "twice"),
         ({"seeds": (-1,)}, "0 or more"),
         ({"expert_counts": (2.5,)}, "not all int"),
+        ({"expert_counts": (2, 2)}, "twice"),
         ({"recipes": (Recipe(method="ties"), Recipe(method="ties", scale=0.5))}, "twice"),
         ({"recipes": ("ties",)}, "not all Recipe"),
         ({"pretrain": "quick"}, "expected @Train"),
         ({"split": 3}, "expected str"),
+        ({"models": {}}, "configurations by size"),
+        ({"models": {"1M": "t5"}}, "not a model"),
+        ({"max_prompts": -1}, "max_prompts"),
+        ({"swept": {"dare_ties": {"drop_rate": (1.5,)}}}, "drop_rate must be"),
+        ({"swept": {"dare_ties": {}}}, "values by setting"),
+        ({"swept": {"dare_ties": {"scale": ()}}}, "no values"),
     ],
 )
 def test_a_bad_setting_is_refused(study, change, said):
     with pytest.raises(ConfigError, match=said):
         dataclasses.replace(study, **change)
+
+
+@pytest.mark.parametrize(
+    ("swept", "said"),
+    [
+        ({"tyes": {"scale": (1.0,)}}, "'tyes'"),
+        ({"average": {"scale": (1.0,)}}, "'scale'"),
+        ({"dare_ties": {"drop_rates": (0.5,)}}, "'drop_rate'"),
+    ],
+)
+def test_an_unknown_name_in_a_sweep_is_refused(study, swept, said):
+    with pytest.raises(UnknownNameError, match=said):
+        dataclasses.replace(study, swept=swept)
 
 
 def test_what_stands_for_free_text_is_known_and_decides_evaluations_alone(study):
@@ -73,39 +147,9 @@ def test_what_stands_for_free_text_is_known_and_decides_evaluations_alone(study)
     assert study.generative_score == "decoding"
     before = scaling.plan(study)
     after = scaling.plan(dataclasses.replace(study, generative_score="likelihood"))
-    changed = {
-        stage.kind for stage in after if after.digest(stage.name) != before.digest(stage.name)
-    }
-    same = {stage.kind for stage in after if after.digest(stage.name) == before.digest(stage.name)}
-    assert (changed, same) == ({"evaluate"}, {"train", "merge"})
-
-
-def test_held_in_is_in_units_of_the_expert_and_held_out_of_the_base(study, finished_study):
-    rows = scaling.performance_rows(study, finished_study)
-    assert len(rows) == 2 * (2 * 2 * 3 + 2 * 3)
-    for row in rows:
-        names = row["constituents"].split("+")
-        if row["method"] == "multitask":
-            assert row["held_in"] == pytest.approx(60 / 80)
-            assert row["held_out"] == pytest.approx(75 / 50)
-        else:
-            with_sentiment = "sentiment" in names
-            expected = ((len(names) - with_sentiment) * 0.5 + with_sentiment) / len(names)
-            assert row["held_in"] == pytest.approx(expected)
-            assert row["held_out"] in (pytest.approx(1.0), pytest.approx(1.02))
-
-
-def test_expert_rows_hold_the_scores_before_and_after(study, finished_study):
-    rows = scaling.expert_rows(study, finished_study)
-    assert len(rows) == 8
-    assert {
-        (r["before"], r["expert"], r["multitask"]) for r in rows if r["base"] == "instruct"
-    } == {(40.0, 80.0, 60.0)}
-
-
-def test_held_out_rows_hold_chance(study, finished_study):
-    for row in scaling.held_out_rows(study, finished_study):
-        assert (row["before"], row["multitask"], row["chance"]) == (50.0, 75.0, 50.0)
+    changed = {s.kind for s in after if after.digest(s.name) != before.digest(s.name)}
+    same = {s.kind for s in after if after.digest(s.name) == before.digest(s.name)}
+    assert (changed, same) == ({"evaluate", "merge"}, {"train"})
 
 
 def test_names_are_looked_up_before_anything_is_trained(study):

@@ -8,9 +8,10 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
-from m2l import tasks
+from m2l import checkpoints
 
 SMALL = [
     "T5.d_model=16",
@@ -30,7 +31,11 @@ SMALL = [
     "ScalingStudy.recipes=[@average/Merge(), @dare_ties/Merge()]",
     "ScalingStudy.expert_counts=[2]",
     "ScalingStudy.seeds=[0]",
+    "ScalingStudy.swept={'dare_ties': {'scale': [0.5, 1.0]}}",
     "ScalingStudy.max_examples=4",
+    "ScalingStudy.max_prompts=2",
+    "ScalingStudy.choosing_examples=4",
+    "ScalingStudy.generative_score=likelihood",
 ]
 ARGUMENTS = ["study", "--gin_file", "experiments/demo.gin", *(f"--gin.{b}" for b in SMALL)]
 
@@ -40,7 +45,7 @@ def results(out):
     found = {}
     for path in sorted((out / "results").rglob("*.json")):
         result = json.loads(path.read_text())
-        del result["seconds"]
+        result.pop("seconds", None)
         found[str(path.relative_to(out))] = result
     return found
 
@@ -53,30 +58,40 @@ def undisturbed(run_m2l, tmp_path_factory):
 
 
 def test_a_study_holds_a_result_for_every_model_and_task(undisturbed):
-    found = results(undisturbed)
-    sentiment, closed_book, inference = (
-        len(tasks.tasks_in(f"{category}_original"))
-        for category in ("sentiment", "closed_book_qa", "natural_language_inference")
-    )
+    found = {name: of for name, of in results(undisturbed).items() if "recipes" not in name}
+    # Two prompts of each dataset.
+    sentiment, closed_book, inference = 4, 4, 4
     everything = sentiment + closed_book + inference
     # Two bases, two multitask models and four merges on all, two experts of each category on it.
     assert len(found) == 8 * everything + 2 * sentiment + 2 * closed_book
     assert len({result["model_digest"] for result in found.values()}) == 2 + 2 + 4 + 4
 
 
-def test_a_study_killed_at_a_random_moment_ends_with_the_same_results(
-    undisturbed, run_m2l, tmp_path
-):
+def test_what_is_swept_is_chosen_by_the_best_score(undisturbed):
+    for base in ("pretrained", "instruct"):
+        choice = json.loads((undisturbed / f"choices/1M/{base}/2/dare_ties.json").read_text())
+        assert [point["settings"]["scale"] for point in choice["points"]] == [0.5, 1.0]
+        best = max(choice["points"], key=lambda point: point["score"])
+        assert choice["chosen"] == best["settings"]
+        recipes = json.loads(
+            (undisturbed / f"results/merges/1M/{base}/all/recipes.json").read_text()
+        )
+        assert recipes["dare_ties-seed0"]["scale"] == choice["chosen"]["scale"]
+
+
+def test_a_study_killed_at_a_random_moment_ends_with_the_same_results(undisturbed, tmp_path):
     out = tmp_path / "killed"
-    command = [sys.executable, "-c", "from m2l.cli import main; main()", *ARGUMENTS]
-    with subprocess.Popen([*command, "--out", str(out)], stderr=subprocess.PIPE) as process:
+    command = [sys.executable, "-c", "from m2l.cli import main; main()"]
+    with subprocess.Popen([*command, *ARGUMENTS, "--out", out], stderr=subprocess.PIPE) as process:
         # From the first checkpoint on, at a moment that differs from run to run of this test.
-        while not list(out.glob("bases/*/checkpoints/step_*")) and process.poll() is None:
+        while not list(out.glob("bases/*/*/checkpoints/step_*")) and process.poll() is None:
             time.sleep(0.05)
         time.sleep(random.uniform(0, 5))
         assert process.poll() is None, process.stderr.read()
         process.send_signal(signal.SIGKILL)
-    assert run_m2l(*ARGUMENTS, "--out", out) == 0
+    # It goes on by what its folder says, and by two processes that share what is left.
+    together = [*command, "study", "--out", out, "--executor", "processes", "--workers", "2"]
+    assert subprocess.run(together, check=False).returncode == 0
     assert results(out) == results(undisturbed)
 
 
@@ -85,12 +100,46 @@ def test_a_finished_study_runs_nothing(undisturbed, run_m2l, capfd):
     assert "0 of" in capfd.readouterr().out
 
 
-def test_a_changed_merge_reruns_that_merge_and_its_evaluation(undisturbed, run_m2l, capfd):
+def test_a_changed_merge_reruns_that_merge_and_nothing_trained(undisturbed, run_m2l, capfd):
     changed = [*ARGUMENTS, "--gin.dare_ties/Merge.drop_rate=0.9", "--out", undisturbed]
     assert run_m2l(*changed) == 2
     assert "holds another study" in capfd.readouterr().err
     assert run_m2l(*changed, "--update") == 0
     assert "4 of" in capfd.readouterr().out
+
+
+def test_merges_that_are_kept_are_the_checkpoints_that_were_evaluated(undisturbed, run_m2l):
+    before = results(undisturbed)
+    kept = "--gin.ScalingStudy.keep_merges=True"
+    assert run_m2l(*ARGUMENTS, kept, "--update", "--out", undisturbed) == 0
+    found = {name: of for name, of in results(undisturbed).items() if "/average/" in name}
+    assert found == {name: of for name, of in before.items() if "/average/" in name}
+    experts = [
+        checkpoints.flatten(checkpoints.restore(undisturbed / "experts/1M/instruct" / category))
+        for category in ("sentiment", "closed_book_qa")
+    ]
+    merged = checkpoints.flatten(
+        checkpoints.restore(undisturbed / "merges/1M/instruct/all/average")
+    )
+    for name, value in merged.items():
+        mean = (experts[0][name].astype(np.float64) + experts[1][name]) / 2
+        np.testing.assert_allclose(value, mean, rtol=1e-6, atol=1e-9)
+
+
+def test_a_dry_run_prints_the_graph_with_time_and_disk_and_does_nothing(tmp_path, run_m2l, capfd):
+    out = tmp_path / "dry"
+    assert run_m2l(*ARGUMENTS, "--dry_run", "--peak", "1e12", "--out", out) == 0
+    said = capfd.readouterr().out
+    assert not out.exists()
+    assert "experts/1M/instruct/sentiment" in said and "bases/1M/instruct" in said
+    assert "left to do:" in said and "of disk" in said
+
+
+def test_a_study_needs_a_gin_file_or_a_folder_to_go_on_with(tmp_path, run_m2l, capfd):
+    assert run_m2l("study", "--out", tmp_path / "none") == 2
+    assert "--gin_file is missing" in capfd.readouterr().err
+    assert run_m2l("study", "--out", tmp_path, "--gin.ScalingStudy.seeds=[1]") == 2
+    assert "needs a --gin_file" in capfd.readouterr().err
 
 
 def test_the_studys_report_is_made_from_its_results(undisturbed, run_m2l):
