@@ -20,6 +20,14 @@ from m2l.training.settings import TrainSettings
 CATEGORIES = ("sentiment", "topic_classification", "closed_book_qa", "structure_to_text")
 
 
+# The longest files: begun last, they would be waited for when all else is done.
+FIRST = ("studies/test_study.py", "training/test_two_processes.py", "training/test_resuming.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: not item.path.as_posix().endswith(FIRST))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
     """Thresholds, too, are found for a test."""
@@ -49,7 +57,7 @@ def tiny_params(tiny_config):
 def study(tiny_config):
     settings = TrainSettings(mixture="t0_held_in", steps=3)
     return scaling.ScalingStudy(
-        model=tiny_config,
+        models={"0.1M": tiny_config, "0.4M": dataclasses.replace(tiny_config, d_model=32)},
         pretrain=settings,
         instruct=settings,
         expert=settings,
@@ -88,24 +96,32 @@ def finished_study(study, tmp_path_factory):
     """A study's folder with made-up results: scores that can be divided by hand."""
     out = tmp_path_factory.mktemp("study")
     files.claim(out, "study.json", {"kind": "scaling", **scaling.to_dict(study)})
-    nothing = dict.fromkeys(
-        ("train", "merge", "evaluate"), lambda stage, made, inputs: made.mkdir(parents=True)
-    )
-    execute.execute(scaling.plan(study), out, nothing)
-    for base in scaling.BASES:
-        low = 20.0 if base == "pretrained" else 40.0
-        for category in CATEGORIES:
-            write_result(out, f"bases/{base}", category, category, low)
-            write_result(out, f"experts/{base}/{category}", category, category, 80.0)
-            write_result(out, f"multitask/{base}", category, category, 60.0)
-        held_out = "natural_language_inference"
-        write_result(out, f"bases/{base}", "rte", held_out, 50.0)
-        write_result(out, f"multitask/{base}", "rte", held_out, 75.0)
-    for index, merge in enumerate(scaling.merges(study)):
+
+    def nothing(stage, made, inputs):
+        made.mkdir(parents=True)
+        if stage.kind == "merge":
+            files.write(made / "recipes.json", json.dumps(stage.settings["recipes"]))
+            for name in stage.settings["recipes"]:
+                (made / name).mkdir()
+
+    kinds = ("train", "merge", "evaluate", "choose")
+    outcome = execute.execute(scaling.plan(study), out, dict.fromkeys(kinds, nothing))
+    assert not outcome.failed
+    held_out = "natural_language_inference"
+    for size in study.models:
+        for base in scaling.BASES:
+            low = 20.0 if base == "pretrained" else 40.0
+            for category in CATEGORIES:
+                write_result(out, f"bases/{size}/{base}", category, category, low)
+                write_result(out, f"experts/{size}/{base}/{category}", category, category, 80.0)
+                write_result(out, f"multitask/{size}/{base}", category, category, 60.0)
+            write_result(out, f"bases/{size}/{base}", "rte", held_out, 50.0)
+            write_result(out, f"multitask/{size}/{base}", "rte", held_out, 75.0)
+    for merge in scaling.merges(study):
         for category in merge.categories:
             score = 80.0 if category == "sentiment" else 40.0
-            write_result(out, merge.stage, category, category, score)
-        write_result(out, merge.stage, "rte", "natural_language_inference", 50.0 + index % 2)
+            write_result(out, merge.model, category, category, score)
+        write_result(out, merge.model, "rte", held_out, 51.0 if merge.base == "instruct" else 50.0)
     return out
 
 
