@@ -2,7 +2,7 @@
 
     python scripts/document_tasks.py [--check]
 
-fills the tables in README.md and docs/tasks.md between their marks, and writes docs/prompts.md:
+fills the tables in README.md and some of docs/ between their marks, and writes docs/prompts.md:
 every prompt of every dataset, on one record of the microworld. That page is read by people before
 it is committed; the tests compare it with what the prompts say now. --check compares and writes
 nothing.
@@ -20,7 +20,7 @@ import tensorflow as tf
 from m2l import tasks
 from m2l.data.prompts import Dataset, Prompt, Reference, parse
 from m2l.data.rendering import renderer
-from m2l.tasks import registry, sources
+from m2l.tasks import microworld, registry, skills, sources
 
 ROOT = Path(__file__).parents[1]
 
@@ -91,7 +91,59 @@ def origins() -> str:
     )
 
 
-TABLES = {"summary": summary, "datasets": datasets, "origins": origins}
+def _mixtures(dataset: Dataset) -> str:
+    named = [*skills.TRAINING, *skills.EVALUATION]
+    return ", ".join(f"`{name}`" for name in skills.mixtures_of(dataset) if name in named)
+
+
+def skills_embedded() -> str:
+    """docs/skills.md's first table: the microworld's tasks of paper 2."""
+    rows = []
+    for dataset in skills.EMBEDDED:
+        sizes = microworld.SKILLS[dataset.name].splits
+        for prompt in dataset.prompts:
+            rows.append(
+                [
+                    f"`{dataset.task_name(prompt)}`",
+                    _mixtures(dataset),
+                    f"{sizes['train']:,}",
+                    str(sizes["validation"]),
+                    "generate" if prompt.answer_choices is None else "rank",
+                    ", ".join(prompt.metrics),
+                ]
+            )
+    return table(["task", "mixtures", "train", "validation", "kind", "metrics"], rows)
+
+
+def skills_public() -> str:
+    """docs/skills.md's second table: the public sets of paper 2, BBH's 27 as one."""
+    rows = []
+    for name, of_name in groupby(skills.PUBLIC, key=lambda d: d.part_of or d.name):
+        parts = list(of_name)
+        first = parts[0]
+        splits = {split: sum(d.sizes.get(split, 0) for d in parts) for split in first.splits}
+        rows.append(
+            [
+                f"`{name}`",
+                first.hub.repo if len(parts) > 1 else str(first.hub),
+                ", ".join(f"{split} {size:,}" for split, size in splits.items() if size),
+                first.licence,
+                first.paper,
+                ", ".join(dict.fromkeys(metric for p in first.prompts for metric in p.metrics)),
+                _mixtures(first),
+            ]
+        )
+    columns = ["dataset", "Hugging Face Hub", "records", "licence", "to cite", "metrics"]
+    return table([*columns, "mixtures"], rows)
+
+
+TABLES = {
+    "summary": summary,
+    "datasets": datasets,
+    "origins": origins,
+    "skills_embedded": skills_embedded,
+    "skills_public": skills_public,
+}
 
 
 def filled(text: str) -> str:
@@ -150,7 +202,8 @@ def prompts() -> str:
 
 def pages() -> dict[Path, str]:
     """Every page that is written here, as it should be."""
-    made = {path: filled(path.read_text()) for path in (ROOT / "README.md", ROOT / "docs/tasks.md")}
+    pages = [ROOT / name for name in ("README.md", "docs/tasks.md", "docs/skills.md")]
+    made = {path: filled(path.read_text()) for path in pages}
     return {**made, ROOT / "docs/prompts.md": prompts()}
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from m2l import tasks
-from m2l.tasks import sources
+from m2l.tasks import skills, sources
 
 
 def test_the_list_has_every_dataset_with_its_size_licence_and_paper(run_m2l, capsys):
@@ -41,7 +41,8 @@ def test_a_filter_leaves_the_tasks_of_its_datasets(run_m2l, capsys, filters, dat
     assert names == datasets
     prefixes = tuple(name.removesuffix("_r1")[:4] for name in datasets)
     # JSON lines that other tests have registered are listed as well.
-    own = ("flan_", *tasks.OF_CORPUS, *tasks._own)
+    others = [dataset.name for dataset in (*skills.EMBEDDED, *skills.PUBLIC)]
+    own = ("flan_", *others, *tasks.OF_CORPUS, *tasks._own)
     assert all(line.startswith((*prefixes, *own)) for line in lines[2:at] if line[:1].strip())
 
 
