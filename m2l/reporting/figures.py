@@ -1,109 +1,388 @@
-"""A study's figures, drawn from its tables; each as svg, pdf and png."""
+"""The paper's figures 1 to 7, each drawn from a performance frame: our results, or the paper's own.
+
+A performance frame has a row for each size, base, method ("multitask" among them) and number of
+experts: size, base, method, experts, held_in, held_in_low, held_in_high, held_out, held_out_low,
+held_out_high. Performance is normalised: held-in, 1 is the task's expert; held-out, 1 is the base
+model. Low and high are a 95 % band, NaN where there is none, and then none is drawn.
+
+Source: Yadav et al., "What Matters for Model Merging at Scale?", figures 1 to 7.
+"""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 import pandas as pd
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-# Okabe and Ito's colours, told apart with any colour vision.
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
-_GREY = "#666666"
-STYLE = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "svg.fonttype": "none",
-    # Fixed, so that the same results give the same bytes.
-    "svg.hashsalt": "m2l",
-}
+from m2l.reporting import style
+
+REFERENCES = {"held_in": "1 = the task's expert", "held_out": "1 = the base model"}
+_LABELS = {"held_in": "Held-in", "held_out": "Held-out"}
+_ERROR = {"elinewidth": 0.8, "ecolor": "#333333", "capsize": 1.5}
 
 
-def _methods(cells: pd.DataFrame) -> dict[str, dict[str, str]]:
-    """How each method's line is drawn."""
-    merging = [name for name in cells["method"].unique() if name != "Multitask"]
-    markers = "osD^v*"
-    styles = {
-        name: {"color": _COLOURS[i % 6], "marker": markers[i % 6], "linestyle": "-"}
-        for i, name in enumerate(merging)
-    }
-    return styles | {"Multitask": {"color": _GREY, "marker": "", "linestyle": "--"}}
-
-
-def by_experts(cells: pd.DataFrame, column: str, reference: str) -> Figure:
-    """Normalised performance over the number of merged experts, a panel for each base.
+def radar(frame: pd.DataFrame, experts: Sequence[int] | None = None) -> Figure:
+    """Figure 1: held-in performance of every size and method, a line for each base.
 
     Args:
-        cells: `tables.cells`.
-        column: "held_in" or "held_out".
-        reference: What 1.0 stands for, in words.
+        frame: A performance frame.
+        experts: A panel for each of these numbers of experts; by default the least and the most.
 
     Returns:
-        The figure: means over seeds, with every seed as a faint dot.
+        The figure; the bold circle is 1, the task's expert.
     """
-    with matplotlib.rc_context(STYLE):
-        bases = list(cells["base"].unique())
-        figure = Figure(figsize=(3.4 * len(bases), 3.0), layout="constrained")
-        panels = figure.subplots(1, len(bases), sharey=True, squeeze=False)[0]
-        for panel, base in zip(panels, bases, strict=True):
-            here = cells[cells["base"] == base]
-            panel.axhline(1.0, color="#bbbbbb", linewidth=0.8, zorder=0)
-            for method, style in _methods(cells).items():
-                of_method = here[here["method"] == method]
-                mean = of_method.groupby("experts")[column].mean()
-                panel.plot(mean.index, mean.values, label=method, markersize=5, **style)
-                if method != "Multitask":
-                    panel.plot(
-                        of_method["experts"],
-                        of_method[column],
-                        ".",
-                        color=style["color"],
-                        alpha=0.35,
-                        markersize=4,
-                    )
-            panel.set_title(f"{base} base", fontsize=9)
-            panel.set_xlabel("experts merged")
-            panel.set_xticks(sorted(cells["experts"].unique()))
-        panels[0].set_ylabel(f"{column.replace('_', '-')} performance\n(1 = {reference})")
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8)
+    found = style.counts(frame)
+    panels = list(experts) if experts else list(dict.fromkeys((found[0], found[-1])))
+    sizes, methods = style.sizes(frame), style.methods(frame)
+    # A spoke is left free between two sizes; the first free one points up and carries the scale.
+    slots = len(methods) + 1
+    angles = {
+        (size, method): 2 * np.pi * (slots * i + j + 1) / (slots * len(sizes))
+        for i, size in enumerate(sizes)
+        for j, method in enumerate(methods)
+    }
+    top = max(1.0, frame[["held_in", "held_in_high"]].max().max()) + 0.04
+    with matplotlib.rc_context(style.RC):
+        figure = Figure(figsize=(5.2 * len(panels), 5.9))
+        for place, count in enumerate(panels):
+            # By hand: a layout engine cuts what is written around the spokes.
+            box = ((place + 0.19) / len(panels), 0.23, 0.62 / len(panels), 0.62 * 5.2 / 5.9)
+            axis = figure.add_axes(box, projection="polar")
+            here = frame[frame["experts"] == count]
+            circle = np.linspace(0, 2 * np.pi, 200)
+            axis.plot(circle, np.ones(200), color="black", linewidth=1.8, label="Task's expert")
+            for base in style.bases(frame):
+                _radar_line(axis, here[here["base"] == base], angles, base)
+            _spokes(axis, angles, sizes, top)
+            middle = (place + 0.5) / len(panels)
+            figure.text(middle, 0.97, f"Merging {count} experts, held-in", ha="center", va="center")
+        handles, labels = axis.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="lower center", ncols=3)
         return figure
 
 
-def gains(experts: pd.DataFrame) -> Figure:
-    """Each expert's score beside its base's, on the datasets it was trained on."""
-    with matplotlib.rc_context(STYLE):
-        bases = list(experts["base"].unique())
-        datasets = list(experts["dataset"].unique())
-        figure = Figure(
-            figsize=(3.4 * len(bases), 0.34 * len(datasets) + 1.0), layout="constrained"
+def _radar_line(
+    axis: Axes, rows: pd.DataFrame, angles: dict[tuple[str, str], float], base: str
+) -> None:
+    rows = rows.set_index(["size", "method"]).reindex([*angles, next(iter(angles))])
+    theta = [*angles.values(), next(iter(angles.values())) + 2 * np.pi]
+    look = {"color": style.BASE_COLOURS[base]}
+    marker = "o" if base == "instruct" else "s"
+    name = style.base_name(base)
+    axis.plot(
+        theta, rows["held_in"], marker=marker, markersize=4, label=name, clip_on=False, **look
+    )
+    low, high = rows["held_in_low"], rows["held_in_high"]
+    if low.notna().any():
+        axis.fill_between(theta, low, high, alpha=0.18, linewidth=0, **look)
+
+
+def _spokes(
+    axis: Axes, angles: dict[tuple[str, str], float], sizes: Sequence[str], top: float
+) -> None:
+    """Names the spokes of a radar by their methods, and the groups of spokes by their sizes."""
+    axis.set_theta_zero_location("N")
+    axis.set_theta_direction(-1)
+    axis.set_ylim(0, top)
+    axis.set_yticks([0.2, 0.4, 0.6, 0.8], ["0.2", "0.4", "0.6", "0.8"])
+    axis.tick_params(axis="y", labelsize=7, labelcolor=style.GREY)
+    axis.set_rlabel_position(0)
+    axis.set_xticks([])
+    axis.yaxis.grid(color="#e2e2e2", linewidth=0.6)
+    axis.spines["polar"].set_visible(False)
+    for (_, method), angle in angles.items():
+        axis.plot([angle, angle], [0, top], color="#e2e2e2", linewidth=0.6, zorder=0)
+        left = angle > np.pi
+        axis.text(
+            angle,
+            top * 1.03,
+            style.method_name(method),
+            fontsize=7.5,
+            rotation=90 - np.degrees(angle) + 180 * left,
+            rotation_mode="anchor",
+            ha="right" if left else "left",
+            va="center",
         )
-        panels = figure.subplots(1, len(bases), sharey=True, sharex=True, squeeze=False)[0]
-        for panel, base in zip(panels, bases, strict=True):
-            here = experts[experts["base"] == base].set_index("dataset").loc[datasets]
-            rows = range(len(datasets))
-            before, after = here["before"], here["expert"]
-            panel.hlines(rows, 0, 100, color="#eeeeee", zorder=0)
-            panel.hlines(rows, before, after, color=_COLOURS[0], linewidth=2)
-            panel.plot(before, rows, "o", color="white", markeredgecolor=_COLOURS[0], label="base")
-            panel.plot(after, rows, "o", color=_COLOURS[0], label="expert")
-            panel.plot(here["multitask"], rows, "|", color=_GREY, markersize=9, label="multitask")
-            panel.set_title(f"{base} base", fontsize=9)
-            panel.set_xlabel("score, %")
-        panels[0].set_yticks(range(len(datasets)), datasets)
-        panels[0].invert_yaxis()
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8)
+    for size in sizes:
+        of_size = [angle for (name, _), angle in angles.items() if name == size]
+        # Between two spokes, where no method's name stands.
+        middle = np.mean(of_size[: 2 * (len(of_size) // 2)] or of_size)
+        look = {"fontsize": 10, "fontweight": "bold"}
+        axis.text(middle, top * 1.42, size, ha="center", va="center", **look)
+
+
+def generalization(
+    frame: pd.DataFrame, base: str, methods: Sequence[str] = ("task_arithmetic", "ties")
+) -> Figure:
+    """Figures 2 (base "instruct") and 5 ("pretrained"): held-out over the number of experts.
+
+    Args:
+        frame: A performance frame.
+        base: Whose merges.
+        methods: The methods to draw, besides multitask; all of them if the frame has none of these.
+
+    Returns:
+        The figure, a panel for each size.
+    """
+    frame = frame[frame["base"] == base]
+    merging = style.methods(frame, multitask=False)
+    drawn = [name for name in merging if name in methods] or merging
+    sizes = style.sizes(frame)
+    with matplotlib.rc_context(style.RC):
+        figure, axes = _row(len(sizes), 2.35, 2.9)
+        for axis, size in zip(axes, sizes, strict=True):
+            here = frame[frame["size"] == size]
+            _reference(axis)
+            for method in [*drawn, *style.methods(here)[-1:]]:
+                if method in drawn or method == style.MULTITASK:
+                    look = style.method_style(method, merging)
+                    rows = here[here["method"] == method]
+                    _line(axis, rows, "held_out", label=style.method_name(method), **look)
+            axis.set_title(f"{style.base_name(base)}, {size}")
+            _experts_axis(axis, frame)
+        axes[0].set_ylabel(_label("held_out"))
+        _legend(figure, axes[0].get_legend_handles_labels()[0])
         return figure
+
+
+def by_base(frame: pd.DataFrame) -> Figure:
+    """Figure 3: held-in over model size, marker by method and colour by base.
+
+    Args:
+        frame: A performance frame.
+
+    Returns:
+        The figure, a panel for each number of experts.
+    """
+    counts, sizes = style.counts(frame), style.sizes(frame)
+    methods = style.methods(frame, multitask=False)
+    offsets = np.linspace(-0.24, 0.24, len(methods)) if len(methods) > 1 else [0.0]
+    with matplotlib.rc_context(style.RC):
+        figure, axes = _row(len(counts), max(2.3, 0.55 * len(sizes)), 3.1)
+        for axis, count in zip(axes, counts, strict=True):
+            _reference(axis, "--")
+            for base in style.bases(frame):
+                for method, offset in zip(methods, offsets, strict=True):
+                    chosen = (frame["base"] == base) & (frame["method"] == method)
+                    rows = frame[chosen & (frame["experts"] == count)]
+                    rows = rows.set_index("size").reindex(sizes)
+                    axis.errorbar(
+                        np.arange(len(sizes)) + offset,
+                        rows["held_in"],
+                        yerr=_error(rows, "held_in"),
+                        fmt=style.method_style(method, methods)["marker"],
+                        color=style.BASE_COLOURS[base],
+                        elinewidth=0.8,
+                        markersize=4.5,
+                        label=f"{style.base_name(base)}, {style.method_name(method)}",
+                    )
+            axis.set_title(f"{count} experts")
+            axis.set_xticks(range(len(sizes)), sizes)
+            axis.set_xlim(-0.6, len(sizes) - 0.4)
+            axis.set_xlabel("model size")
+        axes[0].set_ylabel(_label("held_in"))
+        line = matplotlib.lines.Line2D
+        handles = [
+            line([], [], color=style.BASE_COLOURS[base], linewidth=5, label=style.base_name(base))
+            for base in style.bases(frame)
+        ]
+        for method in methods:
+            marker = style.method_style(method, methods)["marker"]
+            look = {"color": style.GREY, "linestyle": "", "marker": marker}
+            handles.append(line([], [], label=style.method_name(method), **look))
+        _legend(figure, handles)
+        return figure
+
+
+def by_size(frame: pd.DataFrame) -> Figure:
+    """Figure 4: held-in bars over the methods, coloured by size.
+
+    Args:
+        frame: A performance frame.
+
+    Returns:
+        The figure: pretrained with the fewest experts, instruction-tuned with the fewest and with
+        the most.
+    """
+    counts, sizes = style.counts(frame), style.sizes(frame)
+    panels = [("pretrained", counts[0]), ("instruct", counts[0]), ("instruct", counts[-1])]
+    panels = [panel for panel in dict.fromkeys(panels) if panel[0] in style.bases(frame)]
+    methods = style.methods(frame, multitask=False)
+    looks = style.ordered_styles(sizes)
+    with matplotlib.rc_context(style.RC):
+        figure, axes = _row(len(panels), max(2.2, 0.68 * len(methods) + 0.2), 3.1)
+        for axis, (base, count) in zip(axes, panels, strict=True):
+            here = frame[(frame["base"] == base) & (frame["experts"] == count)]
+            for place, size in enumerate(sizes):
+                rows = here[here["size"] == size].set_index("method").reindex(methods)
+                colour = looks[size]["color"]
+                _bars(axis, rows, "held_in", place, len(sizes), color=colour, label=size)
+            _reference(axis, "--")
+            axis.set_title(f"{style.base_name(base)}, {count} experts")
+            names = [style.method_name(name) for name in methods]
+            axis.set_xticks(range(len(methods)), [_broken(name) for name in names])
+        axes[0].set_ylabel(_label("held_in"))
+        _legend(figure, axes[-1].get_legend_handles_labels()[0])
+        return figure
+
+
+def more_experts(frame: pd.DataFrame, method: str = "task_arithmetic") -> Figure:
+    """Figure 6: one method over the number of experts, a line for each size.
+
+    Args:
+        frame: A performance frame.
+        method: Whose merges; the frame's first method if it has not this one.
+
+    Returns:
+        The figure: held-in and held-out, each for both bases.
+    """
+    merging = style.methods(frame, multitask=False)
+    method = method if method in merging else merging[0]
+    rows = frame[frame["method"] == method]
+    sizes, bases = style.sizes(frame), style.bases(frame)
+    looks = style.ordered_styles(sizes)
+    panels = [(column, base) for column in REFERENCES for base in bases]
+    with matplotlib.rc_context(style.RC):
+        figure, axes = _row(len(panels), 2.35, 3.0, sharey=False)
+        for axis, (column, base) in zip(axes, panels, strict=True):
+            _reference(axis)
+            for size in sizes:
+                here = rows[(rows["base"] == base) & (rows["size"] == size)]
+                _line(axis, here, column, label=size, **looks[size])
+            axis.set_title(f"{style.base_name(base)},\n{_LABELS[column].lower()}")
+            _experts_axis(axis, frame)
+        for first, column in ((0, "held_in"), (len(bases), "held_out")):
+            axes[first].set_ylabel(f"{style.method_name(method)}\n{REFERENCES[column]}")
+            for axis in axes[first + 1 : first + len(bases)]:
+                axis.sharey(axes[first])
+                axis.tick_params(labelleft=False)
+        _legend(figure, axes[0].get_legend_handles_labels()[0])
+        return figure
+
+
+def methods_at_scale(frame: pd.DataFrame, base: str = "instruct") -> Figure:
+    """Figure 7: the largest size's methods side by side, grouped by the number of experts.
+
+    Args:
+        frame: A performance frame.
+        base: Whose merges.
+
+    Returns:
+        The figure: held-in and held-out bars.
+    """
+    largest, counts = style.sizes(frame)[-1], style.counts(frame)
+    frame = frame[(frame["base"] == base) & (frame["size"] == largest)]
+    methods = style.methods(frame, multitask=False)
+    with matplotlib.rc_context(style.RC):
+        width = max(2.6, (0.16 * len(methods) + 0.2) * len(counts) + 0.4)
+        figure, axes = _row(2, width, 3.0, sharey=False)
+        for axis, column in zip(axes, REFERENCES, strict=True):
+            for place, method in enumerate(methods):
+                rows = frame[frame["method"] == method].set_index("experts").reindex(counts)
+                look = {"color": style.method_style(method, methods)["color"]}
+                name = style.method_name(method)
+                _bars(axis, rows, column, place, len(methods), label=name, **look)
+            _reference(axis, "--")
+            axis.set_title(f"{_LABELS[column]}, {largest}, {style.base_name(base).lower()}")
+            axis.set_xticks(range(len(counts)), counts)
+            axis.set_xlabel("experts merged")
+            axis.set_ylabel(REFERENCES[column])
+        _legend(figure, axes[0].get_legend_handles_labels()[0])
+        return figure
+
+
+# --- what the figures have in common ---
+
+
+def _row(
+    panels: int, width: float, height: float, sharey: bool = True
+) -> tuple[Figure, list[Axes]]:
+    """A figure of `panels` panels in a row, each `width` by `height` inches."""
+    figure = Figure(figsize=(max(4.0, width * panels + 0.5), height), layout="constrained")
+    return figure, list(figure.subplots(1, panels, sharey=sharey, squeeze=False)[0])
+
+
+def _label(column: str) -> str:
+    return f"{_LABELS[column]} performance\n({REFERENCES[column]})"
+
+
+def _reference(axis: Axes, line: str = "-") -> None:
+    axis.axhline(1.0, color="#999999", linewidth=0.9, linestyle=line, zorder=0)
+
+
+def _experts_axis(axis: Axes, frame: pd.DataFrame) -> None:
+    counts = style.counts(frame)
+    margin = max(0.5, (counts[-1] - counts[0]) * 0.06)
+    axis.set_xticks(counts)
+    axis.set_xlim(counts[0] - margin, counts[-1] + margin)
+    axis.set_xlabel("experts merged")
+
+
+def _error(rows: pd.DataFrame, column: str) -> np.ndarray | None:
+    """How far the band goes down and up from the values (2 x rows), None where it has none."""
+    value = rows[column]
+    distances = np.array([value - rows[f"{column}_low"], rows[f"{column}_high"] - value])
+    return np.clip(distances, 0, None) if np.isfinite(distances).any() else None
+
+
+def _line(axis: Axes, rows: pd.DataFrame, column: str, **look: object) -> None:
+    """A line over the number of experts with its band, shaded; one point has an error bar."""
+    rows = rows.sort_values("experts")
+    axis.plot(rows["experts"], rows[column], markersize=4.5, linewidth=1.5, **look)
+    error = _error(rows, column)
+    if error is None:
+        return
+    if len(rows) == 1:
+        axis.errorbar(rows["experts"], rows[column], yerr=error, fmt="none", **_ERROR)
+        return
+    low, high = rows[f"{column}_low"], rows[f"{column}_high"]
+    axis.fill_between(rows["experts"], low, high, color=look["color"], alpha=0.15, linewidth=0)
+
+
+def _bars(
+    axis: Axes, rows: pd.DataFrame, column: str, place: int, of: int, **look: object
+) -> BarContainer:
+    """The bars of one group member, the `place`-th `of` them, at 0, 1, 2, ..."""
+    width = 0.82 / of
+    x = np.arange(len(rows)) + (place - (of - 1) / 2) * width
+    error = _error(rows, column)
+    return axis.bar(x, rows[column], width * 0.94, yerr=error, error_kw=_ERROR, **look)
+
+
+def _broken(name: str) -> str:
+    return name.replace(" ", "\n").replace("-", "-\n")
+
+
+def _legend(figure: Figure, handles: Sequence[Artist]) -> None:
+    """Under the panels, in as many columns as the figure's width has room for."""
+    columns = max(1, int(figure.get_figwidth() / 1.3))
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(columns, len(handles)))
+
+
+# --- files ---
+
+
+def _settled(figure: Figure) -> Figure:
+    """With its layout found once: found again at the next drawing, it would move by a hair."""
+    if isinstance(figure.get_layout_engine(), ConstrainedLayoutEngine):
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
+    return figure
 
 
 def svg(figure: Figure) -> str:
     """The figure as an svg document, the same bytes for the same figure."""
     text = io.StringIO()
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(style.RC):
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(text, format="svg", metadata=nothing)
+        _settled(figure).savefig(text, format="svg", metadata=nothing)
     return text.getvalue()
 
 
@@ -111,6 +390,6 @@ def write(figure: Figure, directory: Path, name: str) -> None:
     """Writes NAME.svg, NAME.pdf and NAME.png (200 dots an inch)."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / f"{name}.svg").write_text(svg(figure))
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(style.RC):
         figure.savefig(directory / f"{name}.pdf", metadata={"CreationDate": None})
         figure.savefig(directory / f"{name}.png", dpi=200)

@@ -8,7 +8,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from m2l.reporting.figures import STYLE
+from m2l.reporting import style
 
 _PANELS_IN_A_ROW = 6
 
@@ -24,7 +24,7 @@ def cosines(diagnostics: Mapping[str, Any], experts: Sequence[str]) -> Figure:
     panels |= {group: found["cosines"] for group, found in diagnostics["groups"].items()}
     columns = min(_PANELS_IN_A_ROW, len(panels))
     rows = math.ceil(len(panels) / columns)
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(style.RC):
         figure = Figure(figsize=(1.5 * columns + 1.6, 1.6 * rows + 0.6), layout="constrained")
         axes = figure.subplots(rows, columns, squeeze=False).ravel()
         for place, (axis, (title, matrix)) in enumerate(zip(axes, panels.items(), strict=False)):
@@ -69,7 +69,7 @@ def curve(points: Sequence[tuple[Mapping[str, float], float]], measure: str) -> 
     for settings, score in points:
         label = ", ".join(f"{name} {settings[name]:g}" for name in others)
         lines.setdefault(label, []).append((settings[along], score))
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(style.RC):
         figure = Figure(figsize=(4.6, 3.0), layout="constrained")
         axis = figure.subplots()
         for label, line in lines.items():

@@ -1,0 +1,118 @@
+"""How a report calls and colours things: one name, colour and mark each."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+import pandas as pd
+
+# The paper's names and order; a method that is not here comes after them, under its own name.
+METHODS = {
+    "average": "Average",
+    "task_arithmetic": "Task Arithmetic",
+    "dare_ties": "DARE-TIES",
+    "ties": "TIES",
+    "dare": "DARE",
+    "della": "DELLA",
+    "slerp": "SLERP",
+    "regmean": "RegMean",
+    "multitask": "Multitask",
+}
+BASES = {"pretrained": "Pretrained", "instruct": "Instruction-tuned"}
+MULTITASK = "multitask"
+
+# Okabe and Ito's colours, told apart with any colour vision.
+BLUE, ORANGE, GREEN, PINK = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
+SKY, VERMILLION, BLACK, GREY = "#56B4E9", "#D55E00", "#000000", "#666666"
+BASE_COLOURS = {"pretrained": VERMILLION, "instruct": BLUE}
+_METHOD_COLOURS = {
+    "average": SKY,
+    "task_arithmetic": ORANGE,
+    "dare_ties": GREEN,
+    "ties": PINK,
+    MULTITASK: GREY,
+}
+_METHOD_MARKERS = {"average": "o", "task_arithmetic": "^", "dare_ties": "D", "ties": "s"}
+_OTHER_COLOURS = (BLUE, VERMILLION, BLACK, "#F0E442", "#882255", "#44AA99")
+_OTHER_MARKERS = "vPX*<>"
+_SIZE_MARKERS = "os^Dv*"
+
+RC = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 9,
+    "axes.labelsize": 9,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "svg.fonttype": "none",
+    # Fixed, so that the same results give the same bytes.
+    "svg.hashsalt": "m2l",
+}
+
+
+def method_name(method: str) -> str:
+    """What a method is called in print."""
+    return METHODS.get(method, method.replace("_", " ").title())
+
+
+def base_name(base: str) -> str:
+    """What a base is called in print."""
+    return BASES.get(base, base)
+
+
+def methods(frame: pd.DataFrame, multitask: bool = True) -> list[str]:
+    """The frame's methods in the paper's order, others after them, multitask last."""
+    found = [name for name in frame["method"].unique() if name != MULTITASK]
+    known = list(METHODS)
+    found.sort(key=lambda name: known.index(name) if name in known else len(known))
+    return found + [MULTITASK] * (multitask and MULTITASK in set(frame["method"]))
+
+
+def bases(frame: pd.DataFrame) -> list[str]:
+    """The frame's bases, the pretrained one first."""
+    return [base for base in BASES if base in set(frame["base"])]
+
+
+def sizes(frame: pd.DataFrame) -> list[str]:
+    """The frame's model sizes, in the frame's order."""
+    return list(frame["size"].unique())
+
+
+def counts(frame: pd.DataFrame) -> list[int]:
+    """The frame's numbers of merged experts, from few to many."""
+    return sorted(int(count) for count in frame["experts"].unique())
+
+
+def method_style(method: str, among: Sequence[str]) -> dict[str, Any]:
+    """Colour, marker and line of a method; methods the paper has not differ among themselves."""
+    if method == MULTITASK:
+        return {"color": GREY, "marker": "", "linestyle": "--"}
+    if method in _METHOD_COLOURS:
+        return {
+            "color": _METHOD_COLOURS[method],
+            "marker": _METHOD_MARKERS[method],
+            "linestyle": "-",
+        }
+    others = [name for name in among if name not in _METHOD_COLOURS]
+    place = others.index(method) % len(_OTHER_COLOURS)
+    return {
+        "color": _OTHER_COLOURS[place],
+        "marker": _OTHER_MARKERS[place],
+        "linestyle": "-",
+    }
+
+
+def ordered_styles(values: Sequence[Any]) -> dict[Any, dict[str, Any]]:
+    """Colours from light to dark, with markers, for what has an order: sizes, counts."""
+    steps = len(values) - 1
+    shades = [0.82 - 0.82 * place / steps if steps else 0.35 for place in range(len(values))]
+    return {
+        value: {
+            "color": matplotlib.colors.to_hex(matplotlib.colormaps["viridis"](shade)),
+            "marker": _SIZE_MARKERS[place % len(_SIZE_MARKERS)],
+        }
+        for place, (value, shade) in enumerate(zip(values, shades, strict=True))
+    }

@@ -1,0 +1,136 @@
+"""The page in a real browser; skipped where there is no Chromium (M2L_CHROMIUM names one)."""
+
+import html
+import json
+import os
+import re
+import shutil
+import subprocess
+
+import pytest
+
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = os.environ.get("M2L_CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+
+# Runs in the page and leaves what it found in the document, which Chromium prints.
+CHECKS = """
+<script>
+const found = {errors: [], violations: []};
+addEventListener("error", (event) => found.errors.push(String(event.message)));
+addEventListener("securitypolicyviolation", (event) => found.violations.push(event.blockedURI));
+addEventListener("load", () => {
+  const column = (table, place) =>
+    [...table.tBodies[0].rows].map((row) => row.cells[place].textContent);
+  const sorted = (table, place) => {
+    const header = table.tHead.rows[table.tHead.rows.length - 1].cells[place];
+    const seen = [column(table, place)], states = [header.getAttribute("aria-sort")];
+    for (let click = 0; click < 2; click++) {
+      header.querySelector("button").focus();
+      document.activeElement.click();
+      seen.push(column(table, place));
+      states.push(header.getAttribute("aria-sort"));
+    }
+    return {seen, states, marked: table.querySelectorAll("[aria-sort]").length};
+  };
+  for (const one of document.querySelectorAll("details")) one.open = true;
+  found.figures = [...document.querySelectorAll("svg")].map((svg) => {
+    const box = svg.getBoundingClientRect();
+    return [svg.checkVisibility(), box.width, box.height];
+  });
+  const tables = [...document.querySelectorAll("table")];
+  found.numbers = sorted(tables[0], 1);
+  found.words = sorted(tables[0], 0);
+  const scores = document.querySelector("#held-out ~ details table");
+  found.missing = sorted(scores, scores.tHead.rows[0].cells.length - 1);
+  found.requests = performance.getEntriesByType("resource").map((entry) => entry.name);
+  const before = [...document.querySelectorAll("details")];
+  before[0].open = false;
+  dispatchEvent(new Event("beforeprint"));
+  found.printed = before[0].open;
+  dispatchEvent(new Event("afterprint"));
+  found.closed = !before[0].open;
+  before[0].open = true;
+  const phone = document.createElement("iframe");
+  phone.style = "width: 360px; height: 800px; border: 0";
+  phone.srcdoc = document.documentElement.outerHTML.replace(/<script[^]*?<\\/script>/g, "");
+  phone.addEventListener("load", () => {
+    const page = phone.contentDocument.documentElement;
+    found.phone = [page.clientWidth, page.scrollWidth];
+    const result = document.createElement("pre");
+    result.id = "found";
+    result.textContent = JSON.stringify(found);
+    document.body.append(result);
+  });
+  document.body.append(phone);
+});
+</script>
+"""
+
+
+@pytest.fixture(scope="module")
+def browser(written, tmp_path_factory):
+    """What the checks found in the page, and what the browser wrote to its console."""
+    folder = tmp_path_factory.mktemp("browser")
+    text = written.page.read_text()
+    checked = written.report / "checked.html"
+    checked.write_text(text.replace("<style>", CHECKS + "<style>", 1))
+    command = [
+        CHROMIUM,
+        "--headless=new",
+        "--hide-scrollbars",
+        "--disable-gpu",
+        f"--user-data-dir={folder}/profile",
+    ]
+    command += ["--no-first-run", "--disable-background-networking", "--disable-component-update"]
+    command += ["--enable-logging=stderr", "--window-size=1280,900", "--virtual-time-budget=20000"]
+    command += ["--no-sandbox"] if os.geteuid() == 0 else []
+    ran = subprocess.run(
+        [*command, "--dump-dom", checked.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    checked.unlink()
+    left = re.search(r'<pre id="found">(.*?)</pre>', ran.stdout, re.S)
+    assert left, f"the page's checks did not end: {ran.stderr[-2000:]}"
+    return json.loads(html.unescape(left[1])), ran.stderr
+
+
+def test_the_page_loads_without_an_error_and_asks_for_nothing(browser):
+    found, console = browser
+    assert found["errors"] == found["violations"] == found["requests"] == []
+    assert not re.findall(r".*\bCONSOLE\b.*", console)
+
+
+def test_every_figure_is_visible(browser, written):
+    figures = browser[0]["figures"]
+    assert len(figures) == written.page.read_text().count("<svg")
+    for visible, width, height in figures:
+        assert visible and width > 200 and height > 100
+
+
+def test_a_click_on_a_header_sorts_and_a_second_one_turns_round(browser):
+    for table in ("numbers", "words"):
+        (before, up, down), states = (browser[0][table][key] for key in ("seen", "states"))
+        key = float if table == "numbers" else str.casefold
+        assert up == sorted(before, key=key) and before != up
+        assert down == sorted(before, key=key, reverse=True)
+        assert states == [None, "ascending", "descending"]
+        assert browser[0][table]["marked"] == 1
+
+
+def test_a_missing_number_comes_last_either_way(browser):
+    _, up, down = browser[0]["missing"]["seen"]
+    assert up == down == ["55.0", "–"]
+
+
+def test_printing_opens_what_is_closed_and_closes_it_again(browser):
+    assert browser[0]["printed"] and browser[0]["closed"]
+
+
+def test_a_phone_needs_no_sideways_scrolling(browser):
+    width, content = browser[0]["phone"]
+    assert width == 360 and content <= width
