@@ -207,7 +207,7 @@ def main() -> None:
         with _wall("a filter of system calls"):
             _filter_system_calls()
     except _NoWall as error:
-        os.write(verdict, f"no wall: {error}".encode())
+        os.write(verdict, f"{job['word']} no wall: {error}".encode())
         os._exit(1)
     # The program is not told the word that its verdict has to begin with.
     os.write(verdict, f"{job.pop('word')} {_run(job.pop('program'))}".encode())
