@@ -67,7 +67,14 @@ setup(
     python_requires=">=3.11",
     install_requires=REQUIREMENTS,
     extras_require={
-        "test": ["hypothesis>=6.100", "pytest>=8.0", "ruff>=0.12", "safetensors>=0.5"],
+        "test": [
+            "hypothesis>=6.100",
+            "pytest>=8.0",
+            "pytest-xdist>=3.6",
+            "ruff>=0.12",
+            "safetensors>=0.5",
+        ],
+        "slurm": ["submitit>=1.5"],
         "wandb": ["wandb>=0.19"],
     },
     packages=[

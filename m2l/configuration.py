@@ -19,6 +19,7 @@ from m2l.errors import ConfigError, M2LError, UnknownNameError
 from m2l.merging import Recipe
 from m2l.models import Config, LlamaConfig, T5Config
 from m2l.studies.scaling import ScalingStudy
+from m2l.studies.skills import SkillsStudy
 from m2l.training.settings import TrainSettings
 
 
@@ -35,6 +36,19 @@ class TrainingRun:
     source: str = "microworld"
 
 
+@dataclasses.dataclass(frozen=True)
+class AnyStudy:
+    """What `m2l study` runs."""
+
+    of: ScalingStudy | SkillsStudy
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.of, ScalingStudy | SkillsStudy):
+            raise ConfigError(
+                f"Study.of: expected @ScalingStudy() or @SkillsStudy(), found {self.of!r}"
+            )
+
+
 CONFIGURABLES = {
     "T5": T5Config,
     "Llama": LlamaConfig,
@@ -42,6 +56,8 @@ CONFIGURABLES = {
     "Run": TrainingRun,
     "Merge": Recipe,
     "ScalingStudy": ScalingStudy,
+    "SkillsStudy": SkillsStudy,
+    "Study": AnyStudy,
 }
 
 

@@ -15,8 +15,8 @@ from m2l.errors import ConfigError, M2LError
 @with_gin
 def demo(out: Path, gin_files: tuple[str, ...], bindings: tuple[str, ...]) -> None:
     """The embedded study, from nothing to the report page: about ten minutes on two cores."""
-    study, plan = _planned(gin_files or ("experiments/demo.gin",), bindings, out, update=False)
-    _run(study, plan, out)
+    plan = _planned(gin_files or ("experiments/demo.gin",), bindings, out, update=False)
+    _run(plan, out)
     _report(out, None)
 
 
@@ -71,12 +71,12 @@ def study(
         raise ConfigError("m2l study: --gin.NAME=VALUE needs a --gin_file to be applied to")
     if not gin_files and not (out / "study.json").exists():
         raise ConfigError("m2l study: --gin_file is missing; experiments/demo.gin is an example")
-    settings, plan = _planned(gin_files, bindings, out, update, claim=not dry_run)
+    plan = _planned(gin_files, bindings, out, update, claim=not dry_run)
     plan = plan.needed_for(only) if only else plan
     if dry_run:
-        _print_plan(settings, plan, out, peak)
+        _print_plan(plan, out, peak)
     elif executor == "local":
-        _run(settings, plan, out)
+        _run(plan, out)
     elif executor == "processes":
         from m2l.studies import executors
 
@@ -92,27 +92,27 @@ def study(
 
 def _planned(
     gin_files: Sequence[str], bindings: Sequence[str], out: Path, update: bool, claim: bool = True
-) -> tuple[Any, Any]:
-    """The study and its plan; its folder is made, unless it is not to be claimed."""
+) -> Any:
+    """The study's plan; its folder is made, unless it is not to be claimed."""
     from m2l import configuration, files
-    from m2l.studies import records, scaling
+    from m2l.studies import records
 
     if not gin_files:
-        settings = records.read_study(out)
-        return settings, scaling.plan(settings)
-    settings, resolved = configuration.load("ScalingStudy", gin_files, bindings)
-    scaling.check_mixtures(settings)
-    plan = scaling.plan(settings)
+        return records.plan(records.read_study(out))
+    asked, resolved = configuration.load("Study", gin_files, bindings)
+    settings = asked.of
+    records.check_mixtures(settings)
+    plan = records.plan(settings)
     if claim:
-        content = {"kind": "scaling", **scaling.to_dict(settings)}
+        content = records.describe(settings)
         mend = "redo what changes with m2l study --update"
         files.check_claim(out, "study.json", content, what="study", update=update, mend=mend)
         files.claim(out, "study.json", content)
         files.write(out / "config.gin", resolved)
-    return settings, plan
+    return plan
 
 
-def _run(settings: Any, plan: Any, out: Path) -> None:
+def _run(plan: Any, out: Path) -> None:
     from m2l.studies import execute, stages
 
     outcome = execute.execute(plan, out, stages.RUNNERS)
@@ -137,8 +137,8 @@ def _slurm_settings(given: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def _print_plan(settings: Any, plan: Any, out: Path, peak: float | None) -> None:
-    from m2l.studies import costs, execute, scaling
+def _print_plan(plan: Any, out: Path, peak: float | None) -> None:
+    from m2l.studies import costs, execute
     from m2l.training import flops
 
     states = {stage.name: execute.state(plan, out, stage.name) for stage in plan}
@@ -156,15 +156,15 @@ def _print_plan(settings: Any, plan: Any, out: Path, peak: float | None) -> None
     ]
     print_table(f"{len(plan)} stages", ["stage", "kind", "state", "reads", "time"], rows)
     kinds = []
-    for kind, count in scaling.counts(plan).items():
+    for kind in dict.fromkeys(stage.kind for stage in plan):
         stages = [stage.name for stage in plan if stage.kind == kind]
         done = sum(states[name] == "done" for name in stages)
         cost = sum((found[name] for name in stages), costs.NOTHING)
         time = _time(costs.seconds(cost, peak))
-        kinds.append((kind, count, done, f"{cost.flops:.2g}", time, _bytes(cost.disk)))
+        kinds.append((kind, len(stages), done, f"{cost.flops:.2g}", time, _bytes(cost.disk)))
     left = sum((found[n] for n in states if states[n] != "done"), costs.NOTHING)
     names = ["kind", "stages", "done", "operations", "time", "disk"]
-    print_table(f"{scaling.cells(settings)} cells of the grid", names, kinds)
+    print_table("in all", names, kinds)
     click.echo(
         f"left to do: {left.flops:.2g} operations, {_time(costs.seconds(left, peak))} at "
         f"{costs.UTILISATION:.0%} of {peak:.3g} a second; {_bytes(left.disk)} of disk. "

@@ -2,8 +2,9 @@
 
 import dataclasses
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
-from m2l import models, tasks
+from m2l import checkpoints, models, tasks
 from m2l.studies.plan import Plan, Stage
 from m2l.studies.stages import prompts
 from m2l.training import flops
@@ -72,11 +73,10 @@ def _tasks(categories: Iterable[str], settings: Mapping[str, object], most: int)
 
 def _config(stage: Stage, plan: Plan) -> models.Config:
     """The configuration of the models that the stage evaluates."""
-    size = next(part for part in stage.inputs.values()).split("/")[1]
-    for other in plan:
-        if other.kind == "train" and other.name.split("/")[1] == size:
-            return models.from_dict(other.settings["model"])
-    raise ValueError(f"{stage.name}: no stage of its plan trains a model of its size")
+    made = plan[next(iter(stage.inputs.values()))]
+    if made.kind == "train":
+        return models.from_dict(made.settings["model"])
+    return models.from_dict(checkpoints.read_manifest(Path(made.settings["checkpoint"])).model)
 
 
 def of_plan(plan: Plan) -> dict[str, Cost]:

@@ -51,9 +51,9 @@ class StageJob:
         self.out, self.name = out, name
 
     def __call__(self) -> str:
-        from m2l.studies import records, scaling, stages
+        from m2l.studies import records, stages
 
-        plan = scaling.plan(records.read_study(self.out)).needed_for(self.name)
+        plan = records.plan(records.read_study(self.out)).needed_for(self.name)
         reads = plan[self.name].inputs.values()
         missing = [name for name in reads if execute.state(plan, self.out, name) != "done"]
         if missing:

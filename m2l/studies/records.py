@@ -9,14 +9,19 @@ from typing import Any
 import pandas as pd
 
 from m2l import files, models
-from m2l.errors import DataError, EvaluationError
+from m2l.errors import DataError, EvaluationError, UnknownNameError
 from m2l.evaluation.runner import Result, read_result
-from m2l.studies import execute, scaling
+from m2l.studies import execute, scaling, skills
+from m2l.studies.plan import Plan
 from m2l.studies.scaling import ScalingStudy
+from m2l.studies.skills import SkillsStudy
 from m2l.studies.stages import RECIPES
 
 RESULTS = "results.parquet"
 RECORDS = "records.json"
+_KINDS = {"scaling": scaling, "skills": skills}
+
+Study = ScalingStudy | SkillsStudy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +36,7 @@ class Records:
         seconds: By stage, how long it took.
     """
 
-    study: ScalingStudy
+    study: Study
     results: Mapping[str, Mapping[str, Result]]
     recipes: Mapping[str, Mapping[str, Any]]
     choices: Mapping[str, Mapping[str, Any]]
@@ -58,17 +63,41 @@ class Records:
         return models.parameters(self.study.models[size])
 
 
-def read_study(out: Path) -> ScalingStudy:
+def _kind(study: Study) -> str:
+    return "scaling" if isinstance(study, ScalingStudy) else "skills"
+
+
+def describe(study: Study) -> dict[str, Any]:
+    """A study's settings as its folder keeps them, its kind first."""
+    kind = _kind(study)
+    return {"kind": kind, **_KINDS[kind].to_dict(study)}
+
+
+def plan(study: Study) -> Plan:
+    """The stages of a study of any kind."""
+    return _KINDS[_kind(study)].plan(study)
+
+
+def check_mixtures(study: Study) -> None:
+    """Refuses names that nothing answers to; errors are those of the kind's own."""
+    _KINDS[_kind(study)].check_mixtures(study)
+
+
+def read_study(out: Path) -> Study:
     """The settings of the study in `out`.
 
     Raises:
         DataError: `out` holds no study.
+        UnknownNameError: it holds a study of a kind that is not known.
     """
     record = Path(out) / "study.json"
     if not record.exists():
         raise DataError(f"{out}: holds no study (study.json is missing); run `m2l study` first")
     fields = files.read_json(record)
-    return scaling.from_dict({name: value for name, value in fields.items() if name != "kind"})
+    kind = fields.pop("kind")
+    if kind not in _KINDS:
+        raise UnknownNameError(f"kind of study in {record}:", kind, _KINDS)
+    return _KINDS[kind].from_dict(fields)
 
 
 def load(out: Path) -> Records:
@@ -82,17 +111,17 @@ def load(out: Path) -> Records:
     return _published(study, out) if (out / RESULTS).exists() else _collected(study, out)
 
 
-def _collected(study: ScalingStudy, out: Path) -> Records:
-    plan = scaling.plan(study)
-    left = [stage.name for stage in plan if execute.state(plan, out, stage.name) != "done"]
+def _collected(study: Study, out: Path) -> Records:
+    stages = plan(study)
+    left = [stage.name for stage in stages if execute.state(stages, out, stage.name) != "done"]
     if left:
         raise DataError(
-            f"{out}: {len(left)} of {len(plan)} stages are not done, {left[0]} is the first; "
+            f"{out}: {len(left)} of {len(stages)} stages are not done, {left[0]} is the first; "
             "`m2l study` goes on with them"
         )
     results: dict[str, dict[str, Result]] = {}
     recipes, choices = {}, {}
-    for stage in plan:
+    for stage in stages:
         folder = execute.folder(out, stage.name)
         model = stage.name.removeprefix("results/")
         if stage.kind == "evaluate":
@@ -105,7 +134,7 @@ def _collected(study: ScalingStudy, out: Path) -> Records:
             choices[stage.name] = {
                 path.stem: files.read_json(path) for path in sorted(folder.glob("*.json"))
             }
-    seconds = {stage.name: execute.seconds(out, stage.name) for stage in plan}
+    seconds = {stage.name: execute.seconds(out, stage.name) for stage in stages}
     return Records(study, results, recipes, choices, seconds)
 
 
@@ -119,8 +148,7 @@ def publish(records: Records, to: Path) -> None:
     `load` reads them back; models and single results are not among them.
     """
     to.mkdir(parents=True, exist_ok=True)
-    fields = {"kind": "scaling", **scaling.to_dict(records.study)}
-    files.write(to / "study.json", json.dumps(fields, indent=1) + "\n")
+    files.write(to / "study.json", json.dumps(describe(records.study), indent=1) + "\n")
     beside = {name: getattr(records, name) for name in ("recipes", "choices", "seconds")}
     files.write(to / RECORDS, json.dumps(beside, indent=1) + "\n")
     rows = [
@@ -133,7 +161,7 @@ def publish(records: Records, to: Path) -> None:
     frame.to_parquet(to / RESULTS, compression="zstd", index=False)
 
 
-def _published(study: ScalingStudy, out: Path) -> Records:
+def _published(study: Study, out: Path) -> Records:
     beside = files.read_json(out / RECORDS)
     frame = pd.read_parquet(out / RESULTS)
     results: dict[str, dict[str, Result]] = {}

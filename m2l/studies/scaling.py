@@ -359,14 +359,6 @@ def _choices(study: ScalingStudy, evaluated_on: Mapping[str, Any]) -> Iterator[S
                 yield Stage(choice(size, base, count), "choose", settings, inputs)
 
 
-def counts(of: Plan) -> dict[str, int]:
-    """How many stages of each kind there are."""
-    found: dict[str, int] = {}
-    for stage in of:
-        found[stage.kind] = found.get(stage.kind, 0) + 1
-    return found
-
-
 def merged_models(study: ScalingStudy) -> int:
     """How many different merged models there are; cells of the grid may share one."""
     return len({merge.model for merge in merges(study)})
