@@ -359,11 +359,6 @@ def _choices(study: ScalingStudy, evaluated_on: Mapping[str, Any]) -> Iterator[S
                 yield Stage(choice(size, base, count), "choose", settings, inputs)
 
 
-def merged_models(study: ScalingStudy) -> int:
-    """How many different merged models there are; cells of the grid may share one."""
-    return len({merge.model for merge in merges(study)})
-
-
 def cells(study: ScalingStudy) -> int:
     """The number of cells of the grid: the paper's 384."""
     grids = (study.models, BASES, study.recipes, study.expert_counts, study.seeds)

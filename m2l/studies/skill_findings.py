@@ -13,8 +13,8 @@ from m2l.studies.skills import ALL, GENERAL, SkillsStudy
 
 TEST = (
     "95 % interval from the tasks' bootstrap over examples, as if each model were scored on "
-    "examples of its own: supported if all of it lies on the claim's side of 0, contradicted if all of it "
-    "lies on the other, undecided otherwise"
+    "examples of its own: supported if all of it lies on the claim's side of 0, contradicted if "
+    "all of it lies on the other, undecided otherwise"
 )
 SAFETY, REFUSALS = "safety", "exaggerated_refusals"
 
