@@ -1,15 +1,16 @@
 """Kills a training run at random moments, and compares its end with a run that was not killed.
 
-    python scripts/kill_test.py [--kills 20] [--seed 0] [--signal KILL]
+    python scripts/kill_test.py [--kills 20] [--steps 40] [--seed 0] [--signal KILL]
 
-Trains a tiny T5 for 40 steps, with a checkpoint every two and a validation every five, first in one
-go and then killed so many times, each time some random steps and milliseconds further on.
+Trains a tiny T5, with a checkpoint every two steps and a validation every five, first in one go and
+then killed so many times, each time some random steps and milliseconds further on.
 Prints the step that each attempt began at, and both digests; exits with 1 if they differ. Every
 attempt is a process of its own, forked from one that has imported everything but used nothing.
 """
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import random
@@ -29,10 +30,10 @@ from m2l.data import vocabularies
 from m2l.training import loop
 from m2l.training.settings import TrainSettings
 
-CONFIG = models.T5Config(1152, 16, 8, 32, 2, 1, 2)
-SETTINGS = TrainSettings(
+CONFIG = models.T5Config(1152, 16, 8, 32, 2, 1, 1)
+SETTINGS = functools.partial(
+    TrainSettings,
     mixture="sentiment",
-    steps=40,
     batch_size=4,
     learning_rate=0.05,
     save_every=2,
@@ -44,8 +45,9 @@ SETTINGS = TrainSettings(
 )
 
 
-def train(out: Path, cache: Path) -> None:
-    """Trains, or goes on."""
+def train(out: Path, cache: Path, steps: int) -> None:
+    """Trains so many steps, or goes on."""
+    jax.config.update("jax_enable_compilation_cache", True)
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     tasks.register()
@@ -53,7 +55,7 @@ def train(out: Path, cache: Path) -> None:
         out,
         config=CONFIG,
         vocabulary=vocabularies.describe(vocabularies.load("microworld"), "microworld"),
-        settings=SETTINGS,
+        settings=SETTINGS(steps=steps),
         data={"source": "microworld"},
     )
 
@@ -77,12 +79,15 @@ def steps_in(metrics: Path) -> int:
     return json.loads(lines[-1])["step"] if lines else 0
 
 
-def killed_run(root: Path, kills: int, seed: int, number: int) -> tuple[str, str, list[int]]:
+def killed_run(
+    root: Path, kills: int, steps: int, seed: int, number: int
+) -> tuple[str, str, list[int]]:
     """Trains twice, in one go and with kills.
 
     Args:
         root: An empty folder.
         kills: How many times a process is killed.
+        steps: How many steps are trained.
         seed: Decides the moments.
         number: The signal.
 
@@ -97,23 +102,21 @@ def killed_run(root: Path, kills: int, seed: int, number: int) -> tuple[str, str
         if os.waitstatus_to_exitcode(status):
             raise SystemExit(f"a run ended with {os.waitstatus_to_exitcode(status)}")
 
-    wait(forked(lambda: train(whole, cache)))
+    wait(forked(lambda: train(whole, cache, steps)))
     metrics, began = out / "metrics.jsonl", []
     for _ in range(kills):
         done = [int(path.name[5:]) for path in out.glob("checkpoints/step_*")]
         began.append(max(done, default=0))
-        until = max(began[-1], steps_in(metrics)) + chance.randint(
-            1, max(1, 2 * SETTINGS.steps // kills)
-        )
-        process = forked(lambda: train(out, cache))
-        while steps_in(metrics) < min(until, SETTINGS.steps - 1):
+        until = max(began[-1], steps_in(metrics)) + chance.randint(1, max(1, 2 * steps // kills))
+        process = forked(lambda: train(out, cache, steps))
+        while steps_in(metrics) < min(until, steps - 1):
             if os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT):
                 break
             time.sleep(0.002)
         time.sleep(chance.uniform(0.0, 0.05))
         os.kill(process, number)
         os.waitpid(process, 0)
-    wait(forked(lambda: train(out, cache)))
+    wait(forked(lambda: train(out, cache, steps)))
     ends = [checkpoints.read_manifest(run).digest for run in (whole, out)]
     lines = [
         [
@@ -131,12 +134,15 @@ def main() -> None:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--signal", choices=["KILL", "TERM"], default="KILL")
     flags = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         number = signal.Signals["SIG" + flags.signal]
-        whole, killed, began = killed_run(Path(folder), flags.kills, flags.seed, number)
+        whole, killed, began = killed_run(
+            Path(folder), flags.kills, flags.steps, flags.seed, number
+        )
     print(f"{len(began)} kills; attempts began at steps {began}")
     print(f"in one go: {whole}\nkilled:    {killed}")
     sys.exit(whole != killed)

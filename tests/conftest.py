@@ -3,6 +3,10 @@
 import dataclasses
 import json
 import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 # What a test compiles is compiled for it, not found in a cache of the person who runs it.
 os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
@@ -123,6 +127,64 @@ def finished_study(study, tmp_path_factory):
             write_result(out, merge.model, category, category, score)
         write_result(out, merge.model, "rte", held_out, 51.0 if merge.base == "instruct" else 50.0)
     return out
+
+
+@pytest.fixture(scope="session")
+def forge(tmp_path_factory):
+    """Runs programs at once in processes of their own, which start in no time; see forge.py.
+
+    Takes each as (code, *arguments), and the number of simulated devices that each has; returns
+    what each has printed.
+    """
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        "PYTHONPATH": str(Path(models.__file__).parents[2]),
+    }
+    server = subprocess.Popen(
+        [sys.executable, Path(__file__).with_name("forge.py")],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+    def run(*programs, devices, stdin="", optimized=False):
+        folder = tmp_path_factory.mktemp("forge")
+        # Compiled in half the time.
+        level = "" if optimized else " --xla_backend_optimization_level=0"
+        flags = f"--xla_force_host_platform_device_count={devices}{level}"
+        described = [
+            {
+                "code": code,
+                "arguments": [str(argument) for argument in arguments],
+                "stdin": stdin,
+                "environment": {"XLA_FLAGS": flags},
+            }
+            for code, *arguments in programs
+        ]
+        server.stdin.write(json.dumps({"programs": described, "folder": str(folder)}) + "\n")
+        server.stdin.flush()
+        codes = json.loads(server.stdout.readline())
+        said = [(folder / f"{number}.err").read_text() for number in range(len(programs))]
+        assert not any(codes), "\n".join(text[-5000:] for text in said)
+        return [(folder / f"{number}.out").read_text() for number in range(len(programs))]
+
+    yield run
+    server.stdin.close()
+    server.wait()
+
+
+@pytest.fixture(scope="session")
+def free_port():
+    """A function that finds a port."""
+
+    def find():
+        with socket.socket() as opened:
+            opened.bind(("127.0.0.1", 0))
+            return opened.getsockname()[1]
+
+    return find
 
 
 def m2l(*arguments):

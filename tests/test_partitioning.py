@@ -1,10 +1,6 @@
 """The rules table on abstract meshes, and a real 2 x 2 x 2 mesh of simulated devices."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -139,21 +135,9 @@ print(json.dumps({
 
 
 @pytest.fixture(scope="module")
-def on_eight_devices():
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(Path(models.__file__).parents[2]),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", ON_EIGHT_DEVICES],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+def on_eight_devices(forge):
+    (said,) = forge((ON_EIGHT_DEVICES,), devices=8)
+    return json.loads(said)
 
 
 def test_logits_and_gradients_on_a_2x2x2_mesh_are_those_of_one_device(on_eight_devices):

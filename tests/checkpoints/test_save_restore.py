@@ -1,8 +1,5 @@
 """Checkpoints come back as they were, whole or by slice, and Orbax itself can read them."""
 
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -106,7 +103,7 @@ def test_a_checkpoint_without_states_says_so(tmp_path, params):
         checkpoints.restore_data_state(tmp_path / "x")
 
 
-def test_sharded_arrays_are_saved_whole_and_restored_onto_other_shardings(tmp_path):
+def test_sharded_arrays_are_saved_whole_and_restored_onto_other_shardings(forge, tmp_path):
     program = f"""
 import jax, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
@@ -123,12 +120,7 @@ found = checkpoints.restore(path, shardings={{"w": target}})["w"]
 assert found.sharding == target and (np.asarray(found) == value).all()
 assert checkpoints.open_parameters(path)["w"].read(5, 9).tolist() == [5, 6, 7, 8]
 """
-    environment = {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": ":".join(path for path in sys.path if path),
-    }
-    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
+    forge((program,), devices=8)
 
 
 @pytest.fixture

@@ -1,11 +1,6 @@
 """Two processes restore one checkpoint onto a mesh over both and compute what one process does."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -69,50 +64,21 @@ def one_batch():
     return next(packing.batches(examples, lengths, 8, True, layouts.PrefixLM(0)))[0]
 
 
-def free_port():
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        return opened.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
 def params():
     return jax.tree.map(np.asarray, models.init(CONFIG, jax.random.key(0)))
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory, params):
+def two_processes(forge, free_port, tmp_path_factory, params):
     """What each of the processes printed."""
     folder = tmp_path_factory.mktemp("two_processes")
     about = {"vocabulary": {"fingerprint": ""}, "made_by": {}}
     checkpoints.save(folder / "x", params, model=models.to_dict(CONFIG), **about)
-    (folder / "batch.json").write_text(json.dumps({k: v.tolist() for k, v in one_batch().items()}))
-    environment = os.environ | {
-        # Compiled in half the time.
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(Path(models.__file__).parents[2]),
-    }
+    batch = json.dumps({name: value.tolist() for name, value in one_batch().items()})
     address = f"127.0.0.1:{free_port()}"
-    started = []
-    try:
-        for number in range(2):
-            with (folder / "batch.json").open() as batch:
-                process = subprocess.Popen(
-                    [sys.executable, "-c", PROGRAM, address, str(number), str(folder / "x")],
-                    env=environment,
-                    stdin=batch,
-                    stdout=(folder / f"{number}.out").open("w"),
-                    stderr=(folder / f"{number}.err").open("w"),
-                )
-            started.append(process)
-        codes = [process.wait(timeout=180) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
-    assert codes == [0, 0], "".join((folder / f"{n}.err").read_text() for n in range(2))
-    return [json.loads((folder / f"{n}.out").read_text().splitlines()[-1]) for n in range(2)]
+    programs = [(PROGRAM, address, number, folder / "x") for number in range(2)]
+    return [json.loads(said.splitlines()[-1]) for said in forge(*programs, devices=4, stdin=batch)]
 
 
 def test_both_processes_compute_the_losses_of_one_process_on_one_device(two_processes, params):

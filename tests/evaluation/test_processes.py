@@ -1,11 +1,7 @@
 """Two processes of two devices each, on one mesh, give the results of one device."""
 
 import dataclasses
-import os
 import pickle
-import socket
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -68,26 +64,12 @@ def tasks():
 
 
 def test_two_processes_on_a_mesh_give_the_results_of_one_device(
-    tiny_config, tiny_params, tasks, tmp_path
+    forge, free_port, tiny_config, tiny_params, tasks, tmp_path
 ):
     params = jax.tree.map(np.asarray, tiny_params)
     (tmp_path / "given").write_bytes(pickle.dumps((tiny_config, params, tasks)))
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        "JAX_PLATFORMS": "cpu",
-    }
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, address, str(process), str(tmp_path)],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for process in range(2)
-    ]
+    address = f"localhost:{free_port()}"
+    forge(*((PROGRAM, address, process, tmp_path) for process in range(2)), devices=2)
     vocabulary = vocabularies.load("microworld")
     runner.evaluate(
         *(tiny_config, tiny_params, tasks, tmp_path / "one"),
@@ -96,8 +78,6 @@ def test_two_processes_on_a_mesh_give_the_results_of_one_device(
         batch_size=5,
         examples=True,
     )
-    for process in running:
-        assert process.wait(240) == 0, process.stderr.read()[-3000:]
     for task in tasks:
         name = task.info.name
         one, two = (results.read_result(tmp_path / n / f"{name}.json") for n in ("one", "two"))

@@ -1,18 +1,13 @@
 """Attention against the formula in float64, and the devices' kernels against the einsums."""
 
 import json
-import os
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from m2l import models
 from m2l.errors import UnknownNameError
 from m2l.models import attention
 from m2l.models.attention import Causal, attend, attend_parts, hide
@@ -339,22 +334,9 @@ print(json.dumps({"divided": apart(4, 2), "rows": apart(3, 2), "heads": apart(2,
 
 
 @pytest.fixture(scope="module")
-def on_a_mesh():
-    done = subprocess.run(
-        [sys.executable, "-c", ON_A_MESH],
-        env=os.environ
-        | {
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=4 "
-            "--xla_backend_optimization_level=0",
-            "JAX_PLATFORMS": "cpu",
-            "PYTHONPATH": str(Path(models.__file__).parents[2]),
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+def on_a_mesh(forge):
+    (said,) = forge((ON_A_MESH,), devices=4)
+    return json.loads(said)
 
 
 def test_splash_on_a_mesh_computes_what_the_einsums_do_on_one_device(on_a_mesh):

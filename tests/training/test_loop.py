@@ -1,9 +1,6 @@
 import dataclasses
 import json
-import os
 import signal
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -168,7 +165,7 @@ print(json.dumps([jax.device_count(), float(metrics["loss"])]))
 """
 
 
-def test_eight_devices_compute_what_one_does(tiny_config):
+def test_eight_devices_compute_what_one_does(forge, tiny_config):
     config = tiny_config
     rng = np.random.default_rng(0)
     batch = {
@@ -177,15 +174,10 @@ def test_eight_devices_compute_what_one_does(tiny_config):
         "decoder_target_tokens": rng.integers(2, 1000, (8, 6)),
         "decoder_loss_weights": np.ones((8, 6), int),
     }
-    done = subprocess.run(
-        [sys.executable, "-c", EIGHT_DEVICES, json.dumps(dataclasses.asdict(config))],
-        input=json.dumps({name: value.tolist() for name, value in batch.items()}),
-        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    devices, loss = json.loads(done.stdout)
+    arguments = json.dumps(dataclasses.asdict(config))
+    given = json.dumps({name: value.tolist() for name, value in batch.items()})
+    (said,) = forge((EIGHT_DEVICES, arguments), devices=8, stdin=given)
+    devices, loss = json.loads(said)
     assert devices == 8
 
     current = state.around("adafactor", models.init(config, jax.random.key(0)))

@@ -5,8 +5,6 @@ import json
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -54,16 +52,10 @@ def unfinished(whole, tmp_path):
     return out
 
 
-def test_two_kills_at_random_end_in_the_same_bits():
-    done = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "kill_test.py", "--kills", "2", "--seed", "1"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    ends = re.findall(r"[0-9a-f]{64}", done.stdout)
+def test_two_kills_at_random_end_in_the_same_bits(forge):
+    script = (ROOT / "scripts" / "kill_test.py").read_text()
+    (said,) = forge((script, "--kills", 2, "--steps", 12, "--seed", 1), devices=1)
+    ends = re.findall(r"[0-9a-f]{64}", said)
     assert len(ends) == 2
     assert ends[0] == ends[1]
 

@@ -1,14 +1,8 @@
 """Training on one mesh of simulated devices, going on on another: what one device computes."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-
-from m2l import models
 
 PROGRAM = """
 import json, sys
@@ -103,23 +97,9 @@ print(json.dumps({name: go(name, sys.argv[1]) for name in CONFIGS}))
 
 
 @pytest.fixture(scope="module")
-def on_eight_devices(tmp_path_factory):
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(tmp_path_factory.mktemp("sharding"))],
-        env=os.environ
-        | {
-            # Compiled in half the time.
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=8 "
-            "--xla_backend_optimization_level=0",
-            "JAX_PLATFORMS": "cpu",
-            "PYTHONPATH": str(Path(models.__file__).parents[2]),
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+def on_eight_devices(forge, tmp_path_factory):
+    (said,) = forge((PROGRAM, tmp_path_factory.mktemp("sharding")), devices=8)
+    return json.loads(said)
 
 
 @pytest.fixture(params=["t5", "llama"])

@@ -1,0 +1,84 @@
+"""Runs programs in forks of one process that has imported everything and used nothing.
+
+Reads one line of JSON for each call, {"programs": [{"code", "arguments", "stdin", "environment"}],
+"folder"}: runs the programs at once, each in a fork, writes what they say into the folder, and then
+answers with a line of their exit codes. A program that takes longer than SECONDS is killed.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import threading
+import traceback
+from pathlib import Path
+
+SECONDS = 300
+
+
+def run(program, folder, number):
+    """What a fork does: the program, as if it had been started by itself."""
+    (folder / f"{number}.in").write_text(program["stdin"])
+    for descriptor, name in enumerate(("in", "out", "err")):
+        opened = os.open(folder / f"{number}.{name}", os.O_RDWR | os.O_CREAT)
+        os.dup2(opened, descriptor)
+        os.close(opened)
+    sys.stdin = os.fdopen(0)
+    os.environ.update(program["environment"])
+    sys.argv = ["-c", *program["arguments"]]
+    code = 1
+    try:
+        exec(compile(program["code"], "<program>", "exec"), {"__name__": "__main__"})
+        code = 0
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def kill(processes):
+    """Kills processes, and those that they have started."""
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process, signal.SIGKILL)
+
+
+def together(programs, folder):
+    """Runs programs at once; returns their exit codes."""
+    forked = []
+    for number, program in enumerate(programs):
+        if not (process := os.fork()):
+            os.setpgid(0, 0)
+            run(program, folder, number)
+        forked.append(process)
+    waiting = threading.Timer(SECONDS, kill, [forked])
+    waiting.start()
+    try:
+        return [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in forked]
+    finally:
+        waiting.cancel()
+
+
+def main():
+    # Used by the programs.
+    import jax  # noqa: F401
+
+    from m2l import checkpoints, merging, tasks  # noqa: F401
+    from m2l.evaluation import runner  # noqa: F401
+    from m2l.training import loop  # noqa: F401
+
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        job = json.loads(line)
+        answers.write(json.dumps(together(job["programs"], Path(job["folder"]))) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()
