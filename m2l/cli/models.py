@@ -1,5 +1,6 @@
 """`m2l train`, `m2l merge`, `m2l eval`, `m2l generate`."""
 
+import contextlib
 import json
 import shlex
 import sys
@@ -88,18 +89,22 @@ def train(
     first = processes.is_first()
     data = register(vocabulary_name, run.source, files)
     described = vocabularies.describe(vocabularies.load(vocabulary_name), vocabulary_name)
-    last = loop.train(
-        out,
-        config=config,
-        vocabulary=described,
-        settings=run.settings,
-        data=data,
-        init=init,
-        resolved_config=f"# {shlex.join(['m2l', *sys.argv[1:]])}\n{resolved}",
-        synthetic=synthetic,
-        profile=profile,
-        log=wandb_log(wandb, out, {"mixture": run.settings.mixture}) if wandb and first else None,
-    )
+    to_log = contextlib.nullcontext()
+    if wandb and first:
+        to_log = wandb_log(wandb, out, {"mixture": run.settings.mixture})
+    with to_log as log:
+        last = loop.train(
+            out,
+            config=config,
+            vocabulary=described,
+            settings=run.settings,
+            data=data,
+            init=init,
+            resolved_config=f"# {shlex.join(['m2l', *sys.argv[1:]])}\n{resolved}",
+            synthetic=synthetic,
+            profile=profile,
+            log=log,
+        )
     if not first:
         return
     final = {}

@@ -117,8 +117,9 @@ def train(
     with contextlib.ExitStack() as exits:
         # --- one trainer a folder, and what it has already ---
         lock = exits.enter_context(Lock(out))
-        if processes.is_first():
-            lock.take()
+        with processes.failing_together():
+            if processes.is_first():
+                lock.take()
         saves = exits.enter_context(Saves(out, settings.keep))
         if (finished := saves.finished()) is not None:
             saves.prune(finished if settings.keep_best else None)
@@ -149,16 +150,16 @@ def train(
             )
 
         # --- nothing is left to refuse: the folder is this run's from here on ---
-        if processes.is_first():
-            out.mkdir(parents=True, exist_ok=True)
-            lock.take()
-            files.claim(out, "run.json", run)
-            if resolved_config is not None:
-                files.write(out / "config.gin", resolved_config)
-            record.write(out, config, mesh, needed)
-            saves.directory.mkdir(exist_ok=True)
-            checkpoints.clean(saves.directory)
-        processes.wait_for_all("claimed")
+        with processes.failing_together():
+            if processes.is_first():
+                out.mkdir(parents=True, exist_ok=True)
+                lock.take()
+                files.claim(out, "run.json", run)
+                if resolved_config is not None:
+                    files.write(out / "config.gin", resolved_config)
+                record.write(out, config, mesh, needed)
+                saves.directory.mkdir(exist_ok=True)
+                checkpoints.clean(saves.directory)
 
         def save(step: int) -> Path:
             position = processes.gather_positions(batches.state(), share)
@@ -226,9 +227,10 @@ def train(
                 figures = read(*pending)
                 pending = None
                 speed = meter.read()
-                saves.check()
-                if processes.is_first():
-                    writer.write(done, figures | {"learning_rate": rate} | speed)
+                with processes.failing_together():
+                    saves.check()
+                    if processes.is_first():
+                        writer.write(done, figures | {"learning_rate": rate} | speed)
                 _show_speed(progress, speed)
             if done == first + 1:
                 # What was compiled does not count.
@@ -242,8 +244,9 @@ def train(
                 stopping = stopping.after(done, found["loss"], settings.minimum_improvement)
                 improved = settings.keep_best and stopping.best_step == done
                 over = stopping.is_over(settings.patience)
-                if processes.is_first():
-                    writer.write(done, found, part="validation")
+                with processes.failing_together():
+                    if processes.is_first():
+                        writer.write(done, found, part="validation")
                 progress.update(validation=f"{found['loss']:.3f}")
                 meter.run()
             ending = is_last or stopped or over
@@ -251,19 +254,22 @@ def train(
                 meter.pause()
                 read(done, metrics)
                 _check_parameters(done, current.params)
-                if processes.is_first():
-                    writer.flush()
+                with processes.failing_together():
+                    saves.wait()
+                    if processes.is_first():
+                        writer.flush()
                 last_saved, anchor = save(done), (done, batches.state())
                 meter.run()
             if ending:
                 break
 
         # --- the end of the run, or of this part of it ---
-        saves.wait()
         if profile and step - first in range(4, 10):
             _trace(out / "profile", start=False)
-        if processes.is_first():
-            plot.draw(out, f"{settings.mixture}: loss per target token")
+        with processes.failing_together():
+            saves.wait()
+            if processes.is_first():
+                plot.draw(out, f"{settings.mixture}: loss per target token")
         if stopped and not (is_last or over):
             raise Stopped(f"stopped at step {done} of {settings.steps}; saved in {last_saved}")
         progress.update(done)
@@ -292,8 +298,9 @@ def _finish(
     saves: Saves, last: Path, settings: TrainSettings, stopping: Stopping, out: Path
 ) -> Path:
     why = "early stopping" if stopping.is_over(settings.patience) else "steps"
-    left = saves.finish(last, _best(settings, stopping), why)
-    _export(left, out, settings)
+    with processes.failing_together():
+        left = saves.finish(last, _best(settings, stopping), why)
+        _export(left, out, settings)
     return left
 
 

@@ -1,11 +1,12 @@
 """A run's figures, as JSON lines (the record) and TensorBoard events (a view of it)."""
 
+import contextlib
 import hashlib
 import importlib
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,13 +16,16 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from m2l import files
-from m2l.errors import ConfigError
+from m2l.errors import ConfigError, Stopped
 
 Log = Callable[[int, Mapping[str, float]], None]
 
 
-def wandb_log(project: str, directory: Path, run: Mapping[str, Any]) -> Log:
-    """A function that logs to Weights & Biases, in the run of that folder, new or gone on with.
+@contextlib.contextmanager
+def wandb_log(project: str, directory: Path, run: Mapping[str, Any]) -> Iterator[Log]:
+    """Yields a function that logs to Weights & Biases, in the run of that folder.
+
+    It is made, or gone on with, and finished at the end of the block: as failed, if that fails.
 
     Raises:
         ConfigError: wandb is not installed.
@@ -34,7 +38,15 @@ def wandb_log(project: str, directory: Path, run: Mapping[str, Any]) -> Log:
     made = wandb.init(
         project=project, id=name, name=directory.name, resume="allow", config=dict(run)
     )
-    return lambda step, figures: made.log(dict(figures), step=step)
+    failed = True
+    try:
+        yield lambda step, figures: made.log(dict(figures), step=step)
+        failed = False
+    except Stopped:
+        failed = False
+        raise
+    finally:
+        made.finish(exit_code=int(failed))
 
 
 class MetricsWriter:

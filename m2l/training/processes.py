@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from m2l import partitioning
-from m2l.errors import CheckpointError, ConfigError
+from m2l.errors import CheckpointError, ConfigError, M2LError
 
 # A pod's hosts do not all come up at once.
 _SECONDS_TO_START = 1800
@@ -81,6 +81,37 @@ def wait_for_all(name: str) -> None:
     """Returns when every process has come here."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+@contextlib.contextmanager
+def failing_together() -> Iterator[None]:
+    """A block that fails in every process once it fails in one, so that none waits for another.
+
+    Every process must come to it, and nothing in it may wait for other processes.
+
+    Raises:
+        M2LError: It failed in another process; the message says in which, and how.
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    if jax.process_count() > 1:
+        ours = isinstance(failure, M2LError | OSError)
+        said = str(failure) if ours else f"{type(failure).__name__}: {failure}"
+        said = b"" if failure is None else f"{said} ".encode()
+        lengths = multihost_utils.process_allgather(np.int32(len(said)))
+        lengths = np.asarray(lengths).reshape(-1)
+        if failed := np.flatnonzero(lengths).tolist():
+            text = np.zeros(lengths[failed[0]], np.uint8)
+            text[: len(said)] = np.array(bytearray(said[: len(text)]), np.uint8)
+            told = multihost_utils.broadcast_one_to_all(text, jax.process_index() == failed[0])
+            if failure is None:
+                message = np.asarray(told).tobytes().decode(errors="replace").strip()
+                raise M2LError(f"process {failed[0]} has failed: {message}")
+    if failure is not None:
+        raise failure
 
 
 def on_host(tree: Any) -> Any:

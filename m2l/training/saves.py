@@ -143,7 +143,6 @@ class Saves:
             record = {"checkpoint": left.name, "why": why}
             files.write(self._record, json.dumps(record) + "\n")
         self.prune(left if best is not None else None)
-        processes.wait_for_all("finished")
         return left
 
     def prune(self, only: Path | None) -> None:

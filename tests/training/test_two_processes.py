@@ -1,38 +1,37 @@
 """Two processes of one run on the CPU, started as Slurm starts them, each feeding its share."""
 
 import json
-import os
 import re
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from m2l import checkpoints
 
-ROOT = Path(__file__).parents[2]
-
-# Imports once, then forks both processes of three runs: one that is asked to stop, the same gone on
-# with, and one in one go.
+# Forks both processes of four runs: one that is asked to stop, the same gone on with, one in one
+# go, and one whose disk is full at its second save.
 PROGRAM = """
-import json, os, signal, sys, time, traceback
+import dataclasses, json, os, shutil, signal, sys, time, traceback
 from pathlib import Path
 
 import jax
 from m2l import models, partitioning, tasks
 from m2l.data import vocabularies
-from m2l.errors import Stopped
+from m2l.errors import M2LError, Stopped
 from m2l.training import loop, processes
 from m2l.training.settings import TrainSettings
 
 root, ports = Path(sys.argv[1]), sys.argv[2:]
-CONFIG = models.T5Config(1152, 16, 8, 32, 2, 1, 2)
+CONFIG = models.LlamaConfig(1152, 16, 32, 1, 2, 1, 8)
 SETTINGS = TrainSettings(
     mixture="sentiment", steps=12, batch_size=8, learning_rate=0.05, save_every=100, log_every=1,
     fsdp=2, validation="sentiment", evaluate_every=4, validation_batches=1,
 )
+
+
+def fill_the_disk_after(save):
+    usage = shutil.disk_usage
+    full = lambda path: usage(path)._replace(free=0) if save.exists() else usage(path)
+    shutil.disk_usage = full
 
 
 def work(out, number, port):
@@ -43,16 +42,23 @@ def work(out, number, port):
     }
     joined, share = processes.join(), processes.share(partitioning.make_mesh(fsdp=2), 8)
     os.write(1, f"{joined} {share}\\n".encode())
+    jax.config.update("jax_enable_compilation_cache", True)
     jax.config.update("jax_compilation_cache_dir", str(root / "cache"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     tasks.register()
+    settings = SETTINGS
+    if out.name == "full":
+        settings = dataclasses.replace(SETTINGS, save_every=1)
+        fill_the_disk_after(out / "checkpoints/step_00000001")
     try:
         loop.train(
-            out, config=CONFIG, settings=SETTINGS, data={"source": "microworld"},
+            out, config=CONFIG, settings=settings, data={"source": "microworld"},
             vocabulary=vocabularies.describe(vocabularies.load("microworld"), "microworld"),
         )
     except Stopped as stopped:
         os.write(1, f"{stopped}\\n".encode())
+    except M2LError as error:
+        os.write(1, f"process {number} ends: {error}\\n".encode())
     jax.distributed.shutdown()
 
 
@@ -84,40 +90,16 @@ def run(out, port, stop=False):
 run(root / "stopped", ports[0], stop=True)
 run(root / "stopped", ports[1])
 run(root / "whole", ports[2])
+run(root / "full", ports[3])
 """
 
 
-def free_ports(count):
-    opened = [socket.socket() for _ in range(count)]
-    for one in opened:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in opened]
-    for one in opened:
-        one.close()
-    return ports
-
-
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(forge, free_port, tmp_path_factory):
     root = tmp_path_factory.mktemp("two")
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, root, *map(str, free_ports(3))],
-        env=os.environ
-        | {
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=2 "
-            "--xla_backend_optimization_level=0",
-            "JAX_PLATFORMS": "cpu",
-            "JAX_ENABLE_COMPILATION_CACHE": "true",
-            "TF_CPP_MIN_LOG_LEVEL": "3",
-            "PYTHONPATH": str(ROOT),
-        },
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.stdout.count("codes [0, 0]") == 3, done.stdout + done.stderr
-    return root, done.stdout
+    (said,) = forge((PROGRAM, root, *(free_port() for _ in range(4))), devices=2)
+    assert said.count("codes [0, 0]") == 4
+    return root, said
 
 
 def figures(run):
@@ -144,3 +126,11 @@ def test_going_on_ends_in_the_bits_of_never_having_stopped(runs):
     assert figures(stopped) == figures(whole)
     assert checkpoints.read_manifest(stopped).digest == checkpoints.read_manifest(whole).digest
     checkpoints.verify(stopped)
+
+
+def test_a_save_that_fails_in_process_0_stops_both_with_its_reason(runs):
+    root, said = runs
+    reason = r"\S+/step_00000002: no space left: .+"
+    alone = re.search(rf"process 0 ends: ({reason})", said)
+    assert f"process 1 ends: process 0 has failed: {alone[1]}\n" in said
+    assert [path.name for path in (root / "full" / "checkpoints").iterdir()] == ["step_00000001"]
