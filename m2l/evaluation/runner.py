@@ -167,11 +167,10 @@ class Evaluator:
                 raise ConfigError(f"{out} holds something else ({record}); choose another --out")
         out.mkdir(parents=True, exist_ok=True)
         asked = self._asked(only)
+        # All see what the first wrote before, and nothing that it writes while others still look.
+        _wait_for_all("m2l: what is written is there")
         held = [finished(out, model_digest, ready.task, examples) for ready in asked]
-        if jax.process_count() > 1:  # before any writes what another has yet to look for
-            from jax.experimental import multihost_utils
-
-            multihost_utils.sync_global_devices("m2l: which results are there")
+        _wait_for_all("m2l: which results are there")
         results = []
         with Progress(
             description, sum(len(t.examples) for t in self.tasks), "examples"
@@ -255,6 +254,13 @@ class Evaluator:
         decode = generation.beam_search if task.beams > 1 else generation.greedy
         decoded = decode(self.config, params, task.examples, **how)
         return [self.vocabulary.decode(tokens.tolist()).strip() for tokens in decoded]
+
+
+def _wait_for_all(name: str) -> None:
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
 
 
 Figures = tuple[dict[str, float], int, list[dict[str, Any]]]
