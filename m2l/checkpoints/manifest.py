@@ -22,8 +22,8 @@ FILE_NAME = "manifest.json"
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """The versions of m2l and of what it stands on, as recorded in every manifest."""
-    packages = ("jax", "flax", "orbax-checkpoint", "tensorstore", "numpy")
+    """The versions of m2l and of what computes and writes for it, as recorded in every manifest."""
+    packages = ("jax", "flax", "numpy")
     found = {name: importlib.metadata.version(name) for name in packages}
     return {"m2l": __version__, "python": platform.python_version()} | found
 

@@ -33,7 +33,7 @@ from m2l.models.layers import (
     split_heads,
     through,
 )
-from m2l.models.rotary import Turns, rotary_frequencies, rotate
+from m2l.models.rotary import Turns, rotate, turns_of
 from m2l.models.settings import check_choice, check_fields
 from m2l.partitioning import constrain
 
@@ -285,13 +285,6 @@ class _Decoder(nn.Module):
         if not c.tie_word_embeddings:
             self.logits = self.param("logits", _INIT, (c.hidden_size, c.vocab_size))
 
-    def turns(self, positions_NxT: Array | np.ndarray) -> Turns:
-        frequencies, factor = rotary_frequencies(self.config)
-        # On the host where it can be: XLA's CPU backend computes them anew for every head.
-        xp = np if isinstance(positions_NxT, np.ndarray) else jnp
-        angles = positions_NxT[:, None, :, None].astype(np.float32) * frequencies
-        return xp.cos(angles) * xp.float32(factor), xp.sin(angles) * xp.float32(factor)
-
     def _finish(self, x: Array) -> Array:
         scale_D = self.norm + self.config.norm_offset
         return rms_norm(x, scale_D, self.config.rms_norm_eps, self.execution.dtype)
@@ -299,13 +292,13 @@ class _Decoder(nn.Module):
     def __call__(
         self, x_BxTxD: Array, segments_BxT: Array | None, positions_BxT: Array | np.ndarray
     ) -> Array:
-        shared = segments_BxT, self.turns(positions_BxT)
+        shared = segments_BxT, turns_of(self.config, positions_BxT)
         each = [(window,) for window in self.windows]
         return self._finish(through(self.layers, x_BxTxD, each, shared, self.execution))
 
     def encode(self, x_BxSxD: Array, mask_BxS: Array) -> list[KeysValues]:
         """The keys and values of each layer."""
-        turns = self.turns(np.arange(x_BxSxD.shape[1])[None])
+        turns = turns_of(self.config, np.arange(x_BxSxD.shape[1])[None])
         memories = []
         for layer, window in zip(self.layers, self.windows, strict=True):
             x_BxSxD, present = layer.first(x_BxSxD, window, mask_BxS.astype(jnp.int32), turns)
@@ -327,7 +320,7 @@ class _Decoder(nn.Module):
         of_query_T = position + jnp.arange(length)
         of_key_U = jnp.arange(length if pasts is None else pasts[0][0].shape[2])
         positions_NxT = jnp.sum(mask_NxS, axis=1)[:, None] + of_query_T
-        turns = self.turns(positions_NxT)
+        turns = turns_of(self.config, positions_NxT)
         behind_TxU = of_query_T[:, None] - of_key_U
         from_prefix_NxTxS = positions_NxT[..., None] - jnp.arange(mask_NxS.shape[1])
         presents = []

@@ -51,6 +51,15 @@ def rotary_frequencies(config: "LlamaConfig") -> tuple[np.ndarray, float]:
     return (kept * plain + (1 - kept) * stretched).astype(np.float32), factor
 
 
+def turns_of(config: "LlamaConfig", positions_NxT: Array | np.ndarray) -> Turns:
+    """What rows at these positions are turned by."""
+    frequencies, factor = rotary_frequencies(config)
+    # On the host where it can be: XLA's CPU backend computes them anew for every head.
+    xp = np if isinstance(positions_NxT, np.ndarray) else jnp
+    angles = positions_NxT[:, None, :, None].astype(np.float32) * frequencies
+    return xp.cos(angles) * xp.float32(factor), xp.sin(angles) * xp.float32(factor)
+
+
 def rotate(x_NxHxTxK: Array, turns: Turns) -> Array:
     """Turns each pair of features (i, i + K / 2) by its position's angle, in float32."""
     cosine, sine = turns
