@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Installs m2l where it is not yet, then lints and tests it; arguments go to pytest.
+# Installs m2l where it is not yet, then lints and tests it, a file of tests a core, at most four at a
+# time; arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/env.sh
@@ -7,4 +8,5 @@ source scripts/env.sh
 bash scripts/install.sh
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-exec .venv/bin/python -m pytest "$@"
+exec .venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 \
+    --dist loadscope --no-loadscope-reorder "$@"
