@@ -1,0 +1,46 @@
+"""What the pages say to type can be typed: every command, flag, gin file and script is there."""
+
+import re
+from pathlib import Path
+
+import click
+import pytest
+
+from m2l.cli import cli
+
+ROOT = Path(__file__).parents[1]
+PAGES = ["README.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
+
+
+def commands(page):
+    """(command, what follows it) of each m2l in the blocks of code."""
+    for block in re.findall(r"^```\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            yield from re.findall(r"(?<![\w./])m2l (\w+)(.*?)(?=[;#]|$)", line)
+
+
+def flags_of(name):
+    command = cli.commands[name]
+    parts = [command, *(command.commands.values() if isinstance(command, click.Group) else ())]
+    return {flag for part in parts for p in part.params for flag in (*p.opts, *p.secondary_opts)}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_of_a_page_is_one_with_such_flags(page):
+    for name, rest in commands(page):
+        assert name in cli.commands
+        for flag in re.findall(r"(?<!\S)--(?!gin\.)[\w-]+", rest):
+            assert flag in flags_of(name), f"m2l {name}{rest}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_gin_file_and_script_of_a_page_is_there(page):
+    for _, rest in commands(page):
+        for file in re.findall(r"--gin_file[ =](\w+/\S+\.gin)", rest):
+            assert (ROOT / "gin_configs" / file).is_file(), file
+    for script in re.findall(r"\bscripts/[\w/]+\.(?:sh|py)\b", (ROOT / page).read_text()):
+        assert (ROOT / script).is_file(), script
+
+
+def test_pages_have_commands():
+    assert sum(len(list(commands(page))) for page in PAGES) > 30
