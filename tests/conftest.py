@@ -14,11 +14,11 @@ os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
 import jax
 import pytest
 
-from m2l import files, models
+from m2l import files, models, tasks
 from m2l.evaluation.runner import Result
 from m2l.merging import Recipe
 from m2l.models import T5Config
-from m2l.studies import execute, scaling
+from m2l.studies import execute, records, scaling, skills
 from m2l.training.settings import TrainSettings
 
 CATEGORIES = ("sentiment", "topic_classification", "closed_book_qa", "structure_to_text")
@@ -127,6 +127,113 @@ def finished_study(study, tmp_path_factory):
             write_result(out, merge.model, category, category, score)
         write_result(out, merge.model, "rte", held_out, 51.0 if merge.base == "instruct" else 50.0)
     return out
+
+
+@pytest.fixture(scope="session")
+def skills_study(tiny_config):
+    """Paper 2's study, its sizes those of the microworld's mixtures."""
+    settings = TrainSettings(mixture="set by the study", steps=3, batch_size=32)
+    names = ("science", "safety", "coding")
+    measured = ("general", *names, "exaggerated_refusals")
+    return skills.SkillsStudy(
+        model=tiny_config,
+        pretrain=dataclasses.replace(settings, mixture="span_corruption"),
+        finetune=settings,
+        general="skills_general",
+        skills={name: f"skills_{name}" for name in names},
+        evaluations={name: f"skills_{name}_eval" for name in measured},
+        examples={
+            "skills_general": 9800,
+            "skills_science": 7000,
+            "skills_safety": 1500,
+            "skills_coding": 2940,
+        },
+        weights=(0.2, 0.4, 0.6, 0.8, 1.0),
+        parts=(20, 60),
+        retrained_parts=(20,),
+    )
+
+
+# What the models of a made-up study score: the general one, and those of a skill by regime.
+_BEFORE = {"general": 60, "science": 25, "safety": 8, "coding": 5, "exaggerated_refusals": 97}
+_LEARNED = {"science": 80, "safety": 98, "coding": 70}
+_TRAINED = {"ptm": (15, 0.98, 4), "cft": (38, 1.0, 9), "rt": (59, 0.97, 38)}
+_FORGETS = {"task_arithmetic": 9, "linear": 30, "wise_ft": 20, "ties": 12, "dare": 14}
+
+
+def _learned(regime, added, name, part):
+    general, share, complied = _TRAINED[regime]
+    if name == "general":
+        return general
+    if name == "exaggerated_refusals":
+        return complied if added & {"safety", "all"} else _BEFORE[name]
+    if not added & {name, "all"}:
+        return _BEFORE[name] * (0.5 if regime == "cft" else 1)
+    return _BEFORE[name] + (_LEARNED[name] - _BEFORE[name]) * share * (part / 100) ** 0.3
+
+
+def _merged(merge, name):
+    weight = max(merge.weights)
+    if name == "general":
+        return _BEFORE[name] - _FORGETS[merge.method] * weight**2
+    if name == "exaggerated_refusals":
+        return _BEFORE[name] - 70 * weight**2 * ("safety" in merge.skills)
+    own = _learned("ptm", set(merge.skills), name, merge.part)
+    return _BEFORE[name] + (own - _BEFORE[name]) * min(1.0, 1.6 * weight) / len(merge.skills) ** 0.5
+
+
+@pytest.fixture(scope="session")
+def skills_records(skills_study):
+    """Made-up results of that study, after changes by a function of (model, evaluation, score).
+
+    Every task of an evaluation has its score, with an interval of 8 points.
+    """
+    scored = {"models/pretrained": dict.fromkeys(skills_study.evaluations, 4.0)}
+    scored["models/general"] = _BEFORE
+    for model in list(skills.trained(skills_study))[1:]:
+        scored[f"models/{model.name}"] = {
+            name: _learned(model.regime, {model.skill}, name, model.part)
+            for name in skills_study.evaluations
+        }
+    made = {merge.model: merge for merge in skills.merges(skills_study)}
+    for model, merge in made.items():
+        scored[model] = {name: _merged(merge, name) for name in skills_study.evaluations}
+
+    def found(change=lambda model, name, score: score):
+        tasks.use(skills_study.source)
+        results = {}
+        for model, scores in scored.items():
+            results[model] = {}
+            for name, mixture in skills_study.evaluations.items():
+                score = float(change(model, name, scores[name]))
+                for task in tasks.tasks_in(mixture):
+                    results[model][task] = _result_of(task, score, model)
+        recipes = {model: merge.recipe.to_dict() for model, merge in made.items()}
+        seconds = {stage.name: 60.0 for stage in skills.plan(skills_study)}
+        return records.Records(skills_study, results, recipes, {}, seconds)
+
+    return found
+
+
+def _result_of(task, score, model):
+    info = tasks.info(task)
+    return Result(
+        task=task,
+        dataset=info.dataset,
+        category=info.category,
+        held_out=info.held_out,
+        kind=info.kind,
+        metric="accuracy",
+        score=score,
+        metrics={"accuracy": score},
+        count=50,
+        ties=0,
+        truncated=0,
+        seconds=1.0,
+        model_digest=model,
+        task_digest=task,
+        interval=[score - 4, score + 4],
+    )
 
 
 @pytest.fixture(scope="session")

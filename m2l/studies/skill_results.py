@@ -122,8 +122,8 @@ def models(records: Records) -> pd.DataFrame:
             "heuristic": merge.heuristic,
         }
         rows.append(_row(records, measured, merge.model, "merge", cost) | beside)
-    frame = pd.DataFrame(rows)
-    return frame.fillna({"method": "", "skills": "", "heuristic": False})
+    frame = pd.DataFrame(rows).fillna({"method": "", "skills": "", "heuristic": False})
+    return frame.astype({"heuristic": bool})
 
 
 def _row(

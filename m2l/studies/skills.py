@@ -87,8 +87,8 @@ class SkillsStudy:
         for name in ("skills", "evaluations", "examples"):
             if not isinstance(getattr(self, name), Mapping) or not getattr(self, name):
                 raise ConfigError(f"SkillsStudy.{name}: expected a dict")
-        if {GENERAL, ALL} & set(self.skills) or any("+" in name for name in self.skills):
-            raise ConfigError("SkillsStudy.skills: none may be called general, all, or have a +")
+        if {GENERAL, ALL} & set(self.skills) or any(set("+/") & set(name) for name in self.skills):
+            raise ConfigError("SkillsStudy.skills: none may be called general, all, or have + or /")
         for name in (GENERAL, *self.skills):
             if name not in self.evaluations:
                 raise ConfigError(f"SkillsStudy.evaluations: nothing measures {name!r}")
@@ -98,6 +98,8 @@ class SkillsStudy:
         for method in self.methods:
             if method not in METHODS:
                 raise UnknownNameError("SkillsStudy.methods: method", method, METHODS)
+        if "task_arithmetic" not in self.methods:
+            raise ConfigError("SkillsStudy.methods: task_arithmetic is what findings are read from")
         if self.generative_score not in GENERATIVE_SCORES:
             raise UnknownNameError(
                 "SkillsStudy.generative_score", self.generative_score, GENERATIVE_SCORES
@@ -253,13 +255,14 @@ def merges(study: SkillsStudy) -> Iterator[Merge]:
         for method in study.methods:
             group = f"merges/{skill}/{_others(study, method)}"
             zero = heuristic(method, size[skill], general)
-            for weight in (*study.weights, zero):
+            # The heuristic's may be one of the weights that are tried: then it is made once.
+            for weight in dict.fromkeys((*study.weights, zero)):
                 if method in _INTERPOLATING and weight == 1:
                     continue  # that is the other end
                 tried = weight in study.weights
                 name = f"{method}-{weight:g}" if tried else f"{method}-heuristic"
                 made = recipe(method, (weight,), study.density)
-                yield Merge(group, name, method, (skill,), 100, (weight,), not tried, made)
+                yield Merge(group, name, method, (skill,), 100, (weight,), weight == zero, made)
         for part in study.parts:
             _, count = _part(study, skill, part)
             zero = heuristic("task_arithmetic", count, general)
@@ -271,7 +274,7 @@ def merges(study: SkillsStudy) -> Iterator[Merge]:
     for count in range(2, len(study.skills) + 1):
         for chosen in itertools.combinations(study.skills, count):
             zeros = tuple(heuristic("task_arithmetic", size[skill], general) for skill in chosen)
-            for method in several if count == len(study.skills) else several[:1]:
+            for method in several if count == len(study.skills) else ("task_arithmetic",):
                 made = recipe(method, zeros, study.density)
                 group, name = f"merges/{'+'.join(chosen)}/ptm", f"{method}-heuristic"
                 yield Merge(group, name, method, chosen, 100, zeros, True, made)

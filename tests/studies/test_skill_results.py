@@ -1,0 +1,182 @@
+"""What a skills study's results come to, with scores that can be averaged by hand."""
+
+import dataclasses
+import math
+
+import pytest
+
+from m2l.evaluation.runner import Result
+from m2l.studies import records, skill_findings, skill_results, skills
+from m2l.studies.skill_results import Score
+from m2l.training import flops
+
+RESULT = Result(
+    task="task",
+    dataset="dataset",
+    category="category",
+    held_out=False,
+    kind="rank",
+    metric="accuracy",
+    score=0.0,
+    metrics={},
+    count=50,
+    ties=0,
+    truncated=0,
+    seconds=0.0,
+    model_digest="model",
+    task_digest="task",
+)
+
+
+def result(dataset, score, half):
+    """One whose 95 % interval goes so far to both sides."""
+    interval = None if half is None else (score - half, score + half)
+    return dataclasses.replace(RESULT, dataset=dataset, score=score, interval=interval)
+
+
+def changed(records_of, **by_model):
+    """A study's frame in which models (part of a name: evaluation: score) score otherwise."""
+
+    def change(model, name, score):
+        for part, scores in by_model.items():
+            if part in model:
+                score = scores.get(name, score)
+        return score
+
+    found = records_of(change)
+    return found.study, skill_results.models(found)
+
+
+def verdicts(study, frame):
+    return {finding.number: finding.verdict for finding in skill_findings.findings(study, frame)}
+
+
+@pytest.fixture(scope="module")
+def frame(skills_records, tmp_path_factory):
+    """From the results as they are published."""
+    out = tmp_path_factory.mktemp("published")
+    records.publish(skills_records(), out)
+    return skill_results.models(records.load(out))
+
+
+def test_a_score_is_a_mean_over_datasets_of_means_over_prompts_with_its_error():
+    found = skill_results.score(
+        [result("a", 10.0, 1.96), result("a", 30.0, 1.96), result("b", 50.0, 3.92)]
+    )
+    assert found.value == (20 + 50) / 2
+    # Errors 1 and 1 of a, whose mean has 1 / sqrt(2); 2 of b.
+    assert found.error == pytest.approx(math.sqrt(0.5 + 4) / 2)
+
+
+def test_a_task_without_an_interval_leaves_the_error_unknown():
+    found = skill_results.score([result("a", 10.0, None), result("b", 30.0, 1.0)])
+    assert found.value == 20 and math.isnan(found.error)
+
+
+def test_the_error_of_a_difference_is_that_of_independent_scores():
+    assert Score(5.0, 3.0) - Score(2.0, 4.0) == Score(3.0, 5.0)
+
+
+def test_the_frame_has_every_model_once_as_it_was_published(frame, skills_study, skills_records):
+    made = [merge.model for merge in skills.merges(skills_study)]
+    trained = [model.name for model in skills.trained(skills_study)]
+    assert [name.removeprefix("models/") for name in frame["model"]] == [
+        "pretrained",
+        *trained,
+        *made,
+    ]
+    again = skill_results.models(skills_records())
+    for column in frame:
+        assert list(frame[column].fillna(-1)) == list(again[column].fillna(-1)), column
+
+
+def test_scores_are_those_of_the_evaluations_tasks(frame):
+    general = frame[frame["regime"] == "general"].iloc[0]
+    assert (general["general"], general["science"], general["coding"]) == (60, 25, 5)
+    # Sixteen tasks, each a dataset, of error 8 / 3.92; and one alone.
+    assert general["general_error"] == pytest.approx(8 / 3.92 / 4)
+    assert general["coding_error"] == pytest.approx(8 / 3.92)
+
+
+def test_a_model_costs_what_it_is_made_of_beyond_the_general_model(frame, skills_study):
+    cost = frame.set_index("model")
+    one = flops.of_step(
+        skills_study.model,
+        32,
+        skills_study.finetune.input_length,
+        skills_study.finetune.target_length,
+    )
+    own = {name: skills.steps(skills_study, n) for name, n in skills_study.examples.items()}
+    for model, steps in (
+        ("models/general", 0),
+        ("models/ptm/science", own["skills_science"]),
+        ("models/cft/science", own["skills_science"]),
+        ("models/rt/science", round(2 * 16800 / 32)),
+        ("merges/science/ptm/task_arithmetic-0.2", own["skills_science"]),
+        ("merges/science/cft/wise_ft-0.2", own["skills_science"]),
+        (
+            "merges/science+safety/ptm/task_arithmetic-heuristic",
+            own["skills_science"] + own["skills_safety"],
+        ),
+    ):
+        assert cost.loc[model, "steps"] == steps
+        assert cost.loc[model, "flops"] == pytest.approx(steps * one)
+    assert cost.loc["merges/science+safety/ptm/task_arithmetic-heuristic", "seconds"] == 120
+
+
+def test_one_model_is_asked_for_and_no_other_number_is_an_answer(frame):
+    found = skill_results.at(frame, "science", regime="cft", skills="science", part=100)
+    assert found.value == 80
+    for where in ({"regime": "cft", "skills": "science"}, {"regime": "cft", "skills": "art"}):
+        with pytest.raises(ValueError, match="not one"):
+            skill_results.at(frame, "science", **where)
+
+
+def test_results_as_the_paper_has_them_support_its_claims(frame, skills_study):
+    found = skill_findings.findings(skills_study, frame)
+    assert [finding.number for finding in found] == [1, 2, 3, 4, 5, 6]
+    assert {finding.verdict for finding in found if finding.number in (1, 2, 4, 6)} == {"supported"}
+    for finding in found:
+        assert finding.interval[0] < finding.value < finding.interval[1]
+        assert f"{finding.value:+.1f}" in finding.sentence
+
+
+def test_the_statistic_of_forgetting_is_a_mean_of_differences(skills_records):
+    arithmetic = {"task_arithmetic-heuristic": {"general": 50}, "task_arithmetic-": {"general": 50}}
+    study, frame = changed(skills_records, **arithmetic, **{"models/cft": {"general": 38}})
+    first = skill_findings.findings(study, frame)[0]
+    assert first.value == 12
+    # A score's error is 8 / 3.92 / 4; a difference has two, a mean over skills three of them.
+    half = 1.96 * (8 / 3.92 / 4) * math.sqrt(2) / math.sqrt(3)
+    assert first.interval == pytest.approx((12 - half, 12 + half))
+
+
+@pytest.mark.parametrize(
+    "number, changes",
+    [
+        (1, {"models/cft": {"general": 75}}),
+        (2, {"merges/": {"science": 5, "safety": 0, "coding": 0}}),
+        (3, {"models/rt": {"general": 95, "science": 95, "safety": 95, "coding": 95}}),
+        (4, {"models/rt": {"exaggerated_refusals": 99}, "merges/": {"exaggerated_refusals": 50}}),
+        (5, {"-0.4": {"general": 99, "science": 99, "safety": 99, "coding": 99}}),
+        (6, {"merges/science+safety+coding": {"science": 0, "safety": 0, "coding": 0}}),
+    ],
+)
+def test_results_of_the_other_kind_contradict_a_claim(skills_records, number, changes):
+    assert verdicts(*changed(skills_records, **changes))[number] == "contradicted"
+
+
+def test_a_difference_within_its_error_is_undecided(skills_records):
+    same = {"merges/": {"general": 50.0}, "models/cft": {"general": 49.8}}
+    assert verdicts(*changed(skills_records, **same))[1] == "undecided"
+
+
+def test_scores_without_intervals_test_nothing(frame, skills_study):
+    unknown = frame.assign(science_error=math.nan)
+    found = verdicts(skills_study, unknown)
+    assert found[2] == "not tested" and found[1] == "supported"
+
+
+def test_a_study_of_one_skill_that_is_not_safety_has_fewer_claims(skills_study, frame):
+    alone = dataclasses.replace(skills_study, skills={"science": "skills_science"})
+    assert list(verdicts(alone, frame)) == [1, 2, 3, 5]
