@@ -106,12 +106,13 @@ def spec(config: Config) -> dict[str, Any]:
     return spec_of(_network(config), _shortest_batch(config))
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.cache
 def parameters(config: Config) -> int:
     """How many numbers the model's parameters are."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(spec(config)))
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def init(config: Config, key: Array) -> dict[str, Any]:
     """Fresh float32 parameters, drawn as the family's authors draw them (T5: as T5X does).
 

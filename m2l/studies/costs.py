@@ -1,8 +1,10 @@
 """What a stage costs before it is run: arithmetic, time and disk."""
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from m2l import checkpoints, models, tasks
 from m2l.studies.plan import Plan, Stage
@@ -66,9 +68,15 @@ def of_stage(stage: Stage, plan: Plan) -> Cost:
     return cost + Cost(0.0, result * on * len(merges))
 
 
-def _tasks(categories: Iterable[str], settings: Mapping[str, object], most: int) -> int:
+def _tasks(categories: Iterable[str], settings: Mapping[str, Any], most: int) -> int:
+    tasks.use(settings["data"][1])
     suffix = tasks.ORIGINAL if settings["original_only"] else ""
-    return sum(len(prompts(category + suffix, most)) for category in categories)
+    return sum(_count(category + suffix, most) for category in categories)
+
+
+@functools.cache
+def _count(mixture: str, most: int) -> int:
+    return len(prompts(mixture, most))
 
 
 def _config(stage: Stage, plan: Plan) -> models.Config:
