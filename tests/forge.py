@@ -14,7 +14,7 @@ import threading
 import traceback
 from pathlib import Path
 
-SECONDS = 300
+SECONDS = 900
 
 
 def run(program, folder, number):
@@ -54,8 +54,11 @@ def together(programs, folder):
     for number, program in enumerate(programs):
         if not (process := os.fork()):
             os.setpgid(0, 0)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             run(program, folder, number)
         forked.append(process)
+    # They would go on, in groups of their own.
+    signal.signal(signal.SIGTERM, lambda *_: (kill(forked), os._exit(1)))
     waiting = threading.Timer(SECONDS, kill, [forked])
     waiting.start()
     try:
