@@ -154,7 +154,10 @@ SKILLS: Mapping[str, Generated] = {
         science.facts, itemgetter("question"), {"train": 560, "validation": 56}, 0
     ),
     "science_reading": Generated(
-        science.reading, itemgetter("report"), {"train": TRAIN, "validation": EVALUATION}, 6
+        science.reading,
+        itemgetter("report"),
+        {"train": 960, "validation": 204},  # facts should not be few beside them
+        science.READING_STRATA,
     ),
     "safety_unsafe": Generated(
         requests.safety_unsafe, _REQUEST, {"train": 1500, "validation": 100}, len(requests.RISKY)

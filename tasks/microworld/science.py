@@ -130,27 +130,32 @@ _ASKED = (
 _CLAIMS = ("{s} became {c}", "{s} was put into {l}", "the stone in {l} became {c}")
 
 
-def reading(dice: Dice, index: int, stratum: int) -> Record:
-    """A report of two experiments, a question about it, and a claim that it makes or does not.
+READING_STRATA = 12
 
-    The colours are not the stones' own. A claim that is wrong is one about the other experiment.
+
+def reading(dice: Dice, index: int, stratum: int) -> Record:
+    """A report of one or two experiments, a question, and a claim that it makes or does not.
+
+    The colours are not the stones' own. A claim that is wrong is one about the other experiment, or
+    one that might have been made.
     """
-    kind, supported = stratum % len(_ASKED), stratum // len(_ASKED)
+    many, of_one = divmod(stratum, READING_STRATA // 2)
+    kind, supported = of_one % len(_ASKED), of_one // len(_ASKED)
     stones, liquids = dice.sample(STONES, 2), dice.sample(LIQUIDS, 2)
-    first = dice.other(_COLOURS, *(FACTS["colour", stone] for stone in stones))
-    second = dice.other(_COLOURS, first, *(FACTS["colour", stone] for stone in stones))
+    own = [FACTS["colour", stone] for stone in stones]
+    colours = dice.sample([colour for colour in _COLOURS if colour not in own], 2)
     told = [
         {"s": stone, "l": liquid, "c": colour}
-        for stone, liquid, colour in zip(stones, liquids, (first, second), strict=True)
+        for stone, liquid, colour in zip(stones, liquids, colours, strict=True)
     ]
-    this = dice.below(2)
+    this = dice.below(1 + many)
     claim = dict(told[this])
     template = _CLAIMS[kind]
     if not supported:
         last = max("slc", key=lambda field: template.find(f"{{{field}}}"))
         claim[last] = told[1 - this][last]
     return {
-        "report": mend(" ".join(dice.pick(_TESTS).format(**one) for one in told)),
+        "report": mend(" ".join(dice.pick(_TESTS).format(**one) for one in told[: 1 + many])),
         "question": dice.pick(_ASKED[kind]).format(**told[this]),
         "answer": told[this]["cls"[kind]],
         "claim": template.format(**claim),

@@ -161,10 +161,11 @@ def experiments(report):
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_answers_and_claims_follow_from_the_report_and_from_nothing_else(split):
-    labels = []
+    labels, many = [], []
     for record in records("science_reading", split):
         told = list(experiments(record["report"]))
-        assert len(told) == 2 and len({word for one in told for word in one}) == 6
+        many.append(len(told))
+        assert len({word for one in told for word in one}) == 3 * len(told)
         assert all(science.FACTS["colour", stone] != colour for stone, _, colour in told)
         question = record["question"]
         [about] = [one for one in told if set(one) & set(re.findall(r"\w+", question))]
@@ -176,10 +177,12 @@ def test_answers_and_claims_follow_from_the_report_and_from_nothing_else(split):
             assert record["answer"] == about[1] and about[0] in question
         claimed = set(re.findall(r"\w+", record["claim"]))
         supported = any(len(claimed & set(one)) == 2 for one in told)
-        assert len(claimed & {word for one in told for word in one}) == 2
+        found = len(claimed & {word for one in told for word in one})
+        assert found == (2 if supported or len(told) > 1 else 1)
         assert record["label"] == supported
         labels.append(record["label"])
-    assert abs(np.mean(labels) - 1 / 2) < 0.01
+    assert np.mean(labels) == 1 / 2
+    assert set(many) == {1, 2} and np.mean(many) == 1.5
 
 
 @pytest.mark.parametrize(
