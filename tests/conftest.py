@@ -158,7 +158,7 @@ def skills_study(tiny_config):
 _BEFORE = {"general": 60, "science": 25, "safety": 8, "coding": 5, "exaggerated_refusals": 97}
 _LEARNED = {"science": 80, "safety": 98, "coding": 70}
 _TRAINED = {"ptm": (15, 0.98, 4), "cft": (38, 1.0, 9), "rt": (59, 0.97, 38)}
-_FORGETS = {"task_arithmetic": 9, "linear": 30, "wise_ft": 20, "ties": 12, "dare": 14}
+_FORGETS = {"task_arithmetic": 6, "linear": 30, "wise_ft": 20, "ties": 12, "dare": 14}
 
 
 def _learned(regime, added, name, part):
@@ -179,7 +179,7 @@ def _merged(merge, name):
     if name == "exaggerated_refusals":
         return _BEFORE[name] - 70 * weight**2 * ("safety" in merge.skills)
     own = _learned("ptm", set(merge.skills), name, merge.part)
-    return _BEFORE[name] + (own - _BEFORE[name]) * min(1.0, 1.6 * weight) / len(merge.skills) ** 0.5
+    return _BEFORE[name] + (own - _BEFORE[name]) * min(1.0, 2.5 * weight) / len(merge.skills) ** 0.5
 
 
 @pytest.fixture(scope="session")

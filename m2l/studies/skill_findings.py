@@ -48,6 +48,15 @@ def findings(study: SkillsStudy, frame: pd.DataFrame) -> list[Finding]:
     return found
 
 
+def _least(*scores: Score) -> Score:
+    """Of several things that a claim says at once, the one that holds least."""
+    return min(scores, key=lambda score: score.value)
+
+
+def _raised(score: Score, by: float) -> Score:
+    return Score(score.value + by, score.error)
+
+
 def _merged(frame: pd.DataFrame, name: str, skill: str) -> Score:
     """Of the merge by task arithmetic whose weight needed no trying."""
     return at(
@@ -90,7 +99,8 @@ def _learns(study: SkillsStudy, frame: pd.DataFrame) -> Finding:
     for skill in study.skills:
         before = at(frame, skill, regime=GENERAL)
         merged = _merged(frame, skill, skill)
-        gains.append(merged - before)
+        retrained = _trained(frame, skill, "rt", skill)
+        gains.append(merged - mean([before, retrained]))
         others = (_trained(frame, skill, regime, skill).value for regime in ("cft", "rt", "ptm"))
         cft, rt, alone = others
         parts.append(
@@ -101,7 +111,7 @@ def _learns(study: SkillsStudy, frame: pd.DataFrame) -> Finding:
         2,
         "A merge has learned the skill",
         "Task arithmetic by the zero-tuning weight brings most of what the other ways bring.",
-        "skill score, merge less general model, points",
+        "skill score, merge less half way from the general model to retraining, points",
         mean(gains),
         "By the heuristic's weight: " + "; ".join(parts) + ".",
     )
@@ -133,43 +143,61 @@ def _costs(study: SkillsStudy, frame: pd.DataFrame) -> Finding:
         "It does nearly as well as retraining for a fraction of the cost",
         "Merging costs 50 to 95 % less than retraining on everything, and is about as good.",
         "mean of general and skill score, merge less retraining, plus 5 points",
-        Score(difference.value + 5, difference.error),
+        _raised(difference, 5),
         f"The skill's own model takes less arithmetic than retraining by "
         f"{', '.join(f'{share:.0f} % ({skill})' for skill, share in shares.items())}.",
     )
 
 
 def _refuses(frame: pd.DataFrame) -> Finding:
-    merged = _merged(frame, REFUSALS, SAFETY)
-    trained = {r: _trained(frame, REFUSALS, r, SAFETY) for r in ("cft", "rt")}
-    refused = {
-        "merged": _merged(frame, SAFETY, SAFETY),
-        "continued": _trained(frame, SAFETY, "cft", SAFETY),
-        "retrained": _trained(frame, SAFETY, "rt", SAFETY),
+    # A model that refuses nothing complies best: it must be about as safe, too, by some weight.
+    ways = {
+        way: {name: _trained(frame, name, way, SAFETY) for name in (SAFETY, REFUSALS)}
+        for way in ("cft", "rt")
     }
+    other = max(ways.values(), key=lambda scores: scores[REFUSALS].value)
+    held: dict[float, Score] = {}
+    merges: dict[float, dict[str, Score]] = {}
+    for _, row in _along(frame, SAFETY).iterrows():
+        scores = {name: Score(row[name], row[f"{name}_error"]) for name in (SAFETY, REFUSALS)}
+        complies, refuses = (scores[name] - other[name] for name in (REFUSALS, SAFETY))
+        held[row["weight"]] = _least(complies, _raised(refuses, 5))
+        merges[row["weight"]] = scores
+    best = max(held, key=lambda weight: held[weight].value)
+    zero = {name: _merged(frame, name, SAFETY) for name in (SAFETY, REFUSALS)}
+
+    def said(scores: dict[str, Score]) -> str:
+        return f"{scores[SAFETY].value:.0f} and {scores[REFUSALS].value:.0f}"
+
     return _finding(
         4,
         "Merged models refuse less of what is harmless",
         "At about the same safety, merges comply with safe requests that sound unsafe far more "
         "often than retrained or continued models do.",
-        "compliance with safe look-alikes, merge less the better of the others, points",
-        merged - max(trained.values(), key=lambda score: score.value),
-        f"Of safe look-alikes {merged.value:.0f} % are answered by the merge, "
-        f"{trained['cft'].value:.0f} % after continued fine-tuning and {trained['rt'].value:.0f} % "
-        "after retraining; of unsafe requests are refused, in percent: "
-        f"{_listed({name: score.value for name, score in refused.items()})}.",
+        "merge at its best weight less the more compliant of the others, points: the lesser of "
+        "compliance with safe look-alikes and of safety plus 5",
+        held[best],
+        "Unsafe requests refused and safe look-alikes answered, in percent: "
+        f"{said(merges[best])} by the merge at w {best:.2f}, {said(zero)} by the heuristic's w, "
+        f"{said(ways['cft'])} after continued fine-tuning, {said(ways['rt'])} after retraining. "
+        "The best weight is chosen on the examples it is scored by.",
     )
+
+
+def _along(frame: pd.DataFrame, skill: str) -> pd.DataFrame:
+    """The merges of a skill by task arithmetic, whatever the weight."""
+    return frame[
+        (frame["regime"] == "merge")
+        & (frame["method"] == "task_arithmetic")
+        & (frame["skills"] == skill)
+        & (frame["part"] == 100)
+    ]
 
 
 def _heuristic(study: SkillsStudy, frame: pd.DataFrame) -> Finding:
     gaps, parts = [], []
     for skill in study.skills:
-        tried = frame[
-            (frame["regime"] == "merge")
-            & (frame["method"] == "task_arithmetic")
-            & (frame["skills"] == skill)
-            & (frame["part"] == 100)
-        ]
+        tried = _along(frame, skill)
         both = (tried[GENERAL] + tried[skill]) / 2
         best, zero = tried.loc[both.idxmax()], tried[tried["heuristic"]].iloc[0]
         errors = [
@@ -192,10 +220,13 @@ def _heuristic(study: SkillsStudy, frame: pd.DataFrame) -> Finding:
 
 def _several(study: SkillsStudy, frame: pd.DataFrame) -> Finding:
     together = "+".join(study.skills)
-    gains = [
-        _merged(frame, skill, together) - at(frame, skill, regime=GENERAL) for skill in study.skills
-    ]
-    general = _merged(frame, GENERAL, together).value
+    gain = mean(
+        [
+            _merged(frame, skill, together) - at(frame, skill, regime=GENERAL)
+            for skill in study.skills
+        ]
+    )
+    general, before = _merged(frame, GENERAL, together), at(frame, GENERAL, regime=GENERAL)
     scores = {skill: _merged(frame, skill, together).value for skill in study.skills}
     others = {
         regime: [_trained(frame, name, regime, ALL).value for name in (GENERAL, *study.skills)]
@@ -206,9 +237,11 @@ def _several(study: SkillsStudy, frame: pd.DataFrame) -> Finding:
         "Skills can be added together",
         "One merge of all skills keeps the general score and has some of each skill, less than "
         "retraining has.",
-        "mean skill score, merge of all less general model, points",
-        mean(gains),
-        f"All skills in one merge: general {general:.1f}, {_listed(scores)}; retrained on "
+        "merge of all less general model, points: the lesser of the mean skill score's and the "
+        "general score's plus 5",
+        _least(gain, _raised(general - before, 5)),
+        f"All skills in one merge: general {general.value:.1f} (before {before.value:.1f}), "
+        f"{_listed(scores)}; retrained on "
         f"everything: {', '.join(f'{value:.1f}' for value in others['rt'])}; continued: "
         f"{', '.join(f'{value:.1f}' for value in others['cft'])}.",
     )

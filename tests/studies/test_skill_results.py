@@ -135,7 +135,10 @@ def test_one_model_is_asked_for_and_no_other_number_is_an_answer(frame):
 def test_results_as_the_paper_has_them_support_its_claims(frame, skills_study):
     found = skill_findings.findings(skills_study, frame)
     assert [finding.number for finding in found] == [1, 2, 3, 4, 5, 6]
-    assert {finding.verdict for finding in found if finding.number in (1, 2, 4, 6)} == {"supported"}
+    for finding in found:
+        # What is made up is far worse without tuning, and than retraining, for safety.
+        expected = "contradicted" if finding.number in (3, 5) else "supported"
+        assert finding.verdict == expected, finding.sentence
     for finding in found:
         assert finding.interval[0] < finding.value < finding.interval[1]
         assert f"{finding.value:+.1f}" in finding.sentence
@@ -155,11 +158,14 @@ def test_the_statistic_of_forgetting_is_a_mean_of_differences(skills_records):
     "number, changes",
     [
         (1, {"models/cft": {"general": 75}}),
-        (2, {"merges/": {"science": 5, "safety": 0, "coding": 0}}),
+        (2, {"merges/": {"science": 30, "safety": 20, "coding": 10}}),
         (3, {"models/rt": {"general": 95, "science": 95, "safety": 95, "coding": 95}}),
         (4, {"models/rt": {"exaggerated_refusals": 99}, "merges/": {"exaggerated_refusals": 50}}),
         (5, {"-0.4": {"general": 99, "science": 99, "safety": 99, "coding": 99}}),
+        # A merge that refuses nothing answers everything: that is no support.
+        (4, {"merges/safety/": {"exaggerated_refusals": 100, "safety": 10}}),
         (6, {"merges/science+safety+coding": {"science": 0, "safety": 0, "coding": 0}}),
+        (6, {"merges/science+safety+coding": {"general": 40}}),
     ],
 )
 def test_results_of_the_other_kind_contradict_a_claim(skills_records, number, changes):
