@@ -1,7 +1,8 @@
 """How far a score may be off: the bootstrap over examples (Efron and Tibshirani 1993)."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -55,10 +56,38 @@ def interval(
         level: The share of draws between the two.
         seed: Of the draws: the same ones for every model.
     """
-    rng = np.random.default_rng(seed)
-    found = [of(rng.integers(0, count, count)) for _ in range(draws)]
+    return interval_of_mean([of], [count], draws=draws, level=level, seed=seed)
+
+
+def interval_of_mean(
+    of: Sequence[Statistic],
+    counts: Sequence[int],
+    *,
+    draws: int = DRAWS,
+    level: float = 0.95,
+    seed: int = 0,
+) -> list[float]:
+    """The same of the mean over tasks, each of which keeps its number of examples in a draw.
+
+    Args:
+        of: The statistic of each task.
+        counts: How many examples each has.
+        draws, level, seed: As `interval` takes them.
+    """
+    found = [_mean(of, numbers) for numbers in _drawn(counts, draws, seed)]
     low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
     return [float(low), float(high)]
+
+
+def _drawn(counts: Sequence[int], draws: int, seed: int) -> Iterator[list[np.ndarray]]:
+    """So often: of each task, as many of its examples as it has."""
+    rng = np.random.default_rng(seed)
+    for _ in range(draws):
+        yield [rng.integers(0, count, count) for count in counts]
+
+
+def _mean(of: Sequence[Statistic], numbers: Sequence[np.ndarray]) -> float:
+    return fmean(one(drawn) for one, drawn in zip(of, numbers, strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,11 +117,28 @@ def paired(
         draws: How often so many are drawn.
         seed: Of the draws.
     """
-    rng = np.random.default_rng(seed)
-    numbers = [rng.integers(0, count, count) for _ in range(draws)]
-    found = np.array([other(drawn) - one(drawn) for drawn in numbers])
+    return paired_means([one], [other], [count], draws=draws, seed=seed)
+
+
+def paired_means(
+    one: Sequence[Statistic],
+    other: Sequence[Statistic],
+    counts: Sequence[int],
+    *,
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> Difference:
+    """The same of two models' means over tasks.
+
+    Args:
+        one, other: Each model's statistic of each task.
+        counts: How many examples each task has.
+        draws, seed: As `paired` takes them.
+    """
+    drawn = list(_drawn(counts, draws, seed))
+    found = np.array([_mean(other, numbers) - _mean(one, numbers) for numbers in drawn])
     low, high = np.quantile(found, [0.025, 0.975])
     beyond = min(int((found <= 0).sum()), int((found >= 0).sum()))
-    whole = np.arange(count)
+    whole = [np.arange(count) for count in counts]
     p = min(1.0, 2 * (beyond + 1) / (draws + 1))
-    return Difference(other(whole) - one(whole), float(low), float(high), p)
+    return Difference(_mean(other, whole) - _mean(one, whole), float(low), float(high), p)

@@ -116,6 +116,46 @@ def load_tasks(
     return loaded
 
 
+CHOOSING = "__choosing"
+"""What the name of a half to choose by ends with."""
+
+
+def halves(task: TaskData) -> tuple[TaskData, TaskData]:
+    """Splits a task's examples into those to choose by and those to judge by.
+
+    They are put in the order of their inputs' digests and cut in the middle, where examples of the
+    same inputs stay together: nothing is asked on both sides, and neither side hangs on the order
+    of a file.
+
+    Returns:
+        The half to choose by, its task's name ending in CHOOSING, and the half to judge by.
+
+    Raises:
+        DataError: a half would be empty.
+    """
+    by_inputs: dict[bytes, list[int]] = {}
+    for number, example in enumerate(task.examples):
+        digest = hashlib.sha256(example.inputs_text.encode()).digest()
+        by_inputs.setdefault(digest, []).append(number)
+    chosen: list[int] = []
+    for digest in sorted(by_inputs):
+        if 2 * (len(chosen) + len(by_inputs[digest])) <= len(task.examples):
+            chosen += by_inputs[digest]
+    rest = set(range(len(task.examples))) - set(chosen)
+    if not chosen or not rest:
+        raise DataError(
+            f"task {task.info.name}: {len(task.examples)} examples of {len(by_inputs)} different "
+            "inputs cannot be halved into some to choose by and some to judge by; give more"
+        )
+    to_choose = dataclasses.replace(task.info, name=task.info.name + CHOOSING)
+    found = []
+    for info, numbers in ((to_choose, chosen), (task.info, rest)):
+        examples = [task.examples[number] for number in sorted(numbers)]
+        part = dataclasses.replace(task, info=info, examples=examples)
+        found.append(dataclasses.replace(part, digest=_digest(part)))
+    return found[0], found[1]
+
+
 def _digest(task: TaskData) -> str:
     generated = task.info.kind == "generate"
     decided_by: list[Any] = [task.info.kind, task.info.metrics]
