@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from m2l import __version__
-from m2l.cli import adamerging, checkpoints, data, merge, models, statistics, studies, sweep
+from m2l.cli import adamerging, checkpoints, data, merge, models, skills, statistics, studies, sweep
 from m2l.errors import M2LError, Stopped
 
 
@@ -40,6 +40,7 @@ for _command in (
     adamerging.adamerging,
     merge.merge,
     sweep.sweep,
+    skills.skills,
     models.evaluate,
     studies.study,
     studies.report,

@@ -198,6 +198,18 @@ def numbers(flag: str, text: str) -> tuple[float, ...]:
         raise ConfigError(f"{flag} {text}: expected numbers with commas between") from error
 
 
+def series(flag: str, text: str) -> list[float]:
+    """The numbers of a flag's text, with commas between or as FIRST:LAST:STEP."""
+    if ":" not in text:
+        return list(numbers(flag, text))
+    parts = numbers(flag, text.replace(":", ","))
+    if len(parts) != 3 or parts[2] <= 0 or parts[1] < parts[0]:
+        raise ConfigError(f"{flag} {text}: expected FIRST:LAST:STEP, such as 0.1:1:0.1")
+    first, last, step = parts
+    count = int((last - first) / step + 1e-9) + 1
+    return [round(first + step * place, 10) for place in range(count)]
+
+
 def _scale_of(text: str) -> tuple[str, float | tuple[float, ...]]:
     pattern, equals, value = text.rpartition("=")
     if not equals:

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from m2l.cli.data import jsonl_files, scored_tasks
-from m2l.cli.merge import numbers
+from m2l.cli.merge import series
 from m2l.cli.options import DIRECTORY, print_table, with_source
 from m2l.errors import ConfigError
 
@@ -65,7 +65,7 @@ def sweep(
     from m2l import checkpoints, files, merging, models
     from m2l.evaluation import runner
 
-    swept = {name: _values(name, text) for name, text in values.items() if text}
+    swept = {name: series(f"--{name}", text) for name, text in values.items() if text}
     task_files = jsonl_files(jsonl, mixture)
     mixture = "jsonl" if task_files else mixture
     for flag, missing in (
@@ -141,17 +141,6 @@ def sweep(
     print_table(f"{method} on {mixture}", [*swept, "score %"], rows)
     settings = ", ".join(f"{name} {getattr(chosen.recipe, name):g}" for name in swept)
     click.echo(f"best: {settings} ({chosen.score:.2f} %); m2l merge --recipe {out}/recipe.json")
-
-
-def _values(name: str, text: str) -> list[float]:
-    if ":" not in text:
-        return list(numbers(f"--{name}", text))
-    parts = numbers(f"--{name}", text.replace(":", ","))
-    if len(parts) != 3 or parts[2] <= 0 or parts[1] < parts[0]:
-        raise ConfigError(f"--{name} {text}: expected FIRST:LAST:STEP, such as 0.1:1:0.1")
-    first, last, step = parts
-    count = int((last - first) / step + 1e-9) + 1
-    return [round(first + step * place, 10) for place in range(count)]
 
 
 def _draw(curve: Sequence[dict[str, Any]], mixture: str, file: Path) -> None:
