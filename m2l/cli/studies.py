@@ -194,15 +194,15 @@ def report(directory: Path, publish: Path | None) -> None:
 
 
 def _report(directory: Path, publish: Path | None) -> None:
-    from m2l.reporting import page, tables
+    from m2l.reporting import page
     from m2l.studies import records
 
     if publish:
         records.publish(records.load(directory), publish)
         directory = publish
-    material = page.collect(directory)
-    path = page.write(directory, material)
-    frame = tables.summary(material.performance)
+    report = page.collect(directory)
+    path = page.write(directory, report)
+    title, frame = report.summary
     rows = [tuple(row) for row in frame.itertuples(index=False)]
-    print_table("normalised performance, by number of experts merged", list(frame.columns), rows)
+    print_table(title, list(frame.columns), rows)
     click.echo(f"report: {path}")

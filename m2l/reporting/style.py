@@ -16,6 +16,8 @@ METHODS = {
     "della": "DELLA",
     "slerp": "SLERP",
     "regmean": "RegMean",
+    "linear": "Linear",
+    "wise_ft": "WiSE-FT",
     "multitask": "Multitask",
 }
 BASES = {"pretrained": "Pretrained", "instruct": "Instruction-tuned"}

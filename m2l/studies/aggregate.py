@@ -15,6 +15,7 @@ import pandas as pd
 
 from m2l.evaluation.normalize import dataset_scores, ratios
 from m2l.evaluation.runner import Result
+from m2l.studies import records as of_studies
 from m2l.studies import scaling
 from m2l.studies.records import Records
 from m2l.studies.scaling import BASES
@@ -277,8 +278,8 @@ def choices(records: Records) -> pd.DataFrame:
 
 
 def lineage(records: Records) -> pd.DataFrame:
-    """Every model: what it is made of and by, its digest, and how many results it has."""
-    rows, plan = [], scaling.plan(records.study)
+    """Every model of any study: what it is made of and by, its digest, and how many results."""
+    rows, plan = [], of_studies.plan(records.study)
     for stage in plan:
         if stage.kind == "evaluate":
             model = stage.inputs["model"]

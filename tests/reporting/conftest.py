@@ -7,7 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from m2l.reporting import page, paper
+from m2l.reporting import page, paper, scaling_report, skills_report
+from m2l.studies import records
 from m2l.studies.findings import Finding
 
 SETTINGS = {
@@ -109,7 +110,7 @@ def material(banded, experts, choices):
     ]
     frames = {"performance": banded, "cells": cells, "experts": experts, "held_out": held_out}
     beside = {"choices": choices, "lineage": lineage, "findings": found, "seconds": 7000.0}
-    return page.Material(SETTINGS, **frames, **beside)
+    return scaling_report.Material(SETTINGS, **frames, **beside)
 
 
 @pytest.fixture(scope="session")
@@ -122,13 +123,33 @@ def small(material):
     )
 
 
+def _written(out, report):
+    page.write(out, report)
+    return types.SimpleNamespace(out=out, report=out / "report", page=out / "report/index.html")
+
+
 @pytest.fixture(scope="session")
 def written(material, tmp_path_factory):
     """A written report of made-up results: its folder."""
     out = tmp_path_factory.mktemp("made_up")
     (out / "study.json").write_text("{}")
-    patch = pytest.MonkeyPatch()
-    patch.setattr(page, "collect", lambda _: material)
-    page.write(out)
-    patch.undo()
-    return types.SimpleNamespace(out=out, report=out / "report", page=out / "report/index.html")
+    return _written(out, scaling_report.report(material))
+
+
+@pytest.fixture(scope="session")
+def skills_published(skills_records, tmp_path_factory):
+    """The folder of made-up results of paper 2's study."""
+    out = tmp_path_factory.mktemp("made_up_skills")
+    records.publish(skills_records(), out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def skills_material(skills_published):
+    return skills_report.collect(records.load(skills_published))
+
+
+@pytest.fixture(scope="session")
+def skills_written(skills_published, skills_material):
+    """The report of it."""
+    return _written(skills_published, skills_report.report(skills_material))

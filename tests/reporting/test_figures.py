@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from m2l.reporting import details, figures, page, style
+from m2l.reporting import details, figures, scaling_report, style
 
 SIZES, COUNTS = ["1B", "8B", "24B", "64B"], [2, 4, 6, 8]
 METHODS = ["average", "task_arithmetic", "dare_ties", "ties"]
@@ -159,7 +159,7 @@ def frames_of_other_shapes(frame):
 
 def test_any_number_of_sizes_counts_and_methods_can_be_drawn(banded):
     for frame in frames_of_other_shapes(banded):
-        for figure in page.of_paper(frame).values():
+        for figure in scaling_report.of_paper(frame).values():
             figure.canvas.draw()
 
 

@@ -1,0 +1,63 @@
+"""Paper 2's study in the small, by the command: trained, merged, evaluated and reported."""
+
+import json
+
+import pytest
+
+SMALL = [
+    "T5.d_model=16",
+    "T5.d_kv=8",
+    "T5.d_ff=32",
+    "T5.num_heads=2",
+    "T5.num_encoder_layers=1",
+    "T5.num_decoder_layers=1",
+    "Train.batch_size=4",
+    "Train.input_length=16",
+    "Train.target_length=8",
+    "pretrain/Train.steps=1",
+    "pretrain/Train.warmup_steps=0",
+    "SkillsStudy.skills={'safety': 'skills_safety'}",
+    "SkillsStudy.evaluations={'general': 'general_requests_ask', 'safety': 'safety_unsafe_ask'}",
+    "SkillsStudy.examples={'skills_general': 12, 'skills_safety': 4}",
+    "SkillsStudy.epochs=1",
+    "SkillsStudy.weights=[0.5]",
+    "SkillsStudy.parts=[]",
+    "SkillsStudy.retrained_parts=[]",
+    "SkillsStudy.max_examples=2",
+    "SkillsStudy.eval_batch_size=2",
+    "SkillsStudy.generative_score=likelihood",
+]
+ARGUMENTS = [*("study", "--gin_file", "experiments/merge_to_learn.gin")]
+ARGUMENTS += [f"--gin.{binding}" for binding in SMALL]
+
+
+@pytest.fixture(scope="module")
+def finished(run_m2l, tmp_path_factory):
+    out = tmp_path_factory.mktemp("skills")
+    assert run_m2l(*ARGUMENTS, "--out", out) == 0
+    return out
+
+
+def test_every_regime_and_merge_has_its_results(finished):
+    results = finished / "results"
+    names = {
+        str(path.parent.relative_to(results))
+        for path in results.rglob("*.json")
+        if path.name != "recipes.json"
+    }
+    trained = {"pretrained", "general", "ptm/safety", "cft/safety", "rt/safety"}
+    ours = {f"{method}-{w}" for method in ("task_arithmetic", "linear", "ties", "dare")
+            for w in ("0.5", "heuristic")}  # fmt: skip
+    merged = {f"merges/safety/ptm/{name}" for name in ours}
+    merged |= {f"merges/safety/cft/wise_ft-{w}" for w in ("0.5", "heuristic")}
+    assert names == {f"models/{name}" for name in trained} | merged
+    made = json.loads((results / "merges/safety/ptm/recipes.json").read_text())
+    assert made["task_arithmetic-0.5"]["weights"] == [1.0, 0.5]
+
+
+def test_it_is_not_run_again_and_its_report_tells_each_way(finished, run_m2l, capfd):
+    assert run_m2l("study", "--out", finished) == 0
+    assert "0 of" in capfd.readouterr().out
+    assert run_m2l("report", finished) == 0
+    assert "Retraining" in capfd.readouterr().out
+    assert 'id="figure-tradeoff"' in (finished / "report/index.html").read_text()
