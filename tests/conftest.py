@@ -131,7 +131,7 @@ def finished_study(study, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def skills_study(tiny_config):
-    """Paper 2's study, its sizes those of the microworld's mixtures."""
+    """Paper 2's study on the microworld's mixtures, its sizes made up."""
     settings = TrainSettings(mixture="set by the study", steps=3, batch_size=32)
     names = ("science", "safety", "coding")
     measured = ("general", *names, "exaggerated_refusals")

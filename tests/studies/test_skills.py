@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from m2l import tasks
+from m2l import configuration, tasks
 from m2l.data import pipeline
 from m2l.errors import ConfigError, UnknownNameError
 from m2l.merging import merge_params
@@ -183,12 +183,14 @@ def test_pairs_are_added_by_arithmetic_and_all_skills_by_every_method_that_adds(
     assert set(map(tuple, together.values())) == {("task_arithmetic",)}
 
 
-def test_the_embedded_studys_mixtures_are_there_and_have_the_sizes_it_says(skills_study):
-    skills.check_mixtures(skills_study)
-    tasks.register(vocabulary=skills_study.vocabulary, source=skills_study.source)
-    for mixture, count in skills_study.examples.items():
+def test_the_shipped_studys_mixtures_are_there_and_have_the_sizes_it_says():
+    asked, _ = configuration.load("Study", ["experiments/merge_to_learn.gin"], [])
+    study = asked.of
+    skills.check_mixtures(study)
+    tasks.register(vocabulary=study.vocabulary, source=study.source)
+    for mixture, count in study.examples.items():
         found = pipeline.find("mixture", mixture, "train")
-        assert sum(found.get_rate(task) for task in found.tasks) == count
+        assert sum(found.get_rate(task) for task in found.tasks) == count, mixture
 
 
 def test_settings_survive_the_disk(skills_study):
