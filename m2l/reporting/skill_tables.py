@@ -1,6 +1,5 @@
 """Paper 2's tables, and what they say of where each way to add a skill is ahead."""
 
-import math
 from collections.abc import Iterator
 
 import pandas as pd
@@ -119,81 +118,76 @@ def papers_steps(papers: pd.DataFrame) -> pd.DataFrame:
 # --- which way is ahead where ---
 
 
-def ahead(study: SkillsStudy, frame: pd.DataFrame) -> list[str]:
-    """Sentences on which of continued fine-tuning, retraining and merging is ahead in what.
-
-    One is ahead if it is so by more than 1.96 standard errors of the difference to the next, as if
-    both were scored on examples of their own.
+def compared(study: SkillsStudy, frame: pd.DataFrame) -> pd.DataFrame:
+    """Continued fine-tuning, retraining and merging beside one another.
 
     Args:
         study: The study's settings.
         frame: Of `skill_results.models`.
 
     Returns:
-        A sentence or two for each skill, for how often each is ahead, for little data, and for
-        costs.
+        Rows with skill, data (percent), score (which), a column for each of WAYS by its name,
+        ahead (the name of the way that is, or "none") and by (points to the next). One is ahead if
+        it is so by more than 1.96 standard errors of the difference to the next, as if both were
+        scored on examples of their own.
     """
-    said, wins = [], dict.fromkeys(WAYS, 0)
-    for skill in skills_of(frame):
+    rows = []
+    for part in sorted({100, *study.retrained_parts}, reverse=True):
+        for skill in skills_of(frame):
+            for what, names in _scores_of(study, skill):
+                scores = {way: _mean(frame, skill, way, names, part) for way in WAYS}
+                first, second, *_ = sorted(scores, key=lambda way: -scores[way].value)
+                gap = scores[first] - scores[second]
+                row = {"skill": skill, "data": part, "score": what}
+                row |= {WAYS[way]: score.value for way, score in scores.items()}
+                clear = gap.value > 1.96 * gap.error
+                rows.append(row | {"ahead": WAYS[first] if clear else "none", "by": gap.value})
+    return pd.DataFrame(rows)
+
+
+def ahead(study: SkillsStudy, frame: pd.DataFrame) -> list[str]:
+    """Sentences on where each way is ahead by `compared`, and on what merging costs."""
+    table, said = compared(study, frame), []
+    for part, rows in table.groupby("data", sort=False):
         told = []
-        for what, names in _compared(study, frame, skill):
-            scores = {way: _mean(frame, skill, way, names) for way in WAYS}
-            winner, sentence = _judged(scores)
-            told.append(f"{what}: {sentence}")
-            if winner:
-                wins[winner] += 1
-        said.append(f"{skill.capitalize()}. {'; '.join(told)}.")
-    counted = ", ".join(f"{WAYS[way]} in {count}" for way, count in wins.items())
-    compared = sum(1 for skill in skills_of(frame) for _ in _compared(study, frame, skill))
-    said.append(f"Of these {compared} comparisons a way is clearly ahead: {counted}.")
-    said += [*_with_little_data(study, frame), _costs(frame)]
+        for way in WAYS.values():
+            wins = rows[rows["ahead"] == way]
+            where = [
+                f"{skill} ({', '.join(of_skill['score'])})"
+                for skill, of_skill in wins.groupby("skill", sort=False)
+            ]
+            told.append(f"{way.capitalize()} is clearly ahead {_in(where)}.")
+        close = int((rows["ahead"] == "none").sum())
+        with_part = "all" if part == 100 else f"{part} %"
+        said.append(
+            f"With {with_part} of a skill's data: {' '.join(told)} Too close to call: {close} of "
+            f"{len(rows)} comparisons."
+        )
+    shares = []
+    for skill in skills_of(frame):
+        ours, again = (
+            regime(of_skill(frame, skill), way)["flops"].iloc[0] for way in (MERGED, "rt")
+        )
+        shares.append(f"{100 * ours / again:.0f} % for {skill}")
+    said.append(
+        "To train a model for a merge takes, of the arithmetic of retraining, "
+        f"{', '.join(shares)}; trying weights takes evaluations alone."
+    )
     return said
 
 
-def _compared(
-    study: SkillsStudy, frame: pd.DataFrame, skill: str
-) -> Iterator[tuple[str, tuple[str, ...]]]:
-    yield "general score", (GENERAL,)
-    yield "skill score", (skill,)
+def _in(where: list[str]) -> str:
+    return f"in {', '.join(where)}" if where else "nowhere"
+
+
+def _scores_of(study: SkillsStudy, skill: str) -> Iterator[tuple[str, tuple[str, ...]]]:
+    yield "general", (GENERAL,)
+    yield "skill", (skill,)
     yield "mean of both", (GENERAL, skill)
     if skill == SAFETY and REFUSALS in study.evaluations:
-        yield "safe look-alikes answered", (REFUSALS,)
+        yield _PRINTED[REFUSALS], (REFUSALS,)
 
 
-def _mean(
-    frame: pd.DataFrame, skill: str, way: str, names: tuple[str, ...], part: int = 100
-) -> Score:
+def _mean(frame: pd.DataFrame, skill: str, way: str, names: tuple[str, ...], part: int) -> Score:
     model = regime(of_skill(frame, skill, part), way).iloc[0]
     return mean([Score(float(model[name]), float(model[f"{name}_error"])) for name in names])
-
-
-def _judged(scores: dict[str, Score]) -> tuple[str, str]:
-    """The way that is clearly ahead, or "", and what is to be said."""
-    first, second, *_ = sorted(scores, key=lambda way: -scores[way].value)
-    listed = ", ".join(f"{WAYS[way]} {score.value:.1f}" for way, score in scores.items())
-    gap = scores[first] - scores[second]
-    if math.isnan(gap.error) or gap.value <= 1.96 * gap.error:
-        return "", f"{WAYS[first]} and {WAYS[second]} are too close to call ({listed})"
-    return first, f"{WAYS[first]} is ahead by {gap.value:.1f} points ({listed})"
-
-
-def _with_little_data(study: SkillsStudy, frame: pd.DataFrame) -> Iterator[str]:
-    if not study.retrained_parts:
-        return
-    part, told = min(study.retrained_parts), []
-    for skill in skills_of(frame):
-        scores = {way: _mean(frame, skill, way, (GENERAL, skill), part) for way in WAYS}
-        told.append(f"{skill}: {_judged(scores)[1]}")
-    yield f"With {part} % of a skill's data, by the mean of both scores, {'; '.join(told)}."
-
-
-def _costs(frame: pd.DataFrame) -> str:
-    told = []
-    for skill in skills_of(frame):
-        models = of_skill(frame, skill)
-        ours, again = (regime(models, way)["flops"].iloc[0] for way in (MERGED, "rt"))
-        told.append(f"{100 * ours / again:.0f} % for {skill}")
-    return (
-        "To train a model for a merge takes, of the arithmetic of retraining, "
-        f"{', '.join(told)}; trying weights takes evaluations alone."
-    )

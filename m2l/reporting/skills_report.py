@@ -1,7 +1,7 @@
 """The report of paper 2's study: three ways to add a skill to a general model."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 import m2l
 from m2l import models
 from m2l.reporting import blocks, skill_figures, skill_tables, style
-from m2l.reporting.blocks import Drawing, Folded, Report, Section, Table, Text
+from m2l.reporting.blocks import Drawing, Folded, Heading, Report, Section, Table, Text
 from m2l.reporting.skill_figures import MERGED
 from m2l.studies import aggregate, skill_findings, skill_results, skills
 from m2l.studies.findings import Finding
@@ -29,7 +29,7 @@ FINDINGS = {
     5: ("weights",),
     6: ("several",),
 }
-TABLES = ("models", "by_regime", "several", "weights", "papers_steps")
+TABLES = ("models", "by_regime", "several", "weights", "papers_steps", "compared")
 CAPTIONS = {
     "tradeoff": "General score against the skill's, along w: the best is at the upper right. Lines "
     "begin at the general model where w is 0, those of linear and WiSE-FT end at the model that is "
@@ -89,6 +89,7 @@ def frames(material: Material) -> dict[str, pd.DataFrame]:
         "by_regime": skill_tables.by_regime(study, frame),
         "several": skill_tables.several(study, frame),
         "weights": skill_tables.weights(frame),
+        "compared": skill_tables.compared(study, frame),
         "papers_steps": skill_tables.papers_steps(material.papers_steps),
     }
 
@@ -133,7 +134,7 @@ def report(material: Material) -> Report:
             for finding in material.findings
         ],
         sections=[
-            _ahead(material, made["by_regime"]),
+            _ahead(material, made),
             _scores(material),
             blocks.lineage(material.lineage),
         ],
@@ -212,7 +213,7 @@ def _headline(material: Material) -> list[tuple[str, str]]:
     return found
 
 
-def _ahead(material: Material, table: pd.DataFrame) -> Section:
+def _ahead(material: Material, made: Mapping[str, pd.DataFrame]) -> Section:
     said: list[Any] = [
         Text(
             "Merges by task arithmetic, without tuning. One way is ahead if it is so by more than "
@@ -221,7 +222,9 @@ def _ahead(material: Material, table: pd.DataFrame) -> Section:
         )
     ]
     said += map(Text, skill_tables.ahead(material.study, material.models))
-    said.append(Table("Each skill by each way", blocks.cells(table, 1), "by_regime"))
+    said.append(Table("The ways compared", blocks.cells(made["compared"], 1), "compared"))
+    said.append(Heading("Each way's scores"))
+    said.append(Table("Each way's scores", blocks.cells(made["by_regime"], 1), "by_regime"))
     return Section("ahead", "Which way is ahead where", "Which way is ahead", said)
 
 

@@ -84,7 +84,7 @@ def test_the_best_weight_is_that_of_the_best_mean_of_both_scores(skills_written,
 
 def test_a_way_is_ahead_only_if_the_difference_is_beyond_its_error(skills_records):
     """General scores have an error of 8 / 3.92 / 4: a difference counts from 1.42 on."""
-    for ahead, says in ((1.5, "retraining is ahead by 1.5"), (1.3, "too close to call")):
+    for ahead, winner in ((1.5, "retraining"), (1.3, "none")):
 
         def change(model, name, score, ahead=ahead):
             if name != "general":
@@ -92,20 +92,26 @@ def test_a_way_is_ahead_only_if_the_difference_is_beyond_its_error(skills_record
             return 60 + ahead if model.startswith("models/rt") else 60
 
         material = skills_report.collect(skills_records(change))
-        first, *_ = skill_tables.ahead(material.study, material.models)
-        assert first.startswith("Science. general score: ") and says in first.split(";")[0]
-        assert "too close to call" in first.split(";")[1]
+        table = skill_tables.compared(material.study, material.models)
+        for _, row in table.iterrows():
+            if row["score"] == "general":
+                assert row["ahead"] == winner and row["by"] == pytest.approx(ahead)
+            elif row["score"] != "mean of both":
+                assert row["ahead"] == "none" and row["by"] == 0
+        said = skill_tables.ahead(material.study, material.models)[0]
+        where = "in science (general), safety (general), coding (general)"
+        assert f"Retraining is clearly ahead {where if winner != 'none' else 'nowhere'}" in said
 
 
-def test_the_sentences_count_comparisons_and_tell_of_costs_and_little_data(html, skills_material):
+def test_sentences_tell_of_all_the_data_of_little_and_of_costs(html, skills_material):
     said = skill_tables.ahead(skills_material.study, skills_material.models)
-    # Three for each skill, and compliance of safety.
-    assert any(sentence.startswith("Of these 10 comparisons") for sentence in said)
-    assert any(sentence.startswith("With 20 % of a skill's data") for sentence in said)
+    assert said[0].startswith("With all of a skill's data: Continued fine-tuning is clearly")
+    # Three comparisons for each skill, and compliance of safety.
+    assert said[1].startswith("With 20 % of") and "of 10 comparisons" in said[1]
     # 7,000 of 16,800 examples.
     assert "42 % for science" in said[-1]
     for sentence in said:
-        assert sentence.replace("'", "&#39;") in html
+        assert sentence in markup.unescape(html)
 
 
 def test_the_command_prints_each_way_and_writes_the_same_bytes_again(
