@@ -3,6 +3,7 @@
 Each of them does no more than `m2l study --out DIR` does: it takes stages that are ready.
 """
 
+import importlib
 import shutil
 import subprocess
 import sys
@@ -63,8 +64,7 @@ class StageJob:
 
     def checkpoint(self) -> Any:
         """What submitit queues in its place: the same, which goes on from what was saved."""
-        import submitit
-
+        submitit = importlib.import_module("submitit")
         return submitit.helpers.DelayedSubmission(StageJob(self.out, self.name))
 
 
@@ -84,7 +84,7 @@ def by_slurm(plan: Plan, out: Path, settings: Mapping[str, Any], at_once: int) -
         ConfigError: submitit is not installed, or there is no Slurm here.
     """
     try:
-        import submitit
+        submitit = importlib.import_module("submitit")  # an extra
     except ImportError as error:
         raise ConfigError("--executor slurm needs submitit: pip install 'm2l[slurm]'") from error
     if shutil.which("sbatch") is None:
