@@ -172,9 +172,8 @@ class Evaluator:
         held = [finished(out, model_digest, ready.task, examples) for ready in asked]
         _wait_for_all("m2l: which results are there")
         results = []
-        with Progress(
-            description, sum(len(t.examples) for t in self.tasks), "examples"
-        ) as progress:
+        total = sum(len(ready.task.examples) for ready in asked)
+        with Progress(description, total, "examples") as progress:
             done = 0
 
             def on_done(count: int) -> None:
