@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 from matplotlib.figure import Figure
 
 from m2l import files
@@ -134,10 +135,12 @@ def write(added: Added, adding: Adding, out: Path) -> None:
     """Writes curve.json, .png and .svg, and table.md, .csv and .json."""
     described = curve(added, adding)
     files.write(out / "curve.json", json.dumps(described, indent=1) + "\n")
-    for kind, metadata in (("png", {}), ("svg", {"Date": None})):
-        unfinished = out / f".curve.{kind}"
-        draw(described).savefig(unfinished, format=kind, dpi=200, metadata=metadata)
-        unfinished.rename(out / f"curve.{kind}")
+    # So that the same results give the same bytes.
+    with matplotlib.rc_context({"svg.hashsalt": "m2l"}):
+        for kind, metadata in (("png", {}), ("svg", {"Date": None})):
+            unfinished = out / f".curve.{kind}"
+            draw(described).savefig(unfinished, format=kind, dpi=200, metadata=metadata)
+            unfinished.rename(out / f"curve.{kind}")
     found = rows(added)
     text = answer(added, adding.tolerance)
     files.write(out / "table.md", f"{text}\n\n{markdown(found)}")
@@ -216,7 +219,7 @@ def _plain(row: Row) -> dict[str, Any]:
 def draw(described: Mapping[str, Any]) -> Figure:
     """The curve: both scores along w, what must be kept, and what was chosen."""
     points = [{"weight": 0.0, **described["general"]}, *described["points"]]
-    figure = Figure(figsize=(5.0, 3.2), layout="constrained")
+    figure = Figure(figsize=(5.0, 3.5), layout="constrained")
     axis = figure.subplots()
     for part, colour, label in (
         (SKILL, _VERMILLION, "the skill"),
@@ -241,5 +244,5 @@ def draw(described: Mapping[str, Any]) -> Figure:
     axis.set_xlabel("w (0: the general model)")
     axis.set_ylabel("score (%)")
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=7)
+    figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=7)
     return figure
