@@ -220,8 +220,11 @@ class _Merge:
 
     def _write(self, stream: Pass, result: Result) -> dict[str, str]:
         """Writes this process's parameters; returns the digests, process 0 those of all."""
+        with Journal(self.work.path / f"journal-{self.job.process[0]}.jsonl") as journal:
+            return self._write_spans(stream, result, journal)
+
+    def _write_spans(self, stream: Pass, result: Result, journal: Journal) -> dict[str, str]:
         job = self.job
-        journal = Journal(self.work.path / f"journal-{job.process[0]}.jsonl")
         copied = [name for name in job.copied if name in job.mine]
         sizes = {name: job.sizes[name] for name in self.names}
         block = job.plan.block

@@ -131,6 +131,8 @@ class Workplace:
 class Journal:
     """Which spans of a process's part are on the disk, in their order, and their checksums.
 
+    A context manager: once it is left nothing is written, so that the folder can be removed.
+
     Args:
         file: Where it is kept.
     """
@@ -148,6 +150,12 @@ class Journal:
             with contextlib.suppress(ValueError):
                 self.sums += json.loads(line)
         self._committed = len(self.sums)
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
 
     def add(self, checksum: int, files: Iterable[Path]) -> None:
         """Notes that the next span is written; from time to time puts it on the disk."""
@@ -180,7 +188,6 @@ class Journal:
     def close(self) -> None:
         """Puts on the disk what is not there yet."""
         self._commit()
-        self._pool.shutdown()
         self._under_way.result()
 
 

@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import shutil
+import time
 
 import jax
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 
 from m2l import checkpoints
 from m2l.errors import CheckpointError, MergeError
-from m2l.merging import Recipe, merge, merge_params
+from m2l.merging import Recipe, merge, merge_params, workplace
 
 from .conftest import MODEL, RECIPES, VOCABULARY, write
 
@@ -96,6 +97,25 @@ def test_a_number_that_is_not_finite_is_refused_with_its_place(
     experts = [paths[1][0], tmp_path / "bad", paths[1][2]]
     place = rf"bad: decoder/layers_01/mlp/wi_0\[{3 * 31 + 4}\] \(row-major\) is {value}"
     refused(place, experts=experts, recipe=recipe)
+
+
+def test_nothing_is_left_behind_by_a_journal_that_is_just_being_written(
+    refused, models, paths, tmp_path, monkeypatch
+):
+    put, written = workplace.Journal._put, []
+
+    def slowly(journal, sums, files):
+        time.sleep(0.3)  # until the merge has met the number below
+        put(journal, sums, files)
+        written.append(sums)
+
+    monkeypatch.setattr(workplace, "_SECONDS_BETWEEN_COMMITS", 0.0)
+    monkeypatch.setattr(workplace.Journal, "_put", slowly)
+    params = jax.tree.map(np.copy, models[1][1])
+    params["decoder"]["norm"][-1] = np.nan  # it is read last
+    write(tmp_path / "bad", params)
+    refused("is nan", experts=[paths[1][0], tmp_path / "bad"], recipe=Recipe("average"))
+    assert written
 
 
 def test_a_merge_that_overflows_its_dtype_is_refused_with_its_place(refused):
