@@ -15,10 +15,10 @@ SETTINGS = TrainSettings(
 @pytest.fixture(scope="session")
 def train(tiny_config):
     """Trains the tiny model; returns the last checkpoint."""
-    tasks.register()
     described = vocabularies.describe(vocabularies.load("microworld"), "microworld")
 
     def run(out, settings=SETTINGS, **kwargs):
+        tasks.register()  # each time: a command run by another test may have put others there
         arguments = {
             "config": tiny_config,
             "vocabulary": described,
