@@ -11,7 +11,7 @@ from m2l.evaluation.bootstrap import Difference
 from m2l.evaluation.results import read_examples
 from m2l.evaluation.runner import Evaluator
 from m2l.merging import Recipe
-from m2l.studies import adding_report
+from m2l.reporting import adding_report
 from m2l.studies.adding import Added
 from m2l.studies.adding_choice import Choice, Point, Tolerance
 

@@ -123,7 +123,8 @@ def skills(
             raise ConfigError(f"m2l skills: {what}")
 
     from m2l import configuration, tasks
-    from m2l.studies import adding, adding_report
+    from m2l.reporting import adding_report
+    from m2l.studies import adding
     from m2l.studies.adding_choice import Tolerance
     from m2l.studies.adding_models import Model
 
@@ -193,7 +194,7 @@ def _kept(keep: Sequence[str], split: str) -> tuple[str, dict[str, dict[str, Pat
 
 
 def _show(added: Any, asked: Any, out: Path) -> None:
-    from m2l.studies import adding_report
+    from m2l.reporting import adding_report
 
     points = [(0.0, added.ends["general"]), *added.curve.items()]
     rows = [

@@ -1,4 +1,4 @@
-"""What `add` found, for people: the answer, the curve, and before and after as a table."""
+"""What `m2l skills` found, for people: the answer, the curve, and before and after as a table."""
 
 import csv
 import dataclasses
@@ -13,12 +13,12 @@ from matplotlib.figure import Figure
 
 from m2l import files
 from m2l.evaluation.bootstrap import Difference
+from m2l.reporting import figures, style
 from m2l.studies.adding import Added, Adding
 from m2l.studies.adding_choice import Tolerance
 from m2l.studies.adding_scores import Scores
 
 SKILL, KEPT = "skill", "kept"
-_BLUE, _VERMILLION, _GREY = "#0072B2", "#D55E00", "#666666"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,15 +132,10 @@ def _time(seconds: float) -> str:
 
 
 def write(added: Added, adding: Adding, out: Path) -> None:
-    """Writes curve.json, .png and .svg, and table.md, .csv and .json."""
+    """Writes curve.json, .svg, .pdf and .png, and table.md, .csv and .json."""
     described = curve(added, adding)
     files.write(out / "curve.json", json.dumps(described, indent=1) + "\n")
-    # So that the same results give the same bytes.
-    with matplotlib.rc_context({"svg.hashsalt": "m2l"}):
-        for kind, metadata in (("png", {}), ("svg", {"Date": None})):
-            unfinished = out / f".curve.{kind}"
-            draw(described).savefig(unfinished, format=kind, dpi=200, metadata=metadata)
-            unfinished.rename(out / f"curve.{kind}")
+    figures.write(draw(described), out, "curve")
     found = rows(added)
     text = answer(added, adding.tolerance)
     files.write(out / "table.md", f"{text}\n\n{markdown(found)}")
@@ -219,30 +214,34 @@ def _plain(row: Row) -> dict[str, Any]:
 def draw(described: Mapping[str, Any]) -> Figure:
     """The curve: both scores along w, what must be kept, and what was chosen."""
     points = [{"weight": 0.0, **described["general"]}, *described["points"]]
-    figure = Figure(figsize=(5.0, 3.5), layout="constrained")
-    axis = figure.subplots()
-    for part, colour, label in (
-        (SKILL, _VERMILLION, "the skill"),
-        (KEPT, _BLUE, "what is to be kept"),
-    ):
-        weights = [point["weight"] for point in points]
-        scores = [point[part]["score"] for point in points]
-        low = [point[part]["interval"][0] for point in points]
-        high = [point[part]["interval"][1] for point in points]
-        axis.plot(weights, scores, marker="o", markersize=4, color=colour, label=label)
-        axis.fill_between(weights, low, high, color=colour, alpha=0.15, linewidth=0)
-        alone = described["alone"][part]["score"]
-        axis.axhline(alone, color=colour, linewidth=0.8, linestyle=":")
-        chosen = next(p for p in points if p["weight"] == described["chosen"])
-        axis.plot(described["chosen"], chosen[part]["score"], "*", color="black", markersize=10)
-    axis.axhline(described["least"], color=_GREY, linewidth=0.8, linestyle="--")
-    axis.plot([], [], "*", color="black", label=f"chosen: {described['chosen']:g}")
-    axis.plot([], [], color=_GREY, linewidth=0.8, linestyle="--", label="the least to be kept")
-    axis.plot([], [], color=_GREY, linewidth=0.8, linestyle=":", label="the skill's own model")
-    if described["heuristic"] is not None:
-        axis.axvline(described["heuristic"], color=_GREY, linewidth=0.8, label="heuristic")
-    axis.set_xlabel("w (0: the general model)")
-    axis.set_ylabel("score (%)")
-    axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=7)
-    return figure
+    with matplotlib.rc_context(style.RC):
+        figure = Figure(figsize=(5.0, 3.5), layout="constrained")
+        axis = figure.subplots()
+        for part, colour, label in (
+            (SKILL, style.VERMILLION, "the skill"),
+            (KEPT, style.BLUE, "what is to be kept"),
+        ):
+            weights = [point["weight"] for point in points]
+            scores = [point[part]["score"] for point in points]
+            low = [point[part]["interval"][0] for point in points]
+            high = [point[part]["interval"][1] for point in points]
+            axis.plot(weights, scores, marker="o", markersize=4, color=colour, label=label)
+            axis.fill_between(weights, low, high, color=colour, alpha=0.15, linewidth=0)
+            alone = described["alone"][part]["score"]
+            axis.axhline(alone, color=colour, linewidth=0.8, linestyle=":")
+            chosen = next(p for p in points if p["weight"] == described["chosen"])
+            axis.plot(described["chosen"], chosen[part]["score"], "*", color="black", markersize=10)
+        axis.axhline(described["least"], color=style.GREY, linewidth=0.8, linestyle="--")
+        axis.plot([], [], "*", color="black", label=f"chosen: {described['chosen']:g}")
+        axis.plot(
+            [], [], color=style.GREY, linewidth=0.8, linestyle="--", label="the least to be kept"
+        )
+        axis.plot(
+            [], [], color=style.GREY, linewidth=0.8, linestyle=":", label="the skill's own model"
+        )
+        if described["heuristic"] is not None:
+            axis.axvline(described["heuristic"], color=style.GREY, linewidth=0.8, label="heuristic")
+        axis.set_xlabel("w (0: the general model)")
+        axis.set_ylabel("score (%)")
+        figure.legend(loc="outside upper center", ncols=3, fontsize=7)
+        return figure
