@@ -41,7 +41,7 @@ def _bits(name: str, sparse: bool) -> Callable[..., tuple[list[jax.Array], list[
         found = [kernel.bits(a) for a in kernel.magnitudes(method, base, experts, given)]
         return [] if sparse else found, thresholds.codes(found, limits)
 
-    return jax.jit(bits)
+    return jax.jit(bits, compiler_options=kernel.WIDE)
 
 
 @functools.cache

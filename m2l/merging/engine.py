@@ -148,7 +148,7 @@ def _compiled(name: str, consensus: Consensus, dtype: str) -> Callable:
         nothing = add([array.astype(jnp.float32) * 0 for array in read])
         return jnp.where(nothing == 0, block, jnp.nan).astype(dtype)
 
-    return jax.jit(merge_block)
+    return jax.jit(merge_block, compiler_options=kernel.WIDE)
 
 
 class _Merge:
