@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from m2l.checkpoints.huggingface_config import GENERATION
-from m2l.checkpoints.huggingface_fields import read_json
+from m2l.checkpoints.huggingface_fields import GENERATION, read_json
 from m2l.checkpoints.manifest import Manifest
 from m2l.checkpoints.tokenizer import DIRECTORY as TOKENIZER
 from m2l.errors import CheckpointError

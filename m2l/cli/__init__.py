@@ -1,6 +1,7 @@
 """The `m2l` command: each subcommand is a thin function, which imports its room when called."""
 
 import errno
+import gc
 import os
 import signal
 import sys
@@ -95,6 +96,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             expanded.append(argument)
     debug = "--debug" in expanded
+    # A tenth of the start would go into looking for garbage among what imports make.
+    gc.set_threshold(100_000, 50, 50)
     # Everything on disk appears whole or not at all, so that any work can be broken off; training,
     # while it runs, takes the signal itself and saves first.
     before = signal.signal(signal.SIGTERM, _stop)

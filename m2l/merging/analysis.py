@@ -102,10 +102,11 @@ class Analysis:
         if method.draws:
             shape = source.parameters[name].shape
             found["keys"] = randomness.keys(self.recipe.seed, len(self._experts), canonical)
-            found["offset"] = kernel.split(span.start)
-            if turned and len(shape) == 2:
-                row, column = divmod(span.start, shape[1])
-                found["turned"] = np.array([row, column, *shape], np.uint32)
+            found["place"] = (
+                randomness.transposed(span.start, shape)
+                if turned and len(shape) == 2
+                else randomness.straight(span.start)
+            )
             if not method.ranks:
                 found["cut"] = randomness.cut(self.recipe.drop_rate)
             if not method.ranks or self.recipe.rescale == "norm":

@@ -166,7 +166,7 @@ def _merge(
             given[name]["zero_sign"] = np.float32(kind.zero_sign == "positive")
         if method.draws:
             keys = randomness.keys(kind.seed, n, name)
-            given[name] |= {"keys": keys, "offset": kernel.split(0), "cut": numbers["cut"]}
+            given[name] |= {"keys": keys, "place": randomness.straight(0), "cut": numbers["cut"]}
             given[name]["rescale"] = jnp.full(n, numbers["rescale"])
             if kind.rescale == "norm":
                 given[name]["rescale"] = _norms(method, *parts(name), given[name])

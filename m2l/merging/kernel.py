@@ -17,7 +17,7 @@ Given = Mapping[str, Any]
 """What a method takes beside parameters, as arrays; each only if the method takes it.
 
 scale, t, floor [], weights, thresholds, ceilings, coefficients [experts], zero_sign [];
-and for drops keys, offset, turned (see `randomness.words`), with cut uint32 [] and rescale float32
+and for drops keys and place (see `randomness.words`), with cut uint32 [] and rescale float32
 [experts], or, where the drop rate goes by rank, cuts uint32 and rescales float32 [experts, 65536],
 by the upper 16 bits of the magnitude (and then a rescale goes before rescales).
 """
@@ -42,9 +42,7 @@ def _drawn(method: Method, taus: Sequence[jax.Array], given: Given) -> dict[str,
     """Which entries are kept, and what they are multiplied by."""
     if not method.draws:
         return {}
-    words = randomness.words(
-        given["keys"], len(taus), taus[0].shape, given["offset"], given.get("turned")
-    )
+    words = randomness.words(given["keys"], len(taus), taus[0].shape, given["place"])
     if "cuts" not in given:
         kept = [word >= given["cut"] for word in words]
         return {"kept": kept, "rescale": given["rescale"]}
@@ -140,8 +138,3 @@ def measured(
         "touched": count(up | down),
         "majority": count(mass > 0) - count(mass < 0),
     }
-
-
-def split(index: int) -> np.ndarray:
-    """An element's index as two 32-bit words, high and low."""
-    return np.array([index >> 32, index & 0xFFFFFFFF], np.uint32)

@@ -149,8 +149,11 @@ def make(
         out: Where the result goes.
 
     Raises:
-        MergeError: No block is small enough for the limit; says which limit works.
+        MergeError: No block is small enough for the limit; says which limit works. Or the block
+            that is asked for is too long.
     """
+    if block is not None and not 1 <= block <= BLOCK:
+        raise MergeError(f"a block of {block:,} elements: it may have 1 to {BLOCK:,}")
     widths = [next(iter(s.parameters.values())).dtype.itemsize for s in sources]
     element = sum(widths) + 4 * len(sources) + 8
     memory = memory or max(DEFAULT_MEMORY, resident() + (DEFAULT_MEMORY >> 1))

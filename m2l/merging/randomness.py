@@ -43,38 +43,52 @@ def threefry2x32(key: jax.Array, counter: tuple[jax.Array, jax.Array]) -> list[j
     return [x, y]
 
 
-def words(
-    keys: jax.Array,
-    experts: int,
-    shape: Sequence[int],
-    offset: jax.Array,
-    turned: jax.Array | None = None,
-) -> list[jax.Array]:
+def straight(start: int) -> np.ndarray:
+    """Where a part of a parameter begins, for `words`: at element `start`, in row-major order."""
+    return np.array([start >> 32, start & 0xFFFFFFFF, 0, 1, 0xFFFFFFFF], np.uint32)
+
+
+def transposed(start: int, shape: Sequence[int]) -> np.ndarray:
+    """The same of a matrix that is stored transposed, as [rows, columns] = `shape`.
+
+    The draws are those of the parameter as m2l stores it, so that it does not matter whose files it
+    is merged from.
+    """
+    return np.array([0, *divmod(start, shape[1]), *shape], np.uint32)
+
+
+def words(keys: jax.Array, experts: int, shape: Sequence[int], place: jax.Array) -> list[jax.Array]:
     """A random word for each entry and expert.
 
     Args:
         keys: Of the parameter, as `keys` gives them.
         experts: How many there are.
-        shape: Of the part of the parameter: consecutive elements, in row-major order.
-        offset: uint32 [2], the high and low word of the first element's index in the parameter.
-        turned: None, or for a part of a transposed matrix, uint32 [4]: row and column of its first
-            element, and the matrix's rows and columns, as it is stored. The draws are those of the
-            parameter as m2l stores it, so that it does not matter whose files it is merged from.
+        shape: Of the part of the parameter: consecutive elements as they are stored.
+        place: Where they begin, of `straight` or `transposed`: one program for both.
 
     Returns:
         A uint32 array of `shape` per expert.
     """
     step = jax.lax.iota(jnp.uint32, int(np.prod(shape, dtype=np.int64))).reshape(shape)
-    if turned is None:
-        low = offset[1] + step
-        high = offset[0] + (low < step).astype(jnp.uint32)
-    else:
-        row, column, rows, columns = turned
-        along = column + step
-        low = (along % columns) * rows + row + along // columns
-        high = jnp.zeros_like(low)
+    high, row, column, rows, columns = place
+    down, across = _divided(column + step, columns)
+    low = across * rows + row + down
+    high = high + (low < row).astype(jnp.uint32)
     found = [word for key in keys for word in threefry2x32(key, (high, low))]
     return found[:experts]
+
+
+def _divided(number: jax.Array, by: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Quotient and remainder of uint32s, exactly, where the quotient is at most 2^20.
+
+    CPUs divide integers one at a time, which took as long as all else that dare_ties does. A
+    float32 quotient made too small by more than its rounding is the right one or one less.
+    """
+    share = (1 - 2**-21) / by.astype(jnp.float32)
+    quotient = (number.astype(jnp.float32) * share).astype(jnp.uint32)
+    rest = number - quotient * by
+    more = (rest >= by).astype(jnp.uint32)
+    return quotient + more, rest - more * by
 
 
 def cut(drop_rate: float) -> np.uint32:

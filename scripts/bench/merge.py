@@ -19,7 +19,6 @@ that were found once are kept by m2l; here none are (M2L_CACHE is a new folder i
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -123,7 +122,6 @@ def make(folder: Path, size: str, experts: int) -> list[Path]:
 
 def run(command: list[str], **environment: str) -> tuple[float, float, int]:
     """Seconds, seconds of CPU, and peak resident bytes of a whole process."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     start = time.perf_counter()
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | environment)
@@ -133,7 +131,6 @@ def run(command: list[str], **environment: str) -> tuple[float, float, int]:
         if process.returncode:
             log.seek(0)
             sys.exit(f"{' '.join(command)}: {log.read().decode()[-2000:]}")
-    del before
     return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from m2l.merging import randomness
-from m2l.merging.kernel import split
+from m2l.merging.randomness import straight, transposed
 
 from . import oracles
 
@@ -29,14 +29,14 @@ def test_threefry_gives_the_published_answers(key, counter, wanted):
 words = jax.jit(randomness.words, static_argnums=(1, 2))
 
 
-def draw(keys, experts, shape, offset, drop_rate, turned=None):
-    found = words(keys, experts, shape, offset, turned)
+def draw(keys, experts, shape, place, drop_rate):
+    found = words(keys, experts, shape, place)
     return [word >= randomness.cut(drop_rate) for word in found]
 
 
 def masks(seed, experts, name, start, size, drop_rate):
     keys = randomness.keys(seed, experts, name)
-    return np.stack(draw(keys, experts, (size,), split(start), drop_rate))
+    return np.stack(draw(keys, experts, (size,), straight(start), drop_rate))
 
 
 @pytest.mark.parametrize("start", [0, 3, 2**32 - 20, 2**40 + 1])
@@ -51,7 +51,7 @@ def test_masks_do_not_depend_on_how_a_parameter_is_cut():
         parts = [masks(1, 2, "w", i, min(size, 240 - i), 0.5) for i in range(0, 240, size)]
         np.testing.assert_array_equal(np.concatenate(parts, axis=1), whole)
     keys = randomness.keys(1, 2, "w")
-    shaped = np.stack(draw(keys, 2, (6, 8, 5), split(0), 0.5))
+    shaped = np.stack(draw(keys, 2, (6, 8, 5), straight(0), 0.5))
     np.testing.assert_array_equal(shaped.reshape(2, -1), whole)
 
 
@@ -68,7 +68,7 @@ def test_an_experts_mask_does_not_depend_on_how_many_there_are():
 
 @pytest.mark.parametrize("drop_rate", [0.1, 0.9, 0.99])
 def test_the_share_kept_is_one_minus_the_drop_rate(drop_rate):
-    (found,) = draw(randomness.keys(3, 1, "w"), 1, (1 << 20,), split(0), drop_rate)
+    (found,) = draw(randomness.keys(3, 1, "w"), 1, (1 << 20,), straight(0), drop_rate)
     # Six standard deviations of a binomial share.
     deviation = 6 * (drop_rate * (1 - drop_rate) / (1 << 20)) ** 0.5
     assert np.asarray(found).mean() == pytest.approx(1 - drop_rate, abs=deviation)
@@ -80,10 +80,19 @@ def test_dropping_nothing_keeps_everything():
 
 def test_a_transposed_matrix_draws_what_the_matrix_draws():
     keys = randomness.keys(5, 2, "w")
-    whole = np.stack(draw(keys, 2, (6, 35), split(0), 0.5))
+    whole = np.stack(draw(keys, 2, (6, 35), straight(0), 0.5))
     turned = whole.swapaxes(1, 2).reshape(2, -1)
     for start, size in ((0, 210), (17, 60), (205, 5)):
-        row, column = divmod(start, 6)
-        place = np.array([row, column, 35, 6], np.uint32)
-        found = np.stack(draw(keys, 2, (size,), split(0), 0.5, place))
+        found = np.stack(draw(keys, 2, (size,), transposed(start, (35, 6)), 0.5))
         np.testing.assert_array_equal(found, turned[:, start : start + size])
+
+
+@pytest.mark.parametrize("columns", [1, 2, 3, 7, 4096, 32000, 2**20 - 1, 2**20 + 1, 2**30 + 3])
+def test_a_transposed_matrix_of_any_width_is_found_its_rows_and_columns_in(columns):
+    """Every quotient of a longest block, by NumPy's integer division."""
+    divided = jax.jit(randomness._divided)
+    for column in {0, 1 % columns, columns // 2, columns - 1}:
+        number = np.uint32(column) + np.arange(1 << 20, dtype=np.uint32)
+        quotient, rest = divided(number, np.uint32(columns))
+        np.testing.assert_array_equal(quotient, number // np.uint32(columns))
+        np.testing.assert_array_equal(rest, number % np.uint32(columns))
