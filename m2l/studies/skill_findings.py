@@ -24,7 +24,7 @@ def _finding(
 ) -> Finding:
     if value is None or math.isnan(value.error):
         nothing = (math.nan, math.nan)
-        said = "This study has nothing to compare."
+        said = sentence if value is None else "This study has nothing to compare."
         return Finding(number, title, claim, statistic, math.nan, nothing, "not tested", said, TEST)
     low, high = value.value - 1.96 * value.error, value.value + 1.96 * value.error
     verdict = "supported" if low > 0 else "contradicted" if high < 0 else "undecided"
@@ -198,6 +198,12 @@ def _heuristic(study: SkillsStudy, frame: pd.DataFrame) -> Finding:
     gaps, parts = [], []
     for skill in study.skills:
         tried = _along(frame, skill)
+        most = tried.loc[tried[skill].idxmax()]
+        gain = Score(most[skill], most[f"{skill}_error"]) - at(frame, skill, regime=GENERAL)
+        if gain.value <= 1.96 * gain.error:
+            # Where nothing is gained by any weight, the least is as good as the best.
+            parts.append(f"{skill}: no w that was tried adds it")
+            continue
         both = (tried[GENERAL] + tried[skill]) / 2
         best, zero = tried.loc[both.idxmax()], tried[tried["heuristic"]].iloc[0]
         errors = [
@@ -213,8 +219,9 @@ def _heuristic(study: SkillsStudy, frame: pd.DataFrame) -> Finding:
         "The weight can be had without trying",
         "|D| / |G| is a good weight without any validation.",
         "5 points less what its mean of general and skill score is below the best weight's",
-        mean(gaps),
-        "; ".join(parts) + ". The best are chosen on the examples they are scored by.",
+        mean(gaps) if gaps else None,
+        f"{'; '.join(parts)}."
+        + " The best are chosen on the examples they are scored by." * bool(gaps),
     )
 
 

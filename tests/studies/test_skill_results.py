@@ -183,6 +183,15 @@ def test_scores_without_intervals_test_nothing(frame, skills_study):
     assert found[2] == "not tested" and found[1] == "supported"
 
 
+def test_where_no_weight_adds_a_skill_none_is_called_good(skills_records):
+    study, frame = changed(skills_records, **{"merges/": {"science": 20, "safety": 5, "coding": 5}})
+    fifth = next(each for each in skill_findings.findings(study, frame) if each.number == 5)
+    assert fifth.verdict == "not tested"
+    assert all(f"{skill}: no w that was tried adds it" in fifth.sentence for skill in study.skills)
+    added = {"merges/": {"science": 20, "safety": 5, "coding": 60}}
+    assert verdicts(*changed(skills_records, **added))[5] == "supported"
+
+
 def test_a_study_of_one_skill_that_is_not_safety_has_fewer_claims(skills_study, frame):
     alone = dataclasses.replace(skills_study, skills={"science": "skills_science"})
     assert list(verdicts(alone, frame)) == [1, 2, 3, 5]
