@@ -82,7 +82,15 @@ def test_what_is_swept_is_chosen_by_the_best_score(undisturbed):
 def test_a_study_killed_at_a_random_moment_ends_with_the_same_results(undisturbed, tmp_path):
     out = tmp_path / "killed"
     command = [sys.executable, "-c", "from m2l.cli import main; main()"]
-    with subprocess.Popen([*command, *ARGUMENTS, "--out", out], stderr=subprocess.PIPE) as process:
+    # What the killed process compiled, the next two find.
+    cache = {
+        "JAX_ENABLE_COMPILATION_CACHE": "true",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "jax"),
+    }
+    environment = os.environ | cache
+    with subprocess.Popen(
+        [*command, *ARGUMENTS, "--out", out], stderr=subprocess.PIPE, env=environment
+    ) as process:
         # From the first checkpoint on, at a moment that differs from run to run of this test.
         while not list(out.glob("bases/*/*/checkpoints/step_*")) and process.poll() is None:
             time.sleep(0.05)
@@ -91,7 +99,7 @@ def test_a_study_killed_at_a_random_moment_ends_with_the_same_results(undisturbe
         process.send_signal(signal.SIGKILL)
     # It goes on by what its folder says, and by two processes that share what is left.
     together = [*command, "study", "--out", out, "--executor", "processes", "--workers", "2"]
-    assert subprocess.run(together, check=False).returncode == 0
+    assert subprocess.run(together, env=environment, check=False).returncode == 0
     assert results(out) == results(undisturbed)
 
 
