@@ -10,12 +10,13 @@ from m2l.errors import ConfigError, DataError
 
 # A tokenizer's directory: what decides the ids, by precedence, and what is read beside it. Data
 # reads these and checkpoints carry them, and neither may ask the other.
+GENERATION = "generation_config.json"
 SPIECE, TOKENIZER_JSON, TOKENIZER_MODEL = "spiece.model", "tokenizer.json", "tokenizer.model"
 TOKENIZER_SETTINGS = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "generation_config.json",
+    GENERATION,
     "chat_template.jinja",
 )
 # Before a tokenizer's path: its prompts are rendered by its chat template.

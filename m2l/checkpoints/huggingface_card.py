@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from m2l.checkpoints.huggingface_fields import GENERATION, read_json
+from m2l.checkpoints.huggingface_fields import read_json
 from m2l.checkpoints.manifest import Manifest
 from m2l.checkpoints.tokenizer import DIRECTORY as TOKENIZER
 from m2l.errors import CheckpointError
+from m2l.files import GENERATION
 
 _TOKENS = ("bos", "eos", "pad")
 _SHOWN = {"merge": "merged", "train": "trained", "convert": "converted"}

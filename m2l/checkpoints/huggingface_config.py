@@ -9,14 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from m2l.checkpoints.huggingface_fields import (
-    GENERATION,
-    LLAMA_FIELDS,
-    T5_FIELDS,
-    Fields,
-    read_json,
-)
+from m2l.checkpoints.huggingface_fields import LLAMA_FIELDS, T5_FIELDS, Fields, read_json
 from m2l.errors import CheckpointError, M2LError
+from m2l.files import GENERATION
 from m2l.models import Config, LlamaConfig, T5Config
 
 CONFIG = "config.json"

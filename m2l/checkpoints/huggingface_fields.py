@@ -8,8 +8,6 @@ from typing import Any, NoReturn
 
 from m2l.errors import CheckpointError
 
-GENERATION = "generation_config.json"
-
 
 def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())

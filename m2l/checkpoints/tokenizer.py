@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from m2l.errors import CheckpointError
-from m2l.files import CHAT, SPIECE, TOKENIZER_JSON, TOKENIZER_MODEL, TOKENIZER_SETTINGS
+from m2l.files import CHAT, GENERATION, SPIECE, TOKENIZER_JSON, TOKENIZER_MODEL, TOKENIZER_SETTINGS
 
 DIRECTORY = "tokenizer"
-
-_GENERATION = "generation_config.json"
 
 
 def is_path(name: str | None) -> bool:
@@ -48,9 +46,9 @@ def carry(name: str, checkpoint: Path) -> dict[str, str]:
             raise _gone(name) from error
     # The ends of a text may be known from the model's own settings alone, which are not copied:
     # in a tokenizer's directory they would be another model's one day.
-    alone = TOKENIZER_JSON in sources and _GENERATION not in sources
+    alone = TOKENIZER_JSON in sources and GENERATION not in sources
     if alone and (ends := _ends(sources[TOKENIZER_JSON].with_name("config.json"))):
-        (directory / _GENERATION).write_text(json.dumps(ends) + "\n")
+        (directory / GENERATION).write_text(json.dumps(ends) + "\n")
     return {file.name: _sha256(file) for file in sorted(directory.iterdir())}
 
 

@@ -137,7 +137,7 @@ def merge(
     if manifest is None:
         click.echo(f"merged checkpoint: {out}, published by process 0")
         return
-    # Not a table: to import what prints those takes as long as merging two small models.
+    # Not a table: what prints those would be imported at the end of every merge.
     for parent in manifest.parents:
         click.echo(f"{parent['role']:<10} {parent['digest'][:16]}  {parent['path']}")
     click.echo(

@@ -49,7 +49,7 @@ def straight(start: int) -> np.ndarray:
 
 
 def transposed(start: int, shape: Sequence[int]) -> np.ndarray:
-    """The same of a matrix that is stored transposed, as [rows, columns] = `shape`.
+    """The same of a matrix of under 2^32 elements that is stored transposed, [rows, columns].
 
     The draws are those of the parameter as m2l stores it, so that it does not matter whose files it
     is merged from.

@@ -87,7 +87,9 @@ def test_a_transposed_matrix_draws_what_the_matrix_draws():
         np.testing.assert_array_equal(found, turned[:, start : start + size])
 
 
-@pytest.mark.parametrize("columns", [1, 2, 3, 7, 4096, 32000, 2**20 - 1, 2**20 + 1, 2**30 + 3])
+@pytest.mark.parametrize(
+    "columns", [1, 2, 3, 7, 4096, 32000, 2**20 - 1, 2**20 + 1, 2**30 + 3, 2**32 - 1]
+)
 def test_a_transposed_matrix_of_any_width_is_found_its_rows_and_columns_in(columns):
     """Every quotient of a longest block, by NumPy's integer division."""
     divided = jax.jit(randomness._divided)
