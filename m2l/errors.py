@@ -36,6 +36,10 @@ class CheckpointError(M2LError):
     """A checkpoint that is missing, unfinished, damaged, or of another model or vocabulary."""
 
 
+class UnsupportedModelError(CheckpointError):
+    """A sound model that m2l has no network for; it can be merged by its own names."""
+
+
 class MergeError(M2LError):
     """Checkpoints or hyper-parameters that cannot be merged."""
 

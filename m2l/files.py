@@ -1,5 +1,6 @@
 """Small files that appear whole or not at all, and folders that belong to one run or study."""
 
+import importlib.util
 import json
 import os
 from collections.abc import Mapping
@@ -21,6 +22,20 @@ TOKENIZER_SETTINGS = (
 )
 # Before a tokenizer's path: its prompts are rendered by its chat template.
 CHAT = "chat:"
+
+# The vocabularies that come with m2l, and their sentinels for span corruption, which bring the
+# sizes to a multiple of 128.
+BYTES, MICROWORLD = "bytes", "microworld"
+EXTRA_IDS = {BYTES: 125, MICROWORLD: 32}
+# How Hugging Face calls the tokenizer that has ByT5's ids.
+BYTES_TOKENIZER = "ByT5Tokenizer"
+
+
+def microworld_pieces() -> Path:
+    """The SentencePiece model of the microworld's vocabulary."""
+    # Finding m2l.tasks does not load it.
+    (folder,) = importlib.util.find_spec("m2l.tasks").submodule_search_locations
+    return Path(folder) / "microworld" / "vocabulary.model"
 
 
 def write(path: Path, text: str) -> None:

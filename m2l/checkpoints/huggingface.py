@@ -4,14 +4,11 @@ import dataclasses
 import json
 import math
 import os
-import re
 import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from m2l import models
 from m2l.checkpoints import safetensors
@@ -22,29 +19,32 @@ from m2l.checkpoints.huggingface_config import (
     to_json,
     writes_output,
 )
+from m2l.checkpoints.huggingface_directory import open_directory
 from m2l.checkpoints.huggingface_fields import read_json
-from m2l.checkpoints.importing import Origin, Tensor, float_dtype, import_tensors
+from m2l.checkpoints.importing import (
+    Origin,
+    Tensor,
+    check_origins,
+    float_dtype,
+    import_tensors,
+    parameter_shapes,
+)
 from m2l.checkpoints.manifest import FILE_NAME as MANIFEST
 from m2l.checkpoints.manifest import Manifest, sha256
 from m2l.checkpoints.publishing import Flusher, check_absent, publishing
 from m2l.checkpoints.reading import open_parameters, resolve
 from m2l.checkpoints.safetensors import StoredTensor
 from m2l.checkpoints.streaming import WORKERS, blocks, in_parallel
+from m2l.checkpoints.tensor_kinds import is_buffer, same_elements
 from m2l.checkpoints.tokenizer import DIRECTORY as TOKENIZER
-from m2l.errors import CheckpointError
+from m2l.checkpoints.tokenizer import write_shipped
+from m2l.errors import CheckpointError, UnsupportedModelError
 from m2l.models import Config, LlamaConfig, T5Config
 from m2l.progress import Progress
 
 SHARD_SIZE = 5_000_000_000
 
 _OUTPUT = "lm_head.weight"
-_COMPARED = 4 << 20
-
-# Left in files by old versions; nothing reads them.
-_IGNORED = re.compile(
-    r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"
-    r"|.*rotary_emb\.inv_freq"
-)
 _PROJECTIONS = {"query": "q", "key": "k", "value": "v", "out": "o"}
 _MLP = {"wi_0": "gate_proj", "wi_1": "up_proj", "wo": "down_proj"}
 
@@ -57,31 +57,19 @@ def read_config(directory: str | os.PathLike) -> Config:
             cannot be honoured or contradicts the tensors.
     """
     directory = Path(directory).absolute()
-    return _config(directory, safetensors.open_tensors(directory))
+    return _config(directory, open_directory(directory)[0])
 
 
 def _config(directory: Path, tensors: Mapping[str, StoredTensor]) -> Config:
     output, shared = tensors.get(_OUTPUT), tensors.get("shared.weight")
     # A T5's weights decide, as in transformers 5; its field has meant other things as well.
-    tied = output is None or (shared is not None and _same(output, shared))
+    tied = output is None or (shared is not None and same_elements(output, shared))
     config = read_settings(directory, tied=tied)
     if isinstance(config, LlamaConfig) and not config.tie_word_embeddings and output is None:
-        raise CheckpointError(
+        raise UnsupportedModelError(
             f"{directory}: {_OUTPUT} is missing, though {CONFIG} has tie_word_embeddings false"
         )
     return config
-
-
-def _same(one: StoredTensor, other: StoredTensor) -> bool:
-    """Whether two tensors are equal bit for bit."""
-    if (one.shape, one.dtype) != (other.shape, other.dtype):
-        return False
-    for start in range(0, one.size, _COMPARED):
-        stop = min(start + _COMPARED, one.size)
-        left, right = one.read(start, stop), other.read(start, stop)
-        if not np.array_equal(left.view(np.uint8), right.view(np.uint8)):
-            return False
-    return True
 
 
 def origins(config: Config, prefix: str = "model.") -> dict[str, Origin]:
@@ -174,7 +162,7 @@ class Layout:
     Attributes:
         config: The model.
         origins: Our name of each parameter -> where it comes from.
-        ignored: Names of tensors that are not needed: aliases, and what old versions left.
+        ignored: Names of tensors that are not needed: aliases and buffers.
     """
 
     config: Config
@@ -201,10 +189,10 @@ def read_layout(
     prefix = "" if "embed_tokens.weight" in stored else "model."
     sources = origins(config, prefix)
     embedding = sources["token_embedder"].tensor
-    ignored = {name for name in stored if _IGNORED.fullmatch(name)}
+    ignored = {name for name, tensor in stored.items() if is_buffer(name, tensor)}
     for name in _aliases(config, embedding):
         if name in stored and embedding in stored:
-            if not _same(stored[name], stored[embedding]):
+            if not same_elements(stored[name], stored[embedding]):
                 raise CheckpointError(
                     f"{directory}: {name} differs from {embedding}, though the configuration says "
                     "that the model has one embedding: set tie_word_embeddings to what it is, or "
@@ -212,6 +200,25 @@ def read_layout(
                 )
             ignored.add(name)
     return Layout(config, sources, frozenset(ignored))
+
+
+def open_model(path: Path) -> tuple[Layout, dict[str, StoredTensor]]:
+    """Opens a directory whose model m2l has a network for; nothing but headers is read yet.
+
+    Returns:
+        How the directory holds its model, and its tensors: exactly those of the model, and ignored
+        ones.
+
+    Raises:
+        CheckpointError: A file is missing or damaged, the model is of no known type, or its
+            description and its tensors contradict each other.
+    """
+    tensors, _ = open_directory(path)
+    directory = path if path.is_dir() else path.parent
+    layout = read_layout(directory, tensors)
+    shapes = parameter_shapes(layout.config)
+    check_origins(shapes, tensors, layout.origins, source=path, ignored=layout.ignored)
+    return layout, tensors
 
 
 def import_checkpoint(
@@ -241,7 +248,7 @@ def import_checkpoint(
     """
     check_absent(out)
     source = Path(source).absolute()
-    stored = safetensors.open_tensors(source)
+    stored, _ = open_directory(source)
     layout = read_layout(source, stored, config)
     made_by = {"kind": "convert", "from": "huggingface", "source": str(source)}
     if (source / CONFIG).is_file():
@@ -275,9 +282,9 @@ def export_checkpoint(
 ) -> Path:
     """Makes a Hugging Face directory, for transformers 4 and 5, of an m2l checkpoint.
 
-    Besides weights and config.json it gets the tokenizer's files that the checkpoint carries, a
-    README.md that says how the model was made, and the manifest as m2l_manifest.json. Memory held:
-    at most three parameters' and 0.5 GiB.
+    Besides weights and config.json it gets the tokenizer's files that the checkpoint carries or
+    that come with m2l, a README.md that says how the model was made, and the manifest as
+    m2l_manifest.json. Memory held: at most three parameters' and 0.5 GiB.
 
     Args:
         source: A checkpoint or a training run. Its digests are checked on the way.
@@ -320,6 +327,8 @@ def export_checkpoint(
         temporary.mkdir()
         if (source / TOKENIZER).is_dir():
             shutil.copytree(source / TOKENIZER, temporary, dirs_exist_ok=True)
+        else:
+            write_shipped(manifest.vocabulary.get("name"), temporary)
         shutil.copyfile(source / MANIFEST, temporary / f"m2l_{MANIFEST}")
         (temporary / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
         write_card(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from m2l.checkpoints.huggingface_fields import LLAMA_FIELDS, T5_FIELDS, Fields, read_json
-from m2l.errors import CheckpointError, M2LError
+from m2l.errors import CheckpointError, M2LError, UnknownNameError, UnsupportedModelError
 from m2l.files import GENERATION
 from m2l.models import Config, LlamaConfig, T5Config
 
@@ -81,8 +81,8 @@ def read_settings(directory: Path, *, tied: bool | None) -> Config:
     file = directory / CONFIG
     values = read_json(file)
     model_type = values.get("model_type")
-    if model_type not in ARCHITECTURES:
-        raise CheckpointError(
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
+        raise UnsupportedModelError(
             f"{file}: the model type {model_type!r} is not supported; known are "
             f"{', '.join(ARCHITECTURES)}"
         )
@@ -97,6 +97,9 @@ def read_settings(directory: Path, *, tied: bool | None) -> Config:
         return _llama(fields, model_type)
     except CheckpointError:
         raise
+    except UnknownNameError as error:
+        # Of an activation, or a projection, that the networks here do not have.
+        raise UnsupportedModelError(f"{file}: {error}") from error
     except M2LError as error:
         raise CheckpointError(f"{file}: {error}") from error
     except (TypeError, ValueError, AttributeError) as error:
@@ -105,11 +108,13 @@ def read_settings(directory: Path, *, tied: bool | None) -> Config:
 
 def _t5(fields: Fields, model_type: str, tied: bool | None, start: int | None) -> T5Config:
     if fields.get("pad_token_id", 0) != 0:
-        fields.refuse(f"pad_token_id = {fields.get('pad_token_id')} is not supported, only 0 is")
+        fields.unsupported(
+            f"pad_token_id = {fields.get('pad_token_id')} is not supported, only 0 is"
+        )
     if fields.get("decoder_start_token_id") is not None or start is None:
         start = fields.get("decoder_start_token_id", 0 if model_type == "mt5" else None)
     if start is None:
-        fields.refuse("the field 'decoder_start_token_id' is missing; T5's own is 0")
+        fields.unsupported("the field 'decoder_start_token_id' is missing; T5's own is 0")
     # transformers 5 ties every mT5 and T5, and says in another field whether a T5 scales; its mT5
     # never does.
     flag = fields.get("tie_word_embeddings", model_type == "t5") is not False
@@ -200,7 +205,7 @@ def _windows(fields: Fields, model_type: str) -> tuple[int, ...]:
         slides = [i % 2 == 0 for i in range(layers)]
     if (types := fields.get("layer_types")) is not None:
         if set(types) - {_SLIDES, _SEES_ALL} or len(types) != layers:
-            fields.refuse(f"layer_types = {types} is not supported")
+            fields.unsupported(f"layer_types = {types} is not supported")
         given = [kind == _SLIDES for kind in types]
         if model_type in ("llama", "mistral") and given != slides:
             fields.refuse(
@@ -217,11 +222,13 @@ def _rope(fields: Fields) -> dict[str, Any]:
     """The rope_ settings, from transformers 4's two fields or transformers 5's one."""
     rope = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
     if not isinstance(rope, Mapping) or any(isinstance(value, Mapping) for value in rope.values()):
-        fields.refuse(f"rope_parameters = {rope} is not supported: one set for all layers is")
+        fields.unsupported(f"rope_parameters = {rope} is not supported: one set for all layers is")
     rope = {name: value for name, value in rope.items() if value is not None}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in _ROPE_KEYS:
-        fields.refuse(f"the rope type {kind!r} is not supported; known are {', '.join(_ROPE_KEYS)}")
+    if not isinstance(kind, str) or kind not in _ROPE_KEYS:
+        fields.unsupported(
+            f"the rope type {kind!r} is not supported; known are {', '.join(_ROPE_KEYS)}"
+        )
     settings = {
         "rope_type": kind,
         "rope_theta": rope.get("rope_theta", fields.get("rope_theta", 10000.0)),
@@ -239,7 +246,7 @@ def _rope(fields: Fields) -> dict[str, Any]:
     extra = sorted(set(rope) - beside - set(_ROPE_KEYS[kind])) if kind != "default" else []
     if extra or rope.get("partial_rotary_factor", 1) != 1:
         named = ", ".join(extra or ["partial_rotary_factor"])
-        fields.refuse(f"{named} of the rope type {kind!r} is not supported")
+        fields.unsupported(f"{named} of the rope type {kind!r} is not supported")
     needed = {"linear": 1, "llama3": 4, "yarn": 2}.get(kind, 0)
     for name in _ROPE_KEYS[kind][:needed]:
         if name not in rope:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from m2l.errors import CheckpointError
+from m2l.errors import CheckpointError, UnsupportedModelError
 
 
 def _words(text: str) -> frozenset[str]:
@@ -14,7 +14,7 @@ def _words(text: str) -> frozenset[str]:
 
 
 # Fields that decide nothing: names, training, generation, and what follows from other fields.
-_HARMLESS = _words(
+HARMLESS = _words(
     """
     _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path architectures
     attention_dropout attn_implementation bad_words_ids begin_suppress_tokens bos_token_id
@@ -96,9 +96,13 @@ class Fields:
     def refuse(self, what: str) -> NoReturn:
         raise CheckpointError(f"{self._file}: {what}")
 
+    def unsupported(self, what: str) -> NoReturn:
+        """Refuses what the networks here do not have; the model itself may be sound."""
+        raise UnsupportedModelError(f"{self._file}: {what}")
+
     def __getitem__(self, name: str) -> Any:
         if name not in self._values:
-            self.refuse(f"the field {name!r} is missing")
+            self.unsupported(f"the field {name!r} is missing")
         return self._values[name]
 
     def get(self, name: str, default: Any = None) -> Any:
@@ -110,8 +114,8 @@ class Fields:
             if self.get(name) not in allowed:
                 shown = str(self.get(name))
                 shown = shown if len(shown) <= 60 else shown[:57] + "..."
-                self.refuse(f"{name} = {shown} is not supported")
-        unknown = sorted(set(self._values) - known - _HARMLESS - set(_MUST_BE))
+                self.unsupported(f"{name} = {shown} is not supported")
+        unknown = sorted(set(self._values) - known - HARMLESS - set(_MUST_BE))
         if unknown:
             warnings.warn(
                 f"{self._file}: unknown fields, taken to decide nothing: {', '.join(unknown)}",

@@ -165,7 +165,7 @@ def float_dtype(dtype: Any) -> np.dtype:
 
 def check_origins(
     shapes: Mapping[str, tuple[int, ...]],
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Any],
     origins: Mapping[str, Origin],
     *,
     source: Path,

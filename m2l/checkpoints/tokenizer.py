@@ -8,8 +8,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from m2l.checkpoints.huggingface_fields import read_json
 from m2l.errors import CheckpointError
-from m2l.files import CHAT, GENERATION, SPIECE, TOKENIZER_JSON, TOKENIZER_MODEL, TOKENIZER_SETTINGS
+from m2l.files import (
+    BYTES_TOKENIZER,
+    CHAT,
+    EXTRA_IDS,
+    GENERATION,
+    MICROWORLD,
+    SPIECE,
+    TOKENIZER_JSON,
+    TOKENIZER_MODEL,
+    TOKENIZER_SETTINGS,
+    microworld_pieces,
+)
 
 DIRECTORY = "tokenizer"
 
@@ -52,6 +64,66 @@ def carry(name: str, checkpoint: Path) -> dict[str, str]:
     return {file.name: _sha256(file) for file in sorted(directory.iterdir())}
 
 
+def is_bytes(directory: Path) -> bool:
+    """Whether a directory holds ByT5's tokenizer, which has no file but its settings."""
+    settings = directory / TOKENIZER_SETTINGS[0]
+    return settings.is_file() and read_json(settings).get("tokenizer_class") == BYTES_TOKENIZER
+
+
+def write_shipped(name: str | None, directory: Path) -> bool:
+    """Writes the tokenizer of a vocabulary that comes with m2l, as transformers reads it.
+
+    Args:
+        name: What the vocabulary is called.
+        directory: Where; it exists.
+
+    Returns:
+        Whether it is such a vocabulary.
+    """
+    if name not in EXTRA_IDS:
+        return False
+    ends = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    settings = {"tokenizer_class": BYTES_TOKENIZER, "extra_ids": EXTRA_IDS[name], **ends}
+    if name == MICROWORLD:
+        settings["tokenizer_class"] = "T5Tokenizer"
+        shutil.copyfile(microworld_pieces(), directory / SPIECE)
+        (directory / TOKENIZER_JSON).write_text(_unigram_json(directory / SPIECE, EXTRA_IDS[name]))
+    (directory / TOKENIZER_SETTINGS[0]).write_text(json.dumps(settings, indent=2) + "\n")
+    return True
+
+
+def _unigram_json(file: Path, extra_ids: int) -> str:
+    """A tokenizer.json with the ids of a SentencePiece unigram model that falls back on bytes."""
+    from sentencepiece import SentencePieceProcessor
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+
+    pieces = SentencePieceProcessor(model_file=str(file))
+    scores = [(pieces.IdToPiece(i), pieces.GetScore(i)) for i in range(pieces.GetPieceSize())]
+    tokenizer = Tokenizer(models.Unigram(scores, unk_id=pieces.unk_id(), byte_fallback=True))
+    space = "\N{LOWER ONE EIGHTH BLOCK}"
+    tokenizer.normalizer = normalizers.Sequence(
+        [
+            normalizers.Replace(space, " "),
+            normalizers.Prepend(space),
+            normalizers.Replace(" ", space),
+        ]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace(space, " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    special = ["<pad>", "</s>", "<unk>", *(f"<extra_id_{i}>" for i in reversed(range(extra_ids)))]
+    tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in special])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", pieces.eos_id())]
+    )
+    return tokenizer.to_str()
+
+
 def verify(checkpoint: Path, digests: Mapping[str, str]) -> None:
     """Raises CheckpointError if a tokenizer's file is missing, or not what the manifest records."""
     for name, digest in digests.items():
@@ -77,7 +149,7 @@ def _sources(name: str) -> dict[str, Path]:
         chosen = {TOKENIZER_MODEL if path.name == TOKENIZER_MODEL else own: path}
         folder = path.parent
     found = {target: source for target, source in chosen.items() if source.is_file()}
-    if not found:
+    if not found and not (path.is_dir() and is_bytes(path)):
         raise _gone(name)
     if path.is_file() and SPIECE in found:
         return found

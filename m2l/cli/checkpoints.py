@@ -41,7 +41,7 @@ def convert(
     The settings of a T5X model are read off its shapes; --gin_file models/NAME.gin overrides them.
     """
     from m2l import checkpoints
-    from m2l.checkpoints import huggingface, t5x
+    from m2l.checkpoints import huggingface, huggingface_directory, t5x
 
     kind = kind or _kind(source)
     into = into or ("huggingface" if kind == "orbax" else "orbax")
@@ -54,6 +54,11 @@ def convert(
         size = int(shard_size * 1e9)
         huggingface.export_checkpoint(source, out, dtype=dtype, shard_size=size, results=found)
         click.echo(f"Hugging Face directory: {out}")
+        if not huggingface_directory.has_tokenizer(out):
+            name = checkpoints.read_manifest(source).vocabulary.get("name")
+            click.echo(
+                f"without a tokenizer: the checkpoint has no files of its vocabulary {name!r}"
+            )
         return
 
     from m2l.data import tokenizer_files
@@ -80,8 +85,11 @@ def convert(
 
 def _kind(source: Path) -> str:
     """What a directory is, by its files."""
+    from m2l.checkpoints import tensor_kinds
+
     if (source / "manifest.json").is_file() or (source / "checkpoints").is_dir():
         return "orbax"
+    tensor_kinds.check_no_adapter(source)
     if (source / "config.json").is_file():
         return "huggingface"
     if (source / "checkpoint").exists() or any(source.glob("checkpoint_*")):

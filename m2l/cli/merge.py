@@ -61,6 +61,10 @@ def _with_hyper_parameters(command: Any) -> Any:
 )
 @click.option("--diagnostics/--no-diagnostics", default=True, help="Measure the task vectors.")
 @click.option("--verify/--no-verify", default=True, help="Check the digests of the inputs.")
+@click.option(
+    "--allow_differences",
+    help="FIELD,...: fields of config.json, or tokenizer, that may differ; the manifest says so.",
+)
 @click.option("--dry_run", is_flag=True, help="Say what it would take, and stop.")
 @click.option("--bandwidth", help="Bytes a second for --dry_run's time, instead of measuring.")
 @click.option("--out", type=DIRECTORY, help="What to make.")
@@ -84,6 +88,7 @@ def merge(
     distributed: bool,
     diagnostics: bool,
     verify: bool,
+    allow_differences: str | None,
     dry_run: bool,
     bandwidth: str | None,
     **settings: Any,
@@ -127,6 +132,7 @@ def merge(
         "process": _process(process),
         "diagnostics": diagnostics,
         "verify": verify,
+        "allow_differences": allow_differences.split(",") if allow_differences else (),
     }
     if dry_run:
         job = merging.prepare(base, experts, how, out, **options)

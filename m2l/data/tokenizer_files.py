@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import hashlib
-import importlib.util
 import json
 import os
 from pathlib import Path
@@ -13,15 +12,22 @@ import tokenizers
 from sentencepiece import SentencePieceProcessor
 
 from m2l.errors import DataError
-from m2l.files import CHAT, SPIECE, TOKENIZER_JSON, TOKENIZER_MODEL
+from m2l.files import (
+    BYTES,
+    BYTES_TOKENIZER,
+    CHAT,
+    EXTRA_IDS,
+    MICROWORLD,
+    SPIECE,
+    TOKENIZER_JSON,
+    TOKENIZER_MODEL,
+    TOKENIZER_SETTINGS,
+    microworld_pieces,
+)
 
-BYTES, MICROWORLD = "bytes", "microworld"
-
-# Sentinels for span corruption, at the end of the vocabulary. T5's own models have 100; the other
-# two bring the size to a multiple of 128, which devices like.
+# Sentinels for span corruption at the end of the vocabulary: of T5's own models, and of ours.
 T5_EXTRA_IDS = 100
-MICROWORLD_EXTRA_IDS = 32
-BYTES_EXTRA_IDS = 125
+MICROWORLD_EXTRA_IDS = EXTRA_IDS[MICROWORLD]
 
 PAD, EOS, UNKNOWN = 0, 1, 2
 
@@ -128,10 +134,12 @@ def read(name: str) -> Files:
     """
     plain = name.removeprefix(CHAT)
     if plain == BYTES:
-        return Bytes(BYTES_EXTRA_IDS)
+        return Bytes(EXTRA_IDS[BYTES])
     if plain == MICROWORLD:
-        return T5SentencePiece(_shipped(), MICROWORLD_EXTRA_IDS)
+        return T5SentencePiece(microworld_pieces(), MICROWORLD_EXTRA_IDS)
     file = main_file(name)
+    if file.name == TOKENIZER_SETTINGS[0]:
+        return Bytes(_extra_ids(file, EXTRA_IDS[BYTES]))
     if file.suffix == ".json":
         return _tokenizer_json(name, file)
     pieces = _checked_pieces(name, file)
@@ -147,7 +155,16 @@ def read(name: str) -> Files:
     own = any(
         pieces.PieceToId(piece) != pieces.unk_id() for piece in ("<extra_id_0>", "▁<extra_id_0>")
     )
-    return T5SentencePiece(file, 0 if own else T5_EXTRA_IDS)
+    settings = file.with_name(TOKENIZER_SETTINGS[0])
+    return T5SentencePiece(file, 0 if own else _extra_ids(settings, T5_EXTRA_IDS))
+
+
+def _extra_ids(settings: Path, default: int) -> int:
+    """How many sentinels a tokenizer_config.json says there are."""
+    extra_ids = read_settings(settings).get("extra_ids", default)
+    if type(extra_ids) is not int or extra_ids < 0:
+        raise DataError(f"{settings}: extra_ids = {extra_ids!r}: a number from 0 was expected")
+    return extra_ids
 
 
 def absolute(name: str) -> str:
@@ -158,20 +175,24 @@ def absolute(name: str) -> str:
     return name.removesuffix(plain) + os.path.abspath(Path(plain).expanduser())
 
 
-def describe(name: str) -> dict[str, Any]:
+def describe(name: str, files: Files | None = None) -> dict[str, Any]:
     """What a checkpoint's manifest says of a vocabulary; loads neither seqio nor TensorFlow.
 
     Args:
         name: What `vocabularies.load` takes.
+        files: What `read` makes of the name, if that is known.
 
     Returns:
-        {"name": with an absolute path, "size": number of ids, sentinels included, "fingerprint"}.
+        {"name": with an absolute path, "size": number of ids, sentinels included, "fingerprint"};
+        a copy of a vocabulary that comes with m2l goes by its name.
 
     Raises:
         DataError: as `read`.
     """
-    files = read(name)
-    return {"name": absolute(name), "size": files.size, "fingerprint": files.fingerprint}
+    files = read(name) if files is None else files
+    shipped = {read(each).fingerprint: each for each in (BYTES, MICROWORLD)}
+    known = absolute(name) if name.startswith(CHAT) else shipped.get(files.fingerprint)
+    return {"name": known or absolute(name), "size": files.size, "fingerprint": files.fingerprint}
 
 
 def main_file(name: str) -> Path:
@@ -192,6 +213,9 @@ def main_file(name: str) -> Path:
     for file in (SPIECE, TOKENIZER_JSON, TOKENIZER_MODEL):
         if (path / file).is_file():
             return path / file
+    settings = path / TOKENIZER_SETTINGS[0]
+    if read_settings(settings).get("tokenizer_class") == BYTES_TOKENIZER:
+        return settings
     raise DataError(
         f"vocabulary {name!r}: the directory holds none of {SPIECE}, {TOKENIZER_JSON} and "
         f"{TOKENIZER_MODEL}; transformers writes a {TOKENIZER_JSON} from other files: "
@@ -214,12 +238,6 @@ def read_settings(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise DataError(f"{file}: damaged, a JSON object was expected")
     return content
-
-
-def _shipped() -> Path:
-    # Finding m2l.tasks does not load it.
-    (folder,) = importlib.util.find_spec("m2l.tasks").submodule_search_locations
-    return Path(folder) / "microworld" / "vocabulary.model"
 
 
 def _pieces(file: Path) -> SentencePieceProcessor:
@@ -280,19 +298,20 @@ def _tokenizer(file: Path, changed: int, length: int) -> tuple[tokenizers.Tokeni
     # The version that wrote the file does not count, as little as the settings it did not know.
     content = json.loads(tokenizer.to_str())
     parts = ("added_tokens", "normalizer", "pre_tokenizer", "model")
-    ids = _without_defaults({part: content[part] for part in parts})
+    ids = without_defaults({part: content[part] for part in parts})
     size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
     return tokenizer, size, _sha256(json.dumps(ids, sort_keys=True))
 
 
-def _without_defaults(value: Any) -> Any:
+def without_defaults(value: Any) -> Any:
+    """Returns a part of a tokenizer.json without what is null or false in it."""
     if isinstance(value, list):
-        return [_without_defaults(item) for item in value]
+        return [without_defaults(item) for item in value]
     if not isinstance(value, dict):
         return value
     # The vocabulary and the merges are large, and hold neither.
     return {
-        key: item if key in ("vocab", "merges") else _without_defaults(item)
+        key: item if key in ("vocab", "merges") else without_defaults(item)
         for key, item in value.items()
         if item is not None and item is not False
     }

@@ -87,12 +87,7 @@ def describe(vocabulary: seqio.Vocabulary, name: str) -> dict[str, Any]:
         sha256 in hexadecimal of what decides the ids}: equal for equal vocabularies, wherever
         their files lie, whichever version wrote them, and with or without "chat:".
     """
-    files = _files_of(vocabulary)
-    return {
-        "name": tokenizer_files.absolute(name),
-        "size": files.size,
-        "fingerprint": files.fingerprint,
-    }
+    return tokenizer_files.describe(name, _files_of(vocabulary))
 
 
 def _files_of(vocabulary: seqio.Vocabulary) -> Files:

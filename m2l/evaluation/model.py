@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from m2l import checkpoints, models
-from m2l.checkpoints import huggingface, safetensors
+from m2l.checkpoints import huggingface
 from m2l.data import tokenizer_files
 
 
@@ -59,8 +59,7 @@ def open_model(path: str | Path, vocabulary: str | None = None) -> Model:
 
 
 def _of_huggingface(directory: Path, vocabulary: str | None) -> Model:
-    stored = safetensors.open_tensors(directory)
-    layout = huggingface.read_layout(directory, stored)
+    layout, stored = huggingface.open_model(directory)
 
     def read(shardings: Any) -> dict[str, Any]:
         found = {

@@ -1,18 +1,19 @@
 """Whether models can be merged: everything that can be known before a byte is read."""
 
+import dataclasses
 import fnmatch
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from m2l.checkpoints import check_absent
-from m2l.errors import MergeError
+from m2l.checkpoints import check_absent, model_fields, tensor_kinds
+from m2l.checkpoints.tensor_kinds import is_float
+from m2l.errors import MergeError, UnknownNameError
 from m2l.merging.method import Method
 from m2l.merging.methods import METHODS
 from m2l.merging.recipe import Recipe
-from m2l.merging.results import is_float
 from m2l.merging.sources import Source
 
 _SHOWN = 8
@@ -60,23 +61,155 @@ def check_destination(out: str | os.PathLike, inputs: Sequence[Path]) -> None:
     check_absent(out)
 
 
+@dataclasses.dataclass(frozen=True)
+class Roles:
+    """How each tensor of the result comes about.
+
+    Attributes:
+        merged: The names of what the method computes, in order.
+        copied: Name -> the model it is taken from: what is excluded, and buffers.
+        repeated: Name -> the tensor of the result that it is to equal: a second copy of a tied
+            embedding in the model whose config.json the result gets.
+        files: The model whose config.json, tokenizer and other files the result gets.
+    """
+
+    merged: tuple[str, ...]
+    copied: Mapping[str, Source]
+    repeated: Mapping[str, str]
+    files: Source
+
+
+def assign_roles(
+    sources: Sequence[Source], experts: int, recipe: Recipe, allowed: Sequence[str] = ()
+) -> Roles:
+    """Checks that models can be merged, and says what becomes of each of their tensors.
+
+    What the recipe excludes is compared in nothing. Buffers of Hugging Face's models, which
+    versions write or not, are taken from the first that has them.
+
+    Args:
+        sources: The models; the first is that whose parameters are copied where they are not
+            merged.
+        experts: How many of the last are experts.
+        recipe: How to merge.
+        allowed: Fields of descriptions that may differ, by name; "tokenizer" is one.
+
+    Raises:
+        MergeError: They differ in a field that decides what a model computes, in their tokenizers
+            or parameters; a pattern matches nothing; or nothing is left to merge.
+        UnknownNameError: There is no field of a name in `allowed`.
+    """
+    first = sources[0]
+    _check_allowed(sources, allowed)
+    excluded = _excluded(sources, recipe)
+    copies = _shared_copies(sources)
+
+    def is_compared(name: str, source: Source) -> bool:
+        buffer = source.native and tensor_kinds.is_buffer(name, source.parameters[name])
+        return not (buffer or name in excluded or name in copies)
+
+    compared = [{n for n in source.parameters if is_compared(n, source)} for source in sources]
+    merged = tuple(
+        name
+        for name, stored in first.parameters.items()
+        if name in compared[0] and is_float(stored.dtype)
+    )
+    no_words = any(map(tensor_kinds.is_vocabulary, excluded)) and not any(
+        tensor_kinds.is_vocabulary(first.name_of(name)[0]) for name in merged
+    )
+    ignored = {*allowed, "vocab_size", "tokenizer"} if no_words else {*allowed}
+    for other, names in zip(sources[1:], compared[1:], strict=True):
+        kinds = [
+            {n: kind(s.parameters[n].shape, s.parameters[n].dtype) for n in s.parameters if n in of}
+            for s, of in ((first, compared[0]), (other, names))
+        ]
+        _check_alike(first, other, kinds, ignored)
+    if not merged:
+        raise MergeError("nothing to merge: every parameter is excluded or not a real number")
+    copied = {name: first for name in first.parameters if name not in (*merged, *copies)}
+    for source, names in zip(sources, compared, strict=True):
+        rest = (n for n in source.parameters if n not in names and n not in copies)
+        copied |= {n: source for n in rest if n not in excluded and n not in copied}
+    # Where the words are the first model's, so is the tokenizer.
+    files = first if no_words else sources[-experts]
+    repeated = {n: original for n, original in copies.items() if n in files.parameters}
+    return Roles(merged, copied, repeated, files)
+
+
 def check_alike(sources: Sequence[Source]) -> None:
     """Refuses models that differ from the first in vocabulary, kind or parameters."""
-    first, *others = sources
-    for other in others:
-        where = f"{other.path} cannot be merged with {first.path}"
+    assign_roles(sources, len(sources), Recipe("average"))
+
+
+def _check_allowed(sources: Sequence[Source], allowed: Sequence[str]) -> None:
+    known = {"tokenizer", "quantization_config"}
+    known |= {name for source in sources for name in (*source.model, *source.description)}
+    for name in allowed:
+        if name not in known | model_fields.DECIDING:
+            raise UnknownNameError("field of a model's description", name, known)
+
+
+def _excluded(sources: Sequence[Source], recipe: Recipe) -> set[str]:
+    """The names of tensors, of any of the models, that a recipe excludes."""
+    names = {n: (n, source.name_of(n)[0]) for source in sources for n in source.parameters}
+    return matched_names(names, recipe)
+
+
+def _shared_copies(sources: Sequence[Source]) -> dict[str, str]:
+    """Tensors that repeat another in every model that has them, copy -> original."""
+    result = {name: original for source in sources for name, original in source.copies.items()}
+    for name in list(result):
+        having = [source for source in sources if name in source.parameters]
+        apart = [source for source in having if source.copies.get(name) != result[name]]
+        tied = [s for s in having if s not in apart and model_fields.ties_embeddings(s.model)]
+        if apart and tied:
+            raise MergeError(
+                f"{apart[0].path} cannot be merged with {tied[0].path}: {name} is a matrix of its "
+                f"own in the one, and {result[name]} in the other, whose config.json says "
+                "tie_word_embeddings"
+            )
+        if apart:
+            del result[name]
+    return result
+
+
+def _check_alike(
+    first: Source, other: Source, kinds: Sequence[Mapping[str, str]], ignored: Collection[str]
+) -> None:
+    where = f"{other.path} cannot be merged with {first.path}"
+    if "tokenizer" not in ignored:
         _check_vocabulary(where, other, first)
-        table = differences(_kinds(first), _kinds(other), _short_names(first.path, other.path))
-        mine, reference = _model(other), _model(first)
-        fields = [
-            f"{name} is {mine.get(name, 'missing')} and not {reference.get(name, 'there')}"
-            for name in [*reference, *(name for name in mine if name not in reference)]
-            if mine.get(name) != reference.get(name)
+    table = differences(*kinds, _short_names(first.path, other.path))
+    fields = [
+        row
+        for row in model_fields.differing(first.description, other.description)
+        if not {row[0], row[0].rpartition(".")[2]} & set(ignored)
+    ]
+    # Settings of m2l's decide all; config.json may hold anything.
+    deciding = [row for row in fields if not first.native or model_fields.decides(row[0])]
+    if deciding:
+        spelled = [
+            f"{name} is {_spell(found)} and not {_spell(wanted)}"
+            for name, wanted, found in deciding
         ]
-        if fields:
-            raise MergeError(f"{where}: another model: {'; '.join(fields[:_SHOWN])}{table}")
-        if table:
-            raise MergeError(f"{where}: other parameters{table}")
+        names = ",".join(name for name, *_ in deciding[:_SHOWN])
+        raise MergeError(
+            f"{where}: another model: {'; '.join(spelled[:_SHOWN])}; to merge them all the same, "
+            f"--allow_differences {names}{table}"
+        )
+    if table:
+        raise MergeError(f"{where}: other parameters{table}")
+    for name, wanted, value in fields:
+        warnings.warn(
+            f"{other.path}: {name} is {_spell(value)}, in {first.path} {_spell(wanted)}; m2l does "
+            "not know whether that decides what the model computes",
+            stacklevel=4,
+        )
+
+
+def _spell(value: Any) -> str:
+    text = "absent" if value is None else str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def differences(reference: Mapping[str, str], found: Mapping[str, str], of: Sequence[str]) -> str:
@@ -120,25 +253,23 @@ def _short_names(first: Path, other: Path) -> tuple[str, str]:
 
 
 def _check_vocabulary(where: str, other: Source, first: Source) -> None:
-    mine, reference = other.vocabulary, first.vocabulary
-    if mine and reference and mine["fingerprint"] != reference["fingerprint"]:
+    one, two = first.vocabulary, other.vocabulary
+    if one and two and one["fingerprint"] == two["fingerprint"]:
+        return
+    if first.tokenizer and other.tokenizer:
+        from m2l.data import tokenizer_comparison
+
+        difference = tokenizer_comparison.difference(first.tokenizer, other.tokenizer)
+        if difference is not None:
+            raise MergeError(
+                f"{where}: another tokenizer: {difference}; to merge them all the same, "
+                "--allow_differences tokenizer"
+            )
+    elif one and two:
         raise MergeError(
-            f"{where}: another vocabulary, {mine.get('name')!r} of {mine.get('size')} pieces and "
-            f"not {reference.get('name')!r} of {reference.get('size')}"
+            f"{where}: another vocabulary, {two.get('name')!r} of {two.get('size')} pieces and "
+            f"not {one.get('name')!r} of {one.get('size')}"
         )
-    if other.tokenizer and first.tokenizer and other.tokenizer != first.tokenizer:
-        raise MergeError(f"{where}: another tokenizer: its pieces and ids are not the same")
-
-
-def _model(source: Source) -> Mapping[str, Any]:
-    """What must be equal of a configuration: of a config.json, what says which model it is."""
-    if source.native:
-        return {name: source.model.get(name) for name in ("model_type", "architectures")}
-    return source.model
-
-
-def _kinds(source: Source) -> dict[str, str]:
-    return {name: kind(stored.shape, stored.dtype) for name, stored in source.parameters.items()}
 
 
 def check_statistics(method: Method, experts: Sequence[Source], found: Sequence[Source]) -> None:
@@ -178,40 +309,47 @@ def warn_of_repetition(sources: Sequence[Source]) -> None:
         seen.setdefault(source.digest, source.path)
 
 
-def merged_names(reference: Source, recipe: Recipe) -> list[str]:
-    """The parameters that a merge computes, in order: real numbers, and not excluded.
+def matched_names(names: Mapping[str, Sequence[str]], recipe: Recipe) -> set[str]:
+    """Returns the parameters that a recipe excludes.
 
     Args:
-        reference: Whose parameters they are.
-        recipe: Says which are excluded, by patterns of the names that they have here or in m2l.
+        names: Each parameter's names, in m2l and elsewhere, by which patterns may match it.
+        recipe: How to merge.
 
     Raises:
-        MergeError: A pattern matches nothing, or nothing is left to merge.
+        MergeError: A pattern of the recipe matches nothing.
     """
-    names = {name: (name, reference.name_of(name)[0]) for name in reference.parameters}
-    kinds = {name: stored.dtype for name, stored in reference.parameters.items()}
-    return select_names(names, kinds, recipe)
+
+    def matching(pattern: str) -> set[str]:
+        return {
+            n
+            for n, known in names.items()
+            if any(fnmatch.fnmatchcase(each, pattern) for each in known)
+        }
+
+    patterns = [("exclude", p) for p in recipe.exclude] + [("scales", p) for p, _ in recipe.scales]
+    for kind, pattern in patterns:
+        if not matching(pattern):
+            first = f"; the first is {next(iter(names))!r}" if names else ""
+            raise MergeError(f"{kind} {pattern!r} matches no parameter{first}")
+    return {name for pattern in recipe.exclude for name in matching(pattern)}
 
 
 def select_names(
     names: Mapping[str, Sequence[str]], dtypes: Mapping[str, Any], recipe: Recipe
 ) -> list[str]:
-    """The same, for parameters that go by several names."""
+    """Returns the parameters that a merge in memory computes, in order.
 
-    def matches(name: str, pattern: str) -> bool:
-        return any(fnmatch.fnmatchcase(known, pattern) for known in names[name])
+    Args:
+        names: Each parameter's names, as `matched_names` takes them.
+        dtypes: Name -> dtype.
+        recipe: How to merge.
 
-    patterns = [("exclude", p) for p in recipe.exclude] + [("scales", p) for p, _ in recipe.scales]
-    for kind, pattern in patterns:
-        if not any(matches(name, pattern) for name in names):
-            raise MergeError(
-                f"{kind} {pattern!r} matches no parameter; the first is {next(iter(names))!r}"
-            )
-    found = [
-        name
-        for name, dtype in dtypes.items()
-        if is_float(dtype) and not any(matches(name, pattern) for pattern in recipe.exclude)
-    ]
-    if not found:
+    Raises:
+        MergeError: A pattern matches nothing, or nothing is left to merge.
+    """
+    excluded = matched_names(names, recipe)
+    merged = [n for n, dtype in dtypes.items() if is_float(dtype) and n not in excluded]
+    if not merged:
         raise MergeError("nothing to merge: every parameter is excluded or not a real number")
-    return found
+    return merged

@@ -66,7 +66,8 @@ def merge(
             (index, count), where several processes that see the same files share the work, each
             started with the same arguments but for its index; by default JAX's. diagnostics:
             whether to measure the task vectors. verify: whether to check the digests of inputs
-            that have them.
+            that have them. allow_differences: names of fields in which the models' descriptions may
+            differ all the same; "tokenizer" is one.
 
     Returns:
         The manifest of `out`: its parents with their digests, the recipe, and diagnostics. None in
@@ -162,9 +163,8 @@ class _Merge:
         self._bar: Progress | None = None
         self._done = 0
         self._verifying: list[Future] = []
-        self._to_verify = [
-            s for s in (*job.used, *([job.reference] if job.copied else [])) if s.manifest
-        ]
+        read = {id(s): s for s in (*job.used, *job.roles.copied.values())}
+        self._to_verify = [source for source in read.values() if source.manifest]
         self._verified: set[str] = set()
 
     def _advance(self, elements: int) -> None:
@@ -206,7 +206,7 @@ class _Merge:
 
     def _result(self) -> Result:
         job = self.job
-        described = results.described(job.reference, job.recipe.dtype, [*job.sizes])
+        described = results.described(job.reference, job.recipe.dtype, job.roles)
 
         def create() -> dict[str, np.ndarray]:
             results.create(self.work.content, job.to, described, SHARD_SIZE)
@@ -225,14 +225,15 @@ class _Merge:
 
     def _write_spans(self, stream: Pass, result: Result, journal: Journal) -> dict[str, str]:
         job = self.job
-        copied = [name for name in job.copied if name in job.mine]
+        others = {n: s.parameters[n].size for n, s in job.roles.copied.items() if n in job.mine}
+        others |= {n: result.extents[n].size for n in job.roles.repeated if n in job.mine}
         sizes = {name: job.sizes[name] for name in self.names}
         block = job.plan.block
         kernels = {n: size for n, size in sizes.items() if self._is_whole(n)}
         merged = spans(kernels, max([1, *kernels.values()]))
         merged += spans({n: size for n, size in sizes.items() if n not in kernels}, block)
-        others = spans({n: job.reference.parameters[n].size for n in copied}, block)
-        todo = merged + others
+        copied = spans(others, block)
+        todo = merged + copied
         # The last spans of a journal may be of files that never came to be.
         done = min(len(journal.sums), len(todo))
         self._advance(sum(span.size for span in merged[:done]))
@@ -260,12 +261,12 @@ class _Merge:
             journal.add(checksum, self._files(result, span))
             note(span, checksum)
             self._advance(span.size)
-        for span in others[max(0, done - len(merged)) :]:
+        for span in copied[max(0, done - len(merged)) :]:
             checksum = self._copy(result, span)
             journal.add(checksum, self._files(result, span))
             note(span, checksum)
-        for name, stored in job.reference.parameters.items():
-            if stored.size == 0 and name in job.mine:
+        for name, extents in result.extents.items():
+            if extents.size == 0 and name in job.mine:
                 verifying[name] = stream.pool.submit(result.verify, name, [])
         journal.close()
         digests = {name: future.result() for name, future in verifying.items()}
@@ -329,13 +330,28 @@ class _Merge:
         )
 
     def _copy(self, result: Result, span: Span) -> int:
-        stored = self.job.reference.parameters[span.name]
+        """Writes what is not merged: a span of an input's, or of the result's for a repetition."""
+        roles, name = self.job.roles, span.name
+        if name in roles.repeated:
+            extents = result.extents[roles.repeated[name]]
+            block = np.empty(span.size, extents.dtype)
+            extents.read_into(block, span.start)
+            return result.write(span, block)
+        stored = roles.copied[name].parameters[name]
         block = np.empty(span.size, stored.dtype)
         stored.read_into(span.start, span.stop, block)
-        if results.is_float(stored.dtype):
-            refuse_nonfinite([self.job.reference], span)
-            block = block.astype(result.described[span.name][1])
-        return result.write(span, block)
+        dtype = result.described[name][1]
+        with np.errstate(over="ignore", invalid="ignore"):
+            cast = block.astype(dtype)
+        if results.is_float(dtype) and dtype != block.dtype and not _finite(cast):
+            # What is copied may be infinite, as masks are; it must not become so.
+            lost = np.isfinite(block.astype(np.float64)) & ~np.isfinite(cast.astype(np.float64))
+            for index in np.flatnonzero(lost)[:1]:
+                raise MergeError(
+                    f"{roles.copied[name].path}: {name}[{span.start + index}] is {block[index]}: "
+                    f"too large for {dtype.name}; choose bfloat16 or float32"
+                )
+        return result.write(span, cast)
 
     def _check_inputs(self, stream: Pass, name: str) -> None:
         """Compares a parameter's digests with the inputs' manifests, as its bytes are at hand."""
@@ -353,12 +369,14 @@ class _Merge:
             self.work.wait_for_result()
             return None
         made_by = {"kind": "merge", "recipe": job.recipe.to_dict()}
+        if job.allowed:
+            made_by["allowed_differences"] = list(job.allowed)
         if job.diagnostics:
             made_by["diagnostics"] = self.analysis.diagnostics()
         elif self.analysis.densities is not None:
             made_by["diagnostics"] = {"density": self.analysis.densities}
         base = job.reference if job.reference is not job.experts[0] else None
-        used = job.base is not None or job.copied
+        used = job.base is not None or job.reference in job.roles.copied.values()
         parents = [(base, "base")] if base is not None and used else []
         parents += [(source, "expert") for source in job.experts]
         parents += [(source, "statistics") for source in job.statistics]
@@ -372,7 +390,8 @@ class _Merge:
                 result,
                 job.out,
                 ordered,
-                like=job.experts[0],
+                like=job.roles.files,
+                others=[job.reference, *job.experts],
                 dtype=job.recipe.dtype,
                 made_by=made_by,
                 parents=described,
@@ -382,7 +401,7 @@ class _Merge:
                 result,
                 job.out,
                 ordered,
-                model=job.reference.model,
+                model=job.roles.files.model,
                 vocabulary=job.vocabulary,
                 made_by=made_by,
                 parents=described,

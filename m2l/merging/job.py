@@ -13,6 +13,7 @@ import jax
 from m2l import __version__, checkpoints
 from m2l.errors import MergeError
 from m2l.merging import compatibility, data_driven, plan, results, sources
+from m2l.merging.compatibility import Roles
 from m2l.merging.methods import METHODS
 from m2l.merging.plan import Plan
 from m2l.merging.recipe import Recipe
@@ -30,12 +31,13 @@ class Job:
         experts: The experts.
         statistics: A statistic of each expert, if the method needs them.
         reference: Whose parameters are copied where they are not merged.
+        roles: How each tensor of the result comes about.
+        allowed: Fields that may differ between the models.
         to: The format to write.
         out: Where.
         vocabulary: Of an m2l checkpoint to be written.
         sizes: Name -> elements of all that is merged, in order.
-        copied: The names of all else.
-        mine: Of both, the names of this process.
+        mine: Of all of the result's, the names of this process.
         process: Which of how many processes this is.
         diagnostics: Whether to measure the task vectors.
         verify: Whether to check the inputs' digests.
@@ -47,11 +49,12 @@ class Job:
     experts: tuple[Source, ...]
     statistics: tuple[Source, ...]
     reference: Source
+    roles: Roles
+    allowed: tuple[str, ...]
     to: str
     out: Path
     vocabulary: Mapping[str, Any] | None
     sizes: Mapping[str, int]
-    copied: tuple[str, ...]
     mine: frozenset[str]
     process: tuple[int, int]
     diagnostics: bool
@@ -93,6 +96,7 @@ def prepare(
     process: tuple[int, int] | None = None,
     diagnostics: bool = True,
     verify: bool = True,
+    allow_differences: Sequence[str] = (),
 ) -> Job:
     """Checks all that can be checked before a byte is read, and plans; see `merge`."""
     process = process or (jax.process_index(), jax.process_count())
@@ -102,29 +106,30 @@ def prepare(
     paths = [Path(path).absolute() for path in ([] if base is None else [base])]
     paths += [Path(path).absolute() for path in experts]
     named = METHODS[recipe.method].draws or bool(recipe.exclude or recipe.scales)
-    opened, to = sources.open_all(paths, to, named=named)
+    opened, to = sources.open_all(paths, to, named=named, allowed=allow_differences)
     beside, _ = sources.open_all([Path(path).absolute() for path in statistics], ORBAX)
     of_base, of_experts = (None, opened) if base is None else (opened[0], opened[1:])
     reference = of_experts[0] if of_base is None else of_base
     out = Path(out).absolute()
     compatibility.check_destination(out, [source.path for source in (*opened, *beside)])
-    compatibility.check_alike(opened)
+    roles = compatibility.assign_roles(opened, len(experts), recipe, allow_differences)
     compatibility.check_statistics(METHODS[recipe.method], of_experts, beside)
     if to == ORBAX:
         vocabulary = vocabulary or _vocabulary([*of_experts, *([of_base] if of_base else [])])
         checkpoints.check_tokenizer(vocabulary)
-    names = compatibility.merged_names(reference, recipe)
+    names = roles.merged
     sizes = {name: reference.parameters[name].size for name in names}
-    copied = tuple(name for name in reference.parameters if name not in sizes)
     method = METHODS[recipe.method]
     # A base that the method does not take is read only for what is copied.
     of_base = of_base if method.needs_base else None
     diagnostics = diagnostics and method.needs_base
     compatibility.warn_of_repetition([s for s in (of_base, *of_experts) if s is not None])
-    shares = plan.shares(sizes | {n: reference.parameters[n].size for n in copied}, process[1])
-    described = results.described(reference, recipe.dtype, names)
+    copied = {name: source.parameters[name].size for name, source in roles.copied.items()}
+    shares = plan.shares(sizes | copied, process[1])
+    described = results.described(reference, recipe.dtype, roles)
     used = [s for s in (of_base, *of_experts, *beside) if s is not None]
     mine = frozenset(shares[process[0]])
+    mine |= {name for name, original in roles.repeated.items() if original in mine}
     readings = _readings(recipe)
     planned = plan.make(
         used,
@@ -145,11 +150,12 @@ def prepare(
         tuple(of_experts),
         tuple(beside),
         reference,
+        roles,
+        tuple(allow_differences),
         to,
         out,
         vocabulary,
         sizes,
-        copied,
         mine,
         process,
         diagnostics,

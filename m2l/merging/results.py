@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,19 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from m2l import checkpoints
-from m2l.checkpoints import Extents, Manifest, safetensors
+from m2l.checkpoints import Extents, Manifest, huggingface_directory, safetensors
+from m2l.checkpoints.tensor_kinds import is_buffer, is_float
 from m2l.errors import CheckpointError
+from m2l.merging.compatibility import Roles
 from m2l.merging.passes import Span
 from m2l.merging.sources import HUGGINGFACE, Source
 
 _READ = 1 << 20
-
-# Beside the weights, what a Hugging Face directory is made of.
-_COPIED = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "vocab.json",
-    "merges.txt", "spiece.model", "tokenizer.model",
-)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,23 +78,28 @@ def _checksum(block: np.ndarray) -> int:
 
 
 def described(
-    reference: Source, dtype: str, merged: Sequence[str]
+    reference: Source, dtype: str, roles: Roles
 ) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """name -> (shape, dtype) of the result's parameters: real numbers get the recipe's dtype."""
+    """name -> (shape, dtype) of the result's tensors.
+
+    What is merged gets the recipe's dtype, as does what is excluded of real numbers; buffers keep
+    theirs.
+    """
     real = np.dtype(jnp.dtype(dtype))
-    merged = set(merged)
-    return {
-        name: (
-            tuple(stored.shape),
-            real if name in merged or is_float(stored.dtype) else stored.dtype,
-        )
-        for name, stored in reference.parameters.items()
-    }
 
+    def copied_dtype(name: str, source: Source) -> np.dtype:
+        stored = source.parameters[name]
+        keeps = source.native and is_buffer(name, stored)
+        return real if is_float(stored.dtype) and not keeps else stored.dtype
 
-def is_float(dtype: Any) -> bool:
-    """Whether a dtype holds real numbers: others are copied, not merged."""
-    return jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    dtypes = dict.fromkeys(roles.merged, real)
+    dtypes |= {name: copied_dtype(name, source) for name, source in roles.copied.items()}
+    shapes = {name: tuple(source.parameters[name].shape) for name, source in roles.copied.items()}
+    shapes |= {name: tuple(reference.parameters[name].shape) for name in roles.merged}
+    for name, original in roles.repeated.items():
+        shapes[name], dtypes[name] = shapes[original], dtypes[original]
+    order = [*(name for name in reference.parameters if name in shapes), *shapes]
+    return {name: (shapes[name], dtypes[name]) for name in dict.fromkeys(order)}
 
 
 def create(
@@ -153,18 +152,21 @@ def describe_directory(
     digests: Mapping[str, str],
     *,
     like: Source,
+    others: Sequence[Source],
     dtype: str,
     made_by: Mapping[str, Any],
     parents: tuple[Mapping[str, str], ...],
 ) -> Manifest:
-    """Writes what makes a Hugging Face directory of the files: all but weights is `like`'s."""
+    """Writes what makes a Hugging Face directory of the files.
+
+    All but weights is `like`'s, and of what it lacks the first of the others' that has it.
+    """
     from m2l.checkpoints.huggingface_card import write_card
 
-    directory = like.path if like.path.is_dir() else like.path.parent
-    for name in _COPIED:
-        if (directory / name).is_file():
-            shutil.copyfile(directory / name, result.directory / name)
-    model = dict(like.model)
+    huggingface_directory.copy_companions(
+        [like.path, *(source.path for source in others)], result.directory
+    )
+    model = huggingface_directory.config_of([like.model, *(source.model for source in others)])
     if model:
         key = "dtype" if "dtype" in model else "torch_dtype"
         model[key] = dtype
@@ -172,7 +174,7 @@ def describe_directory(
         (result.directory / "config.json").write_text(text)
     manifest = Manifest(
         model=model,
-        vocabulary={"name": None, "size": model.get("vocab_size"), "fingerprint": like.tokenizer},
+        vocabulary={"name": None, "size": model.get("vocab_size"), "fingerprint": None},
         dtype=dtype,
         step=0,
         made_by=dict(made_by),

@@ -5,7 +5,6 @@ models are merged that m2l has no network for. Otherwise all are seen as m2l nam
 parameters.
 """
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -18,8 +17,15 @@ from typing import Any
 import numpy as np
 
 from m2l import checkpoints
-from m2l.checkpoints import Manifest, safetensors
-from m2l.errors import CheckpointError, MergeError
+from m2l.checkpoints import (
+    Manifest,
+    huggingface_directory,
+    model_fields,
+    safetensors,
+    tensor_kinds,
+)
+from m2l.checkpoints.tokenizer import DIRECTORY as TOKENIZER
+from m2l.errors import CheckpointError, MergeError, UnsupportedModelError
 from m2l.merging.passes import Span, Stored
 
 _READ = 1 << 20
@@ -38,11 +44,11 @@ class Source:
         format: "orbax", "huggingface" or "t5x".
         digest: What it is: of an m2l checkpoint its digest; else of the names, sizes and times of
             its files, and their headers.
-        parameters: Its parameters by the names of the merge.
+        parameters: Its tensors by the names of the merge.
         ours: m2l's name of each, where it has another, and whether it is stored transposed.
         model: Its configuration: m2l's, or config.json.
         vocabulary: m2l's description of its vocabulary, or None.
-        tokenizer: What decides the ids of a Hugging Face directory's tokenizer; None without one.
+        tokenizer: The directory with the tokenizer's files, or None.
         manifest: An m2l checkpoint's manifest.
         native: Whether names and layouts are Hugging Face's.
     """
@@ -54,7 +60,7 @@ class Source:
     ours: Mapping[str, tuple[str, bool]]
     model: Mapping[str, Any]
     vocabulary: Mapping[str, Any] | None
-    tokenizer: str | None = None
+    tokenizer: Path | None = None
     manifest: Manifest | None = None
     native: bool = False
 
@@ -62,15 +68,27 @@ class Source:
         """m2l's name of a parameter, and whether it is stored transposed."""
         return self.ours.get(name, (name, False))
 
+    @functools.cached_property
+    def description(self) -> Mapping[str, Any]:
+        """The fields of its configuration that decide what it computes."""
+        return model_fields.normalized(self.model)
+
+    @functools.cached_property
+    def copies(self) -> Mapping[str, str]:
+        """Tensors that repeat others bit for bit, copy -> original; see `tensor_kinds.copies`."""
+        return tensor_kinds.copies(self.parameters) if self.native else {}
+
 
 def kind(path: Path) -> str:
-    """What lies at `path`, by its files.
+    """What is stored at `path`, by its files.
 
     Raises:
         CheckpointError: Nothing that can be merged.
     """
     if (path / "manifest.json").is_file() or (path / "checkpoints").is_dir():
         return ORBAX
+    if path.exists():
+        tensor_kinds.check_no_adapter(path)
     if path.suffix == ".safetensors" or any(
         (path / name).is_file() for name in ("config.json", safetensors.SINGLE, safetensors.INDEX)
     ):
@@ -88,7 +106,7 @@ def kind(path: Path) -> str:
 
 
 def open_all(
-    paths: Sequence[Path], to: str | None, *, named: bool = True
+    paths: Sequence[Path], to: str | None, *, named: bool = True, allowed: Sequence[str] = ()
 ) -> tuple[list[Source], str]:
     """Opens models; nothing but headers is read yet.
 
@@ -97,12 +115,13 @@ def open_all(
         to: The format to write; None: that of the inputs.
         named: Whether m2l's names of parameters are asked for: of Hugging Face's they cost the
             import of the models.
+        allowed: Fields of config.json that are not to be refused for what they say.
 
     Returns:
         The models, and the format that the merge is to write.
 
     Raises:
-        CheckpointError: One is missing, unfinished or damaged.
+        CheckpointError: One is missing, unfinished or damaged, or is no model to be merged.
         MergeError: There is no such format.
     """
     kinds = [kind(path) for path in paths]
@@ -112,7 +131,7 @@ def open_all(
     native = to == HUGGINGFACE and set(kinds) == {HUGGINGFACE}
     opening: dict[str, Callable[[Path], Source]] = {
         ORBAX: _open_orbax,
-        HUGGINGFACE: functools.partial(_open_huggingface, named) if native else _open_turned,
+        HUGGINGFACE: functools.partial(_open_native, named, allowed) if native else _open_turned,
         T5X: _open_t5x,
     }
     return [opening[found](path) for found, path in zip(kinds, paths, strict=True)], to
@@ -129,56 +148,51 @@ def _open_orbax(path: Path) -> Source:
         {},
         manifest.model,
         manifest.vocabulary,
+        tokenizer=path / TOKENIZER if manifest.tokenizer else None,
         manifest=manifest,
     )
 
 
-def _open_huggingface(named: bool, path: Path) -> Source:
-    stored = safetensors.open_tensors(path)
-    directory = path if path.is_dir() else path.parent
-    ours: dict[str, tuple[str, bool]] = {}
-    model = _json(directory / "config.json") if (directory / "config.json").is_file() else {}
-    if model and (named or _has_aliases(model, stored)):
-        from m2l.checkpoints import huggingface
-
-        # A model that m2l has no network for keeps its own names.
-        with contextlib.suppress(CheckpointError):
-            layout = huggingface.read_layout(directory, stored)
-            ours = {
-                origin.tensor: (name, origin.transposed) for name, origin in layout.origins.items()
-            }
-            stored = {name: tensor for name, tensor in stored.items() if name in ours}
-    files = sorted({tensor.file for tensor in stored.values()})
+def _open_native(named: bool, allowed: Sequence[str], path: Path) -> Source:
+    tensors, config = huggingface_directory.open_directory(path, allowed=allowed)
     return Source(
         path,
         HUGGINGFACE,
-        _identity(files),
-        stored,
-        ours,
-        model,
+        _identity(tensors),
+        tensors,
+        _m2l_names(path, tensors) if named and config else {},
+        config,
         None,
-        tokenizer=_tokenizer(directory),
+        tokenizer=_tokenizer(path),
         native=True,
     )
 
 
-def _has_aliases(model: Mapping[str, Any], stored: Mapping[str, Any]) -> bool:
-    """Whether files may hold tensors twice, or some that nothing reads."""
-    tied = "lm_head.weight" in stored and model.get("tie_word_embeddings") is not False
-    return tied or any(("embed_tokens" in n and "coder" in n) or "inv_freq" in n for n in stored)
+def _m2l_names(path: Path, tensors: Mapping[str, Any]) -> dict[str, tuple[str, bool]]:
+    """m2l's names of tensors; none for a model that m2l has no network for."""
+    from m2l.checkpoints import huggingface
+
+    try:
+        layout = huggingface.read_layout(path if path.is_dir() else path.parent, tensors)
+    except UnsupportedModelError:
+        return {}
+    return {origin.tensor: (name, origin.transposed) for name, origin in layout.origins.items()}
+
+
+def _tokenizer(path: Path) -> Path | None:
+    directory = path if path.is_dir() else path.parent
+    return directory if huggingface_directory.has_tokenizer(directory) else None
 
 
 def _open_turned(path: Path) -> Source:
     from m2l import models
     from m2l.checkpoints import huggingface
 
-    stored = safetensors.open_tensors(path)
-    layout = huggingface.read_layout(path, stored)
-    files = sorted({tensor.file for tensor in stored.values()})
+    layout, tensors = huggingface.open_model(path)
     shelf = Shelf()
 
     def parameter(name: str, origin: Any) -> Stored:
-        tensor = stored[origin.tensor]
+        tensor = tensors[origin.tensor]
         if not origin.transposed:
             return tensor
         return Whole(
@@ -192,7 +206,7 @@ def _open_turned(path: Path) -> Source:
     return Source(
         path,
         HUGGINGFACE,
-        _identity(files),
+        _identity(tensors),
         {name: parameter(name, origin) for name, origin in layout.origins.items()},
         {},
         json.loads(json.dumps(models.to_dict(layout.config))),
@@ -204,23 +218,33 @@ def _open_turned(path: Path) -> Source:
 def _open_t5x(path: Path) -> Source:
     from m2l import models
     from m2l.checkpoints import t5x, t5x_files
+    from m2l.checkpoints.importing import check_origins, parameter_shapes
 
     directory = t5x_files.resolve(path)
     tensors = t5x.read(directory)
     config = t5x.infer_config(tensors)
+    origins, shapes = t5x.origins(config, tensors), parameter_shapes(config)
+    check_origins(shapes, tensors, origins, source=directory)
     shelf = Shelf()
-    parameters = {}
-    for name, spec in checkpoints.flatten(models.spec(config)).items():
-        origin = t5x.origins(config, tensors)[name]
-        tensor = tensors[origin.tensor]
 
-        def read(tensor: Any = tensor, origin: Any = origin) -> np.ndarray:
+    def parameter(name: str, shape: tuple[int, ...]) -> Whole:
+        tensor, origin = tensors[origins[name].tensor], origins[name]
+
+        def read() -> np.ndarray:
             return np.ascontiguousarray(origin.take(tensor.read()))
 
-        parameters[name] = Whole(name, spec.shape, tensor.dtype, read, shelf)
+        return Whole(name, shape, tensor.dtype, read, shelf)
+
     files = sorted(file for file in directory.rglob("*") if file.is_file())
-    model = json.loads(json.dumps(models.to_dict(config)))
-    return Source(directory, T5X, _identity(files), parameters, {}, model, None)
+    return Source(
+        directory,
+        T5X,
+        _identity_of_files(files),
+        {name: parameter(name, shape) for name, shape in shapes.items()},
+        {},
+        json.loads(json.dumps(models.to_dict(config))),
+        None,
+    )
 
 
 class Shelf:
@@ -302,7 +326,11 @@ def check_digest(stored: Any) -> None:
     stored.check(digest.hexdigest())
 
 
-def _identity(files: Sequence[Path]) -> str:
+def _identity(tensors: Mapping[str, Any]) -> str:
+    return _identity_of_files(sorted({tensor.file for tensor in tensors.values()}))
+
+
+def _identity_of_files(files: Sequence[Path]) -> str:
     digest = hashlib.sha256()
     for file in files:
         stat = file.stat()
@@ -311,27 +339,3 @@ def _identity(files: Sequence[Path]) -> str:
             with open(file, "rb") as opened:
                 digest.update(opened.read(1 << 16))
     return digest.hexdigest()
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: damaged, no JSON ({error}); download it again") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file}: damaged, no JSON object; download it again")
-    return content
-
-
-def _tokenizer(directory: Path) -> str | None:
-    """A digest of what decides a tokenizer's ids, and of nothing else that may differ."""
-    if (file := directory / "tokenizer.json").is_file():
-        content = _json(file)
-        model = content.get("model") or {}
-        added = [(token.get("id"), token.get("content")) for token in content["added_tokens"] or []]
-        text = json.dumps([model.get("type"), model.get("vocab"), model.get("merges"), added])
-        return hashlib.sha256(text.encode()).hexdigest()
-    for name in ("spiece.model", "tokenizer.model"):
-        if (directory / name).is_file():
-            return hashlib.sha256((directory / name).read_bytes()).hexdigest()
-    return None

@@ -1,0 +1,116 @@
+"""A Hugging Face directory: its tensors and description, checked, and the files that go with it."""
+
+import shutil
+import sys
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from m2l.checkpoints import model_fields, safetensors, tensor_kinds
+from m2l.checkpoints.huggingface_fields import read_json
+from m2l.checkpoints.safetensors import StoredTensor
+from m2l.checkpoints.tokenizer import is_bytes
+from m2l.errors import CheckpointError
+
+CONFIG = "config.json"
+
+# What decides the ids, by any of the tokenizers of transformers, and what is read next to it.
+_TOKENIZERS = (
+    "tokenizer.json", "*.model", "*.model.v*", "*.spm", "*.tiktoken", "vocab.txt", "vocab.json",
+    "vocab.bpe", "vocab-*.json", "bpe.codes", "tekken.json", "entity_vocab.json", "dict.txt",
+    "prophetnet.tokenizer",
+)  # fmt: skip
+_TOKENIZER_PARTS = (
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt",
+    "chat_template.*", "additional_chat_templates/*.jinja", "normalizer.json", "emoji.json",
+)  # fmt: skip
+_PROCESSORS = (
+    "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
+    "image_processor_config.json", "feature_extractor_config.json", "audio_tokenizer_config.json",
+)  # fmt: skip
+_OTHERS = (
+    "generation_config.json", "modules.json", "sentence_bert_config.json", "*/config.json",
+    "config_sentence_transformers.json", "*.py", "LICENSE*", "NOTICE*", "USE_POLICY*",
+)  # fmt: skip
+
+
+def open_directory(
+    path: Path, *, allowed: Collection[str] = ()
+) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
+    """Opens a directory, or a .safetensors file in one; nothing but headers is read yet.
+
+    Args:
+        path: The directory or file.
+        allowed: Fields of config.json that are not to be refused for what they say.
+
+    Returns:
+        The tensors by name, and the content of config.json; empty where there is none.
+
+    Raises:
+        CheckpointError: A file is missing or damaged; or it is an adapter, its weights are
+            quantised, its description is absurd, or contradicts its tensors.
+    """
+    tensor_kinds.check_no_adapter(path)
+    tensors = safetensors.open_tensors(path)
+    file = (path if path.is_dir() else path.parent) / CONFIG
+    config = read_json(file) if file.is_file() else {}
+    if (problem := model_fields.implausible(config)) is not None:
+        raise CheckpointError(f"{file}: {problem}")
+    tensor_kinds.check_no_adapter(path, tensors)
+    described = {name: value for name, value in config.items() if name not in allowed}
+    tensor_kinds.check_not_quantized(path, described, tensors)
+    if "tie_word_embeddings" not in allowed:
+        tensor_kinds.check_ties(path, config, tensors)
+    return tensors, config
+
+
+def copy_companions(sources: Sequence[Path], out: Path) -> None:
+    """Copies what belongs to a model next to its weights and config.json.
+
+    The files are the first source's. A tokenizer or a processor that it has not is the first of
+    the others' that has one. Python files are copied unread: transformers runs them only with
+    trust_remote_code=True, and a line on stderr says so.
+
+    Args:
+        sources: Hugging Face directories, or files in them.
+        out: The directory to copy into.
+    """
+    directories = [source if source.is_dir() else source.parent for source in sources]
+    copied: list[Path] = []
+    for main, parts in ((_TOKENIZERS, _TOKENIZER_PARTS), (_PROCESSORS, ())):
+        for directory in directories:
+            if any(_matching(directory, main)) or (parts and has_tokenizer(directory)):
+                copied += _copy(directory, (*main, *parts), out)
+                break
+        else:
+            copied += _copy(directories[0], parts, out)
+    copied += _copy(directories[0], _OTHERS, out)
+    if code := sorted(str(name) for name in copied if name.suffix == ".py"):
+        print(
+            f"m2l: copied {', '.join(code)}: code that transformers runs only with "
+            "trust_remote_code=True; m2l has not run it",
+            file=sys.stderr,
+        )
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a directory holds a tokenizer of any kind."""
+    return any(_matching(directory, _TOKENIZERS)) or is_bytes(directory)
+
+
+def _matching(directory: Path, patterns: Sequence[str]) -> Iterator[Path]:
+    for pattern in patterns:
+        yield from (file for file in sorted(directory.glob(pattern)) if file.is_file())
+
+
+def _copy(directory: Path, patterns: Sequence[str], out: Path) -> list[Path]:
+    names = dict.fromkeys(file.relative_to(directory) for file in _matching(directory, patterns))
+    for name in names:
+        (out / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(directory / name, out / name)
+    return list(names)
+
+
+def config_of(sources: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns the first description that says anything."""
+    return dict(next((config for config in sources if config), {}))
