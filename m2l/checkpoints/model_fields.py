@@ -116,10 +116,8 @@ _IGNORED = (
     )
 ) - {"decoder_start_token_id", "is_decoder", "is_encoder_decoder", "id2label", "model_type"}
 
-NESTED = (
-    "text_config", "vision_config", "audio_config", "llm_config", "language_config", "encoder",
-    "decoder", "text_encoder", "audio_encoder", "thinker_config", "talker_config",
-)  # fmt: skip
+_PARTS = ("encoder", "decoder", "text_encoder", "audio_encoder")
+_NO_PARTS = ("quantization_config", "compression_config", "per_layer_config")
 
 _ACTIVATION_FIELDS = _words(
     """
@@ -133,11 +131,12 @@ _ACTIVATIONS = {
     "gelu_python": "gelu",
     "gated-gelu_new": "gated-gelu",
 }
-_ROPE_NAMES = {"su": "longrope", "mrope": "default"}
+# Renamed; "axial" is what transformers 5 calls the only kind that the image encoders have.
+_ROPE_NAMES = {"su": "longrope", "mrope": "default", "axial": "default"}
 _ROPE_FIELDS = _words(
     """
     rope_theta rope_scaling rope_parameters rope_local_base_freq rotary_emb_base rotary_pct
-    rotary_dim partial_rotary_factor rotary_base
+    rotary_dim partial_rotary_factor rotary_base global_rope_theta local_rope_theta
     """
 )
 _ROTATED_SHARES = ("partial_rotary_factor", "rotary_pct", "rotary_dim")
@@ -154,6 +153,21 @@ _ROPE_READS: Mapping[str, frozenset[str]] = {
     ),
 }
 _THETA = 10000.0
+
+# What tensors' shapes and names say as well, or other fields, and families write or leave out.
+_OPTIONAL = (
+    _SIZES
+    | _LAYERS
+    | _words(
+        """
+        model_type layer_types decoder_start_token_id id2label qk_head_dim is_decoder
+        use_bidirectional_attention no_rope_layer_interval global_attn_every_n_layers
+        local_attention attention_bias attention_out_bias mlp_bias use_bias qkv_bias out_bias bias
+        lm_head_bias use_qk_norm qk_layernorm qk_norm
+        """
+    )
+) - {"num_attention_heads", "num_key_value_heads", "head_dim"}
+_RENAMED = {"num_local_experts": "num_experts"}
 
 # Where a family's default is not what a field's absence means in the others (transformers 5.24).
 _T5 = {"relative_attention_num_buckets": 32, "relative_attention_max_distance": 128}
@@ -177,6 +191,16 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
+def parts(config: Description) -> dict[str, Description]:
+    """Returns the descriptions within a description, of a text's or an image's part, by field."""
+    return {
+        name: value
+        for name, value in config.items()
+        if isinstance(value, Mapping)
+        and (name in _PARTS or (name.endswith("_config") and name not in _NO_PARTS))
+    }
+
+
 def normalized(config: Description) -> dict[str, Any]:
     """Returns the fields that may decide what a model computes, by one name and spelling each.
 
@@ -189,30 +213,43 @@ def normalized(config: Description) -> dict[str, Any]:
     family = config.get("model_type")
     values = {**_DEFAULTS.get(family if isinstance(family, str) else "", {}), **config}
     values = {name: value for name, value in values.items() if value is not None}
-    own = "rope_type" in values
     result: dict[str, Any] = {}
-    for name, value in values.items():
-        if name in NESTED and isinstance(value, Mapping):
-            result |= {f"{name}.{inner}": v for inner, v in normalized(value).items()}
-        elif name in _ACTIVATION_FIELDS and isinstance(value, str):
-            result[name] = _ACTIVATIONS.get(value, value)
-        elif name == "id2label" and isinstance(value, Mapping):
-            if any(label != f"LABEL_{key}" for key, label in value.items()):
-                result[name] = {str(key): label for key, label in value.items()}
-        elif not (
-            name in _IGNORED
-            or name in _ROPE_FIELDS
-            or name.startswith("_")
-            or (own and name.startswith("rope_"))
-            or not value
-        ):
-            result[name] = value
+    for name, part in parts(values).items():
+        # What a part is called changed, and follows from what the whole is called.
+        inner = {n: v for n, v in normalized(part).items() if n != "model_type"}
+        result |= {f"{name}.{field}": value for field, value in inner.items()}
+    for name in values.keys() - result.keys():
+        result |= _normalized_field(name, values)
     result |= _heads(values) | _windows(values) | _rope(values)
-    if family in ("t5", "mt5") and "d_kv" in values:
-        # transformers 4 scales the output of what is tied; transformers 5 has a field of its own.
+    if "d_kv" in values:
+        # transformers 4 scales the output of a tied T5; transformers 5 has a field of its own, and
+        # never scales an mT5's.
+        version_5 = str(values.get("transformers_version", "")).split(".")[0] >= "5"
         tied = values.get("tie_word_embeddings") is not False
-        result["scale_decoder_outputs"] = values.get("scale_decoder_outputs", tied) or None
+        scaled = values.get("scale_decoder_outputs", tied) and not (family == "mt5" and version_5)
+        result["scale_decoder_outputs"] = scaled or None
     return {name: value for name, value in result.items() if value is not None}
+
+
+def _normalized_field(name: str, values: Description) -> dict[str, Any]:
+    """One field of a description under its name here; empty where it decides nothing."""
+    value = values[name]
+    if name in parts(values) or not value:
+        return {}
+    if name == "model_type" and isinstance(value, str):
+        return {name: value.replace("-", "_")}
+    if name in _ACTIVATION_FIELDS and isinstance(value, str):
+        return {name: _ACTIVATIONS.get(value, value)}
+    if name == "id2label" and isinstance(value, Mapping):
+        named = any(label != f"LABEL_{key}" for key, label in value.items())
+        return {name: {str(key): label for key, label in value.items()}} if named else {}
+    if name == "position_embedding_type" and value in ("absolute", "rope"):
+        return {}
+    if name in _IGNORED or name in _ROPE_FIELDS or name.startswith("_"):
+        return {}
+    if "rope_type" in values and name.startswith("rope_"):
+        return {}
+    return {_RENAMED.get(name, name): value}
 
 
 def _heads(values: Description) -> dict[str, Any]:
@@ -245,20 +282,19 @@ def _rope(values: Description) -> dict[str, Any]:
         scaling = values.get("rope_parameters") or values.get("rope_scaling") or {}
     if not isinstance(scaling, Mapping):
         return {"rope_type": scaling}
-    spelled = ("rope_theta", "rotary_emb_base", "rotary_base")
+    spelled = ("rope_theta", "rotary_emb_base", "rotary_base", "global_rope_theta")
     theta = next((values[name] for name in spelled if name in values), None)
     if theta is None and not scaling and not _ROPE_FIELDS & set(values):
         return {}
-    local = values.get("rope_local_base_freq")
+    local = values.get("rope_local_base_freq", values.get("local_rope_theta"))
     layers = {kind: each for kind, each in scaling.items() if isinstance(each, Mapping)}
     if not layers and local is not None:
         layers = {"full_attention": scaling, "sliding_attention": {"rope_theta": local}}
     if layers:
-        return {
-            f"{kind}.{name}": value
-            for kind, each in layers.items()
-            for name, value in _one_rope(values, each, theta).items()
-        }
+        ropes = {kind: _one_rope(values, each, theta) for kind, each in layers.items()}
+        if all(rope == next(iter(ropes.values())) for rope in ropes.values()):
+            return next(iter(ropes.values()))
+        return {f"{kind}.{n}": value for kind, rope in ropes.items() for n, value in rope.items()}
     return _one_rope(values, scaling, theta)
 
 
@@ -308,29 +344,28 @@ def _complete_scaling(kind: Any, scaling: dict[str, Any], values: Description) -
 
 def ties_embeddings(config: Description) -> bool:
     """Whether a description says that the output's matrix is the input embedding."""
-    parts = [config, *(v for n, v in config.items() if n in NESTED and isinstance(v, Mapping))]
     family = config.get("model_type")
     default = isinstance(family, str) and family.startswith("gemma")
-    said = [part["tie_word_embeddings"] for part in parts if "tie_word_embeddings" in part]
+    described = [config, *parts(config).values()]
+    said = [part["tie_word_embeddings"] for part in described if "tie_word_embeddings" in part]
     return all(said) if said else default
 
 
 def differing(reference: Description, other: Description) -> Iterator[tuple[str, Any, Any]]:
     """Yields (field, value in reference, value in other) where normalized descriptions differ.
 
-    What one of them has not is None there. Neither has to say which model it is, nor, in each
-    layer, which attention it has: that follows from other fields. A description that says nothing,
-    as of a bare file of weights, contradicts none.
+    What one of them has not is None there. Neither has to say what its tensors' shapes or other
+    fields say as well. A description that says nothing, as of a bare file of weights, contradicts
+    none.
     """
     if not reference or not other:
         return
-    optional = ("model_type", "layer_types", "decoder_start_token_id", "id2label")
     absent = {"rope_theta": _THETA, "rope_type": "default"}
     for name in [*reference, *(name for name in other if name not in reference)]:
         field = name.rpartition(".")[2]
         one = reference.get(name, absent.get(field))
         two = other.get(name, absent.get(field))
-        if field in optional and (one is None or two is None):
+        if field in _OPTIONAL and (one is None or two is None):
             continue
         if not _equal(one, two):
             yield name, reference.get(name), other.get(name)
@@ -360,13 +395,13 @@ def implausible(config: Description) -> str | None:
     Args:
         config: The content of a config.json.
     """
+    for name, part in parts(config).items():
+        if (problem := implausible(part)) is not None:
+            return f"in {name}: {problem}"
     for name, value in config.items():
-        if name in NESTED and isinstance(value, Mapping):
-            if (problem := implausible(value)) is not None:
-                return f"in {name}: {problem}"
-        elif value is None:
+        if value is None:
             continue
-        elif name == "model_type" and not isinstance(value, str):
+        if name == "model_type" and not isinstance(value, str):
             return f"{name} = {_short(value)}: a name was expected"
         elif name == "architectures" and not (
             isinstance(value, list) and all(isinstance(each, str) for each in value)
@@ -374,9 +409,10 @@ def implausible(config: Description) -> str | None:
             return f"{name} = {_short(value)}: a list of names was expected"
         elif name in _SIZES | _LAYERS:
             largest = _LARGEST["layers" if name in _LAYERS else "sizes"]
-            # Some families give a number a layer; and there may be no experts.
-            numbers = value if isinstance(value, list) else [value]
-            least = int(not isinstance(value, list) and "expert" not in name)
+            # Some families give a number a layer or a part; and there may be no experts.
+            numbers = [*value.values()] if isinstance(value, Mapping) else value
+            numbers = numbers if isinstance(numbers, list) else [numbers]
+            least = int(numbers is not value and "expert" not in name)
             if any(type(each) is not int or not least <= each <= largest for each in numbers):
                 return (
                     f"{name} = {_short(value)}: an integer from {least} to {largest:,} was expected"

@@ -12,7 +12,7 @@ from typing import Any, NoReturn, Protocol
 import jax.numpy as jnp
 import numpy as np
 
-from m2l.checkpoints.model_fields import NESTED, ties_embeddings
+from m2l.checkpoints.model_fields import parts, ties_embeddings
 from m2l.errors import CheckpointError
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -162,11 +162,11 @@ def _holds_codes(tensor: TensorSpec) -> bool:
 
 
 def _quantization_fields(config: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
-    for name, value in config.items():
-        if name in ("quantization_config", "compression_config") and value:
-            yield name, value
-        elif name in NESTED and isinstance(value, Mapping):
-            yield from ((f"{name}.{field}", each) for field, each in _quantization_fields(value))
+    for name in ("quantization_config", "compression_config"):
+        if config.get(name):
+            yield name, config[name]
+    for name, part in parts(config).items():
+        yield from ((f"{name}.{field}", value) for field, value in _quantization_fields(part))
 
 
 def _refuse_quantized(path: Path, reason: str) -> NoReturn:

@@ -85,7 +85,7 @@ def write_shipped(name: str | None, directory: Path) -> bool:
     ends = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
     settings = {"tokenizer_class": BYTES_TOKENIZER, "extra_ids": EXTRA_IDS[name], **ends}
     if name == MICROWORLD:
-        settings["tokenizer_class"] = "T5Tokenizer"
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
         shutil.copyfile(microworld_pieces(), directory / SPIECE)
         (directory / TOKENIZER_JSON).write_text(_unigram_json(directory / SPIECE, EXTRA_IDS[name]))
     (directory / TOKENIZER_SETTINGS[0]).write_text(json.dumps(settings, indent=2) + "\n")

@@ -89,6 +89,20 @@ SAME = {
     "dropout": (BERT, BERT | {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.2}),
     "experts' losses": (MIXTRAL, MIXTRAL | {"router_aux_loss_coef": 0.01}),
     "nothing known": (LLAMA, {}),
+    "experts renamed": (
+        MIXTRAL, without(MIXTRAL, "num_local_experts") | {"num_experts": 4}),
+    "layers by parts": (BERT, BERT | {"num_hidden_layers": 12, "encoder_layers": 12}),
+    "absolute positions": (BERT, BERT | {"position_embedding_type": "absolute"}),
+    "one rope for all kinds of layers": (
+        LLAMA,
+        without(LLAMA, "rope_theta")
+        | {"rope_parameters": {"full": {"rope_theta": 5e5}, "sliding": {"rope_theta": 5e5}}},
+    ),
+    "an image's only rope": (
+        LLAVA,
+        LLAVA | {"vision_config": {"patch_size": 14, "model_type": "siglip_vision",
+                                   "rope_parameters": {"rope_type": "axial"}}},
+    ),
     "a scale that is tied": (T5, T5 | {"scale_decoder_outputs": True, "feed_forward_proj": "relu"}),
 }  # fmt: skip
 
@@ -179,7 +193,7 @@ def test_the_settings_of_our_own_models_go_by_the_same_list():
         {"num_attention_heads": [2, -1]},
         {"num_hidden_layers": 10**9},
         {"vocab_size": 2**60},
-        {"vocab_size": {"size": 3}},
+        {"vocab_size": {"text": "many"}},
         {"model_type": ["llama"]},
         {"architectures": "LlamaForCausalLM"},
         {"architectures": [3]},
