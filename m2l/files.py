@@ -19,6 +19,10 @@ TOKENIZER_SETTINGS = (
     "added_tokens.json",
     GENERATION,
     "chat_template.jinja",
+    "chat_template.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
 )
 # Before a tokenizer's path: its prompts are rendered by its chat template.
 CHAT = "chat:"
