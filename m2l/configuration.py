@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import io
 import logging
 import os
 import re
@@ -14,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import gin
+from gin import config_parser
 
 from m2l.errors import ConfigError, M2LError, UnknownNameError
+from m2l.files import check_local
 from m2l.merging import Recipe
 from m2l.models import Config, LlamaConfig, T5Config
 from m2l.studies.scaling import ScalingStudy
@@ -136,6 +139,59 @@ def _plain(error: Exception) -> M2LError:
     return ConfigError(f"gin: {first}{at}")
 
 
+class _NameCheck(config_parser.ParserDelegate):
+    """Refuses what a gin file could run code by: names of other packages' functions."""
+
+    def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> None:
+        """Refuses a reference to what is not in CONFIGURABLES."""
+        _check_name(scoped_configurable_name.rsplit("/", 1)[-1])
+
+    def macro(self, macro_name: str) -> None:
+        """Refuses constants, which other packages define, but REQUIRED."""
+        if "." in macro_name and macro_name != "gin.REQUIRED":
+            raise ConfigError(
+                f"gin: %{macro_name} is not a macro of m2l: only %NAME and %gin.REQUIRED can be used"
+            )
+
+
+def _check_name(selector: str) -> None:
+    if selector.removeprefix("m2l.") not in CONFIGURABLES:
+        raise UnknownNameError("gin name", selector, CONFIGURABLES)
+
+
+def _check_statements(text: str, where: str) -> None:
+    """Refuses gin text that imports, or that names functions other than CONFIGURABLES.
+
+    gin imports modules as it reads a file, and calls any function that is registered or, by dynamic
+    registration, importable. Nothing is imported or called here.
+
+    Raises:
+        ConfigError: An import, or a constant of another package.
+        UnknownNameError: A name that is not in CONFIGURABLES.
+    """
+    for statement in config_parser.ConfigParser(text, _NameCheck()):
+        if isinstance(statement, config_parser.ImportStatement):
+            raise ConfigError(
+                f"{where}, line {statement.location.line_num}: import of {statement.module!r}: gin "
+                "files of m2l set values and cannot import; remove the line"
+            )
+        if isinstance(statement, config_parser.BlockDeclaration):
+            _check_name(statement.selector)
+        elif isinstance(statement, config_parser.BindingStatement) and statement.arg_name:
+            _check_name(statement.selector)
+        elif isinstance(statement, config_parser.IncludeStatement):
+            check_local(statement.filename)
+
+
+def _open_checked(path: str) -> io.StringIO:
+    """A gin file, included ones too: the text that gin reads is the text that was checked."""
+    text = Path(path).read_text()
+    _check_statements(text, path)
+    file = io.StringIO(text)
+    file.name = path
+    return file
+
+
 @contextlib.contextmanager
 def _file_search() -> Iterator[None]:
     """Files are looked up beside the caller, then among m2l's own, and nowhere else.
@@ -145,7 +201,7 @@ def _file_search() -> Iterator[None]:
     """
     state = gin.config._LOCATION_PREFIXES, gin.config._FILE_READERS
     gin.config._LOCATION_PREFIXES = ["", str(directory())]
-    gin.config._FILE_READERS = [(open, os.path.isfile)]
+    gin.config._FILE_READERS = [(_open_checked, os.path.isfile)]
     try:
         yield
     finally:
@@ -181,11 +237,15 @@ def load(name: str, files: Sequence[str], bindings: Sequence[str] = ()) -> tuple
             that cannot be read. The message is one line.
     """
     gin.clear_config()
+    for file in files:
+        check_local(file)
     try:
         with _quiet(), _file_search():
             gin.parse_config_files_and_bindings(list(files), [], finalize_config=False)
             _refuse_unknown_macros(bindings, _macros([gin.config_str()]))
-            gin.parse_config([quoted(binding) for binding in bindings])
+            text = "\n".join(quoted(binding) for binding in bindings)
+            _check_statements(text, "--gin.NAME=VALUE")
+            gin.parse_config(text)
             built = gin.get_configurable(name)()
             return built, gin.operative_config_str()
     except (

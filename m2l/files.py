@@ -3,11 +3,12 @@
 import importlib.util
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from m2l.errors import ConfigError, DataError
+from m2l.errors import ConfigError, DataError, M2LError
 
 # A tokenizer's directory: what decides the ids, by precedence, and what is read beside it. Data
 # reads these and checkpoints carry them, and neither may ask the other.
@@ -40,6 +41,23 @@ def microworld_pieces() -> Path:
     # Finding m2l.tasks does not load it.
     (folder,) = importlib.util.find_spec("m2l.tasks").submodule_search_locations
     return Path(folder) / "microworld" / "vocabulary.model"
+
+
+# Also as pathlib writes it, with one slash, and behind the working directory.
+_SCHEME = re.compile(r"(?:^|/)([A-Za-z][A-Za-z0-9+.-]+):/")
+
+
+def check_local(path: str | os.PathLike) -> None:
+    """Refuses a path that is an address of remote storage, such as gs://bucket/run.
+
+    Raises:
+        M2LError: It has a scheme.
+    """
+    if found := _SCHEME.search(os.fspath(path)):
+        raise M2LError(
+            f"{os.fspath(path)}: {found[1]}:// is not supported: expected a path of a local or "
+            "mounted file system; copy the files to one"
+        )
 
 
 def write(path: Path, text: str) -> None:
@@ -82,7 +100,9 @@ def check_claim(
 
     Raises:
         ConfigError: the folder holds other content, or files but no record.
+        M2LError: `out` is not on a file system.
     """
+    check_local(out)
     if not out.exists():
         return
     if not (out / record).exists():

@@ -19,6 +19,7 @@ from m2l.data.origins import SPLITS, Hub, Part, Record, Splits
 from m2l.data.prompts import Dataset, Prompt
 from m2l.data.records import checked
 from m2l.errors import ConfigError, DataError, UnknownNameError
+from m2l.files import check_local
 from m2l.tasks import flan, skills, t0_held_in, t0_held_out
 
 KINDS = ("microworld", "hub", "p3", "tfds", "promptsource", "jsonl", "cache")
@@ -56,11 +57,13 @@ def parse(setting: str) -> Source:
     Raises:
         UnknownNameError: no such source.
         ConfigError: a folder where there can be none, or none where there must be one.
+        M2LError: the folder is not on a file system.
     """
     # A folder's name may have a plus in it.
     of_templates = setting.split("+")[0] == "promptsource"
     kind, plus, records = setting.partition("+") if of_templates else (setting, "", "")
     kind, colon, folder = kind.partition(":")
+    check_local(folder)
     where = Path(folder).expanduser() if folder else None
     if kind not in KINDS:
         raise UnknownNameError("source of records", kind, KINDS)

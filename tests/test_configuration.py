@@ -1,5 +1,6 @@
 import math
 
+import gin
 import jax
 import pytest
 
@@ -116,3 +117,56 @@ def test_a_vocabulary_left_out_is_the_checkpoints_own():
     assert (run.vocabulary, run.model) == (None, None)
     run, _ = configuration.load("Run", TRAIN, [*NEEDED, "VOCABULARY=bytes"])
     assert run.vocabulary == "bytes"
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("import subprocess", "cannot import"),
+        ("import touched", "cannot import"),
+        ("from touched import function", "cannot import"),
+        ("from __gin__ import dynamic_registration", "cannot import"),
+        ("Run.vocabulary = @touched.function()", "'touched.function'"),
+        ("Run.vocabulary = [1, {'a': (@scope/touched.function(),)}]", "'touched.function'"),
+        ("Run.vocabulary = @foreign()", "'foreign'"),
+        ("Run.vocabulary = @scope/other.foreign", "'other.foreign'"),
+        ("Run.vocabulary = @gin.singleton()", "'gin.singleton'"),
+        ("Run.vocabulary = %other.CONSTANT", "other.CONSTANT"),
+        ("singleton.constructor = @T5", "'singleton'"),
+        ("X/gin.macro.value = 1", "'gin.macro'"),
+        ("foreign.value = 1", "'foreign'"),
+        ("scope/other.foreign.value = 1", "'other.foreign'"),
+        ("foreign:\n  value = 1", "'foreign'"),
+        ("include 'http://host/x.gin'", "http:// is not supported"),
+        ("include 's3:/bucket/x.gin'", "s3:// is not supported"),
+    ],
+)
+@pytest.mark.parametrize("place", ["file", "included", "binding"])
+def test_gin_imports_nothing_and_names_nothing_but_m2ls_own(
+    line, expected, place, tmp_path, monkeypatch
+):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "touched.py").write_text(
+        f"from pathlib import Path\ndef function(): Path({str(tmp_path / 'mark')!r}).touch()\n"
+        "function()\n"
+    )
+    monkeypatch.setattr(gin.config, "_REGISTRY", gin.config._REGISTRY.copy())
+    called = []
+    gin.external_configurable(lambda value=0: called.append(value), "foreign", module="other")
+    gin.constant("other.CONSTANT", 1)
+    inner, outer = tmp_path / "inner.gin", tmp_path / "outer.gin"
+    inner.write_text(f"include 'runs/train.gin'\n{line}\n")
+    outer.write_text(f"include '{inner}'\n")
+    files, bindings = {
+        "file": ([inner], []),
+        "included": ([outer], []),
+        # Behind a value that is not quoted.
+        "binding": (["runs/train.gin"], [f"Run.vocabulary=[\n]\n{line}"]),
+    }[place]
+    try:
+        with pytest.raises(M2LError) as refused:
+            configuration.load("Run", [str(file) for file in files], [*bindings, "MIXTURE=imdb", "STEPS=1"])
+    finally:
+        gin.clear_config(clear_constants=True)
+    assert expected in str(refused.value) and "\n" not in str(refused.value)
+    assert not called and not (tmp_path / "mark").exists()

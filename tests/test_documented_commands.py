@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 import pytest
 
-from m2l.cli import cli
+from m2l.cli.command import cli
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]

@@ -1,9 +1,15 @@
+import contextlib
 import json
+from pathlib import Path
 
 import pytest
 
-from m2l import files
-from m2l.errors import ConfigError, DataError
+from m2l import checkpoints, configuration, files, merging
+from m2l.checkpoints import safetensors, t5x_files
+from m2l.data import tokenizer_files
+from m2l.errors import ConfigError, DataError, M2LError
+from m2l.evaluation.model import open_model
+from m2l.tasks import sources
 
 CONTENT = {"seeds": (0, 1), "split": "validation", "rate": 0.1}
 
@@ -44,3 +50,97 @@ def test_a_damaged_record_is_named(tmp_path):
     (tmp_path / "study.json").write_text('{"see')
     with pytest.raises(DataError, match=r"study.json: damaged"):
         claim(tmp_path, CONTENT)
+
+
+@pytest.mark.parametrize(
+    ("path", "is_local"),
+    [
+        ("gs://bucket/run", False),
+        ("s3://bucket/run", False),
+        ("http://host/a", False),
+        ("hdfs://host:9000/a", False),
+        ("file:///tmp/a", False),
+        (Path("gs://bucket/run"), False),
+        (Path("gs://bucket/run").absolute(), False),
+        ("/tmp/run", True),
+        ("runs/a:b", True),
+        ("runs/12:30/a", True),
+        ("../run", True),
+        ("", True),
+    ],
+)
+def test_a_path_with_a_scheme_is_refused(path, is_local):
+    with contextlib.nullcontext() if is_local else pytest.raises(M2LError, match="not supported"):
+        files.check_local(path)
+
+
+ADDRESS = "gs://bucket/x"
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        checkpoints.resolve,
+        checkpoints.check_absent,
+        checkpoints.read_manifest,
+        safetensors.open_tensors,
+        t5x_files.resolve,
+        lambda path: tokenizer_files.describe(str(path)),
+        lambda path: tokenizer_files.describe(f"chat:{path}"),
+        lambda path: sources.parse(f"jsonl:{path}"),
+        lambda path: sources.parse(f"promptsource+hub:{path}"),
+        lambda path: merging.merge(None, [path], merging.Recipe("average"), "out"),
+        lambda path: merging.Recipe.read(path),
+        lambda path: open_model(path),
+        lambda path: claim(path, CONTENT),
+        lambda path: configuration.load("Run", [path]),
+    ],
+)
+@pytest.mark.parametrize("as_path", [str, Path])
+def test_every_function_that_takes_a_path_refuses_one_with_a_scheme(
+    call, as_path, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(M2LError, match="gs:// is not supported"):
+        call(as_path(ADDRESS))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "train --mixture imdb --steps 1 --out ADDRESS",
+        "train --mixture imdb --steps 1 --out out --init ADDRESS",
+        "train --jsonl train=ADDRESS --steps 1 --out out",
+        "train --gin_file ADDRESS --out out",
+        "train --gin_file models/t5_tiny.gin --mixture imdb --steps 1 --out out --source hub:ADDRESS",
+        "train --gin_file models/t5_tiny.gin --mixture imdb --steps 1 --out out --vocabulary ADDRESS",
+        "train --gin_file models/t5_tiny.gin --mixture imdb --steps 1 --out out "
+        "--gin.Run.source=jsonl:ADDRESS",
+        "merge --expert ADDRESS --method average --out out",
+        "merge --expert a --method average --out ADDRESS",
+        "merge --expert a --recipe ADDRESS --out out",
+        "eval --checkpoint ADDRESS --mixture imdb --out out",
+        "convert ADDRESS out",
+        "convert a ADDRESS",
+        "study --out ADDRESS",
+        "demo --out ADDRESS",
+        "report ADDRESS",
+        "inspect ADDRESS",
+        "generate ADDRESS text",
+        "statistics --checkpoint ADDRESS --kind fisher --out out --mixture imdb",
+        "sweep --expert ADDRESS --out out",
+        "adamerging --out ADDRESS",
+        "skills --general ADDRESS --keep imdb --out out",
+        "tasks cache imdb --out ADDRESS",
+        "tasks list --source cache:ADDRESS",
+    ],
+)  # fmt: skip
+def test_every_command_refuses_a_path_with_a_scheme(
+    arguments, run_m2l, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    assert run_m2l(*arguments.replace("ADDRESS", ADDRESS).split()) == 2
+    [line] = capsys.readouterr().err.strip().splitlines()
+    assert "gs:// is not supported" in line
+    assert not list(tmp_path.iterdir())

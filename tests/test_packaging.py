@@ -17,7 +17,7 @@ SOURCES = sorted([*(ROOT / "m2l").rglob("*.py"), *(ROOT / "tasks").rglob("*.py")
 ROWS = [
     {"__init__"},
     {"errors", "progress"},
-    {"files", "partitioning"},
+    {"files", "partitioning", "signals"},
     {"models"},
     {"checkpoints", "data"},
     {"training", "merging", "evaluation"},
@@ -26,6 +26,7 @@ ROWS = [
     {"reporting"},
     {"configuration", "doctor"},
     {"cli"},
+    {"__main__"},
 ]
 WITHOUT_TENSORFLOW = ("checkpoints", "merging", "models", "partitioning")
 TENSORFLOW = {"tensorflow", "tensorflow_datasets", "tensorflow_text", "seqio", "t5"}

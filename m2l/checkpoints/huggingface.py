@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from m2l import models
+from m2l import models, signals
 from m2l.checkpoints import safetensors
 from m2l.checkpoints.huggingface_card import special_tokens, write_card
 from m2l.checkpoints.huggingface_config import (
@@ -361,6 +361,7 @@ def export_checkpoint(
             nonlocal done
             done += nbytes
             progress.update(done // 10**6)
+            signals.check()
 
         with (
             ThreadPoolExecutor(WORKERS) as hashing,

@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from m2l import models
+from m2l import models, signals
 from m2l.checkpoints.manifest import Manifest
 from m2l.checkpoints.saving import writing
 from m2l.checkpoints.streaming import FLOATS, WORKERS, blocks, in_parallel
@@ -126,6 +126,7 @@ def import_tensors(
             nonlocal done
             done += nbytes
             progress.update(done // 10**6)
+            signals.check()
 
         in_parallel(convert, largest_first, advance, at_once)
         return writer.finish(model=models.to_dict(config), vocabulary=vocabulary, made_by=made_by)

@@ -11,7 +11,9 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+from m2l import signals
 from m2l.errors import CheckpointError
+from m2l.files import check_local
 
 _FLUSHED = 32 << 20
 # A journal commits at once what waits at once.
@@ -25,7 +27,8 @@ _being_written: set[str] = set()
 
 
 def check_absent(directory: str | os.PathLike) -> None:
-    """Raises CheckpointError if something has the name that a checkpoint is to get."""
+    """Raises M2LError if a checkpoint cannot get this name: it is taken, or not of a file system."""
+    check_local(directory)
     if os.path.lexists(directory):
         raise CheckpointError(
             f"{directory}: exists already, and nothing is overwritten: choose another name or "
@@ -180,8 +183,10 @@ def publishing(directory: str | os.PathLike, size: int) -> Iterator[Path]:
     temporary = _temporary(directory)
     _being_written.add(temporary.name)
     try:
-        yield temporary
-        publish(temporary, directory)
+        # What the body has written so far goes if a signal stops it between its steps.
+        with signals.deferred():
+            yield temporary
+            publish(temporary, directory)
     except (OSError, CheckpointError) as error:
         if not re.search(r"No space left on device|Disk quota exceeded", str(error)):
             raise

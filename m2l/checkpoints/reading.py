@@ -19,6 +19,7 @@ from m2l.checkpoints.orbax import DATA_STATE, OPT_STATE, PARAMS, open_array
 from m2l.checkpoints.streaming import in_parallel
 from m2l.checkpoints.trees import flatten_state, unflatten
 from m2l.errors import CheckpointError
+from m2l.files import check_local
 
 
 def resolve(path: str | os.PathLike) -> Path:
@@ -27,6 +28,7 @@ def resolve(path: str | os.PathLike) -> Path:
     Raises:
         CheckpointError: There is nothing there, or nothing finished.
     """
+    check_local(path)
     path = Path(path).absolute()
     if (path / MANIFEST).is_file():
         return path

@@ -18,6 +18,7 @@ import numpy as np
 
 from m2l.checkpoints.extents import Extents, Piece, opening, reserve
 from m2l.errors import CheckpointError
+from m2l.files import check_local
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -188,6 +189,7 @@ def open_tensors(path: str | os.PathLike) -> dict[str, StoredTensor]:
     Raises:
         CheckpointError: There are none, only pickles, or a file or the index is damaged.
     """
+    check_local(path)
     path = Path(path)
     if path.is_file():
         return read_header(path)

@@ -24,6 +24,7 @@ from flax import serialization
 
 from m2l.checkpoints.importing import Tensor
 from m2l.errors import CheckpointError
+from m2l.files import check_local
 
 _MSGPACK = "checkpoint"
 _PLACEHOLDER = "PLACEHOLDER://"
@@ -83,6 +84,7 @@ def read(source: str | PathLike) -> dict[str, Tensor]:
 
 def resolve(source: str | PathLike) -> Path:
     """The directory of the checkpoint that `source` means."""
+    check_local(source)
     path = Path(source).absolute()
     if not path.is_dir():
         raise CheckpointError(f"{path}: there is no such directory; a T5X checkpoint is one")

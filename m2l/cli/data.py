@@ -8,6 +8,7 @@ import click
 
 from m2l.cli.options import DIRECTORY, print_table, with_source
 from m2l.errors import ConfigError, DataError
+from m2l.files import check_local
 from m2l.progress import Progress
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ def jsonl_files(value: str | None, mixture: str | None) -> dict[str, Path]:
         split, found, path = part.partition("=")
         if not found or not split or not path:
             raise ConfigError(f"--jsonl {value}: expected train=FILE,validation=FILE")
+        check_local(path)
         files[split] = Path(path)
     return files
 

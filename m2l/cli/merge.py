@@ -123,6 +123,8 @@ def merge(
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     how = merging.Recipe.read(recipe, **given) if recipe else merging.Recipe(**given)
     if distributed:
+        # It would take SIGTERM, for programs that save at it.
+        jax.config.update("jax_enable_preemption_service", False)
         jax.distributed.initialize()
     options = {
         "statistics": statistics,

@@ -200,6 +200,8 @@ def evaluate(
     import jax
 
     if distributed:
+        # It would take SIGTERM, for programs that save at it.
+        jax.config.update("jax_enable_preemption_service", False)
         jax.distributed.initialize()
 
     from m2l import models, partitioning

@@ -7,7 +7,19 @@ from typing import Any
 
 import click
 
-DIRECTORY = click.Path(path_type=Path)
+from m2l import files
+
+
+class _Directory(click.ParamType):
+    name = "path"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Path:
+        files.check_local(value)
+        return Path(value)
+
+
+DIRECTORY = _Directory()
+"""A path of a file or directory; addresses of remote storage are refused."""
 
 
 def with_gin(command: Callable[..., None]) -> Callable[..., None]:

@@ -22,6 +22,7 @@ from m2l.files import (
     TOKENIZER_JSON,
     TOKENIZER_MODEL,
     TOKENIZER_SETTINGS,
+    check_local,
     microworld_pieces,
 )
 
@@ -201,6 +202,7 @@ def main_file(name: str) -> Path:
     Raises:
         DataError: there is no such file or directory, or the directory holds no tokenizer.
     """
+    check_local(name.removeprefix(CHAT))
     # Links are not followed: Hugging Face's cache gives files their names by them.
     path = Path(absolute(name).removeprefix(CHAT))
     if path.is_file():

@@ -22,6 +22,7 @@ from m2l.evaluation.results import (
     write_result,
 )
 from m2l.evaluation.task_data import TaskData, load_tasks
+from m2l.files import check_local
 from m2l.progress import Progress
 
 __all__ = [
@@ -161,6 +162,7 @@ class Evaluator:
         Returns:
             A result for each task, in their order.
         """
+        check_local(out)
         out, writes = Path(out), jax.process_index() == 0
         for record in ("run.json", "study.json", "manifest.json"):
             if (out / record).exists():

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from m2l.errors import MergeError, UnknownNameError
+from m2l.files import check_local
 from m2l.merging.method import REQUIRED, Consensus
 from m2l.merging.methods import METHODS
 
@@ -284,6 +285,7 @@ class Recipe:
         Raises:
             MergeError: It cannot be read, or as `from_dict` says.
         """
+        check_local(file)
         try:
             values = json.loads(file.read_text())
         except (OSError, ValueError) as error:

@@ -26,6 +26,7 @@ from m2l.checkpoints import (
 )
 from m2l.checkpoints.tokenizer import DIRECTORY as TOKENIZER
 from m2l.errors import CheckpointError, MergeError, UnsupportedModelError
+from m2l.files import check_local
 from m2l.merging.passes import Span, Stored
 
 _READ = 1 << 20
@@ -85,6 +86,7 @@ def kind(path: Path) -> str:
     Raises:
         CheckpointError: Nothing that can be merged.
     """
+    check_local(path)
     if (path / "manifest.json").is_file() or (path / "checkpoints").is_dir():
         return ORBAX
     if path.exists():

@@ -148,7 +148,7 @@ def add(adding: Adding, out: Path, *, resolved_config: str | None = None) -> Add
 
     Raises:
         M2LError: something does not fit, and is named, before anything is written.
-        Stopped: after SIGTERM in training, when the state was saved.
+        Stopped: after SIGINT or SIGTERM in training, when the state was saved.
     """
     out = Path(out).absolute()
 

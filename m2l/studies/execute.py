@@ -124,7 +124,7 @@ def execute(plan: Plan, out: Path, runners: Mapping[str, Run]) -> Outcome:
             its inputs' output directories by role.
 
     Raises:
-        Stopped: by SIGTERM, when what was under way was saved.
+        Stopped: by SIGINT or SIGTERM, when what was under way was saved.
     """
     outcome = Outcome()
     waiting = {stage.name: number for number, stage in enumerate(plan, start=1)}

@@ -3,17 +3,23 @@
 Each of them does no more than `m2l study --out DIR` does: it takes stages that are ready.
 """
 
+import contextlib
 import importlib
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from m2l.errors import ConfigError, M2LError
+from m2l import signals
+from m2l.errors import ConfigError, M2LError, Stopped
 from m2l.studies import execute
 from m2l.studies.plan import Plan
+
+_SECONDS_BETWEEN_LOOKS = 0.2
 
 
 def by_processes(out: Path, workers: int) -> None:
@@ -21,17 +27,28 @@ def by_processes(out: Path, workers: int) -> None:
 
     Raises:
         M2LError: one ended with an error; what it was is in its output.
+        Stopped: by SIGINT or SIGTERM, when what was under way in each of them was saved.
     """
-    command = [sys.executable, "-c", "from m2l.cli import main; main()", "study", "--out", str(out)]
-    running = [subprocess.Popen(command) for _ in range(workers)]
-    try:
-        codes = [process.wait() for process in running]
-    except BaseException:
+    command = [sys.executable, "-m", "m2l", "study", "--out", str(out)]
+    # In groups of their own, or a terminal's Ctrl-C would reach them twice.
+    with contextlib.ExitStack() as exits:
+        exits.enter_context(signals.deferred(None))
+        running = [subprocess.Popen(command, process_group=0) for _ in range(workers)]
         for process in running:
-            process.terminate()
-        for process in running:
-            process.wait()
-        raise
+            exits.enter_context(signals.killed_at_end(process.pid))
+        number = None
+        try:
+            while any(process.poll() is None for process in running):
+                if (number := signals.requested()) is not None:
+                    raise Stopped("stopped; the same command goes on from what is finished")
+                time.sleep(_SECONDS_BETWEEN_LOOKS)
+        except BaseException:
+            for process in running:
+                process.send_signal(number or signal.SIGTERM)
+            for process in running:
+                process.wait()
+            raise
+    codes = [process.returncode for process in running]
     if any(codes):
         raise M2LError(f"{sum(map(bool, codes))} of {workers} processes failed; see above")
 

@@ -71,7 +71,7 @@ def train(
         ConfigError: `out` holds another run, or another trainer is at it; the mesh cannot hold it.
         CheckpointError: `init` is unusable, or of another model or vocabulary; or a save failed.
         M2LError: The loss is not finite.
-        Stopped: After SIGTERM, when the state was saved.
+        Stopped: After SIGINT or SIGTERM, when the state was saved.
     """
     out = Path(out).absolute()
 
@@ -202,7 +202,6 @@ def train(
             share[1],
         )
         exits.enter_context(jax.set_mesh(mesh))
-        asked_to_stop = exits.enter_context(processes.stop_requests())
         writer = exits.enter_context(_writer(out, first, log))
         progress = exits.enter_context(_progress(settings, first))
         pending: tuple[int, state.Metrics] | None = None
@@ -216,12 +215,14 @@ def train(
             meter.fed(batch, time.perf_counter() - asked)
             rate = learning_rate(step)
             current, metrics = step_fn(current, place(batch, mesh), np.float32(rate), dropout_key)
+            if step == first:  # Before it nothing was to be saved, and compiling takes long.
+                stop_requested = exits.enter_context(processes.stop_requests())
             done = step + 1
             if pending is not None:
                 read(*pending)
             pending = (done, metrics)
             is_last = done == settings.steps
-            stopped = asked_to_stop(done)
+            stopped = stop_requested(done)
 
             if done % settings.log_every == 0 or is_last:
                 figures = read(*pending)
@@ -271,7 +272,10 @@ def train(
             if processes.is_first():
                 plot.draw(out, f"{settings.mixture}: loss per target token")
         if stopped and not (is_last or over):
-            raise Stopped(f"stopped at step {done} of {settings.steps}; saved in {last_saved}")
+            raise Stopped(
+                f"stopped at step {done} of {settings.steps}; saved in {last_saved}; the same "
+                "command goes on"
+            )
         progress.update(done)
         left = _finish(saves, last_saved, settings, stopping, out)
     if stopped:

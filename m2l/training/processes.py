@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from m2l import partitioning
+from m2l import partitioning, signals
 from m2l.errors import CheckpointError, ConfigError, M2LError
 
 # A pod's hosts do not all come up at once.
@@ -168,19 +168,22 @@ def own_position(saved: bytes, of_share: tuple[int, int]) -> bytes:
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[Callable[[int], bool]]:
-    """Collects SIGTERM instead of dying of it.
+    """Lets the body answer SIGINT and SIGTERM, which it does between its steps.
 
     Yields:
         A function of the number of steps done, to be called after every step by every process: it
         is true, in all of them at the same step, once any has been asked to stop.
     """
-    if jax.process_count() > 1:
-        # jax.distributed has its own handler, and agrees on a step that none has done yet.
-        yield multihost_utils.reached_preemption_sync_point
+    if jax.process_count() == 1:
+        with signals.deferred(None):
+            yield lambda done: signals.requested() is not None
         return
-    received: list[int] = []
-    previous = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
-    try:
-        yield lambda done: bool(received)
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+
+    def agreed(done: int) -> bool:
+        # jax.distributed has its own handler of SIGTERM, and agrees on a step that none has done.
+        if signals.requested() is not None:
+            signal.raise_signal(signal.SIGTERM)
+        return multihost_utils.reached_preemption_sync_point(done)
+
+    with signals.deferred(None, [signal.SIGINT]):
+        yield agreed

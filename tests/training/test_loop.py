@@ -29,12 +29,17 @@ def at_step(monkeypatch, step, act):
     monkeypatch.setattr(optimizers, "schedule", interrupted)
 
 
-def test_sigterm_saves_and_the_run_goes_on_to_the_same_bits(train, whole, tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_the_run_goes_on_to_the_same_bits(
+    train, whole, tmp_path, monkeypatch, number
+):
     out = tmp_path / "run"
+    before = signal.getsignal(number)
     with monkeypatch.context() as patch:
-        at_step(patch, 2, lambda: signal.raise_signal(signal.SIGTERM))
+        at_step(patch, 2, lambda: signal.raise_signal(number))
         with pytest.raises(Stopped, match="stopped at step 3 of 6"):
             train(out)
+    assert signal.getsignal(number) is before
     names = sorted(path.name for path in (out / "checkpoints").iterdir())
     assert names == ["step_00000002", "step_00000003"]
     last = train(out)

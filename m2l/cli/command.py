@@ -1,0 +1,137 @@
+"""The subcommands: each is a thin function, which imports what it needs when called."""
+
+import errno
+import gc
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from m2l import __version__, signals
+from m2l.cli import adamerging, checkpoints, data, merge, models, skills, statistics, studies, sweep
+from m2l.errors import M2LError, Stopped
+
+
+@click.group(context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="m2l")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def cli(debug: bool) -> None:
+    """m2l (merge to learn): train experts from one base, merge them, measure what it is worth.
+
+    Settings: --gin_file FILE (repeated), then --gin.NAME=VALUE, then the subcommand's own flags;
+    the later wins. A bare word as VALUE is a string.
+    """
+
+
+# What only the person at the machine can mend.
+_NOT_OURS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP),
+}
+
+for _command in (
+    studies.demo,
+    data.tasks,
+    models.train,
+    statistics.statistics,
+    adamerging.adamerging,
+    merge.merge,
+    sweep.sweep,
+    skills.skills,
+    models.evaluate,
+    studies.study,
+    studies.report,
+    models.generate,
+    checkpoints.convert,
+    checkpoints.inspect,
+):
+    cli.add_command(_command)
+
+
+@cli.command()
+def doctor() -> None:
+    """Is this installation sound? Versions, devices, mixed installs, and the repair."""
+    from m2l import doctor as examination
+
+    findings = examination.report()
+    click.echo(examination.render(findings))
+    if not all(finding.ok for finding in findings):
+        sys.exit(2)
+
+
+def _prepare() -> None:
+    """Quiet libraries, and compiled functions kept between runs. For the command only."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    import logging
+
+    from absl import logging as absl_logging
+
+    try:
+        import jax
+    except (ImportError, RuntimeError):
+        return  # `m2l doctor` says what is wrong; other commands fail at their own import.
+
+    absl_logging.set_verbosity(absl_logging.ERROR)
+    logging.getLogger("jax").setLevel(logging.ERROR)
+    warnings.showwarning = lambda message, *where: click.echo(f"m2l: warning: {message}", err=True)
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "m2l" / "jax"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+def run(arguments: Sequence[str], *, stopped_code: int | None) -> None:
+    """Runs the command; errors become one line and an exit code.
+
+    Args:
+        arguments: The command's.
+        stopped_code: The exit code of work that a signal stopped; None: 128 and its number.
+    """
+    # T5X's way of setting gin: --gin.NAME=VALUE.
+    expanded = []
+    for argument in arguments:
+        if argument.startswith("--gin."):
+            expanded += ["--gin_binding", argument.removeprefix("--gin.")]
+        else:
+            expanded.append(argument)
+    debug = "--debug" in expanded
+    # A tenth of the start would go into looking for garbage among what imports make.
+    gc.set_threshold(100_000, 50, 50)
+    try:
+        if expanded and not {"-h", "--help", "--version"} & set(expanded):
+            _prepare()
+        cli.main(expanded, prog_name="m2l", standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.ctx.get_help())
+        sys.exit(2)
+    except click.ClickException as error:
+        _fail(error.format_message().replace("\n", " "))
+    except Stopped as stop:
+        click.echo(f"m2l: {stop}", err=True)
+        number = signals.requested() or signal.SIGTERM
+        sys.exit(128 + number if stopped_code is None else stopped_code)
+    except M2LError as error:
+        if debug:
+            raise
+        _fail(str(error))
+    except OSError as error:
+        if debug or error.errno not in _NOT_OURS:
+            raise
+        what = (error.strerror or str(error)).lower()
+        _fail(f"{error.filename or 'the output'}: {what}; mend that, and run this again")
+    except ModuleNotFoundError as error:
+        if debug or error.name != "t5":
+            raise
+        _fail("t5 is not installed: pip install --no-deps t5==0.9.4 (m2l doctor says why so)")
+
+
+def _fail(message: str) -> None:
+    click.echo(f"m2l: {message}", err=True)
+    sys.exit(2)
