@@ -150,7 +150,7 @@ class _NameCheck(config_parser.ParserDelegate):
         """Refuses constants, which other packages define, but REQUIRED."""
         if "." in macro_name and macro_name != "gin.REQUIRED":
             raise ConfigError(
-                f"gin: %{macro_name} is not a macro of m2l: only %NAME and %gin.REQUIRED can be used"
+                f"gin: %{macro_name} is not a macro: only %NAME and %gin.REQUIRED can be used"
             )
 
 
@@ -175,12 +175,10 @@ def _check_statements(text: str, where: str) -> None:
                 f"{where}, line {statement.location.line_num}: import of {statement.module!r}: gin "
                 "files of m2l set values and cannot import; remove the line"
             )
-        if isinstance(statement, config_parser.BlockDeclaration):
-            _check_name(statement.selector)
-        elif isinstance(statement, config_parser.BindingStatement) and statement.arg_name:
-            _check_name(statement.selector)
-        elif isinstance(statement, config_parser.IncludeStatement):
+        if isinstance(statement, config_parser.IncludeStatement):
             check_local(statement.filename)
+        elif getattr(statement, "arg_name", True):  # Without, it is a macro's.
+            _check_name(statement.selector)
 
 
 def _open_checked(path: str) -> io.StringIO:

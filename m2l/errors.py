@@ -49,7 +49,7 @@ class EvaluationError(M2LError):
 
 
 class Stopped(BaseException):
-    """Not an error: work that a signal asked to stop has saved what it had, or removed it, and ends.
+    """Not an error: work that a signal stopped has saved what it had, or removed it, and ends.
 
     No Exception, so that no library's `except` takes it for a failure of its own.
     """

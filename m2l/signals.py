@@ -55,9 +55,7 @@ def described(number: int) -> str:
 
 
 @contextlib.contextmanager
-def deferred(
-    seconds: float | None = _SECONDS, numbers: Sequence[int] = _HANDLED
-) -> Iterator[None]:
+def deferred(seconds: float | None = _SECONDS, numbers: Sequence[int] = _HANDLED) -> Iterator[None]:
     """Lets the body answer a signal by itself: it calls `requested` or `check` between its steps.
 
     A second signal ends the process at once. Outside of the command, where `watched` is not in
@@ -67,9 +65,7 @@ def deferred(
         seconds: How long a signal may stay unanswered; None: for ever.
         numbers: The signals that the body gets a handler for where it is not the command's.
     """
-    alone = (
-        not (_watched or _limits) and threading.current_thread() is threading.main_thread()
-    )
+    alone = not (_watched or _limits) and threading.current_thread() is threading.main_thread()
     _limits.append(seconds)
     previous = {}
 

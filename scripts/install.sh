@@ -7,7 +7,7 @@ venv="$root/.venv"
 stamp="$venv/m2l-installed"
 source "$root/scripts/env.sh"
 
-wanted="$(echo "$root" | cat - "$root"/{requirements.lock,setup.py,m2l/__init__.py} | sha256sum)"
+wanted="$(echo "$root" | cat - "$root"/{requirements.lock,setup.py,m2l/__init__.py,scripts/install.sh} | sha256sum)"
 found="$(cat "$stamp" 2>/dev/null || true)"
 if [[ "$found" == "$wanted" && -x "$venv/bin/python" ]]; then
     exit 0
@@ -53,6 +53,11 @@ echo "installing $(grep -c == "$root/requirements.lock") packages from requireme
 "${pip_install[@]}" --no-build-isolation --requirement "$root/requirements.lock"
 echo "installing m2l from $root (editable)"
 "${pip_install[@]}" --no-build-isolation --editable "$root"
+
+# In the folder that contains the clone, Python takes the clone for the package m2l, unless it finds
+# the package itself on its path.
+site_packages="$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+echo "$root" >"$site_packages/m2l.pth"
 
 echo "$wanted" >"$stamp.new"
 mv "$stamp.new" "$stamp"

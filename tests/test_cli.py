@@ -187,6 +187,47 @@ def test_a_checkpoint_that_is_missing_unfinished_or_damaged_is_refused(refused, 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [
+        ("config.json", ("a Hugging Face directory", "m2l convert ")),
+        ("model-00001-of-00002.safetensors", ("a Hugging Face directory", "m2l convert ")),
+        ("checkpoint", ("a T5X checkpoint", "m2l convert --from t5x")),
+        ("checkpoint_100/checkpoint", ("a T5X checkpoint", "m2l convert --from t5x")),
+    ],
+)
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train --mixture imdb --steps 1 --init PATH",
+        "statistics --mixture imdb --kind fisher --checkpoint PATH",
+        "adamerging --mixture imdb --base PATH --expert PATH",
+        "sweep --mixture imdb --method linear --t 0.5 --expert PATH",
+        "skills --keep imdb --mixture imdb --general PATH",
+        "inspect PATH",
+    ],
+)
+def test_a_checkpoint_of_another_format_is_refused_with_the_command_that_converts_it(
+    refused, tmp_path, monkeypatch, command, file, words
+):
+    path = tmp_path / "the model"
+    (path / file).parent.mkdir(parents=True)
+    (path / file).write_text("{}")
+    arguments = [str(path) if part == "PATH" else part for part in command.split()]
+    out = [] if command.startswith("inspect") else ["--out", tmp_path / "out"]
+    line = refused(*arguments, *out)
+    assert all(word in line for word in words) and f"'{path}'" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_dashes_and_underscores_in_flags_are_alike(refused, run_m2l, road, tmp_path, capsys):
+    models = ["--expert", road / "base", "--expert", road / "sentiment", "--method", "dare"]
+    models += ["--base", road / "base", "--dry-run", "--no_diagnostics", "--drop-rate", "2"]
+    assert "drop_rate" in refused("merge", *models, "--out", tmp_path / "out")
+    assert run_m2l("merge", *models, "--drop_rate", "0.5", "--out", tmp_path / "out") == 0
+    assert run_m2l("tasks", "list", "--mixture", "imdb", "--held-in") == 0
+
+
 def test_experts_of_another_model_or_vocabulary_are_refused(refused, run_m2l, road, tmp_path):
     small = ["train", "--gin_file", road / "tiny.gin", "--gin.STEPS=1"]
     assert run_m2l(*small, "--gin.T5.d_ff=16", "--out", tmp_path / "other_model") == 0

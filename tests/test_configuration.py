@@ -165,7 +165,7 @@ def test_gin_imports_nothing_and_names_nothing_but_m2ls_own(
     }[place]
     try:
         with pytest.raises(M2LError) as refused:
-            configuration.load("Run", [str(file) for file in files], [*bindings, "MIXTURE=imdb", "STEPS=1"])
+            configuration.load("Run", list(map(str, files)), [*bindings, *NEEDED])
     finally:
         gin.clear_config(clear_constants=True)
     assert expected in str(refused.value) and "\n" not in str(refused.value)

@@ -75,6 +75,7 @@ def test_a_path_with_a_scheme_is_refused(path, is_local):
 
 
 ADDRESS = "gs://bucket/x"
+TRAIN = "train --gin_file models/t5_tiny.gin --mixture imdb --steps 1 --out out"
 
 
 @pytest.mark.parametrize(
@@ -113,10 +114,9 @@ def test_every_function_that_takes_a_path_refuses_one_with_a_scheme(
         "train --mixture imdb --steps 1 --out out --init ADDRESS",
         "train --jsonl train=ADDRESS --steps 1 --out out",
         "train --gin_file ADDRESS --out out",
-        "train --gin_file models/t5_tiny.gin --mixture imdb --steps 1 --out out --source hub:ADDRESS",
-        "train --gin_file models/t5_tiny.gin --mixture imdb --steps 1 --out out --vocabulary ADDRESS",
-        "train --gin_file models/t5_tiny.gin --mixture imdb --steps 1 --out out "
-        "--gin.Run.source=jsonl:ADDRESS",
+        f"{TRAIN} --source hub:ADDRESS",
+        f"{TRAIN} --vocabulary ADDRESS",
+        f"{TRAIN} --gin.Run.source=jsonl:ADDRESS",
         "merge --expert ADDRESS --method average --out out",
         "merge --expert a --method average --out ADDRESS",
         "merge --expert a --recipe ADDRESS --out out",
@@ -135,7 +135,7 @@ def test_every_function_that_takes_a_path_refuses_one_with_a_scheme(
         "tasks cache imdb --out ADDRESS",
         "tasks list --source cache:ADDRESS",
     ],
-)  # fmt: skip
+)
 def test_every_command_refuses_a_path_with_a_scheme(
     arguments, run_m2l, tmp_path, monkeypatch, capsys
 ):

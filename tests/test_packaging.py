@@ -1,6 +1,9 @@
 import ast
+import contextlib
 import importlib.metadata
 import re
+import runpy
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -9,6 +12,9 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+import m2l
+from m2l import signals
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted([*(ROOT / "m2l").rglob("*.py"), *(ROOT / "tasks").rglob("*.py")])
@@ -154,3 +160,36 @@ def test_importing_what_merges_loads_no_tensorflow():
 def test_every_folder_of_python_is_a_package():
     folders = {path.parent for path in SOURCES}
     assert {folder for folder in folders if not (folder / "__init__.py").is_file()} == set()
+
+
+def test_a_script_next_to_the_clone_imports_m2l_by_the_path_file_of_install(tmp_path):
+    clone = tmp_path / "m2l"
+    shutil.copytree(ROOT / "scripts", clone / "scripts")
+    (clone / "m2l").mkdir()
+    (clone / "m2l" / "__init__.py").write_text('__version__ = "0"\n')
+    for name in ("setup.py", "requirements.lock"):
+        (clone / name).write_text("setuptools==1\nwheel==1\n")
+    subprocess.run(
+        [sys.executable, "-m", "venv", "--without-pip", clone / ".venv"], check=True, timeout=100
+    )
+    # The packages themselves take gigabytes: pip is one that does nothing.
+    python = clone / ".venv" / "bin" / "python"
+    find = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    purelib = subprocess.run([python, "-c", find], capture_output=True, text=True, check=True)
+    (Path(purelib.stdout.strip()) / "pip.py").write_text('print("pip 0")\n')
+    program = [python, "-c", "import m2l; print(m2l.__file__)"]
+
+    def imported():
+        done = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    assert imported() == "None"  # The clone's folder, a namespace package.
+    subprocess.run(["bash", clone / "scripts" / "install.sh"], check=True, timeout=100)
+    assert imported() == str(clone / "m2l" / "__init__.py")
+
+
+def test_python_m_runs_the_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["m2l", "--version"])
+    monkeypatch.setattr(signals, "watched", lambda *_, **__: contextlib.nullcontext())
+    runpy.run_module("m2l", run_name="__main__")
+    assert m2l.__version__ in capsys.readouterr().out

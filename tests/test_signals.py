@@ -133,11 +133,11 @@ with signals.watched(None, None, restored=False):
         ("send(signal.SIGINT); signals.threading.Event().wait()", 130),
         # A body that never looks is ended when its time is over; one without a limit by a second.
         ("with signals.deferred(0.1): send(signal.SIGTERM); time.sleep(60)", 143),
-        ("with signals.deferred(None): send(signal.SIGINT); send(signal.SIGINT); time.sleep(60)", 130),
-        ("with signals.deferred(None): send(signal.SIGTERM); send(signal.SIGINT); time.sleep(60)", 143),
+        ("with signals.deferred(None): send(2); send(2); time.sleep(60)", 130),
+        ("with signals.deferred(None): send(15); send(2); time.sleep(60)", 143),
         # A body that answers goes on to its own end.
         ("with signals.deferred(0.1): send(signal.SIGINT); assert signals.requested() == 2", 7),
-        ("with signals.deferred(None): send(signal.SIGTERM); signals.requested(); time.sleep(0.2)", 7),
+        ("with signals.deferred(None): send(15); signals.requested(); time.sleep(0.2)", 7),
     ],
 )  # fmt: skip
 def test_a_signal_is_answered_by_the_body_or_ends_the_process(body, code):

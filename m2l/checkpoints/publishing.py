@@ -27,7 +27,7 @@ _being_written: set[str] = set()
 
 
 def check_absent(directory: str | os.PathLike) -> None:
-    """Raises M2LError if a checkpoint cannot get this name: it is taken, or not of a file system."""
+    """Raises M2LError if a checkpoint cannot have this name: it exists, or has a scheme."""
     check_local(directory)
     if os.path.lexists(directory):
         raise CheckpointError(

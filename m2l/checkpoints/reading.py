@@ -5,6 +5,7 @@ import hashlib
 import math
 import os
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ def resolve(path: str | os.PathLike) -> Path:
     """Finds the checkpoint that `path` means: itself, or the newest whole one of a training run.
 
     Raises:
-        CheckpointError: There is nothing there, or nothing finished.
+        CheckpointError: There is nothing there, nothing finished, or a checkpoint to be converted.
     """
     check_local(path)
     path = Path(path).absolute()
@@ -43,6 +44,18 @@ def resolve(path: str | os.PathLike) -> Path:
         return steps[max(steps)]
     if not any(path.iterdir()):
         raise CheckpointError(f"{path}: the directory is empty; a checkpoint was expected")
+    if (path / "config.json").is_file() or any(path.glob("*.safetensors")):
+        raise CheckpointError(
+            f"{path}: a Hugging Face directory; make a checkpoint of it first: m2l convert "
+            f"{shlex.quote(str(path))} CHECKPOINT"
+        )
+    if any((path / name).exists() for name in ("checkpoint", "state")) or any(
+        path.glob("checkpoint_*")
+    ):
+        raise CheckpointError(
+            f"{path}: a T5X checkpoint; make one of m2l's first: m2l convert --from t5x "
+            f"--vocabulary FILE {shlex.quote(str(path))} CHECKPOINT"
+        )
     raise CheckpointError(
         f"{path}: no finished checkpoint: neither {MANIFEST} nor checkpoints/step_*/{MANIFEST}"
     )

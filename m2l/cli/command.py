@@ -16,7 +16,18 @@ from m2l.cli import adamerging, checkpoints, data, merge, models, skills, statis
 from m2l.errors import M2LError, Stopped
 
 
-@click.group(context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]})
+def _underscores(name: str) -> str:
+    return name.replace("-", "_")
+
+
+@click.group(
+    context_settings={
+        "max_content_width": 100,
+        "help_option_names": ["-h", "--help"],
+        # `-` and `_` in flags are alike.
+        "token_normalize_func": _underscores,
+    }
+)
 @click.version_option(__version__, prog_name="m2l")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def cli(debug: bool) -> None:

@@ -326,6 +326,8 @@ def generate(
     name = opened.vocabulary["name"]
     name = f"chat:{name}" if chat and not name.startswith("chat:") else name
     vocabulary = vocabularies.load(name)
+    if not texts and sys.stdin.isatty():
+        click.echo("m2l: one text a line; Ctrl-D after the last", err=True)
     texts = texts or tuple(line for line in sys.stdin.read().splitlines() if line.strip())
     encoded = [np.array(vocabulary.encode(text), np.int32) for text in texts]
     nothing = np.empty(0, np.int32)

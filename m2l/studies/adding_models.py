@@ -33,10 +33,6 @@ class Model:
         Raises:
             CheckpointError: it is missing, unfinished, damaged, or a Hugging Face directory.
         """
-        if (path / "config.json").is_file() and not (path / "manifest.json").is_file():
-            raise CheckpointError(
-                f"{path}: a Hugging Face directory; make a checkpoint of it: m2l convert {path} OUT"
-            )
         path = checkpoints.resolve(path)
         return cls(path, checkpoints.read_manifest(path))
 
