@@ -1,13 +1,15 @@
 """A mixture's records on disk: written once, then read without their source or a network."""
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from m2l.checkpoints.identity import files_digest, key_of
 from m2l.data import cache
 from m2l.data.origins import Record
-from m2l.data.prompts import Dataset, written_out
+from m2l.data.prompts import Dataset, kind_of, written_out
 from m2l.errors import DataError
 from m2l.tasks import flan, sources
 
@@ -23,20 +25,21 @@ def write(
     Args:
         datasets: What to write, of `m2l.tasks.sources.datasets(source)`, or its CORPUS.
         source: Where their records come from.
-        out: A folder that is not there, or holds a write that was interrupted.
+        out: A folder that is not there, or holds a write that was interrupted; or the same cache,
+            which is read and checked, and not written again.
         on_split: Told what was written, split by split.
 
     Returns:
         How many records were written.
 
     Raises:
-        DataError: the folder holds a finished cache; a record that is not as declared.
+        DataError: the folder holds another finished cache; a record that is not as declared.
     """
     if sources.parse(source).kind == "cache":
         raise DataError(f"source {source!r} is a cache already; copy its folder")
     datasets = tuple(datasets)
     if (out / cache.INDEX).exists():
-        raise DataError(f"{out} holds a finished cache; choose another --out, or delete it")
+        return _finished(out, _key(datasets, source))
     if out.exists() and (
         others := {path.name for path in out.iterdir()} - {d.name for d in datasets}
     ):
@@ -49,13 +52,40 @@ def write(
             made = cache.write(out, dataset.name, split, records, dataset.fields)
             written[dataset.name][split] = made
             on_split(dataset.name, split, made["records"])
-    about = {"source": source, "datasets": written}
+    about = {"source": source, "key": _key(datasets, source), "datasets": written}
     if sources.parse(source).kind == "promptsource":
         from m2l.tasks import promptsource
 
         about["declared"] = [_to_dict(dataset) for dataset in promptsource.datasets()]
     cache.write_index(out, about)
     return sum(made["records"] for splits in written.values() for made in splits.values())
+
+
+def _key(datasets: Sequence[Dataset], source: str) -> str:
+    """What decides a cache: the source, files of its own folder included, and the datasets."""
+    folders = []
+    parsed = sources.parse(source)
+    while parsed is not None:
+        folders += [] if parsed.where is None else [files_digest(parsed.where)]
+        parsed = parsed.records
+    declared = {
+        dataset.name: [[name, str(kind_of(of))] for name, of in dataset.fields.items()]
+        for dataset in datasets
+    }
+    return key_of({"source": source, "folders": folders, "datasets": declared})
+
+
+def _finished(out: Path, key: str) -> int:
+    """The records of a cache that is already there, if it is of the same key and whole."""
+    index = cache.read_index(out)
+    if index.get("key") != key:
+        raise DataError(f"{out} holds a finished cache; choose another --out, or delete it")
+    for dataset, splits in index["datasets"].items():
+        for split in splits:
+            for _ in cache.read(out, index, dataset, split):
+                pass
+    print(f"m2l: {out}: already there, written from the same source", file=sys.stderr)
+    return sum(made["records"] for splits in index["datasets"].values() for made in splits.values())
 
 
 def _to_dict(dataset: Dataset) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Hugging Face's checkpoints: made checkpoints of ours, and made of ours; neither changes a bit."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -21,6 +22,7 @@ from m2l.checkpoints.huggingface_config import (
 )
 from m2l.checkpoints.huggingface_directory import open_directory
 from m2l.checkpoints.huggingface_fields import read_json
+from m2l.checkpoints.identity import EXPORT_FILE_NAME, EXPORTED, finished
 from m2l.checkpoints.importing import (
     Origin,
     Tensor,
@@ -31,7 +33,7 @@ from m2l.checkpoints.importing import (
 )
 from m2l.checkpoints.manifest import FILE_NAME as MANIFEST
 from m2l.checkpoints.manifest import Manifest, sha256
-from m2l.checkpoints.publishing import Flusher, check_absent, publishing
+from m2l.checkpoints.publishing import Flusher, publishing
 from m2l.checkpoints.reading import open_parameters, resolve
 from m2l.checkpoints.safetensors import StoredTensor
 from m2l.checkpoints.streaming import WORKERS, blocks, in_parallel
@@ -39,6 +41,7 @@ from m2l.checkpoints.tensor_kinds import is_buffer, same_elements
 from m2l.checkpoints.tokenizer import DIRECTORY as TOKENIZER
 from m2l.checkpoints.tokenizer import write_shipped
 from m2l.errors import CheckpointError, UnsupportedModelError
+from m2l.files import check_local
 from m2l.models import Config, LlamaConfig, T5Config
 from m2l.progress import Progress
 
@@ -246,7 +249,6 @@ def import_checkpoint(
             configuration contradict each other; or `out` exists.
         UnknownNameError: There is no such dtype.
     """
-    check_absent(out)
     source = Path(source).absolute()
     stored, _ = open_directory(source)
     layout = read_layout(source, stored, config)
@@ -270,6 +272,18 @@ def _whole(tensor: StoredTensor) -> Tensor:
     return Tensor(
         tensor.name, tensor.shape, tensor.dtype, lambda: tensor.read().reshape(tensor.shape)
     )
+
+
+def export_options(
+    dtype: str | None = None, shard_size: int = SHARD_SIZE, results: Sequence[Path] = ()
+) -> dict[str, Any]:
+    """Returns the options of `export_checkpoint` as its manifest records them."""
+    digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in results]
+    return {"dtype": dtype, "shard_size": shard_size, "results": digests}
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
 
 
 def export_checkpoint(
@@ -302,9 +316,18 @@ def export_checkpoint(
             exists.
         UnknownNameError: There is no such dtype.
     """
+    check_local(out)
     source, out = resolve(source), Path(out).absolute()
-    check_absent(out)
     manifest = Manifest.read(source)
+    options = export_options(dtype, shard_size, results)
+    exported = dataclasses.replace(manifest, made_by={**manifest.made_by, EXPORTED: options})
+
+    def is_same(other: Manifest) -> bool:
+        fields = ("digest", "made_by", "parents", "tokenizer", "step")
+        return all(_json(getattr(other, f)) == _json(getattr(exported, f)) for f in fields)
+
+    if finished(out, is_same, EXPORT_FILE_NAME) is not None:
+        return out
     config = models.from_dict(manifest.model)
     parameters = open_parameters(source)
     kept = {name: parameter.dtype for name, parameter in parameters.items()}
@@ -329,7 +352,8 @@ def export_checkpoint(
             shutil.copytree(source / TOKENIZER, temporary, dirs_exist_ok=True)
         else:
             write_shipped(manifest.vocabulary.get("name"), temporary)
-        shutil.copyfile(source / MANIFEST, temporary / f"m2l_{MANIFEST}")
+        exported.write(temporary)
+        (temporary / MANIFEST).rename(temporary / EXPORT_FILE_NAME)
         (temporary / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
         write_card(
             temporary,

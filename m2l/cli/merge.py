@@ -100,7 +100,7 @@ def merge(
     if list_methods:
         _list()
         return
-    from m2l import merging
+    from m2l import checkpoints, merging
     from m2l.merging import plan
 
     given = {name: value for name, value in settings.items() if value not in (None, ())}
@@ -138,6 +138,7 @@ def merge(
     }
     if dry_run:
         job = merging.prepare(base, experts, how, out, **options)
+        checkpoints.check_absent(job.out)
         _show_plan(job, plan.parse_bytes(bandwidth) if bandwidth else None)
         return
     start = time.monotonic()

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from m2l.checkpoints import check_absent, model_fields, tensor_kinds
+from m2l.checkpoints import model_fields, tensor_kinds
 from m2l.checkpoints.tensor_kinds import is_float
 from m2l.errors import MergeError, UnknownNameError
 from m2l.merging.method import Method
@@ -53,12 +53,11 @@ def check_counts(base: bool, experts: int, statistics: int, recipe: Recipe) -> N
 
 
 def check_destination(out: str | os.PathLike, inputs: Sequence[Path]) -> None:
-    """Refuses an output that exists or that lies inside an input."""
+    """Refuses an output that lies inside an input."""
     out = Path(out).absolute()
     for path in inputs:
         if out.resolve().is_relative_to(path.resolve()):
             raise MergeError(f"{out}: lies inside an input, {path}: choose another place")
-    check_absent(out)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from m2l import checkpoints
-from m2l.checkpoints import Manifest
+from m2l.checkpoints import Manifest, identity
 from m2l.errors import CheckpointError, MergeError
 from m2l.merging import kernel, results, sources
 from m2l.merging.analysis import Analysis
@@ -57,7 +57,8 @@ def merge(
             is not merged; None then means the first expert.
         experts: The experts, in the order in which sums run.
         recipe: How to merge.
-        out: The checkpoint or directory to make; must not exist.
+        out: The checkpoint or directory to make; must not exist, unless the same merge made it:
+            then nothing is done.
         progress: Whether to show what it will take, and a progress bar.
         **options: statistics: per expert a checkpoint that `m2l statistics` made, for the methods
             that need one. to: "orbax" or "huggingface"; by default what all inputs are.
@@ -85,6 +86,8 @@ def merge(
     ):
         return _by_export(base, experts, recipe, out, progress=progress, **options)
     job = prepare(base, experts, recipe, out, **options)
+    if (manifest := job.finished()) is not None:
+        return manifest if job.process[0] == 0 else None
     if progress:
         print(f"plan: {job.plan}", file=sys.stderr)
     with Workplace(job.out, job.key, job.process) as work:
@@ -117,9 +120,10 @@ def _by_export(
     from m2l.checkpoints import huggingface
 
     out = Path(out).absolute()
-    checkpoints.check_absent(out)
     options = options | {"to": ORBAX}
     job = prepare(base, experts, recipe, out, **options)
+    if (manifest := job.finished(huggingface.export_options())) is not None:
+        return manifest if job.process[0] == 0 else None
     # Another merge to the same place must not be taken for this one.
     between = out.with_name(f".{out.name}.merged-{job.key[:16]}")
     if not between.exists():
@@ -368,7 +372,7 @@ class _Merge:
         if job.process[0] != 0:
             self.work.wait_for_result()
             return None
-        made_by = {"kind": "merge", "recipe": job.recipe.to_dict()}
+        made_by = {"kind": "merge", "recipe": job.recipe.to_dict(), identity.KEY: job.identity}
         if job.allowed:
             made_by["allowed_differences"] = list(job.allowed)
         if job.diagnostics:

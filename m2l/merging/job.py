@@ -11,13 +11,14 @@ from typing import Any
 import jax
 
 from m2l import __version__, checkpoints
+from m2l.checkpoints import Manifest, identity
 from m2l.errors import MergeError
 from m2l.merging import compatibility, data_driven, plan, results, sources
 from m2l.merging.compatibility import Roles
 from m2l.merging.methods import METHODS
 from m2l.merging.plan import Plan
 from m2l.merging.recipe import Recipe
-from m2l.merging.sources import ORBAX, Source
+from m2l.merging.sources import HUGGINGFACE, ORBAX, Source
 from m2l.merging.thresholds import BINS
 
 
@@ -74,6 +75,37 @@ class Job:
             "diagnostics": self.diagnostics,
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def identity(self) -> str:
+        """What decides the files of the result; of a result, it is in the manifest."""
+        content = {
+            "recipe": self.recipe.to_dict(),
+            "inputs": [[s.format, s.digest] for s in (*self.used, self.reference)],
+            "to": self.to,
+            "vocabulary": self.vocabulary,
+            "diagnostics": self.diagnostics,
+        }
+        return identity.key_of(content)
+
+    def finished(self, exported: Mapping[str, Any] | None = None) -> Manifest | None:
+        """Returns the manifest of `out` if this very merge made it; None if there is nothing.
+
+        Args:
+            exported: The options with which the merge was exported, where it was.
+
+        Raises:
+            CheckpointError: Something else is there, or it is damaged.
+        """
+
+        def is_same(manifest: Manifest) -> bool:
+            made_by = manifest.made_by
+            key, options = made_by.get(identity.KEY), made_by.get(identity.EXPORTED)
+            return (key, options) == (self.identity, exported)
+
+        is_directory = exported is not None or self.to == HUGGINGFACE
+        name = identity.EXPORT_FILE_NAME if is_directory else identity.FILE_NAME
+        return identity.finished(self.out, is_same, name)
 
     @property
     def used(self) -> list[Source]:
