@@ -193,9 +193,16 @@ def test_a_damaged_checkpoint_is_not_exported(tmp_path):
 def test_an_existing_output_is_refused_before_anything_else(tmp_path):
     source = write(tmp_path / "x", CONFIGS["llama"], tensors_of(CONFIGS["llama"]))
     imported(source, tmp_path / "y")
+    (tmp_path / "there").mkdir()
     for convert, here in ((imported, source), (huggingface.export_checkpoint, tmp_path / "y")):
         with pytest.raises(CheckpointError, match="exists already"):
-            convert(here, tmp_path / "y")
+            convert(here, tmp_path / "there")
+    with pytest.raises(CheckpointError, match="exists already"):
+        huggingface.export_checkpoint(tmp_path / "y", tmp_path / "y")
+    # Another source of the same name and sizes.
+    write(source, CONFIGS["llama"], tensors_of(CONFIGS["llama"]))
+    with pytest.raises(CheckpointError, match="exists already"):
+        imported(source, tmp_path / "y")
 
 
 def test_a_base_model_that_was_saved_without_its_output_has_no_prefix(tmp_path):

@@ -114,8 +114,10 @@ def test_a_cache_gives_back_what_was_written_and_needs_no_source(mixture, tmp_pa
     for dataset in datasets:
         for split in dataset.splits:
             assert flat(dataset, split, f"cache:{out}") == expected[dataset.name, split]
+    # The same again reads what is there, and not the source; a part of it is another cache.
+    assert caches.write(datasets, "microworld", out) == count
     with pytest.raises(DataError, match="holds a finished cache"):
-        caches.write(datasets, "microworld", out)
+        caches.write(tasks.datasets_of("xsum"), "microworld", out)
 
 
 def test_a_cache_has_all_tasks_of_its_source_and_refuses_what_was_not_written(tmp_path):
