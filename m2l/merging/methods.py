@@ -11,7 +11,7 @@ recipe's order. What a function takes says what it needs:
     kept          per expert, which entries are not dropped at random (see randomness.py)
     rescale       per expert, what entries that were kept are multiplied by
     zero_sign     which sign is elected where the signed masses cancel exactly
-    coefficients  the parameter's own, from the inner products of its experts (see measures.py)
+    coefficients  the parameter's own, from the inner products of its experts (see kernel.py)
     fishers       per expert, the diagonal of its Fisher information
 
 and its other arguments are hyper-parameters. To add a method, add a function here.

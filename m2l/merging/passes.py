@@ -125,20 +125,21 @@ class Pass:
         return arrays
 
     def run(
-        self, spans: Sequence[Span], act: Callable[[Span, list], T], block: int
+        self, spans: Sequence[Span], act: Callable[[Span, list[np.ndarray]], T], block: int
     ) -> Iterator[tuple[Span, T]]:
         """Calls `act(span, arrays)` for each span in some thread; yields results in order.
 
-        The arrays are padded to `block`, or SHORT. Where there are several devices they lie on one
-        of them in turn; else in the thread's buffers, until its next span.
+        The arrays are padded to `block`, or SHORT. They are NumPy arrays, the thread's buffers,
+        valid until its next span. Where there are several devices, what `act` compiles runs on one
+        of them in turn.
         """
 
         def step(index: int, span: Span) -> T:
-            arrays: list = self.read(span, padded(span.size, block))
-            if len(self._devices) > 1:
-                device = self._devices[index % len(self._devices)]
-                arrays = jax.device_put(arrays, device)
-            return act(span, arrays)
+            arrays = self.read(span, padded(span.size, block))
+            if len(self._devices) == 1:
+                return act(span, arrays)
+            with jax.default_device(self._devices[index % len(self._devices)]):
+                return act(span, arrays)
 
         waiting: collections.deque[tuple[Span, Future[T]]] = collections.deque()
         for index, span in enumerate(spans):
