@@ -32,6 +32,10 @@ _CELL, _WHOLE_CELL = 1 << 14, 1 << 18
 _TABLE = 1 << 16
 
 
+Measure = Callable[..., dict[str, jax.Array]]
+"""Sums over a span: of the base (None without one), the experts, and what `given` returns."""
+
+
 @functools.cache
 def _bits(name: str, sparse: bool) -> Callable[..., tuple[list[jax.Array], list[jax.Array]]]:
     """The bits of the magnitudes, and their codes; of `sparse`, no bits."""
@@ -45,8 +49,13 @@ def _bits(name: str, sparse: bool) -> Callable[..., tuple[list[jax.Array], list[
 
 
 @functools.cache
-def _measure(name: str, consensus: Consensus) -> Callable[..., dict[str, jax.Array]]:
+def _measure(name: str, consensus: Consensus) -> Measure:
     return jax.jit(functools.partial(kernel.measured, METHODS[name], consensus))
+
+
+@functools.cache
+def _norms(name: str) -> Measure:
+    return jax.jit(functools.partial(kernel.norms, METHODS[name]))
 
 
 class Analysis:
@@ -136,11 +145,12 @@ class Analysis:
         if method.ranks:
             self._find_tables()
         if method.draws and recipe.rescale == "norm":
-            self._norms = self._measure_all("norms")
+            self._norms = self._measure_all("norms", _norms(recipe.method))
         if method.trims:
             self._find_thresholds()
         if method.coefficients is not None or recipe.zero_sign.startswith("majority"):
-            self.measured = self._measure_all("products")
+            measure = _measure(recipe.method, recipe.election)
+            self.measured = self._measure_all("products", measure)
         if recipe.zero_sign.startswith("majority"):
             total = sum(int(found["majority"]) for found in self.measured.values())
             undecided = -1 if recipe.zero_sign == "majority" else 0
@@ -179,7 +189,8 @@ class Analysis:
             kept = [row[0].kept - self._outliers(row) for row in found]
         else:
             kept = self._of_tensors()
-        self.densities = [int(k) / self._size for k in kept]
+        if self._size:
+            self.densities = [int(k) / self._size for k in kept]
 
     def _outliers(self, row: Sequence[Trimming]) -> int:
         return row[1].kept if len(row) > 1 else 0
@@ -187,8 +198,8 @@ class Analysis:
     def _of_model(self) -> list[list[Trimming]]:
         ranks, serial = self._ranks(), iter(range(100))
         cache = None if self.method.draws else Cache(self._base, self._experts, self._sizes)
-        if cache is not None and (found := cache.get(ranks, self._size)):
-            return found
+        if cache is not None and (cached := self._cached(cache, ranks)):
+            return cached
 
         def read(intervals: Sequence[Sequence[Interval]]) -> list[list[Counts]]:
             make = functools.partial(self._count, self._mine, intervals)
@@ -200,6 +211,30 @@ class Analysis:
         if cache is not None and self._work.process[0] == 0:
             cache.put(ranks, found)
         return found
+
+    def _cached(self, cache: Cache, ranks: Sequence[int]) -> list[list[Trimming]] | None:
+        """Returns the thresholds that a process has in its cache: the same in every process.
+
+        Machines have caches of their own. A process that reads its thresholds there counts nothing,
+        and the others would wait for its counts.
+        """
+        if self._work.process[1] == 1:
+            return cache.get(ranks, self._size)
+
+        def load() -> dict[str, np.ndarray]:
+            rows = cache.get(ranks, self._size) or []
+            return {
+                "thresholds": np.array([[t.threshold for t in row] for row in rows], np.float32),
+                "kept": np.array([[t.kept for t in row] for row in rows], np.int64),
+            }
+
+        for part in self._work.gather("cached", load):
+            if len(part["kept"]):
+                return [
+                    [Trimming(t, int(k), self._size) for t, k in zip(*row, strict=True)]
+                    for row in zip(part["thresholds"], part["kept"], strict=True)
+                ]
+        return None
 
     def _brackets(self, ranks: Sequence[int]) -> list[list[Interval]]:
         if self.method.draws or self._size <= RUNS * RUN:
@@ -337,10 +372,10 @@ class Analysis:
 
     # Sums
 
-    def _measure_all(self, tag: str) -> dict[str, dict[str, np.ndarray]]:
+    def _measure_all(self, tag: str, measure: Measure) -> dict[str, dict[str, np.ndarray]]:
         """Sums over every parameter, exact to float32's rounding."""
         cells = spans({name: self._sizes[name] for name in self._mine}, _WHOLE_CELL)
-        make = functools.partial(self._sums, cells, _WHOLE_CELL)
+        make = functools.partial(self._sums, measure, cells, _WHOLE_CELL)
         parts = self._work.gather(tag, lambda: diagnostics.flat(make()))
         return {k: v for part in parts for k, v in diagnostics.nested(part).items()}
 
@@ -348,25 +383,27 @@ class Analysis:
         """Sums over cells at even distances through each parameter that is not a small part."""
         share, cells = min(1.0, SAMPLED / self._size), []
         for name in self._mine:
-            if share < 1 and self._sizes[name] < _CELL:
-                continue
             whole = spans({name: self._sizes[name]}, _CELL)
+            if not whole or (share < 1 and self._sizes[name] < _CELL):
+                continue
             wanted = max(1, round(len(whole) * share))
             places = np.unique(np.linspace(0, len(whole) - 1, wanted).round().astype(int))
             cells += [whole[place] for place in places]
-        make = functools.partial(self._sums, cells, _CELL)
+        measure = _measure(self.recipe.method, self.recipe.election)
+        make = functools.partial(self._sums, measure, cells, _CELL)
         parts = self._work.gather("diagnostics", lambda: diagnostics.flat(make()))
         return {k: v for part in parts for k, v in diagnostics.nested(part).items()}
 
-    def _sums(self, cells: Sequence[Span], cell: int) -> dict[str, dict[str, np.ndarray]]:
-        measure = _measure(self.recipe.method, self.recipe.election)
+    def _sums(
+        self, measure: Measure, cells: Sequence[Span], cell: int
+    ) -> dict[str, dict[str, np.ndarray]]:
         totals: dict[str, dict[str, np.ndarray]] = {}
 
         def act(span: Span, arrays: list) -> dict[str, np.ndarray]:
             base, experts = (None, arrays) if self._base is None else (arrays[0], arrays[1:])
             found = measure(base, experts, self.given(span))
             found = {kind: np.asarray(array, np.float64) for kind, array in found.items()}
-            if not np.isfinite(found["products"]).all():
+            if not all(np.isfinite(array).all() for array in found.values()):
                 refuse_nonfinite([s for s in (self._base, *self._experts) if s], span)
             return found | {"entries": np.float64(span.size)}
 

@@ -188,8 +188,8 @@ def _check_alike(
     deciding = [row for row in fields if not first.native or model_fields.decides(row[0])]
     if deciding:
         spelled = [
-            f"{name} is {_spell(found)} and not {_spell(wanted)}"
-            for name, wanted, found in deciding
+            f"{name} is {_spell(value)} and not {_spell(wanted)}"
+            for name, wanted, value in deciding
         ]
         names = ",".join(name for name, *_ in deciding[:_SHOWN])
         raise MergeError(
@@ -316,8 +316,10 @@ def matched_names(names: Mapping[str, Sequence[str]], recipe: Recipe) -> set[str
         recipe: How to merge.
 
     Raises:
-        MergeError: A pattern of the recipe matches nothing.
+        MergeError: There are none, or a pattern of the recipe matches nothing.
     """
+    if not names:
+        raise MergeError("nothing to merge: the models have no parameters")
 
     def matching(pattern: str) -> set[str]:
         return {
@@ -329,8 +331,9 @@ def matched_names(names: Mapping[str, Sequence[str]], recipe: Recipe) -> set[str
     patterns = [("exclude", p) for p in recipe.exclude] + [("scales", p) for p, _ in recipe.scales]
     for kind, pattern in patterns:
         if not matching(pattern):
-            first = f"; the first is {next(iter(names))!r}" if names else ""
-            raise MergeError(f"{kind} {pattern!r} matches no parameter{first}")
+            raise MergeError(
+                f"{kind} {pattern!r} matches no parameter; the first is {next(iter(names))!r}"
+            )
     return {name for pattern in recipe.exclude for name in matching(pattern)}
 
 

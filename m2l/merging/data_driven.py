@@ -101,7 +101,7 @@ def regmean(
     for kernel, gram in experts:
         shape = shape or kernel.shape
         _check_regression(f"{name} of expert {count}", shape, kernel, gram)
-        kernel = np.array(kernel, np.float64).reshape(shape[0], -1)
+        kernel = np.array(kernel, np.float64).reshape(shape[0], math.prod(shape[1:]))
         scaled = np.array(gram, np.float64)
         diagonal = np.diagonal(scaled).copy()
         scaled *= nondiagonal_scale

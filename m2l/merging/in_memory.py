@@ -202,9 +202,8 @@ def _norms(
     method: Method, base: jax.Array, experts: Sequence[jax.Array], given: kernel.Given
 ) -> list[jax.Array]:
     """What makes the L1 norm of each task vector what it was before entries were dropped."""
-    kept = kernel.magnitudes(method, base, experts, given)
-    before = [jnp.sum(jnp.abs(e.astype(jnp.float32) - base)) for e in experts]
-    found = [(b, jnp.sum(k)) for b, k in zip(before, kept, strict=True)]
+    sums = kernel.norms(method, base, experts, given)
+    found = zip(sums["l1"], sums["l1_kept"], strict=True)
     return [jnp.where((b < 1e-7) | (k < 1e-7), 1, b / jnp.maximum(k, 1e-30)) for b, k in found]
 
 

@@ -154,7 +154,7 @@ def prepare(
     method = METHODS[recipe.method]
     # A base that the method does not take is read only for what is copied.
     of_base = of_base if method.needs_base else None
-    diagnostics = diagnostics and method.needs_base
+    diagnostics = diagnostics and method.needs_base and any(sizes.values())
     compatibility.warn_of_repetition([s for s in (of_base, *of_experts) if s is not None])
     copied = {name: source.parameters[name].size for name, source in roles.copied.items()}
     shares = plan.shares(sizes | copied, process[1])

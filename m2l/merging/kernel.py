@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from m2l.merging import randomness
-from m2l.merging.method import Consensus, Method, add, scaled
+from m2l.merging.method import Consensus, Method, add, scaled, task_vectors
 
 Given = Mapping[str, Any]
 """What a method takes beside parameters, as arrays; each only if the method takes it.
@@ -92,6 +92,24 @@ def magnitudes(
     drawn = _drawn(method, [expert - base for expert in experts], given)
     taus = method.before_trimming(base, experts, drawn.get("kept"), drawn.get("rescale"))
     return [jnp.abs(tau) for tau in taus]
+
+
+def norms(
+    method: Method, base: jax.Array, experts: Sequence[jax.Array], given: Given
+) -> dict[str, jax.Array]:
+    """Sums magnitudes over a part of a parameter, before entries are dropped and after.
+
+    Padding with zeros changes none of them. Arguments as above, but no thresholds.
+
+    Returns:
+        l1, l1_kept [experts], float32.
+    """
+    base, experts = base.astype(jnp.float32), float32(experts)
+    dropped = magnitudes(method, base, experts, given)
+    return {
+        "l1": jnp.stack([jnp.sum(jnp.abs(tau)) for tau in task_vectors(base, experts)]),
+        "l1_kept": jnp.stack([jnp.sum(magnitude) for magnitude in dropped]),
+    }
 
 
 def measured(

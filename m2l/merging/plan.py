@@ -154,7 +154,8 @@ def make(
     """
     if block is not None and not 1 <= block <= BLOCK:
         raise MergeError(f"a block of {block:,} elements: it may have 1 to {BLOCK:,}")
-    widths = [next(iter(s.parameters.values())).dtype.itemsize for s in sources]
+    # A Gram checkpoint may have no parameters.
+    widths = [max((p.dtype.itemsize for p in s.parameters.values()), default=0) for s in sources]
     element = sum(widths) + 4 * len(sources) + 8
     memory = memory or max(DEFAULT_MEMORY, resident() + (DEFAULT_MEMORY >> 1))
     fixed = resident() + _OVERHEAD + states + sum(map(held, sources)) + whole
@@ -194,7 +195,7 @@ def make(
         mine=share,
         experts=0,
         read=stored * (readings + 1),
-        write=result * share // total,
+        write=result * share // max(1, total),
         readings=readings + 1,
         verified=stored if verify else 0,
         block=size,
@@ -212,7 +213,8 @@ def shares(sizes: Mapping[str, int], processes: int) -> list[list[str]]:
     total, parts, done = sum(sizes.values()), [[] for _ in range(processes)], 0
     for name, size in sizes.items():
         # By where its middle lies.
-        parts[min(processes - 1, int((done + size / 2) * processes / total))].append(name)
+        place = int((done + size / 2) * processes / max(1, total))
+        parts[min(processes - 1, place)].append(name)
         done += size
     return parts
 
@@ -227,4 +229,4 @@ def measure_bandwidth(job: Any) -> float:
             read += count * stored.dtype.itemsize
             if read >= _MEASURED:
                 break
-    return read / (time.perf_counter() - start)
+    return max(1, read) / (time.perf_counter() - start)

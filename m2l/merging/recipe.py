@@ -238,7 +238,7 @@ class Recipe:
             return min(size, size - int(size * (1 - self.density)) + 1)
         floor = int(size * self.density)
         if self.keep == "at_least_one":
-            return max(1, floor)
+            return min(size, max(1, floor))
         return min(size, floor + (self.keep == "one_more"))
 
     def to_dict(self) -> dict[str, Any]:
