@@ -10,7 +10,7 @@ import numpy as np
 
 from m2l import checkpoints
 from m2l.errors import MergeError
-from m2l.merging import compatibility, kernel, randomness
+from m2l.merging import compatibility, kernel, randomness, uint64
 from m2l.merging.method import Consensus, Method
 from m2l.merging.methods import METHODS
 from m2l.merging.recipe import Recipe
@@ -107,11 +107,14 @@ def _merge_on_devices(
     sizes = {name: int(np.prod(jnp.shape(reference[name]), dtype=np.int64)) for name in names}
     settings = {name: recipe.settings_for((name,), n) for name in names}
     groups = [names] if recipe.scope == "model" else [[name] for name in names]
-    ranks = [_ranks(recipe, sum(sizes[name] for name in group)) for group in groups]
+    ranks: list[list[np.ndarray]] = []
+    if METHODS[recipe.method].trims:
+        wanted = [_ranks(recipe, sum(sizes[name] for name in group)) for group in groups]
+        ranks = [[uint64.split(rank) for rank in pair] for pair in wanted]
     rate = recipe.drop_rate or 0.0
     numbers = {
         "settings": settings,
-        "ranks": np.array(ranks, np.uint32),
+        "ranks": ranks,
         "cut": randomness.cut(rate),
         "rescale": np.float32(1 / (1 - rate) if recipe.rescale == "expectation" else 1),
         "hyper": {
@@ -219,7 +222,7 @@ def _ranks(recipe: Recipe, size: int) -> tuple[int, int]:
 
 def _largest(experts: Sequence[Sequence[jax.Array]], rank: jax.Array) -> jax.Array:
     """The rank-th largest magnitude of each expert; infinity is before the first."""
-    size = sum(array.size for array in experts[0])
+    size = uint64.split(sum(array.size for array in experts[0]))
     found = kth_largest(experts, rank)
-    found = jnp.where(rank == size, 0, found)
-    return jnp.where(rank == 0, jnp.inf, found).astype(jnp.float32)
+    found = jnp.where(uint64.at_least(rank, size), 0, found)
+    return jnp.where((rank == 0).all(), jnp.inf, found).astype(jnp.float32)

@@ -6,14 +6,21 @@ the masks are the same whatever the block size, the order, the sharding or the n
 """
 
 import hashlib
+import math
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from m2l.errors import MergeError
+from m2l.merging import uint64
+
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = np.uint32(0x1BD11BDA)
+_LAST = 0xFFFFFFFF
+# With a block's elements added it still is a word.
+_LONGEST_SIDE = _LAST - (1 << 20)
 
 
 def keys(seed: int, experts: int, parameter: str) -> np.ndarray:
@@ -45,16 +52,25 @@ def threefry2x32(key: jax.Array, counter: tuple[jax.Array, jax.Array]) -> list[j
 
 def straight(start: int) -> np.ndarray:
     """Where a part of a parameter begins, for `words`: at element `start`, in row-major order."""
-    return np.array([start >> 32, start & 0xFFFFFFFF, 0, 1, 0xFFFFFFFF], np.uint32)
+    return np.array([*uint64.split(start), 0, 1, _LAST], np.uint32)
 
 
 def transposed(start: int, shape: Sequence[int]) -> np.ndarray:
-    """The same of a matrix of under 2^32 elements that is stored transposed, [rows, columns].
+    """The same of a matrix that is stored transposed, [rows, columns].
 
     The draws are those of the parameter as m2l stores it, so that it does not matter whose files it
     is merged from.
+
+    Raises:
+        MergeError: A side of the matrix is longer than a word counts.
     """
-    return np.array([0, *divmod(start, shape[1]), *shape], np.uint32)
+    if max(shape) > _LONGEST_SIDE:
+        raise MergeError(
+            f"a transposed matrix {list(shape)}: random drops need sides of at most "
+            f"{_LONGEST_SIDE:,}; merge it as an m2l checkpoint (m2l convert)"
+        )
+    place = [*divmod(start, shape[1]), *shape]
+    return np.array(place if math.prod(shape) > _LAST else [0, *place], np.uint32)
 
 
 def words(keys: jax.Array, experts: int, shape: Sequence[int], place: jax.Array) -> list[jax.Array]:
@@ -64,18 +80,32 @@ def words(keys: jax.Array, experts: int, shape: Sequence[int], place: jax.Array)
         keys: Of the parameter, as `keys` gives them.
         experts: How many there are.
         shape: Of the part of the parameter: consecutive elements as they are stored.
-        place: Where they begin, of `straight` or `transposed`: one program for both.
+        place: Where they begin, of `straight` or `transposed`: one program for both, and another
+            for transposed matrices of 2^32 elements or more. A part of so many is `straight`.
 
     Returns:
         A uint32 array of `shape` per expert.
     """
-    step = jax.lax.iota(jnp.uint32, int(np.prod(shape, dtype=np.int64))).reshape(shape)
+    counter = _counters(shape, place)
+    found = [word for key in keys for word in threefry2x32(key, counter)]
+    return found[:experts]
+
+
+def _counters(shape: Sequence[int], place: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The index of each entry in its parameter, as m2l stores it: high word, low word."""
+    size = math.prod(shape)
+    if size > _LAST:
+        return uint64.add(uint64.iota(shape), place[:2])
+    step = jax.lax.iota(jnp.uint32, size).reshape(shape)
+    if len(place) == 4:
+        row, column, rows, columns = place
+        down, across = _divided(column + step, columns)
+        zero = jnp.uint32(0)
+        return uint64.add(uint64.multiply((zero, across), (zero, rows)), (zero, row + down))
     high, row, column, rows, columns = place
     down, across = _divided(column + step, columns)
     low = across * rows + row + down
-    high = high + (low < row).astype(jnp.uint32)
-    found = [word for key in keys for word in threefry2x32(key, (high, low))]
-    return found[:experts]
+    return high + (low < row).astype(jnp.uint32), low
 
 
 def _divided(number: jax.Array, by: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -176,6 +176,46 @@ def test_merging_is_differentiable_in_the_experts(models):
     assert set(gradient[kept].tolist()) == {0.0, 0.5, 1.0}
 
 
+# A model of 74B parameters whose layers are stacked: a tensor has up to 56B.
+LARGE = {
+    "embedder": (128256, 8192),
+    "attention": (80, 8192, 18432),
+    "mlp": (80, 3, 8192, 28672),
+    "norm": (80, 8192),
+    "vector": ((1 << 32) + 5,),
+}
+LARGE_RECIPES = [
+    (Recipe("average"), 4),
+    (Recipe("linear"), 1),
+    (Recipe("task_arithmetic"), 4),
+    *((Recipe("ties", scope=scope), 4) for scope in ("model", "tensor")),
+    (Recipe("dare", drop_rate=0.9), 3),
+    (Recipe("dare", drop_rate=0.9, rescale="norm"), 3),
+    *((Recipe("dare_ties", drop_rate=0.9, density=0.5, scope=s), 3) for s in ("model", "tensor")),
+    *((Recipe("breadcrumbs", scope=scope), 3) for scope in ("model", "tensor")),
+    (Recipe("slerp"), 2),
+    (Recipe("model_stock"), 2),
+    (Recipe("fisher"), 2),
+]
+
+
+@pytest.mark.parametrize(("recipe", "experts"), LARGE_RECIPES, ids=lambda value: str(value)[:60])
+def test_a_model_of_more_parameters_than_a_word_counts_is_merged_in_memory(recipe, experts):
+    tree = {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in LARGE.items()}
+    base = tree if METHODS[recipe.method].needs_base else None
+    statistics = [tree] * experts if METHODS[recipe.method].statistic else []
+    merged = jax.eval_shape(
+        lambda *trees: merge_params(trees[0], trees[1], recipe, trees[2]),
+        *(base, [tree] * experts, statistics),
+    )
+    assert {name: leaf.shape for name, leaf in merged.items()} == LARGE
+
+
+def test_every_method_that_merges_in_memory_is_tried_on_a_large_model():
+    tried = {recipe.method for recipe, _ in LARGE_RECIPES}
+    assert tried == {m.name for m in METHODS.values() if not m.ranks and not m.whole}
+
+
 def test_a_methods_signature_says_what_it_needs():
     needs = {m.name: (m.needs_base, m.trims, m.draws) for m in METHODS.values()}
     assert needs == {

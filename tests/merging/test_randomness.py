@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from m2l.merging import randomness
+from m2l.errors import MergeError
+from m2l.merging import randomness, uint64
 from m2l.merging.randomness import straight, transposed
 
 from . import oracles
@@ -85,6 +86,36 @@ def test_a_transposed_matrix_draws_what_the_matrix_draws():
     for start, size in ((0, 210), (17, 60), (205, 5)):
         found = np.stack(draw(keys, 2, (size,), transposed(start, (35, 6)), 0.5))
         np.testing.assert_array_equal(found, turned[:, start : start + size])
+
+
+def draws(keys, indices):
+    """What Threefry on Python integers draws for elements, uint32 [2, elements]."""
+    key = [int(word) for word in keys[0]]
+    return np.array([oracles.threefry2x32(key, divmod(i, 2**32)) for i in indices], np.uint32).T
+
+
+@pytest.mark.parametrize("start", [0, 69_999, 2**31 + 5, 2**32 - 10, 4_900_069_950])
+def test_a_transposed_matrix_of_more_elements_than_a_word_counts_draws_its_own(start):
+    keys, (rows, columns) = randomness.keys(5, 2, "w"), (70_000, 70_001)
+    found = np.stack(words(keys, 2, (50,), transposed(start, (rows, columns))))
+    places = [divmod(element, columns) for element in range(start, start + 50)]
+    np.testing.assert_array_equal(found, draws(keys, [c * rows + r for r, c in places]))
+
+
+def test_a_transposed_matrix_with_a_side_that_no_word_counts_is_refused():
+    with pytest.raises(MergeError, match=r"transposed matrix \[2, 4294967295\]"):
+        transposed(0, (2, 2**32 - 1))
+
+
+@pytest.mark.parametrize("start", [0, 2**32 - 20, 2**40 + 1])
+@pytest.mark.parametrize("shape", [(60,), (3, 4, 5)])
+def test_a_tensor_of_more_elements_than_a_word_counts_draws_by_index(monkeypatch, start, shape):
+    # As if a word ended at 50.
+    monkeypatch.setattr(randomness, "_LAST", 50)
+    keys, place = randomness.keys(5, 2, "w"), uint64.split(start)
+    found = jax.jit(lambda place: randomness.words(keys, 2, shape, place))(place)
+    wanted = draws(keys, range(start, start + 60))
+    np.testing.assert_array_equal(np.stack(found).reshape(2, -1), wanted)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m2l.merging import thresholds
+from m2l.merging import thresholds, uint64
 from m2l.merging.thresholds import LARGEST, Counts, Interval, Trimming, kth_largest, select
 
 
@@ -120,10 +120,17 @@ def test_a_few_bits_are_those_that_a_compiled_subtraction_gives(kind):
 
 
 @pytest.mark.parametrize("rank", [1, 2, 1000, 4999, 5000])
-def test_in_memory_the_kth_largest_is_that_of_a_sort(rank):
+@pytest.mark.parametrize("word", [1 << 32, 8])
+def test_in_memory_the_kth_largest_is_that_of_a_sort(monkeypatch, rank, word):
+    # Parts of so many elements are counted in several words.
+    monkeypatch.setattr(thresholds, "_WORD", word)
     experts = [magnitudes(kind) for kind in KINDS]
-    parts = [[jnp.asarray(e[:37]), jnp.asarray(e[37:].reshape(7, -1))] for e in experts]
-    found = jax.jit(kth_largest, static_argnums=1)(parts, rank)
+    parts = [
+        [jnp.asarray(e[:37]), jnp.zeros((0, 4)), jnp.asarray(e[37:].reshape(2, 3, -1))]
+        for e in (expert[:4999] for expert in experts)
+    ]
+    parts = [[*arrays, jnp.asarray(e[4999])] for arrays, e in zip(parts, experts, strict=True)]
+    found = jax.jit(lambda parts, rank: kth_largest(parts, rank))(parts, uint64.split(rank))
     np.testing.assert_array_equal(found, [np.sort(expert)[-rank] for expert in experts])
 
 
