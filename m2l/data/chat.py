@@ -2,18 +2,15 @@
 
 import dataclasses
 import datetime
-import functools
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import jinja2
-import jinja2.ext
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
+from m2l.data import jinja_rendering
 from m2l.data.tokenizer_files import read_settings
 from m2l.errors import DataError
+
+# The date that Llama 3.2's template writes where it is given no clock.
+DATE = datetime.date(2024, 7, 26)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,41 +21,53 @@ class ChatTemplate:
         source: The Jinja template.
         special_tokens: Text by role: {"bos_token": "<s>"}.
         where: The directory it is from, for messages.
+        date: What day the template is told it is: prompts must not change from one to the next.
     """
 
     source: str
     special_tokens: Mapping[str, str]
     where: str
+    date: datetime.date = DATE
+
+    @property
+    def reads_date(self) -> bool:
+        """Whether the template asks what day it is."""
+        return "strftime_now" in self.source
 
     def render(self, text: str) -> str:
         """The prompt of a conversation in which the user has said `text`, up to the answer.
 
-        Equal to transformers' apply_chat_template(..., add_generation_prompt=True).
+        Equal to transformers' apply_chat_template(..., add_generation_prompt=True) on `date`, at
+        midnight. It is rendered in a process of its own, see `jinja_worker` for the limits.
 
         Raises:
-            DataError: the template fails.
+            DataError: the template fails, draws at random, or takes too much time or memory.
         """
         try:
-            return _compiled(self.source).render(
-                messages=[{"role": "user", "content": text}],
-                tools=None,
-                documents=None,
-                add_generation_prompt=True,
-                **self.special_tokens,
+            return jinja_rendering.call(
+                "chat", self.source, dict(self.special_tokens), self.date, text
             )
-        except Exception as error:  # whatever a template of someone else's may do
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise DataError(f"{self.where}: its chat template fails ({reason:.200})") from error
+        except jinja_rendering.TemplateError as error:
+            raise DataError(
+                f"{self.where}: its chat template fails ({error.message:.200})"
+            ) from error
 
 
-def read(directory: Path, special_tokens: Mapping[str, str]) -> ChatTemplate:
+def read(
+    directory: Path, special_tokens: Mapping[str, str], date: datetime.date = DATE
+) -> ChatTemplate:
     """The chat template of a tokenizer's directory: chat_template.jinja, else the settings' own.
+
+    Args:
+        directory: The tokenizer's.
+        special_tokens: Text by role.
+        date: What day the template is told it is.
 
     Raises:
         DataError: there is none, or several and none of them the default.
     """
     if (file := directory / "chat_template.jinja").is_file():
-        return ChatTemplate(file.read_text(encoding="utf-8"), special_tokens, str(directory))
+        return ChatTemplate(file.read_text(encoding="utf-8"), special_tokens, str(directory), date)
     file = directory / "tokenizer_config.json"
     source = read_settings(file).get("chat_template")
     if isinstance(source, list):
@@ -71,35 +80,4 @@ def read(directory: Path, special_tokens: Mapping[str, str]) -> ChatTemplate:
             f"{directory}: no chat template, neither chat_template.jinja nor chat_template in "
             "tokenizer_config.json; leave chat: out"
         )
-    return ChatTemplate(source, special_tokens, str(directory))
-
-
-class _Generation(jinja2.ext.Extension):
-    """{% generation %}, by which transformers tells an answer's tokens: here it does nothing."""
-
-    tags = {"generation"}  # noqa: RUF012  Jinja's own declaration
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-@functools.lru_cache(maxsize=8)
-def _compiled(source: str) -> jinja2.Template:
-    """As transformers compiles it: the same trimming, filters and functions."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise
-    environment.globals["strftime_now"] = lambda wanted: datetime.datetime.now().strftime(wanted)
-    return environment.from_string(source)
-
-
-def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    # Jinja's own would escape what HTML reserves.
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-
-def _raise(message: str) -> None:
-    raise jinja2.TemplateError(message)
+    return ChatTemplate(source, special_tokens, str(directory), date)

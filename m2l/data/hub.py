@@ -7,8 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
+from m2l.data import yaml_text
 from m2l.data.origins import Hub, Record
 from m2l.errors import DataError
 
@@ -298,10 +297,7 @@ def _card(readme: Path, modified: int) -> Mapping[str, Any]:
     """The YAML block that README.md begins with; P3's is long, and read for every task."""
     text = readme.read_text(encoding="utf-8", errors="replace")
     block = re.match(r"\s*---\s*\n(.*?)\n---", text, re.DOTALL)
-    try:
-        card = yaml.load(block[1], getattr(yaml, "CSafeLoader", yaml.SafeLoader)) if block else {}
-    except yaml.YAMLError as error:
-        raise DataError(f"{readme}: its YAML block is damaged ({_line(error)})") from error
+    card = yaml_text.load(block[1], f"{readme}: its YAML block is damaged") if block else {}
     return card if isinstance(card, dict) else {}
 
 

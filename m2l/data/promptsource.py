@@ -1,90 +1,27 @@
 """Templates of a checkout of promptsource (Bach et al., 2022), read and rendered without its code.
 
 They are rendered as T0 did, so that the texts are those of its data, but for three things: the
-templates run in a sandbox; what they draw at random depends on the record alone; and a column or
-field that a record lacks is an error, where T0 wrote nothing in its place.
+templates run in a sandbox, in a process with limits on time and memory; what they draw at random
+depends on the record alone; and a column or field that a record lacks is an error, where T0 wrote
+nothing in its place.
 """
 
 import functools
-import hashlib
-import itertools
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import yaml
-from jinja2.filters import do_truncate
-from jinja2.meta import find_undeclared_variables
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
+from m2l.data import jinja_rendering, yaml_text
 from m2l.data.origins import Record
 from m2l.data.prompts import Dataset
 from m2l.errors import DataError
 
 VARIABLE = "M2L_PROMPTSOURCE_DIR"
-# promptsource cuts whatever it fills in to so many characters, at the end of a word.
-MAX_CHARACTERS = 2048
-_SEPARATOR = "|||"
-# Stands for the separator where a record's own text has it: characters that no text should have.
-_IN_A_TEXT = "\ue000\ue001\ue000"
-# The name under which a rendering keeps count of its draws; no template can write it.
-_DRAW = "the next draw"
-
-
-class _Loader(yaml.SafeLoader):
-    """Plain data, and promptsource's two kinds of object as the mappings that they are."""
-
-
-for _tag in ("!Template", "!TemplateMetadata"):
-    _Loader.add_constructor(_tag, lambda loader, node: loader.construct_mapping(node, deep=True))
-
-
-@jinja2.pass_context
-def _choice(context: jinja2.runtime.Context, items: Iterable[Any]) -> Any:
-    return context.get(_DRAW)(list(items))
-
-
-def _most_frequent(items: Iterable[Hashable]) -> list[Any] | None:
-    """All that are there as often as the most frequent one, in the order they come in."""
-    counts = Counter(items)
-    most = max(counts.values(), default=0)
-    return [item for item, count in counts.items() if count == most] or None
-
-
-def _environment(finalize: Callable[[Any], Any] | None) -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, finalize=finalize)
-    environment.filters.update(choice=_choice, most_frequent=_most_frequent)
-    environment.globals.update(zip=zip)
-    return environment
-
-
-_CHOICES = _environment(None)
-_TEXTS = _environment(lambda value: do_truncate(_CHOICES, str(value), MAX_CHARACTERS))
-
-
-def _protected(value: Any) -> Any:
-    """The value with the separator replaced in all its texts."""
-    if isinstance(value, str):
-        return value.replace(_SEPARATOR, _IN_A_TEXT)
-    if isinstance(value, Mapping):
-        return {name: _protected(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_protected(item) for item in value]
-    return value
-
-
-def _parts(rendered: str) -> list[str]:
-    parts = (part.replace(_IN_A_TEXT, _SEPARATOR).strip() for part in rendered.split(_SEPARATOR))
-    return list(parts)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
+# Its two kinds of object, which are read as the mappings that they are.
+_TAGS = ("!Template", "!TemplateMetadata")
 
 
 @dataclass(frozen=True)
@@ -121,28 +58,19 @@ class Template:
 
     def __post_init__(self) -> None:
         """Finds mistakes in the templates, so that none can wait for a run."""
-        try:
-            _ = self._text, self._choices, self.columns
-        except jinja2.TemplateError as error:
-            raise DataError(f"{self}: {_one_line(error)}") from error
+        _ = self.columns
 
     def __str__(self) -> str:
         return f"promptsource's {self.folder}, template {self.name!r}"
 
     @functools.cached_property
-    def _text(self) -> jinja2.Template:
-        return _TEXTS.from_string(self.jinja)
-
-    @functools.cached_property
-    def _choices(self) -> jinja2.Template | None:
-        return None if self.answer_choices is None else _CHOICES.from_string(self.answer_choices)
-
-    @functools.cached_property
     def columns(self) -> frozenset[str]:
         """The columns of a record that the template names, hyphens as underscores."""
-        texts = (self.jinja, self.answer_choices or "")
-        names = (find_undeclared_variables(_CHOICES.parse(text)) for text in texts)
-        return frozenset(itertools.chain(*names)) - {"answer_choices"} - set(_CHOICES.globals)
+        try:
+            named = jinja_rendering.call("columns", self.jinja, self.answer_choices)
+        except jinja_rendering.TemplateError as error:
+            raise DataError(f"{self}: {error}") from error
+        return frozenset(named)
 
     def render(self, record: Record, number: int) -> dict[str, Any] | None:
         """An example of a record.
@@ -158,34 +86,22 @@ class Template:
             them.
 
         Raises:
-            DataError: the record lacks a column, the template does what it may not, it fails, or
-                its target is not among two or more choices; one line, with the record's number.
+            DataError: the record lacks a column, the template does what it may not, it fails or
+                takes too much time or memory, or its target is not among two or more choices; one
+                line, with the record's number.
         """
         where = f"{self}, record {number}"
-        values = {name.replace("-", "_"): _protected(value) for name, value in record.items()}
+        values = {name.replace("-", "_"): value for name, value in record.items()}
         if missing := sorted(self.columns - values.keys()):
             raise DataError(
                 f"{where}: there is no column {missing[0]!r}; it has {', '.join(values)}"
             )
-        draws = itertools.count()
-
-        def draw(items: list[Any]) -> Any:
-            if not items:
-                raise IndexError("there is nothing to choose from")
-            place = f"{self.id}/{number}/{next(draws)}".encode()
-            digest = hashlib.blake2b(place, digest_size=8).digest()
-            return items[int.from_bytes(digest, "little") % len(items)]
-
-        values[_DRAW] = draw
-        choices = None
         try:
-            if self._choices is not None:
-                choices = _parts(self._choices.render(values))
-            # As in a record's text, a separator within a choice is not one.
-            values["answer_choices"] = _protected(choices)
-            parts = _parts(self._text.render(values))
-        except Exception as error:  # A template is someone's program: it may raise anything.
-            raise DataError(f"{where}: {_one_line(error)}") from error
+            parts, choices = jinja_rendering.call(
+                "promptsource", self.jinja, self.answer_choices, values, f"{self.id}/{number}"
+            )
+        except jinja_rendering.TemplateError as error:
+            raise DataError(f"{where}: {error}") from error
         if len(parts) != 2 or not all(parts):
             return None
         example: dict[str, Any] = {"inputs": parts[0], "targets": parts[1]}
@@ -246,11 +162,13 @@ def templates(root: Path, folder: str) -> tuple[Template, ...]:
     """
     file = path(root, folder)
     try:
-        content = yaml.load(file.read_text(encoding="utf-8"), _Loader)
+        text = file.read_text(encoding="utf-8")
     except OSError as error:
         raise DataError(f"{file}: it cannot be read: {error.strerror}") from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise DataError(f"{file}: it is not YAML that can be used: {_one_line(error)}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: it is not YAML that can be used: {error}") from error
+    wrong = f"{file}: it is not YAML that can be used"
+    content = yaml_text.load(text, wrong, mappings=_TAGS)
     by_id = content.get("templates") if isinstance(content, dict) else None
     if not isinstance(by_id, dict):
         raise DataError(f"{file}: expected `templates`, a mapping of identifiers to templates")
@@ -272,8 +190,8 @@ def _template(file: Path, folder: str, key: str, entry: Any) -> Template:
         raise DataError(f"{file}: template {key}: its answer_choices are not a text")
     lists = {name: metadata.get(name) or [] for name in ("metrics", "languages")}
     for name, value in lists.items():
-        if not isinstance(value, list):
-            raise DataError(f"{file}: template {key}: its {name} are not a list")
+        if not isinstance(value, list) or any(isinstance(item, list | dict) for item in value):
+            raise DataError(f"{file}: template {key}: its {name} are not a list of texts")
     return Template(
         folder=folder,
         id=key,
