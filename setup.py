@@ -31,6 +31,7 @@ REQUIREMENTS = [
     "psutil>=5.9",
     "pyarrow>=18.0",
     "pyyaml>=6.0",
+    "regex>=2024.11.6",
     "rich>=13.0",
     "sentencepiece>=0.2",
     "seqio>=0.0.20",

@@ -3,10 +3,16 @@
 Each takes one list of references per prediction, whatever the library underneath wants.
 """
 
+import re
+import string
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
 
 from m2l.errors import EvaluationError, UnknownNameError
-from m2l.evaluation import scorers
+from m2l.evaluation import scorers, words
 
 References = Sequence[Sequence[str]]
 Metric = Callable[[References, Sequence[str]], dict[str, float]]
@@ -26,55 +32,166 @@ def _check(references: References, predictions: Sequence[str]) -> None:
 
 
 def squad(references: References, predictions: Sequence[str]) -> dict[str, float]:
-    """Exact match and token F1 against the best reference, after SQuAD's normalisation.
+    """Computes exact match and token F1 against the best reference, after SQuAD's normalisation.
 
-    Source: Rajpurkar et al. (2016), as `t5.evaluation.metrics.squad` computes it. Given a plain
-    text in place of a list of references, that function compares with single letters.
+    Source: Rajpurkar et al. (2016), as `t5.evaluation.metrics.squad` computes it, but for two rules
+    that go by the reference. SQuAD's takes out punctuation and articles, and of "A" or "?" leaves
+    nothing, which matches every other nothing and has an F1 of 0 with itself: where nothing is left
+    of a reference, it and the answer are compared with their articles, and where nothing is left
+    still, with their punctuation too. A reference in another script than Latin has the punctuation
+    of all scripts taken out, as MLQA does (Lewis et al., 2020), and where that script puts no
+    spaces between words, its letters are the tokens of F1.
     """
     _check(references, predictions)
-    from t5.evaluation import metrics
+    best = [
+        [max(scores) for scores in zip(*(_squad(text, prediction) for text in texts), strict=True)]
+        for texts, prediction in zip(references, predictions, strict=True)
+    ]
+    # One figure after the other: NumPy adds up columns in another order.
+    exact_match, f1 = (100.0 * float(np.mean(scores)) for scores in zip(*best, strict=True))
+    return {"exact_match": exact_match, "f1": f1}
 
-    scores = metrics.squad([list(of_one) for of_one in references], list(predictions))
-    return {"exact_match": float(scores["em"]), "f1": float(scores["f1"])}
+
+def _squad(reference: str, prediction: str) -> tuple[float, float]:
+    """Exact match and F1 of one answer and one reference, 0 to 1."""
+    latin = words.is_latin(reference)
+    for normal_form in (_without_articles, _without_punctuation, _without_blanks):
+        expected, found = (normal_form(text, latin) for text in (reference, prediction))
+        if expected:
+            break
+    tokens = [
+        Counter((text if latin else words.spaced(text)).split()) for text in (expected, found)
+    ]
+    same = (tokens[0] & tokens[1]).total()
+    if not same:
+        # Equal texts without a token are two of nothing but blanks.
+        return float(expected == found), float(expected == found)
+    precision, recall = same / tokens[1].total(), same / tokens[0].total()
+    return float(expected == found), 2 * precision * recall / (precision + recall)
+
+
+def _without_blanks(text: str, latin: bool) -> str:
+    return " ".join(text.lower().split())
+
+
+def _without_punctuation(text: str, latin: bool) -> str:
+    # SQuAD's punctuation is ASCII's, with its symbols.
+    text = "".join(letter for letter in text.lower() if letter not in string.punctuation)
+    return " ".join((text if latin else words.without_punctuation(text)).split())
+
+
+def _without_articles(text: str, latin: bool) -> str:
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", _without_punctuation(text, latin)).split())
 
 
 def bleu(references: References, predictions: Sequence[str]) -> dict[str, float]:
-    """Corpus BLEU of detokenised text, as `t5.evaluation.metrics.bleu` computes it.
+    """Computes corpus BLEU of detokenised text, as `t5.evaluation.metrics.bleu` computes it.
 
     sacrebleu underneath wants streams (the first reference of every example, then every second
-    one) and computes another figure without a word when it is given lists per example.
+    one) and computes another figure without a word when it is given lists per example. t5 has it
+    tokenise by "intl", for which a sentence of Chinese is one word: see `words.bleu_tokenizer`.
+    Where no reference has four tokens there are no four to match, and BLEU is 0 whatever the
+    answer: of references in another script than Latin, it is then computed with the longest n-grams
+    that there are (sacrebleu's effective order).
     """
     _check(references, predictions)
-    from t5.evaluation import metrics
+    import sacrebleu
 
     most = max(len(of_one) for of_one in references)
     streams = [
         [of_one[k] if k < len(of_one) else None for of_one in references] for k in range(most)
     ]
-    return {"bleu": float(metrics.bleu(streams, list(predictions))["bleu"])}
+    tokenizer, effective_order = _bleu_settings(references)
+    score = sacrebleu.corpus_bleu(
+        list(predictions),
+        streams,
+        smooth_method="exp",
+        tokenize=tokenizer,
+        use_effective_order=effective_order,
+    )
+    return {"bleu": float(score.score)}
+
+
+def _bleu_settings(references: References) -> tuple[str, bool]:
+    """sacrebleu's tokenizer, and whether it counts n-grams below four where there are no longer."""
+    from sacrebleu.metrics import BLEU
+
+    texts = [text for of_one in references for text in of_one]
+    tokenizer = words.bleu_tokenizer(texts)
+    if all(map(words.is_latin, texts)):
+        return tokenizer, False
+    tokenize = BLEU(tokenize=tokenizer).tokenizer
+    return tokenizer, all(len(tokenize(text).split()) < 4 for text in texts)
+
+
+class _Words:
+    """`words.words` as rouge-score wants a tokenizer."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return words.words(text)
+
+
+class _Symbols:
+    """What stands between blanks, for texts that have no words."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return text.split()
 
 
 def rouge(references: References, predictions: Sequence[str]) -> dict[str, float]:
-    """ROUGE-1, ROUGE-2 and ROUGE-Lsum F-measures, the best over the references, averaged.
+    """Computes ROUGE-1, -2 and -Lsum F-measures, the best over the references, averaged.
 
     Source: Lin (2004), by the rouge-score package. `t5.evaluation.metrics.rouge` reports the middle
     of an unseeded bootstrap instead of the mean, so that its figure changes from call to call.
+
+    rouge-score's tokenizer knows a-z and 0-9 alone: in other scripts a text equals nothing, not
+    even itself. It is used for references of these letters, and `words.words` for others; a
+    reference without any word, such as "+", is compared by what stands between its blanks.
     """
     _check(references, predictions)
-    from rouge_score import rouge_scorer
+    from rouge_score import rouge_scorer, tokenizers
 
     names = ["rouge1", "rouge2", "rougeLsum"]
-    scorer = rouge_scorer.RougeScorer(names)
+    default, unicode, symbols = (
+        rouge_scorer.RougeScorer(names, tokenizer=tokenizer)
+        for tokenizer in (tokenizers.DefaultTokenizer(), _Words(), _Symbols())
+    )
+
+    def score(reference: str, prediction: str) -> Mapping[str, Any]:
+        scorer = default if words.is_ascii(reference) else unicode
+        scorer = scorer if words.words(reference) else symbols
+        # ROUGE-Lsum takes a line for a sentence.
+        return scorer.score(*(text.replace(" . ", " .\n") for text in (reference, prediction)))
+
     sums = dict.fromkeys(names, 0.0)
     for of_one, prediction in zip(references, predictions, strict=True):
-        # ROUGE-Lsum takes a line for a sentence.
-        best = [
-            scorer.score(text.replace(" . ", " .\n"), prediction.replace(" . ", " .\n"))
-            for text in of_one
-        ]
+        best = [score(text, prediction) for text in of_one]
         for name in names:
-            sums[name] += max(score[name].fmeasure for score in best)
+            sums[name] += max(scores[name].fmeasure for scores in best)
     return {name: 100.0 * total / len(predictions) for name, total in sums.items()}
+
+
+def settings(names: Sequence[str], references: References) -> dict[str, str]:
+    """Says by what rules metrics split texts, where the references' script asks for others.
+
+    Args:
+        names: The metrics'.
+        references: Per example every text that counts as right.
+
+    Returns:
+        By metric, a few words; nothing of those that are computed as everywhere.
+    """
+    found = {}
+    texts = [text for of_one in references for text in of_one]
+    if "squad" in names and not all(map(words.is_latin, texts)):
+        found["squad"] = "punctuation of all scripts; letters of scripts without spaces"
+    if "rouge" in names and not all(words.is_ascii(text) and words.words(text) for text in texts):
+        found["rouge"] = "words of all scripts; letters of scripts without spaces"
+    if "bleu" in names:
+        tokenizer, effective_order = _bleu_settings(references)
+        if tokenizer != "intl" or effective_order:
+            found["bleu"] = f"tokenize={tokenizer}" + ", effective order" * effective_order
+    return found
 
 
 def figures(
