@@ -1,7 +1,7 @@
 """Checkpoints: directories that are whole or absent, and say what they are and where from."""
 
 from m2l.checkpoints.extents import Extents
-from m2l.checkpoints.manifest import Manifest
+from m2l.checkpoints.manifest import Manifest, check_vocabulary
 from m2l.checkpoints.orbax import create, open_extents
 from m2l.checkpoints.publishing import Flusher, check_absent, clean, publish, remove
 from m2l.checkpoints.reading import (
@@ -26,6 +26,7 @@ __all__ = [
     "Writer",
     "check_absent",
     "check_tokenizer",
+    "check_vocabulary",
     "clean",
     "create",
     "describe",

@@ -12,7 +12,7 @@ import numpy as np
 
 from m2l import models, signals
 from m2l.checkpoints.identity import KEY, files_digest, finished, key_of
-from m2l.checkpoints.manifest import Manifest
+from m2l.checkpoints.manifest import Manifest, check_vocabulary
 from m2l.checkpoints.saving import writing
 from m2l.checkpoints.streaming import FLOATS, WORKERS, blocks, in_parallel
 from m2l.checkpoints.trees import flatten
@@ -92,7 +92,8 @@ def import_tensors(
 
     Raises:
         CheckpointError: Before anything is read or written: a tensor is missing, has another
-            shape, is no float, is claimed twice or not at all; or `out` exists. Then: a tensor
+            shape, is no float, is claimed twice or not at all; the vocabulary has more ids than
+            the model's embedding rows; or `out` exists. Then: a tensor
             cannot be read, or a value is too large for `dtype`.
         UnknownNameError: There is no such dtype.
     """
@@ -107,6 +108,7 @@ def import_tensors(
     same = finished(out, lambda manifest: manifest.made_by.get(KEY) == made_by[KEY])
     if same is not None:
         return same
+    check_vocabulary(vocabulary, config.vocab_size, source)
     shapes = parameter_shapes(config)
     check_origins(shapes, tensors, origins, source=source, ignored=ignored)
     cast = None if dtype is None else float_dtype(dtype)

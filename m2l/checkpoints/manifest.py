@@ -120,6 +120,28 @@ class Manifest:
         return cls(**content | {"parents": tuple(content["parents"])})
 
 
+def check_vocabulary(
+    vocabulary: Mapping[str, Any], vocab_size: int, where: str | Path | None = None
+) -> None:
+    """Refuses a tokenizer with ids that a model has no embedding for, as after adding tokens.
+
+    Args:
+        vocabulary: {"name", "size", "fingerprint"} of the one that the model is to read.
+        vocab_size: How many rows the model's embedding has.
+        where: The model, for the message; None: one that is only configured.
+
+    Raises:
+        CheckpointError: there are more ids than rows.
+    """
+    if vocabulary["size"] > vocab_size:
+        resize = "resize its embedding" if where else f"set vocab_size to {vocabulary['size']}"
+        raise CheckpointError(
+            f"{where or 'the model'}: the tokenizer {vocabulary['name']!r} has "
+            f"{vocabulary['size']} ids, the model room for {vocab_size} (vocab_size): they do not "
+            f"belong together; name another with --vocabulary, or {resize}"
+        )
+
+
 def _checksum(content: Mapping[str, Any]) -> str:
     # In the file's order: sorted, keys that JSON turns into strings could change places.
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()

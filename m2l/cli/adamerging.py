@@ -118,12 +118,14 @@ def adamerging(
 
 def _check_alike(models_of: Sequence[tuple[Path, Any]]) -> None:
     """Refuses what is no model, or another model than the first, before anything is read."""
-    from m2l import models
+    from m2l import checkpoints, models
 
     path_of_base, base = models_of[0]
     for path, manifest in models_of:
         if manifest.made_by.get("kind") == "statistics":
             raise MergeError(f"{path}: it holds statistics of a model, not a model")
+        vocab_size = models.from_dict(manifest.model).vocab_size
+        checkpoints.check_vocabulary(manifest.vocabulary, vocab_size, path)
         where = f"{path} cannot be merged with {path_of_base}"
         if manifest.vocabulary["fingerprint"] != base.vocabulary["fingerprint"]:
             raise MergeError(f"{where}: another vocabulary, {manifest.vocabulary['name']!r}")

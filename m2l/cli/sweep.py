@@ -96,6 +96,8 @@ def sweep(
     }
     files.check_claim(out, "sweep.json", content, what="sweep")
     manifest = checkpoints.read_manifest(experts[0])
+    config = models.from_dict(manifest.model)
+    checkpoints.check_vocabulary(manifest.vocabulary, config.vocab_size, experts[0])
     loaded, tasks = scored_tasks(
         mixture,
         task_files,
@@ -107,7 +109,6 @@ def sweep(
         max_examples=max_examples,
     )
     files.claim(out, "sweep.json", content)
-    config = models.from_dict(manifest.model)
     trees = [checkpoints.restore(path) for path in experts]
     of_base = None if base is None else checkpoints.restore(base)
     beside = [checkpoints.restore(path) for path in statistics]

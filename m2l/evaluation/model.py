@@ -41,7 +41,8 @@ def open_model(path: str | Path, vocabulary: str | None = None) -> Model:
         vocabulary: Of a Hugging Face directory, where its tokenizer is; None: in it.
 
     Raises:
-        CheckpointError: it is missing, unfinished, damaged or of an unknown kind.
+        CheckpointError: it is missing, unfinished, damaged or of an unknown kind; or its tokenizer
+            has more ids than its embedding rows.
         DataError: a Hugging Face directory without a tokenizer.
     """
     path = Path(path)
@@ -55,11 +56,14 @@ def open_model(path: str | Path, vocabulary: str | None = None) -> Model:
         return checkpoints.restore(directory, shardings=shardings)
 
     config = models.from_dict(manifest.model)
+    checkpoints.check_vocabulary(manifest.vocabulary, config.vocab_size, directory)
     return Model(directory, config, manifest.vocabulary, manifest.digest, read)
 
 
 def _of_huggingface(directory: Path, vocabulary: str | None) -> Model:
     layout, stored = huggingface.open_model(directory)
+    described = tokenizer_files.describe(vocabulary or str(directory))
+    checkpoints.check_vocabulary(described, layout.config.vocab_size, directory)
 
     def read(shardings: Any) -> dict[str, Any]:
         found = {
@@ -79,5 +83,4 @@ def _of_huggingface(directory: Path, vocabulary: str | None) -> Model:
     for file in (directory / "config.json", *sorted(directory.glob("*.safetensors"))):
         with file.open("rb") as content:
             digest.update(hashlib.file_digest(content, "sha256").digest())
-    described = tokenizer_files.describe(vocabulary or str(directory))
     return Model(directory, layout.config, described, digest.hexdigest(), read)

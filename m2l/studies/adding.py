@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import seqio
 
-from m2l import files, models, tasks
+from m2l import checkpoints, files, models, tasks
 from m2l.checkpoints import Manifest
 from m2l.data import pipeline, vocabularies
 from m2l.errors import ConfigError, DataError, UnknownNameError
@@ -159,6 +159,8 @@ def add(adding: Adding, out: Path, *, resolved_config: str | None = None) -> Add
     described = vocabularies.describe(vocabulary, vocabulary_name)
     if described["fingerprint"] != found["general"].manifest.vocabulary["fingerprint"]:
         raise DataError(f"vocabulary {vocabulary_name!r} is not the one that the model reads")
+    vocab_size = found["general"].manifest.model["vocab_size"]
+    checkpoints.check_vocabulary(described, vocab_size, adding.general)
     zero = _heuristic(adding)
     to_learn, to_keep = _halves(adding.learn, adding), _halves(adding.keep, adding)
     names = [{judged.info.name for _, judged in part} for part in (to_learn, to_keep)]

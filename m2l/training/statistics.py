@@ -218,6 +218,7 @@ def gather(
         )
     checkpoints.check_absent(out)
     config = models.from_dict(manifest.model)
+    checkpoints.check_vocabulary(vocabulary, config.vocab_size, directory)
     settings = {
         "mixture": mixture,
         "split": split,
