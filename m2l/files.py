@@ -27,6 +27,17 @@ TOKENIZER_SETTINGS = (
 )
 # Before a tokenizer's path: its prompts are rendered by its chat template.
 CHAT = "chat:"
+_PREFIXES = re.compile(r"(?:(?:chat(?:@[^:/]*)?|space|nospace):)*")
+
+
+def split_name(vocabulary: str) -> tuple[str, str]:
+    """Splits a vocabulary's name into what says how texts are put to it, and the path.
+
+    "chat@2025-01-31:nospace:/a/b" is "chat@2025-01-31:nospace:" and "/a/b".
+    """
+    prefixes = _PREFIXES.match(vocabulary)[0]
+    return prefixes, vocabulary[len(prefixes) :]
+
 
 # The vocabularies that come with m2l, and their sentinels for span corruption, which bring the
 # sizes to a multiple of 128.

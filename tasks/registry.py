@@ -17,6 +17,7 @@ from m2l.data.rendering import renderer
 from m2l.data.sources import Records, RecordSource
 from m2l.errors import DataError
 from m2l.evaluation import metrics, seqio_metrics
+from m2l.files import split_name
 from m2l.tasks import LANGUAGE_MODELING, SPAN_CORRUPTION, flan, sources
 
 # T0 (Sanh et al., 2022, section 4): a dataset counts once per prompt, and at most this often.
@@ -181,7 +182,7 @@ def corpus_tasks(records: Records, vocabulary: str) -> list[seqio.Task]:
     Span corruption for encoder-decoders; for decoders the text itself, as targets of no inputs.
     """
     # The text continues nothing, and is no message of a chat.
-    bare = vocabularies.load(vocabulary.removeprefix("chat:"))
+    bare = vocabularies.load(split_name(vocabulary)[1])
     features = {
         "inputs": seqio.Feature(vocabulary=bare, add_eos=False),
         "targets": seqio.Feature(vocabulary=bare, add_eos=True),

@@ -12,7 +12,6 @@ from m2l.checkpoints.huggingface_fields import read_json
 from m2l.errors import CheckpointError
 from m2l.files import (
     BYTES_TOKENIZER,
-    CHAT,
     EXTRA_IDS,
     GENERATION,
     MICROWORLD,
@@ -21,6 +20,7 @@ from m2l.files import (
     TOKENIZER_MODEL,
     TOKENIZER_SETTINGS,
     microworld_pieces,
+    split_name,
 )
 
 DIRECTORY = "tokenizer"
@@ -28,13 +28,13 @@ DIRECTORY = "tokenizer"
 
 def is_path(name: str | None) -> bool:
     """Whether a vocabulary's name in a manifest is a path, and not what m2l ships."""
-    return name is not None and os.path.isabs(name.removeprefix(CHAT))
+    return name is not None and os.path.isabs(split_name(name)[1])
 
 
 def name_in(name: str, checkpoint: Path | None = None) -> str:
     """The vocabulary's name when a checkpoint carries it: on disk, or as it is read from there."""
     where = DIRECTORY if checkpoint is None else str(checkpoint / DIRECTORY)
-    return CHAT + where if name.startswith(CHAT) else where
+    return split_name(name)[0] + where
 
 
 def check_tokenizer(vocabulary: Mapping[str, Any]) -> None:
@@ -139,7 +139,7 @@ def verify(checkpoint: Path, digests: Mapping[str, str]) -> None:
 
 def _sources(name: str) -> dict[str, Path]:
     """The files to copy, by what they are to be called."""
-    path = Path(name.removeprefix(CHAT))
+    path = Path(split_name(name)[1])
     if path.is_dir():
         chosen = {file: path / file for file in (SPIECE, TOKENIZER_JSON, TOKENIZER_MODEL)}
         folder = path
@@ -167,7 +167,7 @@ def _ends(config: Path) -> dict[str, Any]:
 
 def _gone(name: str) -> CheckpointError:
     return CheckpointError(
-        f"{name.removeprefix(CHAT)}: the vocabulary's file is not there any more, and the "
+        f"{split_name(name)[1]}: the vocabulary's file is not there any more, and the "
         "checkpoint is to carry it; put it back"
     )
 

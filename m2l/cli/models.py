@@ -12,12 +12,14 @@ import click
 
 from m2l.cli.data import jsonl_files, register, scored_tasks
 from m2l.cli.options import DIRECTORY, print_table, with_gin, with_source
-from m2l.errors import ConfigError
+from m2l.errors import ConfigError, DataError
 from m2l.evaluation.metrics import GENERATIVE_SCORES
+from m2l.files import read_json, split_name
 
 _VOCABULARY = (
     "microworld, bytes, a SentencePiece model, a tokenizer.json or its folder; chat: before it "
-    "puts inputs into its chat template."
+    "puts inputs into its chat template (chat@2025-01-31: tells it that date), space: or nospace: "
+    "says whether a space stands between a decoder's inputs and targets."
 )
 
 
@@ -112,6 +114,13 @@ def train(
         final |= json.loads(line)
     rows = [(name, float(value)) for name, value in final.items() if name != "step"]
     print_table(f"step {final['step']}", ["figure", "value"], rows)
+    cut = read_json(out / "finished.json")
+    if "targets_cut" in cut:
+        click.echo(
+            f"cut: {cut['inputs_cut']:,} inputs and {cut['targets_cut']:,} targets of "
+            f"{cut['examples']:,} examples were longer than {run.settings.input_length} and "
+            f"{run.settings.target_length} tokens"
+        )
     click.echo(f"checkpoint: {last}")
 
 
@@ -310,8 +319,14 @@ def _compare(one: Path, other: Path) -> None:
     "--beams", type=click.IntRange(min=1), default=1, show_default=True, help="1: greedy."
 )
 @click.option("--chat", is_flag=True, help="Each text is a message, in the tokenizer's template.")
+@click.option("--vocabulary", help=f"{_VOCABULARY} By default the checkpoint's own.")
 def generate(
-    checkpoint: Path, texts: tuple[str, ...], max_length: int, beams: int, chat: bool
+    checkpoint: Path,
+    texts: tuple[str, ...],
+    max_length: int,
+    beams: int,
+    chat: bool,
+    vocabulary: str | None,
 ) -> None:
     """What a checkpoint writes after each text (or line of the standard input)."""
     import jax
@@ -322,14 +337,16 @@ def generate(
     from m2l.evaluation import generation
     from m2l.evaluation.model import open_model
 
-    opened = open_model(checkpoint)
-    name = opened.vocabulary["name"]
-    name = f"chat:{name}" if chat and not name.startswith("chat:") else name
-    vocabulary = vocabularies.load(name)
+    opened = open_model(checkpoint, vocabulary)
+    name = vocabulary or opened.vocabulary["name"]
+    name = f"chat:{name}" if chat and "chat" not in split_name(name)[0] else name
+    loaded = vocabularies.load(name)
+    if vocabularies.describe(loaded, name)["fingerprint"] != opened.vocabulary["fingerprint"]:
+        raise DataError(f"vocabulary {name!r} is not the one that the model reads")
     if not texts and sys.stdin.isatty():
         click.echo("m2l: one text a line; Ctrl-D after the last", err=True)
     texts = texts or tuple(line for line in sys.stdin.read().splitlines() if line.strip())
-    encoded = [np.array(vocabulary.encode(text), np.int32) for text in texts]
+    encoded = [np.array(loaded.encode(text), np.int32) for text in texts]
     nothing = np.empty(0, np.int32)
     how = {} if beams == 1 else {"beams": beams}
     decode = generation.greedy if beams == 1 else generation.beam_search
@@ -341,10 +358,10 @@ def generate(
             for ids, text in zip(encoded, texts, strict=True)
         ],
         max_length=max_length,
-        layout=layouts.of(opened.config, vocabulary),
-        eos_id=vocabulary.eos_id,
+        layout=layouts.of(opened.config, loaded),
+        eos_id=loaded.eos_id,
         batch_size=min(8, max(1, len(texts))),
         **how,
     )
     for text, ids in zip(texts, written, strict=True):
-        click.echo(f"{text}\n> {vocabularies.continuing(vocabulary).decode(ids.tolist())}")
+        click.echo(f"{text}\n> {vocabularies.continuing(loaded).decode(ids.tolist())}")

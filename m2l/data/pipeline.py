@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import weakref
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -103,6 +104,16 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         except tf.errors.InvalidArgumentError as error:
             raise DataError(unusable(self._made_from["mixture"], error)) from error
 
+    @property
+    def cut(self) -> dict[str, int] | None:
+        """How many examples the batches handed out hold, and how many of them were cut.
+
+        {"examples", "inputs_cut", "targets_cut"}, counted from the beginning of the data, also
+        after `restore`; None of a pipeline of seqio's own, which cuts without a count, and behind
+        a position that was saved without one.
+        """
+        return self._stream.cut
+
     def state(self) -> bytes:
         """The position, at most a few kilobytes; batches read ahead do not count as handed out."""
         header = json.dumps(self._made_from, sort_keys=True).encode()
@@ -145,11 +156,15 @@ class _Drawn(Iterator[dict[str, np.ndarray]]):
     def __init__(
         self,
         draws: Draws,
-        example: Callable[[tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]],
+        example: Callable[[tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor, tf.Tensor]],
         batched: Callable[[Iterator[Any]], Iterator[tuple[dict[str, np.ndarray], int]]],
     ):
         self._draws, self._example, self._batched = draws, example, batched
         self._done = 0
+        # Of the examples done, how many had their inputs and their targets cut.
+        self._cut: np.ndarray | None = np.zeros(2, np.int64)
+        # Whether each example behind them that was made had its inputs and its targets cut.
+        self._ahead: deque[np.ndarray] = deque()
         self._batches: Iterator[tuple[dict[str, np.ndarray], int]] | None = None
         self._running: list[Iterator[Any]] = []
         # TensorFlow must let go of a generator of Python's while there still is a Python.
@@ -158,11 +173,22 @@ class _Drawn(Iterator[dict[str, np.ndarray]]):
     def __next__(self) -> dict[str, np.ndarray]:
         if self._batches is None:
             _close(self._running)
+            self._ahead.clear()
             self._running.append(self._examples())
             self._batches = self._batched(self._running[0])
         batch, examples = next(self._batches)
         self._done += examples
+        cut = [self._ahead.popleft() for _ in range(examples)]
+        if self._cut is not None:
+            self._cut += np.sum(cut, axis=0)
         return batch
+
+    @property
+    def cut(self) -> dict[str, int] | None:
+        if self._cut is None:
+            return None
+        inputs, targets = self._cut.tolist()
+        return {"examples": self._done, "inputs_cut": inputs, "targets_cut": targets}
 
     def _examples(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         pairs = tf.data.Dataset.from_generator(
@@ -171,17 +197,24 @@ class _Drawn(Iterator[dict[str, np.ndarray]]):
         )
         made = pairs.unbatch().map(self._example, num_parallel_calls=_CALLS)
         chunks = made.ragged_batch(_CHUNK).prefetch(_CHUNKS_AHEAD).with_options(as_written())
-        for chunk in chunks:
-            yield from zip(*map(_sequences, chunk), strict=True)
+        for inputs, targets, cut in chunks:
+            rows = _sequences(inputs), _sequences(targets), cut.numpy()
+            for of_inputs, of_targets, of_cut in zip(*rows, strict=True):
+                self._ahead.append(of_cut)
+                yield of_inputs, of_targets
 
     def position(self) -> bytes:
         counts = self._draws.counts(self._done).tolist()
-        return json.dumps({"examples": self._done, "counts": counts}).encode()
+        cut = None if self._cut is None else self._cut.tolist()
+        return json.dumps({"examples": self._done, "counts": counts, "cut": cut}).encode()
 
     def move(self, position: bytes) -> None:
         saved = json.loads(position)
         self._draws.move(int(saved["examples"]), saved["counts"])
         self._done, self._batches = int(saved["examples"]), None
+        # An older m2l did not count.
+        cut = saved.get("cut")
+        self._cut = None if cut is None else np.array(cut, np.int64).reshape(2)
 
 
 def _close(running: list[Iterator[Any]]) -> None:
@@ -195,6 +228,8 @@ def _sequences(ragged: tf.RaggedTensor) -> list[np.ndarray]:
 
 class _Piped(Iterator[dict[str, np.ndarray]]):
     """Batches of a dataset that keeps its position itself, as its sources' cursors."""
+
+    cut = None
 
     def __init__(self, dataset: tf.data.Dataset):
         options = as_written()
@@ -321,16 +356,16 @@ def _drawn(
     rates = [provider.get_rate(task) for task in tasks] if len(tasks) > 1 else [1.0]
     features = tasks[0].output_features
 
-    def tokens(name: str, text: tf.Tensor) -> tf.Tensor:
-        """What `tokenize` and `append_eos` make of a text, and seqio of what is too long."""
+    def tokens(name: str, text: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """What `tokenize` and `append_eos` make of a text, and whether it was cut to its length."""
         feature, length = features[name], lengths[name]
         ids = feature.vocabulary.encode_tf(text)
-        if not feature.add_eos:
-            return ids[:length]
-        return tf.concat([ids[: length - 1], [feature.vocabulary.eos_id]], axis=0)
+        most = length - 1 if feature.add_eos else length
+        end = [feature.vocabulary.eos_id] if feature.add_eos else []
+        return tf.concat([ids[:most], tf.constant(end, tf.int32)], axis=0), tf.size(ids) > most
 
     @tf.autograph.experimental.do_not_convert
-    def example(task: tf.Tensor, count: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    def example(task: tf.Tensor, count: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         # As tf.switch_case, but the branches stay functions. Inlined, as it has them, all of a
         # hundred are walked through for every example, to find out that they are not taken.
         texts = cond_v2.indexed_case(
@@ -338,7 +373,9 @@ def _drawn(
             [functools.partial(make, count) for make in of_task],
             lower_using_switch_merge=False,
         )
-        return tokens("inputs", texts["inputs"]), tokens("targets", texts["targets"])
+        inputs, inputs_cut = tokens("inputs", texts["inputs"])
+        targets, targets_cut = tokens("targets", texts["targets"])
+        return inputs, targets, tf.cast(tf.stack([inputs_cut, targets_cut]), tf.int32)
 
     def batched(examples: Iterator[Any]) -> Iterator[tuple[dict[str, np.ndarray], int]]:
         return packing.batches(examples, lengths, batch_size, pack, layout)

@@ -15,7 +15,6 @@ from m2l.errors import DataError
 from m2l.files import (
     BYTES,
     BYTES_TOKENIZER,
-    CHAT,
     EXTRA_IDS,
     MICROWORLD,
     SPIECE,
@@ -24,6 +23,7 @@ from m2l.files import (
     TOKENIZER_SETTINGS,
     check_local,
     microworld_pieces,
+    split_name,
 )
 
 # Sentinels for span corruption at the end of the vocabulary: of T5's own models, and of ours.
@@ -133,7 +133,7 @@ def read(name: str) -> Files:
         DataError: there is no such file or directory, it holds no tokenizer, or one that cannot be
             used.
     """
-    plain = name.removeprefix(CHAT)
+    plain = split_name(name)[1]
     if plain == BYTES:
         return Bytes(EXTRA_IDS[BYTES])
     if plain == MICROWORLD:
@@ -170,10 +170,10 @@ def _extra_ids(settings: Path, default: int) -> int:
 
 def absolute(name: str) -> str:
     """A vocabulary's name with its path, if it has one, made absolute."""
-    plain = name.removeprefix(CHAT)
+    prefixes, plain = split_name(name)
     if plain in (BYTES, MICROWORLD):
         return name
-    return name.removesuffix(plain) + os.path.abspath(Path(plain).expanduser())
+    return prefixes + os.path.abspath(Path(plain).expanduser())
 
 
 def describe(name: str, files: Files | None = None) -> dict[str, Any]:
@@ -192,8 +192,9 @@ def describe(name: str, files: Files | None = None) -> dict[str, Any]:
     """
     files = read(name) if files is None else files
     shipped = {read(each).fingerprint: each for each in (BYTES, MICROWORLD)}
-    known = absolute(name) if name.startswith(CHAT) else shipped.get(files.fingerprint)
-    return {"name": known or absolute(name), "size": files.size, "fingerprint": files.fingerprint}
+    known = shipped.get(files.fingerprint)
+    full = split_name(name)[0] + known if known else absolute(name)
+    return {"name": full, "size": files.size, "fingerprint": files.fingerprint}
 
 
 def main_file(name: str) -> Path:
@@ -202,9 +203,9 @@ def main_file(name: str) -> Path:
     Raises:
         DataError: there is no such file or directory, or the directory holds no tokenizer.
     """
-    check_local(name.removeprefix(CHAT))
+    check_local(split_name(name)[1])
     # Links are not followed: Hugging Face's cache gives files their names by them.
-    path = Path(absolute(name).removeprefix(CHAT))
+    path = Path(split_name(absolute(name))[1])
     if path.is_file():
         return path
     if not path.is_dir():

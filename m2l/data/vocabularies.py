@@ -1,5 +1,6 @@
 """Vocabularies: the microworld's, bytes, a SentencePiece model, a checkpoint's own tokenizer."""
 
+import datetime
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from m2l.data.tokenizer_files import (
     TokenizerJson,
 )
 from m2l.errors import DataError
-from m2l.files import CHAT
+from m2l.files import split_name
 
 __all__ = [
     "EOS",
@@ -36,6 +37,7 @@ __all__ = [
     "continuing",
     "describe",
     "load",
+    "settings",
     "start_id",
 ]
 
@@ -48,23 +50,34 @@ def load(name: str) -> seqio.Vocabulary:
             (ByT5's, 384 ids), a SentencePiece model such as T5's spiece.model, a tokenizer.json, or
             a directory of tokenizer files. Of a directory, spiece.model decides (T5's and mT5's),
             else tokenizer.json, else tokenizer.model (Llama 2's). "chat:" before a path to a
-            tokenizer.json or its directory renders what is encoded by the chat template.
+            tokenizer.json or its directory renders what is encoded by the chat template;
+            "chat@2025-01-31:" tells it that day's date, in place of `chat.DATE`. "space:" or
+            "nospace:" before a decoder's says whether a space stands between inputs and targets,
+            which is else tried out (see `continuing`).
 
     Raises:
-        DataError: the file is missing or no tokenizer; T5's does not number padding, end of
+        DataError: the name's prefixes contradict each other, or mean nothing to this tokenizer;
+            the file is missing or no tokenizer; T5's does not number padding, end of
             sequence and unknown 0, 1, 2; nothing says which token ends a text; or its chat template
             is missing or fails.
     """
+    date, space = _reading(name)
     files = tokenizer_files.read(name)
     if isinstance(files, TokenizerJson):
-        if not name.startswith(CHAT):
-            return TokenizerVocabulary(files)
+        if date is None:
+            return TokenizerVocabulary(files, space=space)
         directory = tokenizer_files.main_file(name).parent
-        return TokenizerVocabulary(files, chat.read(directory, files.special_tokens))
-    if name.startswith(CHAT):
+        template = chat.read(directory, files.special_tokens, date)
+        return TokenizerVocabulary(files, template, space)
+    if date is not None:
         raise DataError(
             f"vocabulary {name!r}: only a tokenizer.json knows a chat template's special tokens; "
             "leave chat: out"
+        )
+    if space is not None and not isinstance(files, SentencePiece):
+        raise DataError(
+            f"vocabulary {name!r}: T5's vocabularies encode targets as they are; leave space: and "
+            "nospace: out"
         )
     match files:
         case Bytes():
@@ -72,7 +85,29 @@ def load(name: str) -> seqio.Vocabulary:
         case T5SentencePiece():
             return seqio.SentencePieceVocabulary(str(files.file), extra_ids=files.extra_ids)
         case SentencePiece():
-            return DecoderSentencePieceVocabulary(files)
+            return DecoderSentencePieceVocabulary(files, space)
+
+
+def _reading(name: str) -> tuple[datetime.date | None, bool | None]:
+    """What a name's prefixes say: a chat's date, None for no chat; whether a space is put."""
+    prefixes = split_name(name)[0].split(":")[:-1]
+    kinds = [prefix.partition("@")[0] for prefix in prefixes]
+    spaces = [kind == "space" for kind in kinds if kind != "chat"]
+    if len(spaces) > 1 or kinds.count("chat") > 1:
+        raise DataError(
+            f"vocabulary {name!r}: expected chat: once at most, and one of space: and nospace:"
+        )
+    date = None
+    for prefix in prefixes:
+        if prefix.startswith("chat"):
+            try:
+                day = prefix.partition("@")[2]
+                date = datetime.date.fromisoformat(day) if "@" in prefix else chat.DATE
+            except ValueError as error:
+                raise DataError(
+                    f"vocabulary {name!r}: {day!r} is not a date; expected chat@YYYY-MM-DD:"
+                ) from error
+    return date, spaces[0] if spaces else None
 
 
 def describe(vocabulary: seqio.Vocabulary, name: str) -> dict[str, Any]:
@@ -105,6 +140,22 @@ def _files_of(vocabulary: seqio.Vocabulary) -> Files:
     raise TypeError(f"{type(vocabulary).__name__} is not from vocabularies.load")
 
 
+def settings(vocabulary: seqio.Vocabulary) -> dict[str, str]:
+    """Says what a vocabulary's name decides of the texts, where it is not as everywhere.
+
+    Returns:
+        "chat_date": the date that a chat template which asks for it is told; "target_space":
+        whether a space stands between a decoder's inputs and targets, if the name says so.
+    """
+    found = {}
+    template = getattr(vocabulary, "chat_template", None)
+    if template and template.reads_date:
+        found["chat_date"] = template.date.isoformat()
+    if (space := getattr(vocabulary, "space", None)) is not None:
+        found["target_space"] = "space" if space else "none"
+    return found
+
+
 def start_id(vocabulary: seqio.Vocabulary) -> int | None:
     """The id that a decoder-only model's rows start with, before the inputs; None for none.
 
@@ -119,8 +170,9 @@ def continuing(vocabulary: seqio.Vocabulary) -> seqio.Vocabulary:
 
     A decoder reads inputs and targets as one text, "inputs targets": encoded apart they must be the
     same ids. Byte-level tokenizers need the space before the target for it, others add it
-    themselves; which it is, is tried out. Behind a chat's prompt the answer begins without one, and
-    T5's vocabularies encode targets as they are.
+    themselves; which it is, is tried out, unless the vocabulary's name says it ("space:",
+    "nospace:"). Behind a chat's prompt the answer begins without one, unless the name says so too,
+    and T5's vocabularies encode targets as they are.
 
     Returns:
         A vocabulary of the same ids, whose `decode` gives the target back without the space. An
@@ -129,10 +181,13 @@ def continuing(vocabulary: seqio.Vocabulary) -> seqio.Vocabulary:
     Raises:
         DataError: neither way gives the ids of the joint text.
     """
-    if isinstance(vocabulary, TokenizerVocabulary) and vocabulary.chat_template:
-        return TokenizerVocabulary(vocabulary.files)
     if not isinstance(vocabulary, TokenizerVocabulary | DecoderSentencePieceVocabulary):
         return vocabulary
+    space = vocabulary.space
+    if isinstance(vocabulary, TokenizerVocabulary) and vocabulary.chat_template:
+        vocabulary, space = TokenizerVocabulary(vocabulary.files), bool(space)
+    if space is not None:
+        return _Continuing(vocabulary) if space else vocabulary
     first, second, spaced, joint = map(vocabulary.encode, ("a", "b", " b", "a b"))
     if joint == first + second:
         return vocabulary
@@ -140,7 +195,8 @@ def continuing(vocabulary: seqio.Vocabulary) -> seqio.Vocabulary:
         return _Continuing(vocabulary)
     raise DataError(
         "this vocabulary's pieces reach over the space between two words, so that inputs and "
-        "targets encoded apart are not what they are as one text"
+        "targets encoded apart are not what they are as one text; to encode them apart all the "
+        "same, put space: or nospace: before its name"
     )
 
 
@@ -155,12 +211,18 @@ class TokenizerVocabulary(seqio.Vocabulary):
     Attributes:
         files: The tokenizer and its ends.
         chat_template: By which texts are rendered before they are encoded, if at all.
+        space: Whether targets go on behind a space; None: as `continuing` finds.
         start_id: What a row starts with; None if nothing, or if the chat template writes it.
     """
 
-    def __init__(self, files: TokenizerJson, chat_template: ChatTemplate | None = None):
+    def __init__(
+        self,
+        files: TokenizerJson,
+        chat_template: ChatTemplate | None = None,
+        space: bool | None = None,
+    ):
         super().__init__(extra_ids=0)
-        self.files, self.chat_template = files, chat_template
+        self.files, self.chat_template, self.space = files, chat_template, space
         self.start_id = files.start_id
         # A first rendering also shows whether the template works at all.
         if chat_template and self._encode("a")[:1] == [files.start_id]:
@@ -221,8 +283,10 @@ class TokenizerVocabulary(seqio.Vocabulary):
             return self.decode(ids.tolist()).encode()
         return np.array([self._decode_rows(row) for row in ids], object)
 
-    def _identity(self) -> tuple[str, str | None]:
-        return self.files.fingerprint, self.chat_template and self.chat_template.source
+    def _identity(self) -> tuple[str, str | None, datetime.date | None]:
+        template = self.chat_template
+        date = template.date if template and template.reads_date else None
+        return self.files.fingerprint, template and template.source, date
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, TokenizerVocabulary) and self._identity() == other._identity()
@@ -238,11 +302,12 @@ class DecoderSentencePieceVocabulary(seqio.SentencePieceVocabulary):
 
     Attributes:
         start_id: What a row starts with, if with anything.
+        space: Whether targets go on behind a space; None: as `continuing` finds.
     """
 
-    def __init__(self, files: SentencePiece):
+    def __init__(self, files: SentencePiece, space: bool | None = None):
         super().__init__(str(files.file), extra_ids=0)
-        self.start_id = files.start_id
+        self.start_id, self.space = files.start_id, space
 
 
 class _Continuing(seqio.Vocabulary):

@@ -33,6 +33,9 @@ class Result:
             for BLEU, which is dear to compute so often.
         tokens: Tokens that the model scored or read, without padding and without what it wrote.
         padding: The share of padding beside them.
+        settings: What else decided the figures, where it is not as everywhere: how metrics split
+            texts of other scripts, the date that a chat template was told, whether a space stands
+            between inputs and targets.
     """
 
     task: str
@@ -52,6 +55,7 @@ class Result:
     interval: Sequence[float] | None = None
     tokens: int = 0
     padding: float = 0.0
+    settings: Mapping[str, str] = dataclasses.field(default_factory=dict)
     m2l_version: str = m2l.__version__
     format_version: int = FORMAT_VERSION
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from m2l.data import layouts
+from m2l.data import layouts, vocabularies
 from m2l.errors import ConfigError, UnknownNameError
 from m2l.evaluation import batching, bootstrap, generation, likelihood, metrics, ranking
 from m2l.evaluation.results import (
@@ -238,8 +238,17 @@ class Evaluator:
             interval=interval,
             tokens=tokens,
             padding=1 - tokens / size,
+            settings=self._settings(task),
         )
         return Outcome(result, lines)
+
+    def _settings(self, task: TaskData) -> dict[str, str]:
+        """What decides a task's figures beside its examples, where it is not as everywhere."""
+        found = vocabularies.settings(self.vocabulary)
+        if task.decoded:
+            references = [example.reference for example in task.examples]
+            found |= metrics.settings(task.info.metrics, references)
+        return found
 
     def _texts(self, ready: _Ready, params: Any, on_done: OnDone) -> list[str]:
         task = ready.task

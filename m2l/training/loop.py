@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from m2l import checkpoints, files, models, partitioning
-from m2l.errors import ConfigError, DataError, M2LError, Stopped
+from m2l.errors import DataError, M2LError, Stopped
 from m2l.progress import Progress
 from m2l.training import (
     failures,
@@ -82,17 +82,13 @@ def train(
         manifest = checkpoints.read_manifest(init)
         starting.check_same_model(init, manifest, config, vocabulary)
         parents = [{"role": "init", "path": str(init), "digest": manifest.digest}]
-    if vocabulary["size"] > config.vocab_size:
-        raise ConfigError(
-            f"vocabulary {vocabulary['name']!r} has {vocabulary['size']} ids, the model room for "
-            f"{config.vocab_size}; set its vocab_size to at least that"
-        )
+    checkpoints.check_vocabulary(vocabulary, config.vocab_size, init)
     data = dict(data) | ({"synthetic": True} if synthetic else {})
     made_by = {"kind": "train", "settings": dataclasses.asdict(settings), "data": data}
     run = {
         **dataclasses.asdict(settings),
         "model": models.to_dict(config),
-        "vocabulary": vocabulary["fingerprint"],
+        "vocabulary": vocabulary["fingerprint"] + _text_settings(vocabulary["name"]),
         "chat": vocabulary["name"].startswith("chat:"),
         "data": data,
         "init": parents[0]["digest"] if parents else None,
@@ -136,7 +132,8 @@ def train(
             newest, current, batches, stopping = resumed
             over = stopping.is_over(settings.patience)
             if over or int(current.step) >= settings.steps:
-                return _finish(saves, newest, settings, stopping, out)
+                cut = processes.sum_over_shares(batches.cut, share)
+                return _finish(saves, newest, settings, stopping, out, cut)
         else:
             newest, batches, stopping = None, read_from(None), Stopping()
             current = starting.first_state(config, settings, init, mesh)
@@ -228,11 +225,13 @@ def train(
                 figures = read(*pending)
                 pending = None
                 speed = meter.read()
+                cut = processes.sum_over_shares(batches.cut, share)
                 with processes.failing_together():
                     saves.check()
                     if processes.is_first():
-                        writer.write(done, figures | {"learning_rate": rate} | speed)
+                        writer.write(done, figures | {"learning_rate": rate} | speed | cut)
                 _show_speed(progress, speed)
+                _show_cut(progress, cut)
             if done == first + 1:
                 # What was compiled does not count.
                 read(done, metrics)
@@ -277,7 +276,8 @@ def train(
                 "command goes on"
             )
         progress.update(done)
-        left = _finish(saves, last_saved, settings, stopping, out)
+        cut = processes.sum_over_shares(batches.cut, share)
+        left = _finish(saves, last_saved, settings, stopping, out, cut)
     if stopped:
         raise Stopped(f"stopped; this run is finished: {left}")
     return left
@@ -294,16 +294,27 @@ def _check_parameters(step: int, params: state.Params) -> None:
         raise M2LError(f"step {step}: a parameter is not a finite number; lower the learning rate")
 
 
+def _text_settings(vocabulary: str) -> str:
+    """What a vocabulary's name says of how texts are put to it, beside "chat:"."""
+    prefixes, _ = files.split_name(vocabulary)
+    return "" if prefixes in ("", files.CHAT) else f" {prefixes}"
+
+
 def _best(settings: TrainSettings, stopping: Stopping) -> int | None:
     return stopping.best_step if settings.keep_best and stopping.best is not None else None
 
 
 def _finish(
-    saves: Saves, last: Path, settings: TrainSettings, stopping: Stopping, out: Path
+    saves: Saves,
+    last: Path,
+    settings: TrainSettings,
+    stopping: Stopping,
+    out: Path,
+    cut: Mapping[str, int],
 ) -> Path:
     why = "early stopping" if stopping.is_over(settings.patience) else "steps"
     with processes.failing_together():
-        left = saves.finish(last, _best(settings, stopping), why)
+        left = saves.finish(last, _best(settings, stopping), why, cut)
         _export(left, out, settings)
     return left
 
@@ -343,6 +354,11 @@ def _show_speed(progress: Progress, speed: Mapping[str, float]) -> None:
         if "mfu" in speed:
             shown["MFU"] = f"{speed['mfu']:.0%}"
         progress.update(**shown)
+
+
+def _show_cut(progress: Progress, cut: Mapping[str, int]) -> None:
+    if cut.get("targets_cut"):
+        progress.update(**{"targets cut": f"{cut['targets_cut'] / cut['examples']:.2%}"})
 
 
 def _trace(directory: Path, start: bool) -> None:

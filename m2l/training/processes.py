@@ -6,7 +6,7 @@ One program runs in every process; process 0 alone writes. Every process must se
 import contextlib
 import json
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -148,6 +148,27 @@ def gather_positions(position: bytes, of_share: tuple[int, int]) -> bytes:
         int(n): texts[i, : lengths[i]].tobytes().hex() for i, n in enumerate(numbers.reshape(-1))
     }
     return json.dumps({"shares": [found[n] for n in range(count)]}).encode()
+
+
+def sum_over_shares(counts: Mapping[str, int] | None, of_share: tuple[int, int]) -> dict[str, int]:
+    """Adds up what every share has counted; every process must call it.
+
+    Args:
+        counts: This share's, by the same names in all of them; None: it does not count.
+        of_share: As `share` gives it.
+
+    Returns:
+        The sums by name; nothing where no share counts.
+    """
+    if counts is None or jax.process_count() == 1 or of_share[1] == 1:
+        return dict(counts or {})
+    # JAX's arrays have 32 bits by default.
+    halves = [half for count in counts.values() for half in divmod(count, 2**31)]
+    row = np.array([of_share[0], *halves], np.int32)
+    gathered = np.asarray(multihost_utils.process_allgather(row), np.int64)
+    by_share = {int(row[0]): row[1:] for row in gathered.reshape(-1, len(row))}
+    sums = np.sum(list(by_share.values()), axis=0)
+    return dict(zip(counts, (sums[::2] * 2**31 + sums[1::2]).tolist(), strict=True))
 
 
 def own_position(saved: bytes, of_share: tuple[int, int]) -> bytes:

@@ -62,6 +62,8 @@ class Synthetic(Iterator[dict[str, np.ndarray]]):
         rows: Rows in a batch.
     """
 
+    cut = None  # tokens, of no examples
+
     def __init__(self, config: Any, lengths: Mapping[str, int], rows: int):
         rng = np.random.default_rng(0)
         sizes = {"encoder": lengths["inputs"], "decoder": lengths["targets"]}

@@ -4,7 +4,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -131,8 +131,14 @@ class Saves:
         directory = self.directory / files.read_json(self._record)["checkpoint"]
         return directory if (directory / "manifest.json").exists() else None
 
-    def finish(self, last: Path, best: int | None, why: str) -> Path:
+    def finish(self, last: Path, best: int | None, why: str, cut: Mapping[str, int]) -> Path:
         """Records that the run is finished; with a best checkpoint, only that one stays.
+
+        Args:
+            last: The last checkpoint.
+            best: The step of the best one, if that is what stays.
+            why: What ended the run.
+            cut: How many examples it has seen, and how many of them were cut.
 
         Returns:
             The checkpoint that the run is left with.
@@ -140,7 +146,7 @@ class Saves:
         self.wait()
         left = last if best is None else self.path(best)
         if processes.is_first():
-            record = {"checkpoint": left.name, "why": why}
+            record = {"checkpoint": left.name, "why": why, **cut}
             files.write(self._record, json.dumps(record) + "\n")
         self.prune(left if best is not None else None)
         return left
