@@ -1,21 +1,22 @@
-"""Python that a model wrote, run against tests, behind walls; off unless it is switched on.
+"""Python that a model wrote, run against tests in isolation; off unless it is switched on.
 
-Each program is a process of its own with no network and no sockets, no other process in sight,
-every file system read-only but an empty folder in memory, no environment, no capabilities, a filter
-of system calls, and limits of CPU and wall time, memory and file size; it ends with all that it
-started. A machine that cannot put up one of the walls runs nothing, and says which.
+The tests run in one process and the program in another, which receives its own source and the
+arguments of its calls and answers with values: it knows neither the tests nor what they expect,
+and has no part in the verdict. Each of the two has no network and no sockets, no other process in
+sight, no file but the system's libraries, Python's and an empty folder in memory, no environment,
+no privileges, a filter of system calls, and limits of CPU and wall time, memory, threads and file
+size; it ends with all that it started. A machine that lacks a part of the isolation runs nothing,
+and the error says which part.
 
-It is still somebody else's code on your kernel, and may read your files, though it can tell nobody:
-run it on a machine that holds nothing you could not lose, such as a virtual machine of its own.
+It is still somebody else's code on your kernel: run it on a machine that holds nothing you could
+not lose, such as a virtual machine of its own.
 """
 
 import concurrent.futures
 import dataclasses
 import json
-import math
 import os
 import re
-import secrets
 import signal
 import subprocess
 import sys
@@ -30,6 +31,7 @@ ANSWER = "#<answer>"
 """The line of a test program that gives way to what the model wrote."""
 
 _INSIDE = Path(__file__).with_name("sandboxed.py")
+_MODULES = tuple(Path(__file__).with_name(name) for name in ("exchange.py", "verdict.py"))
 _FENCE = re.compile(r"```[ \t]*\w*[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
 
 
@@ -67,27 +69,40 @@ def require_enabled() -> None:
         )
 
 
-def run(program: str, limits: Limits = Limits()) -> str:
-    """Runs one program; "passed" if it came to its end, else what became of it.
+@dataclasses.dataclass(frozen=True)
+class AnswerTests:
+    """Tests of an answer.
+
+    Attributes:
+        before: Source that the tests share with the answer: imports, and what it may use.
+        answer: Source that the model wrote, run after `before` in a process of its own.
+        after: Source of the tests, run after `before` in another process: one that does not pass
+            raises.
+    """
+
+    before: str
+    answer: str
+    after: str
+
+
+def run(program: str | AnswerTests, limits: Limits = Limits()) -> str:
+    """Runs one program; returns "passed" if all its tests pass, else what became of it.
 
     Args:
-        program: Python, the tests included: a test that is not met raises.
-        limits: What it may use.
+        program: Tests and answer; or Python with its tests inside. Of the latter, asserts at the
+            top, loops of them, and functions named `check` or `test...` that have asserts are the
+            tests; an assert elsewhere is part of the program, which could evade it.
+        limits: What the program, and likewise its tests, may use.
 
     Raises:
-        EvaluationError: it is not switched on; or this machine cannot put up one of the walls.
+        EvaluationError: it is not switched on; or this machine lacks a part of the isolation.
     """
     require_enabled()
-    word = secrets.token_hex(16)
+    job = {"program": program} if isinstance(program, str) else dataclasses.asdict(program)
     with tempfile.TemporaryDirectory(prefix="m2l-sandbox-") as folder:
-        job = {
-            **dataclasses.asdict(limits),
-            "program": program,
-            "folder": folder,
-            "word": word,
-        }
+        settings = {**dataclasses.asdict(limits), "folder": folder}
         process = subprocess.Popen(
-            [sys.executable, "-I", "-B", str(_INSIDE)],
+            [sys.executable, "-I", *map(str, (_INSIDE, *_MODULES))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -95,29 +110,28 @@ def run(program: str, limits: Limits = Limits()) -> str:
             cwd=folder,
             start_new_session=True,
         )
+        message = "\n".join(map(json.dumps, (settings, job))).encode()
         try:
-            process.stdin.write(json.dumps(job).encode() + b"\n")
-            process.stdin.close()
-            process.wait(limits.seconds + 1)
-            said = os.read(process.stdout.fileno(), 4096).decode(errors="replace")
+            output, _ = process.communicate(message, limits.seconds + 1)
         except subprocess.TimeoutExpired:
             return "failed: out of time"
-        except BrokenPipeError:
-            said = ""
         finally:
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)  # what is left in its namespace ends with it
+                os.killpg(
+                    process.pid, signal.SIGKILL
+                )  # what is left in its namespaces ends with it
                 process.wait()
+            process.stdin.close()
             process.stdout.close()
-    ours, _, said = said.partition(" ")  # all else was written by the program, into what it found
-    if ours == word and said.startswith("no wall: "):
+    result = json.loads(output or "{}")
+    if "lacks" in result:
         raise EvaluationError(
-            f"this machine cannot run generated code safely: {said.removeprefix('no wall: ')}; it "
-            "takes Linux 5.12 or later on x86-64 or ARM64 with user namespaces allowed, which "
-            "containers often forbid; nothing was run"
+            f"this machine cannot run generated code safely: {result['lacks']}; it takes Linux "
+            "5.14 or later on x86-64 or ARM64 with user namespaces allowed, which containers often "
+            "forbid; nothing was run"
         )
-    if ours == word:
-        return said
+    if "verdict" in result:
+        return result["verdict"]
     if process.returncode in (signal.SIGXCPU + 128, 256 - signal.SIGXCPU, 256 - signal.SIGKILL):
         return "failed: out of time"
     return "failed: it ended before its tests did"
@@ -129,8 +143,8 @@ def code_of(answer: str) -> str:
     return fenced[1] if fenced else answer
 
 
-def assembled(test: str, answer: str) -> str:
-    """A test program with the code of an answer in place of its line ANSWER.
+def assembled(test: str, answer: str) -> AnswerTests:
+    """Returns a test program with the code of an answer in place of its line ANSWER.
 
     Raises:
         EvaluationError: the test program has no such line.
@@ -139,7 +153,8 @@ def assembled(test: str, answer: str) -> str:
     if ANSWER not in lines:
         raise EvaluationError(f"a test program lacks the line {ANSWER!r}: {test!r:.80}")
     place = lines.index(ANSWER)
-    return "\n".join([*lines[:place], code_of(answer), *lines[place + 1 :]])
+    before, after = "\n".join(lines[:place]), "\n".join(lines[place + 1 :])
+    return AnswerTests(before, code_of(answer), after)
 
 
 def verdicts(
@@ -160,30 +175,10 @@ def verdicts(
     """
     require_enabled()
 
-    def verdict(of_one: Sequence[str], answer: str) -> str:
-        programs = (assembled(test, answer) for test in of_one)
-        found = (run(program, limits) for program in programs)
-        return next((one for one in found if one != "passed"), "passed")
+    def verdict(answer_tests: Sequence[str], answer: str) -> str:
+        programs = (assembled(test, answer) for test in answer_tests)
+        results = (run(program, limits) for program in programs)
+        return next((result for result in results if result != "passed"), "passed")
 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(verdict, tests, answers))
-
-
-def pass_at_k(samples: int, passing: int, k: int) -> float:
-    """The chance that one of `k` of a model's answers passes, without bias.
-
-    Source: Chen et al. (2021), equation 1: 1 - C(n - c, k) / C(n, k).
-
-    Args:
-        samples: How many answers were drawn, n.
-        passing: How many of them pass, c.
-        k: How many may be handed in, at most n.
-
-    Raises:
-        EvaluationError: counts that cannot be.
-    """
-    if not 0 <= passing <= samples or not 1 <= k <= samples:
-        raise EvaluationError(
-            f"pass@{k} of {samples} answers, {passing} of which pass: there have to be at least k"
-        )
-    return 1.0 - math.comb(samples - passing, k) / math.comb(samples, k)

@@ -1,0 +1,732 @@
+"""Values and calls between two processes, of which one does not trust the other.
+
+A message is JSON behind its length. Plain data travels by value and arrives with its exact types:
+None, bool, int, float, complex, str, bytes, bytearray, list, tuple, set, frozenset, dict, range,
+those of collections, fractions, decimal and datetime, NumPy's arrays and numbers, builtin types,
+exceptions, and instances of classes that both sides have. Every other object stays where it is, and
+the other side gets a `Remote`. A list that a call changes is changed for the caller, too, and one
+that it returns is the caller's own list. Nothing is unpickled, and what a message says is checked.
+"""
+
+import __future__
+
+import builtins
+import collections
+import contextlib
+import importlib
+import io
+import json
+import operator
+import os
+import struct
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+MAX_MESSAGE = 64 << 20
+_MAX_OUTPUT = 1 << 20
+_SMALL = 1 << 53
+_FUTURE_FLAGS = sum(
+    {getattr(__future__, name).compiler_flag for name in __future__.all_feature_names}
+)
+
+
+class Violation(BaseException):
+    """A message that breaks the rules; no test catches it as an Exception."""
+
+
+class Closed(BaseException):
+    """The other process has ended."""
+
+
+class Connection:
+    """Messages over a pair of pipes."""
+
+    def __init__(self, read_descriptor: int, write_descriptor: int) -> None:
+        self._read, self._write = read_descriptor, write_descriptor
+
+    def send(self, message: list[Any]) -> None:
+        """Writes one message.
+
+        Raises:
+            Closed: the other process has ended.
+        """
+        text = json.dumps(message, check_circular=False, separators=(",", ":")).encode()
+        data = memoryview(struct.pack(">I", len(text)) + text)
+        while data:
+            try:
+                data = data[os.write(self._write, data) :]
+            except BrokenPipeError:
+                raise Closed from None
+
+    def receive(self) -> list[Any]:
+        """Reads one message.
+
+        Raises:
+            Closed: the other process has ended.
+            Violation: it is not JSON, not a list, or longer than MAX_MESSAGE.
+        """
+        length = struct.unpack(">I", self._bytes(4))[0]
+        if length > MAX_MESSAGE:
+            raise Violation(f"a message of {length} bytes, more than {MAX_MESSAGE}")
+        try:
+            message = json.loads(self._bytes(length))
+        except (ValueError, RecursionError):
+            raise Violation("a message that is not JSON") from None
+        if type(message) is not list or not message:
+            raise Violation("a message that is not a list")
+        return message
+
+    def _bytes(self, count: int) -> bytes:
+        parts = []
+        while count:
+            part = os.read(self._read, min(count, 1 << 20))
+            if not part:
+                raise Closed
+            parts.append(part)
+            count -= len(part)
+        return b"".join(parts)
+
+
+class Remote:
+    """An object of the other process.
+
+    Its methods run there. A comparison or sum with a value of this process does not: it would tell
+    the other side the value, and let it decide. It is done here, with the plain value of an object
+    that is or inherits from a plain type, and is False or a TypeError for any other object. Two
+    remote objects are compared where they are.
+    """
+
+    __slots__ = ("_handle", "_kind", "_peer")
+
+    def __init__(self, peer: "Peer", handle: int, kind: str) -> None:
+        object.__setattr__(self, "_peer", peer)
+        object.__setattr__(self, "_handle", handle)
+        object.__setattr__(self, "_kind", kind)
+
+    @property
+    def __class__(self) -> type:
+        return _KINDS.get(object.__getattribute__(self, "_kind"), Remote)
+
+    def _plain(self) -> Any:
+        kind = _KINDS.get(self._kind)
+        if kind is None:
+            raise TypeError("an object of the program has no value that can be compared")
+        value = self._peer.request("plain", self)
+        if type(value) is not kind:
+            raise Violation(f"a value of another type than {self._kind}")
+        return value
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") and name not in ("__name__", "__qualname__", "__doc__"):
+            raise AttributeError(name)
+        return self._peer.request("getattr", self, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._peer.request("setattr", self, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        self._peer.request("delattr", self, name)
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        try:
+            return self._peer.request("call", self, arguments, keywords)
+        except StopIteration as error:  # it would end a loop of the caller without a word
+            raise RuntimeError("the call raised StopIteration") from error
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("an object of the program cannot be copied")
+
+    def __iter__(self) -> Any:
+        if self._kind:
+            return iter(self._plain())
+        return self._peer.request("iter", self)
+
+    def __next__(self) -> Any:
+        return self._peer.request("next", self)
+
+    def __hash__(self) -> int:
+        return hash(self._plain()) if self._kind else hash((Remote, self._handle))
+
+    def __instancecheck__(self, instance: Any) -> bool:
+        if type(instance) is Remote and instance._peer is self._peer:
+            return self._exact(bool, "isinstance", instance, self)
+        return False
+
+    def _exact(self, kind: type, operation: str, *arguments: Any) -> Any:
+        value = self._peer.request(operation, *arguments)
+        if type(value) is not kind:
+            raise TypeError(f"{operation} returned something else than {kind.__name__}")
+        return value
+
+    def __bool__(self) -> bool:
+        return self._exact(bool, "bool", self)
+
+    def __len__(self) -> int:
+        return self._exact(int, "len", self)
+
+    def __str__(self) -> str:
+        return self._exact(str, "str", self)
+
+    def __repr__(self) -> str:
+        return self._exact(str, "repr", self)
+
+    def __format__(self, specification: str) -> str:
+        return self._exact(str, "format", self, specification)
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._peer.request("getitem", self, key)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self._peer.request("setitem", self, key, value)
+
+    def __delitem__(self, key: Any) -> None:
+        self._peer.request("delitem", self, key)
+
+    def __enter__(self) -> Any:
+        return self._peer.request("enter", self)
+
+    def __exit__(self, *_: Any) -> bool:
+        return self._exact(bool, "exit", self)
+
+    def __int__(self) -> int:
+        return int(self._plain())
+
+    def __float__(self) -> float:
+        return float(self._plain())
+
+    def __index__(self) -> int:
+        return operator.index(self._plain())
+
+
+def _same_side(first: Any, second: Any) -> bool:
+    """Whether both are objects of the other process without a plain value."""
+    return all(type(value) is Remote and not value._kind for value in (first, second))
+
+
+def _local(value: Any) -> Any:
+    return value._plain() if type(value) is Remote and value._kind else value
+
+
+def _binary(name: str, *, reflected: bool) -> Callable[[Remote, Any], Any]:
+    function = getattr(operator, name)
+
+    def operate(self: Remote, other: Any) -> Any:
+        if _same_side(self, other):
+            value = self._peer.request("operate", name, self, other)
+            return value if name not in _COMPARISONS or type(value) is bool else False
+        if not self._kind:
+            return NotImplemented
+        operands = (_local(self), _local(other))
+        return function(*(reversed(operands) if reflected else operands))
+
+    return operate
+
+
+def _unary(name: str) -> Callable[[Remote], Any]:
+    function = getattr(operator, name)
+
+    def operate(self: Remote) -> Any:
+        return function(self._plain()) if self._kind else self._peer.request("operate", name, self)
+
+    return operate
+
+
+_COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
+_ARITHMETIC = (
+    *("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul"),
+    *("and_", "or_", "xor", "lshift", "rshift"),
+)
+_UNARY = ("neg", "pos", "abs", "invert")
+for _name in (*_COMPARISONS, *_ARITHMETIC):
+    setattr(Remote, f"__{_name.strip('_')}__", _binary(_name, reflected=False))
+for _name in _ARITHMETIC:
+    setattr(Remote, f"__r{_name.strip('_')}__", _binary(_name, reflected=True))
+for _name in _UNARY:
+    setattr(Remote, f"__{_name}__", _unary(_name))
+
+# Plain types that a class of the program may inherit from, the narrower first.
+_KINDS: dict[str, type] = {
+    kind.__name__: kind
+    for kind in (
+        *(collections.Counter, collections.OrderedDict, collections.defaultdict),
+        *(collections.deque, dict, list, tuple, set, frozenset, str, bytes, bytearray),
+        *(int, float, complex),
+    )
+}
+_MUTABLE = (
+    *(list, dict, set, bytearray, collections.deque),
+    *(collections.Counter, collections.OrderedDict, collections.defaultdict),
+)
+
+
+def plain_of(value: Any) -> Any:
+    """Returns the value of an object's plain base class, whatever its own class overrides.
+
+    Raises:
+        TypeError: it has none.
+    """
+    for kind in _KINDS.values():
+        if isinstance(value, kind):
+            if issubclass(kind, dict):
+                items = list(dict.items(value))
+                return kind(None, items) if kind is collections.defaultdict else kind(dict(items))
+            if kind is str:
+                return "".join(str.__iter__(value))
+            if kind is complex:
+                return complex(complex.real.__get__(value), complex.imag.__get__(value))
+            if kind in (int, float):
+                return getattr(kind, f"__{kind.__name__}__")(value)
+            if kind is bytes or kind is bytearray:
+                return kind(memoryview(value))
+            return kind(kind.__iter__(value))
+    raise TypeError(f"{type(value).__name__} has no plain value")
+
+
+class ByReference:
+    """A result that stays where it is, although it is plain data."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+def _kind_of(value: Any) -> str:
+    return next((name for name, kind in _KINDS.items() if isinstance(value, kind)), "")
+
+
+class Peer:
+    """One end of a connection: makes requests, and answers those of the other end.
+
+    Args:
+        connection: To the other end.
+        operations: What the other end may ask for, by name.
+        shared: Classes that both ends have under these names; their instances travel by value.
+        exports: Whether an object may be handed out as a `Remote`.
+        output: Returns what was printed since it was last called.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        operations: dict[str, Callable[..., Any]],
+        shared: Callable[[str], Any],
+        exports: Callable[[Any], bool],
+        output: Callable[[], str] = str,
+    ) -> None:
+        self.connection, self.operations = connection, operations
+        self.shared, self.exports, self.output = shared, exports, output
+        self.objects: list[Any] = []
+        self.handles: dict[int, int] = {}
+        self.remotes: dict[int, Remote] = {}
+        self.classes: dict[int, type] = {}
+        self.violated = False
+        self._lock = threading.RLock()
+
+    def request(self, operation: str, *arguments: Any) -> Any:
+        """Returns what the other end's operation returns, or raises what it raises.
+
+        Raises:
+            Closed: the other process has ended.
+            Violation: its answer breaks the rules.
+            TypeError: an argument cannot be sent.
+        """
+        values = Values(self)
+        references = [values.reference(argument) for argument in arguments]
+        message = ["request", operation, references, values.nodes()]
+        try:
+            with self._lock:
+                self.connection.send(message)
+                return self._answer_of(values)
+        except (Violation, Closed):
+            self.violated = True
+            raise
+
+    def _answer_of(self, values: "Values") -> Any:
+        while True:
+            message = self.connection.receive()
+            if message[0] == "request":
+                self.answer(message)
+                continue
+            try:
+                state, reference, nodes, output = message
+                value = values.load(nodes, [reference])[0]
+            except _MALFORMED as error:
+                raise Violation(f"a malformed value ({type(error).__name__})") from None
+            if type(output) is str and output:
+                sys.stdout.write(output)
+            if state == "raise" and isinstance(value, BaseException):
+                raise value
+            if state != "return":
+                raise Violation("an answer that neither returns nor raises")
+            return value
+
+    def answer(self, message: list[Any]) -> None:
+        """Carries out a request and sends the answer."""
+        values = Values(self)
+        try:
+            _, name, references, nodes = message
+            operation = self.operations[name]
+            arguments = values.load(nodes, references)
+        except _MALFORMED as error:
+            raise Violation(f"a malformed request ({type(error).__name__})") from None
+        state, value = "return", None
+        try:
+            value = operation(*arguments)
+            reference = values.reference(value)
+            nodes = values.nodes()
+        except (Violation, Closed):
+            raise
+        except BaseException as error:  # SystemExit, too, belongs to the caller
+            values.restrict()
+            state, reference = "raise", values.reference(error)
+            nodes = values.nodes()
+        self.connection.send([state, reference, nodes, self.output()])
+
+
+class Values:
+    """The values of a request and of its answer, each a node; equal objects are one node."""
+
+    def __init__(self, peer: Peer) -> None:
+        self.peer = peer
+        self.values: list[Any] = []
+        self.indices: dict[int, int] = {}
+        self.loaded = 0
+
+    def reference(self, value: Any) -> Any:
+        """Returns a value as it is in a message: itself, or its node's number in a list."""
+        kind = type(value)
+        if value is None or kind is bool or kind is float or kind is str:
+            return value
+        if kind is int and -_SMALL < value < _SMALL:
+            return value
+        index = self.indices.get(id(value))
+        if index is None:
+            index = self.indices[id(value)] = len(self.values)
+            self.values.append(value)
+        return [index]
+
+    def restrict(self) -> None:
+        """Forgets all values but those that were loaded."""
+        del self.values[self.loaded :]
+        self.indices = {id(value): index for index, value in enumerate(self.values)}
+
+    def nodes(self) -> list[Any]:
+        """Returns the nodes of all values, and of all that they contain."""
+        result: list[Any] = []
+        while len(result) < len(self.values):
+            result.append(self._node(self.values[len(result)]))
+        return result
+
+    def _all(self, values: Any) -> list[Any]:
+        return [self.reference(value) for value in values]
+
+    def _node(self, value: Any) -> list[Any]:
+        kind = type(value)
+        if kind in (list, tuple, set, frozenset):
+            return [kind.__name__, *self._all(value)]
+        if kind in (dict, collections.Counter, collections.OrderedDict, collections.defaultdict):
+            factory = (value.default_factory,) if kind is collections.defaultdict else ()
+            parts = (part for pair in value.items() for part in pair)
+            return [kind.__name__, *self._all((*factory, *parts))]
+        if kind is int:
+            return ["int", hex(value)]
+        if kind is complex:
+            return ["complex", value.real, value.imag]
+        if kind in (bytes, bytearray):
+            return [kind.__name__, value.decode("latin-1")]
+        if kind is collections.deque:
+            return ["deque", value.maxlen, *self._all(value)]
+        if kind in (range, slice):
+            return [kind.__name__, *self._all((value.start, value.stop, value.step))]
+        origin = (kind.__module__, kind.__name__)
+        if origin == ("decimal", "Decimal"):
+            return ["Decimal", str(value)]
+        if origin == ("fractions", "Fraction"):
+            return ["Fraction", *self._all((value.numerator, value.denominator))]
+        if origin in _DATES and getattr(value, "tzinfo", None) is None:
+            return [kind.__name__, value.isoformat()]
+        if origin == ("datetime", "timedelta"):
+            return ["timedelta", value.days, value.seconds, value.microseconds]
+        if value is Ellipsis or value is NotImplemented:
+            return ["constant", repr(value)]
+        if kind is Remote and value._peer is self.peer:
+            return ["own", value._handle]
+        if kind is ByReference:
+            return ["remote", self._export(value.value), _kind_of(value.value)]
+        return self._array(value) or self._class(value) or self._object(value)
+
+    def _array(self, value: Any) -> list[Any]:
+        numpy = sys.modules.get("numpy")
+        if numpy is None or not (type(value) is numpy.ndarray or isinstance(value, numpy.generic)):
+            return []
+        if value.dtype.kind not in "biufcSU":
+            return []
+        tag = "array" if type(value) is numpy.ndarray else "scalar"
+        data = value.tobytes().decode("latin-1")
+        return [tag, value.dtype.str, list(value.shape), data]
+
+    def _class(self, value: Any) -> list[Any]:
+        if isinstance(value, type) and getattr(builtins, value.__name__, None) is value:
+            return ["type", value.__name__]
+        if isinstance(value, type) and issubclass(value, BaseException):
+            bases = self._all(base for base in value.__bases__ if issubclass(base, BaseException))
+            return [
+                "exception class",
+                self._export(value),
+                value.__module__,
+                value.__name__,
+                *bases,
+            ]
+        if isinstance(value, BaseException):
+            return ["exception", self.reference(type(value)), *self._all(value.args)]
+        return []
+
+    def _object(self, value: Any) -> list[Any]:
+        kind = type(value)
+        state = getattr(value, "__dict__", None)
+        if self.peer.shared(kind.__name__) is kind and type(state) is dict:
+            return ["object", kind.__name__, self.reference(state)]
+        return ["remote", self._export(value), _kind_of(value)]
+
+    def _export(self, value: Any) -> int:
+        if not self.peer.exports(value):
+            raise TypeError(f"an object of type {type(value).__name__} cannot be sent")
+        handles, objects = self.peer.handles, self.peer.objects
+        if id(value) not in handles:
+            handles[id(value)] = len(objects)
+            objects.append(value)
+        return handles[id(value)]
+
+    def load(self, nodes: list[list[Any]], references: list[Any]) -> list[Any]:
+        """Returns the values of references; changes those sent before as their nodes say.
+
+        Raises:
+            ValueError, TypeError, KeyError, IndexError, ...: malformed nodes, `_MALFORMED`.
+        """
+        if type(nodes) is not list or type(references) is not list:
+            raise ValueError("no list of nodes")
+        self._nodes, self._open = nodes, set[int]()
+        before = len(self.values)
+        self.values += [_MISSING] * (len(nodes) - before)
+        for index in range(before):
+            if type(self.values[index]) in _MUTABLE:
+                if nodes[index][0] != type(self.values[index]).__name__:
+                    raise ValueError("an object that changed its type")
+                self._fill(self.values[index], nodes[index])
+        result = [self._value(reference) for reference in references]
+        for index in range(before, len(nodes)):
+            self._value([index])
+        self.indices = {id(value): index for index, value in enumerate(self.values)}
+        self.loaded = len(self.values)
+        return result
+
+    def _value(self, reference: Any) -> Any:
+        if reference is None or type(reference) in (bool, int, float, str):
+            return reference
+        [index] = reference
+        if type(index) is not int or index < 0:
+            raise ValueError("a reference that is not a node")
+        if self.values[index] is _MISSING:
+            if index in self._open:
+                raise ValueError("a tuple within itself")
+            self._open.add(index)
+            self._build(index, self._nodes[index])
+        return self.values[index]
+
+    def _build(self, index: int, node: list[Any]) -> None:
+        tag, *parts = node
+        if tag in _KINDS and _KINDS[tag] in _MUTABLE:
+            empty = collections.deque(maxlen=parts[0]) if tag == "deque" else _KINDS[tag]()
+            self.values[index] = empty
+            self._fill(empty, node)
+        elif tag == "object":
+            kind = self.peer.shared(parts[0])
+            if not isinstance(kind, type):
+                raise ValueError("an unknown class")
+            self.values[index] = value = kind.__new__(kind)
+            value.__dict__.update(self._value(parts[1]))
+        else:
+            self.values[index] = self._immutable(tag, parts)
+
+    def _fill(self, target: Any, node: list[Any]) -> None:
+        values = [self._value(part) for part in node[1:]] if type(target) is not bytearray else []
+        if type(target) is list:
+            target[:] = values
+        elif type(target) is bytearray:
+            target[:] = node[1].encode("latin-1")
+        elif type(target) is set:
+            if target != set(values):  # a set that did not change may be iterated over
+                target.clear()
+                target.update(values)
+        elif type(target) is collections.deque:
+            target.clear()
+            target.extend(values[1:])
+        else:
+            if type(target) is collections.defaultdict:
+                target.default_factory = values.pop(0)
+            pairs = list(zip(values[::2], values[1::2], strict=True))
+            if list(target.items()) != pairs:
+                dict.clear(target)
+                for key, value in pairs:
+                    dict.__setitem__(target, key, value)
+
+    def _immutable(self, tag: str, parts: list[Any]) -> Any:
+        if tag in ("tuple", "frozenset"):
+            return _KINDS[tag](self._value(part) for part in parts)
+        if tag in ("range", "slice"):
+            return getattr(builtins, tag)(*(self._value(part) for part in parts))
+        if tag == "Fraction":
+            numerator, denominator = (self._value(part) for part in parts)
+            return importlib.import_module("fractions").Fraction(numerator, denominator)
+        if tag == "bytes":
+            return parts[0].encode("latin-1")
+        if tag == "int":
+            return int(parts[0], 16)
+        if tag == "complex":
+            return complex(*map(float, parts))
+        if tag == "Decimal":
+            return importlib.import_module("decimal").Decimal(parts[0])
+        if ("datetime", tag) in _DATES:
+            return getattr(importlib.import_module("datetime"), tag).fromisoformat(parts[0])
+        if tag == "timedelta":
+            return importlib.import_module("datetime").timedelta(*parts)
+        if tag == "constant":
+            return {"Ellipsis": Ellipsis, "NotImplemented": NotImplemented}[parts[0]]
+        if tag in ("array", "scalar"):
+            return _array_of(tag, *parts)
+        if tag == "type":
+            kind = getattr(builtins, parts[0])
+            if not isinstance(kind, type):
+                raise ValueError("not a type")
+            return kind
+        if tag == "own":
+            return self.peer.objects[parts[0]]
+        if tag == "remote":
+            handle, kind = parts
+            if type(handle) is not int or (kind and kind not in _KINDS):
+                raise ValueError("not a handle")
+            return self.peer.remotes.setdefault(handle, Remote(self.peer, handle, kind))
+        if tag == "exception class":
+            return self._exception_class(*parts)
+        if tag == "exception":
+            kind, *arguments = (self._value(part) for part in parts)
+            if not issubclass(kind, BaseException) or issubclass(kind, (Violation, Closed)):
+                raise ValueError("not an exception")
+            error = kind.__new__(kind, *arguments)
+            error.args = tuple(arguments)
+            return error
+        raise ValueError("an unknown kind of value")
+
+    def _exception_class(self, handle: int, module: str, name: str, *bases: Any) -> type:
+        if handle in self.peer.classes:
+            return self.peer.classes[handle]
+        known = self.peer.shared(name)
+        if known is None and module in sys.stdlib_module_names:
+            known = getattr(sys.modules.get(module), name, None)
+        if not (isinstance(known, type) and issubclass(known, BaseException)):
+            parents = tuple(self._value(base) for base in bases)
+            if not parents or not all(issubclass(parent, BaseException) for parent in parents):
+                raise ValueError("not an exception")
+            known = type(name[:80], parents, {})
+        self.peer.classes[handle] = known
+        return known
+
+
+_MISSING = object()
+_DATES = [("datetime", name) for name in ("date", "time", "datetime")]
+_MALFORMED = (
+    *(ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError),
+    *(ArithmeticError, RecursionError, ImportError),
+)
+
+
+def _array_of(tag: str, dtype: str, shape: list[int], data: str) -> Any:
+    import numpy
+
+    kind = numpy.dtype(dtype)
+    if kind.kind not in "biufcSU":
+        raise ValueError("an array of objects")
+    array = numpy.frombuffer(data.encode("latin-1"), kind).reshape(shape).copy()
+    return array if tag == "array" else array[()]
+
+
+class _Output(io.RawIOBase):
+    """Collects what a program prints, up to _MAX_OUTPUT bytes between two answers."""
+
+    def __init__(self) -> None:
+        self._data = bytearray()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self._data += data[: max(_MAX_OUTPUT - len(self._data), 0)]
+        return len(data)
+
+    def take(self) -> str:
+        """Returns the text since the last call."""
+        text = bytes(self._data).decode(errors="replace")
+        self._data.clear()
+        return text
+
+
+def serve_program(connection: Connection) -> None:
+    """Runs the source and the calls that the process of the tests sends, until it ends."""
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    output, flags, shared = _Output(), [0], set[str]()
+    sys.stdout = io.TextIOWrapper(io.BufferedWriter(output), "utf-8", write_through=True)
+    printed = sys.stdout
+
+    def execute(source: str) -> None:
+        code = compile(source, "<answer>", "exec", flags[0], dont_inherit=True)
+        flags[0] |= code.co_flags & _FUTURE_FLAGS
+        exec(code, namespace)
+
+    def name(identifier: str) -> Any:
+        if identifier in namespace:
+            value = namespace[identifier]
+            return ByReference(value) if type(value) in _MUTABLE else value
+        if hasattr(builtins, identifier):
+            return getattr(builtins, identifier)
+        raise NameError(f"name {identifier!r} is not defined")
+
+    def take_output() -> str:
+        with contextlib.suppress(ValueError, OSError):  # the program may have closed it
+            printed.flush()
+        return output.take()
+
+    operations: dict[str, Callable[..., Any]] = {
+        "execute": execute,
+        "share": lambda names: shared.update(names),
+        "name": name,
+        "plain": plain_of,
+        "call": lambda function, arguments, keywords: function(*arguments, **keywords),
+        "operate": lambda operation, *operands: getattr(operator, operation)(*operands),
+        "getattr": getattr,
+        "setattr": setattr,
+        "delattr": delattr,
+        "getitem": operator.getitem,
+        "setitem": operator.setitem,
+        "delitem": operator.delitem,
+        "isinstance": isinstance,
+        "bool": bool,
+        "len": len,
+        "str": str,
+        "repr": repr,
+        "format": format,
+        "iter": iter,
+        "next": next,
+        "enter": lambda value: type(value).__enter__(value),
+        "exit": lambda value: bool(type(value).__exit__(value, None, None, None)),
+    }
+
+    def shared_class(identifier: str) -> Any:
+        return namespace.get(identifier) if identifier in shared else None
+
+    peer = Peer(connection, operations, shared_class, lambda value: True, take_output)
+    try:
+        while True:
+            peer.answer(connection.receive())
+    except Closed:
+        return
