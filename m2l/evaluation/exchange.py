@@ -291,6 +291,11 @@ class ByReference:
         self.value = value
 
 
+def _in_place(value: Any) -> Any:
+    """Returns what a name or an object refers to: the tests may change it where it is."""
+    return ByReference(value) if type(value) in _MUTABLE else value
+
+
 def _kind_of(value: Any) -> str:
     return next((name for name, kind in _KINDS.items() if isinstance(value, kind)), "")
 
@@ -423,6 +428,8 @@ class Values:
 
     def _node(self, value: Any) -> list[Any]:
         kind = type(value)
+        if kind in _MUTABLE and id(value) in self.peer.handles:
+            return ["remote", self._export(value), _kind_of(value)]
         if kind in (list, tuple, set, frozenset):
             return [kind.__name__, *self._all(value)]
         if kind in (dict, collections.Counter, collections.OrderedDict, collections.defaultdict):
@@ -567,9 +574,9 @@ class Values:
                 target.default_factory = values.pop(0)
             pairs = list(zip(values[::2], values[1::2], strict=True))
             if list(target.items()) != pairs:
-                dict.clear(target)
+                target.clear()
                 for key, value in pairs:
-                    dict.__setitem__(target, key, value)
+                    target[key] = value
 
     def _immutable(self, tag: str, parts: list[Any]) -> Any:
         if tag in ("tuple", "frozenset"):
@@ -622,7 +629,7 @@ class Values:
         if handle in self.peer.classes:
             return self.peer.classes[handle]
         known = self.peer.shared(name)
-        if known is None and module in sys.stdlib_module_names:
+        if known is None and module.partition(".")[0] in sys.stdlib_module_names:
             known = getattr(sys.modules.get(module), name, None)
         if not (isinstance(known, type) and issubclass(known, BaseException)):
             parents = tuple(self._value(base) for base in bases)
@@ -685,8 +692,7 @@ def serve_program(connection: Connection) -> None:
 
     def name(identifier: str) -> Any:
         if identifier in namespace:
-            value = namespace[identifier]
-            return ByReference(value) if type(value) in _MUTABLE else value
+            return _in_place(namespace[identifier])
         if hasattr(builtins, identifier):
             return getattr(builtins, identifier)
         raise NameError(f"name {identifier!r} is not defined")
@@ -703,10 +709,10 @@ def serve_program(connection: Connection) -> None:
         "plain": plain_of,
         "call": lambda function, arguments, keywords: function(*arguments, **keywords),
         "operate": lambda operation, *operands: getattr(operator, operation)(*operands),
-        "getattr": getattr,
+        "getattr": lambda value, attribute: _in_place(getattr(value, attribute)),
         "setattr": setattr,
         "delattr": delattr,
-        "getitem": operator.getitem,
+        "getitem": lambda value, key: _in_place(value[key]),
         "setitem": operator.setitem,
         "delitem": operator.delitem,
         "isinstance": isinstance,

@@ -36,7 +36,17 @@ _PURE_BUILTINS = (
 )
 _PURE_MODULES = (
     *("math", "cmath", "re", "string", "itertools", "functools", "operator", "collections", "json"),
-    *("statistics", "fractions", "decimal", "datetime", "heapq", "bisect", "copy", "numpy"),
+    *(
+        "statistics",
+        "fractions",
+        "decimal",
+        "datetime",
+        "heapq",
+        "bisect",
+        "copy",
+        "numpy",
+        "pytest",
+    ),
 )
 _IMPURE_NODES = (
     *(ast.Import, ast.ImportFrom, ast.Global, ast.Nonlocal, ast.NamedExpr, ast.ClassDef),
@@ -123,7 +133,7 @@ def _judge_answer(
     preamble, tests = ast.parse(before).body, ast.parse(after).body
     defined = [statement for statement in preamble if not _is_declaration(statement)]
     names = dict(vars(builtins))
-    for name in _own_builtins(tests, answer):
+    for name in _own_builtins(tests, ast.parse(answer).body):
         del names[name]
     namespace = _namespace(peer, names)
     # Imports and definitions that the tests share with the program are run on both sides.
@@ -154,7 +164,7 @@ def _is_declaration(statement: ast.stmt) -> bool:
     )
 
 
-def _own_builtins(tests: Sequence[ast.stmt], answer: str) -> set[str]:
+def _own_builtins(tests: Sequence[ast.stmt], answer: Sequence[ast.stmt]) -> set[str]:
     """Returns names of builtins that tests use for what an answer defines, as in `sum(10, 15)`.
 
     That is so only where they name nothing else that the answer could define.
@@ -173,11 +183,7 @@ def _own_builtins(tests: Sequence[ast.stmt], answer: str) -> set[str]:
                 bound.add(alias or name.partition(".")[0])
     if loaded - bound - set(vars(builtins)):
         return set()
-    defined = {
-        statement.name
-        for statement in ast.parse(answer).body
-        if isinstance(statement, ast.FunctionDef)
-    }
+    defined = {statement.name for statement in answer if isinstance(statement, ast.FunctionDef)}
     return defined & (loaded - bound) & set(vars(builtins))
 
 
@@ -193,8 +199,15 @@ def _judge_program(peer: exchange.Peer, program: str) -> None:
         if isinstance(value, type) and issubclass(value, BaseException)
     }
     names["type"] = lambda value: value.__class__  # with three arguments it would make a class
+    parts = _parts_of_program(statements)
+    tests, others = (
+        [statement for is_test, part in parts if is_test is kind for statement in part]
+        for kind in (True, False)
+    )
+    for name in _own_builtins(tests, others) & set(names):
+        del names[name]
     namespace = _namespace(peer, names)
-    for is_test, part in _parts_of_program(statements):
+    for is_test, part in parts:
         if is_test:
             _run(part, namespace)
             continue
