@@ -255,9 +255,13 @@ _KINDS: dict[str, type] = {
         *(int, float, complex),
     )
 }
-_MUTABLE = (
-    *(list, dict, set, bytearray, collections.deque),
-    *(collections.Counter, collections.OrderedDict, collections.defaultdict),
+_SCALARS = frozenset((type(None), bool, float, str))
+_JSON_SCALARS = _SCALARS | {int}
+_MUTABLE = frozenset(
+    (
+        *(list, dict, set, bytearray, collections.deque),
+        *(collections.Counter, collections.OrderedDict, collections.defaultdict),
+    )
 )
 
 
@@ -373,19 +377,20 @@ class Peer:
             _, name, references, nodes = message
             operation = self.operations[name]
             arguments = values.load(nodes, references)
+            values.restrict()
         except _MALFORMED as error:
             raise Violation(f"a malformed request ({type(error).__name__})") from None
         state, value = "return", None
         try:
             value = operation(*arguments)
             reference = values.reference(value)
-            nodes = values.nodes()
+            nodes = values.answer_nodes()
         except (Violation, Closed):
             raise
         except BaseException as error:  # SystemExit, too, belongs to the caller
             values.restrict()
             state, reference = "raise", values.reference(error)
-            nodes = values.nodes()
+            nodes = values.answer_nodes()
         self.connection.send([state, reference, nodes, self.output()])
 
 
@@ -396,12 +401,12 @@ class Values:
         self.peer = peer
         self.values: list[Any] = []
         self.indices: dict[int, int] = {}
-        self.loaded = 0
+        self._nodes: list[Any] = []
 
     def reference(self, value: Any) -> Any:
         """Returns a value as it is in a message: itself, or its node's number in a list."""
         kind = type(value)
-        if value is None or kind is bool or kind is float or kind is str:
+        if kind in _SCALARS:
             return value
         if kind is int and -_SMALL < value < _SMALL:
             return value
@@ -412,8 +417,8 @@ class Values:
         return [index]
 
     def restrict(self) -> None:
-        """Forgets all values but those that were loaded."""
-        del self.values[self.loaded :]
+        """Forgets all values but those that were loaded, and makes these known to `reference`."""
+        del self.values[len(self._nodes) :]
         self.indices = {id(value): index for index, value in enumerate(self.values)}
 
     def nodes(self) -> list[Any]:
@@ -423,8 +428,20 @@ class Values:
             result.append(self._node(self.values[len(result)]))
         return result
 
+    def answer_nodes(self) -> list[Any]:
+        """Returns the nodes as `nodes`, with 0 for what was loaded and has not changed."""
+        result: list[Any] = []
+        for value, node in zip(self.values, self._nodes, strict=False):
+            changed = self._node(value) if type(value) in _MUTABLE else node
+            same = changed == node and [*map(type, changed)] == [*map(type, node)]
+            result.append(0 if same else changed)
+        while len(result) < len(self.values):
+            result.append(self._node(self.values[len(result)]))
+        return result
+
     def _all(self, values: Any) -> list[Any]:
-        return [self.reference(value) for value in values]
+        reference, scalars = self.reference, _SCALARS
+        return [value if type(value) in scalars else reference(value) for value in values]
 
     def _node(self, value: Any) -> list[Any]:
         kind = type(value)
@@ -517,19 +534,18 @@ class Values:
         before = len(self.values)
         self.values += [_MISSING] * (len(nodes) - before)
         for index in range(before):
-            if type(self.values[index]) in _MUTABLE:
+            if nodes[index] != 0 and type(self.values[index]) in _MUTABLE:
                 if nodes[index][0] != type(self.values[index]).__name__:
                     raise ValueError("an object that changed its type")
                 self._fill(self.values[index], nodes[index])
         result = [self._value(reference) for reference in references]
         for index in range(before, len(nodes)):
-            self._value([index])
-        self.indices = {id(value): index for index, value in enumerate(self.values)}
-        self.loaded = len(self.values)
+            if self.values[index] is _MISSING:
+                self._value([index])
         return result
 
     def _value(self, reference: Any) -> Any:
-        if reference is None or type(reference) in (bool, int, float, str):
+        if type(reference) in _JSON_SCALARS:
             return reference
         [index] = reference
         if type(index) is not int or index < 0:
@@ -540,6 +556,10 @@ class Values:
             self._open.add(index)
             self._build(index, self._nodes[index])
         return self.values[index]
+
+    def _values(self, references: list[Any]) -> list[Any]:
+        value, scalars = self._value, _JSON_SCALARS
+        return [part if type(part) in scalars else value(part) for part in references]
 
     def _build(self, index: int, node: list[Any]) -> None:
         tag, *parts = node
@@ -552,12 +572,12 @@ class Values:
             if not isinstance(kind, type):
                 raise ValueError("an unknown class")
             self.values[index] = value = kind.__new__(kind)
-            value.__dict__.update(self._value(parts[1]))
+            value.__dict__ = self._value(parts[1])  # the same one, so that it is seen to change
         else:
             self.values[index] = self._immutable(tag, parts)
 
     def _fill(self, target: Any, node: list[Any]) -> None:
-        values = [self._value(part) for part in node[1:]] if type(target) is not bytearray else []
+        values = self._values(node[1:]) if type(target) is not bytearray else []
         if type(target) is list:
             target[:] = values
         elif type(target) is bytearray:
@@ -580,7 +600,7 @@ class Values:
 
     def _immutable(self, tag: str, parts: list[Any]) -> Any:
         if tag in ("tuple", "frozenset"):
-            return _KINDS[tag](self._value(part) for part in parts)
+            return _KINDS[tag](self._values(parts))
         if tag in ("range", "slice"):
             return getattr(builtins, tag)(*(self._value(part) for part in parts))
         if tag == "Fraction":

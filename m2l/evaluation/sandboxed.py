@@ -39,7 +39,7 @@ _PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 _PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS = 1, 22, 24, 38
 _CAPSET_VERSION = 0x20080522
 _NOBODY = 65534
-_MAX_PROCESSES = 64
+_MAX_PROCESSES = 128
 """Threads of a program, its first one included."""
 
 _SYSTEM_FOLDERS = ("/usr", "/lib", "/lib32", "/lib64", "/nix/store", "/etc/ld.so.cache")
@@ -116,8 +116,8 @@ def _mount(source: str | None, target: str, flags: int, options: str | None = No
 def _ids_of_user(user: int) -> list[int]:
     """Returns the user's own id and, for root, the one that a program runs as.
 
-    The kernel does not limit root's processes; where a container maps no second id, root is not the
-    machine's root, and is limited.
+    The kernel does not limit root's processes. A container may map no second id: its root is
+    another user of the machine, or the limit turns out not to be one.
     """
     if user != 0:
         return [user]
@@ -229,10 +229,27 @@ def _limits(seconds: int, memory: int, file: int) -> None:
         (resource.RLIMIT_AS, memory),
         (resource.RLIMIT_FSIZE, file),
         (resource.RLIMIT_NOFILE, 64),
-        (resource.RLIMIT_NPROC, _MAX_PROCESSES),
         (resource.RLIMIT_CORE, 0),
     ):
         resource.setrlimit(limit, (value, value))
+
+
+def _limit_processes() -> None:
+    """Limits threads.
+
+    Raises:
+        OSError: the kernel does not apply the limit to this user.
+    """
+    resource.setrlimit(resource.RLIMIT_NPROC, (1, _MAX_PROCESSES))
+    try:
+        child = os.fork()
+    except BlockingIOError:
+        resource.setrlimit(resource.RLIMIT_NPROC, (_MAX_PROCESSES, _MAX_PROCESSES))
+        return
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+    raise OSError("the kernel does not limit this user's processes")
 
 
 def _no_capabilities() -> None:
@@ -320,6 +337,7 @@ def _isolate(settings: dict[str, Any]) -> None:
         _call(_libc.prctl, _PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     with _wall("limits"):
         _limits(settings["seconds"], settings["memory"], settings["file"])
+        _limit_processes()
     with _wall("no capabilities"):
         _no_capabilities()
     with _wall("a filter of system calls"):

@@ -62,11 +62,22 @@ class _Builtins(dict[str, Any]):
     def __init__(self, names: dict[str, Any], peer: exchange.Peer) -> None:
         super().__init__(names)
         self._peer = peer
+        self._remembered: set[str] = set()
 
     def __missing__(self, name: str) -> Any:
         if name.startswith("__"):
             raise KeyError(name)
-        return self._peer.request("name", name)
+        value = self._peer.request("name", name)
+        if type(value) is exchange.Remote and isinstance(value, exchange.Remote):
+            self[name] = value  # a function; data is asked for each time
+            self._remembered.add(name)
+        return value
+
+    def forget(self) -> None:
+        """Forgets functions, since the program goes on and may define them anew."""
+        for name in self._remembered:
+            del self[name]
+        self._remembered.clear()
 
 
 def judge(connection: exchange.Connection, job: dict[str, Any]) -> dict[str, str]:
@@ -211,6 +222,7 @@ def _judge_program(peer: exchange.Peer, program: str) -> None:
         if is_test:
             _run(part, namespace)
             continue
+        namespace["__builtins__"].forget()
         whole = len(part) == len(statements)
         peer.request("execute", program if whole else ast.unparse(ast.Module(part, [])))
         for statement in part:

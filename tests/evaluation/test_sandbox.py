@@ -237,6 +237,7 @@ def test_the_wall_clock_stops_what_uses_no_time_of_the_processor(on):
     [
         ("_MOUNT_SETATTR = 442", "_MOUNT_SETATTR = 99999", "file systems that are read-only"),
         ("_NEWUSER | _NEWNS", "0x1000 | _NEWNS", "namespaces of its own"),
+        ("(1, _MAX_PROCESSES)", "(9, _MAX_PROCESSES)", "limits"),
         ('"x86_64": 0xC0', '"vax": 0xC0', "a filter of system calls"),
     ],
 )

@@ -1,10 +1,16 @@
 """A program does not pass by anything but the values that its functions return."""
 
+import collections
 import concurrent.futures
 import contextlib
+import datetime
+import decimal
+import fractions
 import io
 import json
+import math
 import os
+import random
 import struct
 import threading
 
@@ -339,6 +345,15 @@ HONEST = {
         "a = [3, 1]\nassert f(a) is a and a == [1, 3, 1]\nb = {'k': [2, 1]}\n"
         "assert f(b['k']) is b['k'] and b == {'k': [1, 2, 1]}",
     ),
+    "a change that compares equal": (
+        "def f(x): x[0] = True; x[1][0] = 1.0; return x[1]",
+        "a = [1, [1], (1, [2])]\nassert f(a) == a[1] and a[0] is True and type(a[1][0]) is float\n"
+        "assert a[2][1] == [2]",
+    ),
+    "a function that is defined anew": (
+        "def f(x): return g(x)\ndef g(x): return 1\ndef h():\n global g\n g = lambda x: 2",
+        "assert f(0) == 1\nh()\nassert f(0) == 2",
+    ),
     "a list within itself": (
         "def f(x): x.append(x); return x",
         "a = [1]\nb = f(a)\nassert b is a and a[1] is a",
@@ -431,6 +446,13 @@ SHARED = {
         "a = Node(1, Node(2))\nassert f(a) == Node(2, Node(1)) != f(f(a))",
         "passed",
     ),
+    "an object of the tests that is changed in place": (
+        "class Node:\n def __init__(s, v): s.v = v; s.more = []",
+        "def f(node): node.v += 1; node.more.append(Node(0)); node.new = node; return node",
+        "a = Node(1)\nassert f(a) is a and a.v == 2 and a.more[0].v == 0 and a.new is a\n"
+        "assert f(a).v == 3 and len(a.more) == 2",
+        "passed",
+    ),
     "a class of the tests keeps its own comparison": (
         "class Node:\n def __init__(s, v): s.v = v\n"
         " def __eq__(s, o): return type(o) is Node and s.v == o.v",
@@ -477,6 +499,8 @@ def test_what_tests_share_with_an_answer(pool, name):
 
 def peer_that_reads(*messages: bytes) -> exchange.Peer:
     """A peer whose other end has sent messages and ended."""
+    if not messages:
+        return exchange.Peer(exchange.Connection(-1, -1), {}, {}.get, callable)
     incoming, outgoing = os.pipe(), os.pipe()
     data = b"".join(messages)
     threading.Thread(target=lambda: (os.write(incoming[1], data), os.close(incoming[1]))).start()
@@ -584,3 +608,84 @@ def test_an_argument_does_not_become_another_type():
     peer = peer_that_reads(framed(["return", None, [["dict"]], ""]))
     with pytest.raises(exchange.Violation):
         peer.request("call", [1])
+
+
+LEAVES = (
+    *(
+        None,
+        True,
+        0,
+        -1,
+        2**53,
+        -(7**99),
+        0.1,
+        -0.0,
+        1e300,
+        math.inf,
+        1j,
+        "",
+        "\udc80\n",
+        b"\0\xff",
+    ),
+    *(range(1, 9, 2), bytearray(b"a"), frozenset(), int, KeyError, Ellipsis, 1j),
+    *(decimal.Decimal("1.10"), fractions.Fraction(1, 3), datetime.date(2024, 2, 29)),
+)
+
+
+def random_value(rng: random.Random, depth: int):
+    if depth == 0 or rng.random() < 0.3:
+        return rng.choice(LEAVES)
+    parts = [random_value(rng, depth - 1) for _ in range(rng.randrange(4))]
+    keys = rng.sample(["a", 1, (2, "b"), 2.5, None, b"k"], len(parts))
+    pairs = list(zip(keys, parts, strict=True))
+    lists = [parts, [parts, parts], tuple(parts), collections.deque(parts, 5)]
+    return rng.choice([*lists, dict(pairs), collections.OrderedDict(pairs), {rng.randrange(9)}])
+
+
+def random_messages(count: int):
+    """Values with their references and nodes, as they are after they went through JSON."""
+    rng = random.Random(0)
+    for _ in range(count):
+        value = random_value(rng, 4)
+        values = exchange.Values(peer_that_reads())
+        reference = values.reference(value)
+        yield rng, value, json.loads(json.dumps([reference, values.nodes()]))
+
+
+def test_random_values_arrive_with_their_types():
+    for _, value, (reference, nodes) in random_messages(500):
+        received = exchange.Values(peer_that_reads())
+        [copy] = received.load(nodes, [reference])
+        assert type(copy) is type(value) and repr(copy) == repr(value)
+        received.restrict()
+        assert set(received.answer_nodes()) <= {0}, "nothing has changed"
+
+
+def test_damaged_nodes_are_malformed_or_another_value():
+    malformed = 0
+    for rng, _, (reference, nodes) in random_messages(2000):
+        if not nodes:
+            continue
+        node = rng.choice(nodes)
+        node[rng.randrange(len(node))] = rng.choice(
+            [
+                None,
+                -1,
+                10**9,
+                "x",
+                "list",
+                [],
+                [0],
+                [len(nodes)],
+                [[0]],
+                {},
+                0.5,
+                "remote",
+                "object",
+            ]
+        )
+        try:
+            exchange.Values(peer_that_reads()).load(nodes, [reference])
+        except exchange._MALFORMED:
+            malformed += 1
+    assert malformed > 500
