@@ -31,7 +31,9 @@ ANSWER = "#<answer>"
 """The line of a test program that gives way to what the model wrote."""
 
 _INSIDE = Path(__file__).with_name("sandboxed.py")
-_MODULES = tuple(Path(__file__).with_name(name) for name in ("exchange.py", "verdict.py"))
+_MODULES = tuple(
+    Path(__file__).with_name(name) for name in ("exchange.py", "sandboxed_program.py", "verdict.py")
+)
 _FENCE = re.compile(r"```[ \t]*\w*[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
 
 

@@ -1,11 +1,11 @@
 """The inside of the sandbox: two processes, one for a program and one for its tests, each isolated.
 
-Started by `m2l.evaluation.sandbox` as a process of its own; needs nothing but the standard
-library and the files that its arguments name, `exchange.py` and `verdict.py`. The process of the
-tests alone reads the job and writes the verdict. The process of the program is forked before the
-job is read; it receives source and calls, and answers with values. All isolation is active before a
-line of either is compiled. Where this machine lacks a part of it, both end with its name, and
-nothing runs.
+Started by `m2l.evaluation.sandbox` as a process of its own; needs nothing but the standard library
+and the files that its arguments name, `exchange.py`, `sandboxed_program.py` and `verdict.py`. The
+process of the tests alone reads the job and writes the verdict. The process of the program is
+forked before the job is read; it receives source and calls, and answers with values. All isolation
+is active before a line of either is compiled. Where this machine lacks a part of it, both end with
+its name, and nothing runs.
 """
 
 import contextlib
@@ -18,6 +18,7 @@ import resource
 import signal
 import struct
 import sys
+import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -353,10 +354,13 @@ def _read_line(descriptor: int) -> bytes:
 
 
 def _load(path: str) -> Any:
-    """Returns the module in a file."""
+    """Returns the module in a file, as of `m2l.evaluation`, without what that imports."""
+    for package in ("m2l", "m2l.evaluation"):
+        sys.modules.setdefault(package, types.ModuleType(package))
     name = os.path.basename(path).removesuffix(".py")
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec = importlib.util.spec_from_file_location(f"m2l.evaluation.{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    setattr(sys.modules["m2l.evaluation"], name, module)
     spec.loader.exec_module(module)
     return module
 
@@ -367,7 +371,7 @@ def main() -> None:
     Writes a line of JSON to standard output: the verdict, or the mechanism that this machine lacks.
     """
     settings = json.loads(_read_line(0))
-    exchange, verdict = map(_load, sys.argv[1:])
+    exchange, program_module, verdict = map(_load, sys.argv[1:])
     sys.dont_write_bytecode = True
     nothing = os.open(os.devnull, os.O_RDWR)
     calls, values = os.pipe(), os.pipe()
@@ -385,7 +389,7 @@ def main() -> None:
             connection.send(["lacks", str(error)])
             os._exit(1)
         connection.send(["ready"])
-        exchange.serve_program(connection)
+        program_module.serve(connection)
         os._exit(0)
 
     tests = os.fork()

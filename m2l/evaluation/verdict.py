@@ -12,7 +12,7 @@ import types
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import exchange
+from m2l.evaluation import exchange
 
 _MODULE = "<tests>"
 # What the tests inside a whole program may name, and have from this process.
