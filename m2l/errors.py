@@ -1,11 +1,38 @@
 """What can go wrong, as one line a person can act on: where, what was expected, what to do."""
 
 import difflib
-from collections.abc import Iterable
+import unicodedata
+from collections.abc import Iterable, Sequence
+
+_LONGEST = 2000
+# Control characters, line and paragraph separators, halves of surrogate pairs, text direction.
+_ESCAPED = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+
+
+def one_line(text: str) -> str:
+    """Returns `text` with what is not printable in a line as escapes, cut at 2,000 characters."""
+    cut = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+    return "".join(
+        char.encode("unicode_escape").decode() if unicodedata.category(char) in _ESCAPED else char
+        for char in cut
+    )
 
 
 class M2LError(Exception):
-    """A bad input. The command prints its message alone and exits with code 2."""
+    """A bad input. The command prints its message alone and exits with code 2.
+
+    Args:
+        message: One line: where, what was expected, what was found, what to do.
+        table: Lines printed below it.
+    """
+
+    def __init__(self, message: str = "", table: Sequence[str] = ()):
+        super().__init__("\n".join([message, *table]))
+        self._lines = [message, *table]
+
+    def render(self) -> str:
+        """Returns what the command prints: the message in one line, and the table's lines."""
+        return "\n".join(map(one_line, self._lines))
 
 
 class UnknownNameError(M2LError):
@@ -18,7 +45,7 @@ class UnknownNameError(M2LError):
     """
 
     def __init__(self, kind: str, name: str, known: Iterable[str]):
-        known = sorted(known)
+        known, name = sorted(known), name[:200]
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
         hint = f"; the nearest known one is {near[0]!r}" if near else "; none is known"
         super().__init__(f"unknown {kind} {name!r}{hint}")

@@ -1,10 +1,12 @@
 """Small files that appear whole or not at all, and folders that belong to one run or study."""
 
+import hashlib
 import importlib.util
 import json
 import os
 import re
-from collections.abc import Mapping
+import stat
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,16 +80,153 @@ def write(path: Path, text: str) -> None:
     unfinished.rename(path)
 
 
-def read_json(path: Path) -> Any:
-    """What a JSON file holds.
+_REDO = "delete it and start again"
+# As long as the header of a safetensors file may be; tokenizers are the longest JSON files.
+_MOST_BYTES = 100_000_000
+_MOST_DEPTH = 100
+_HALF_OF_A_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")
+# In a record, of its other fields.
+CHECKSUM = "checksum"
+
+Pairs = list[tuple[str, Any]]
+
+
+def parse_json(
+    content: str | bytes,
+    where: object,
+    *,
+    kind: type | None = None,
+    finite: bool = False,
+    pairs: Callable[[Pairs], Any] | None = None,
+    error: type[M2LError] = DataError,
+    advice: str = _REDO,
+) -> Any:
+    """Returns the value of a JSON text: the one way in which m2l reads JSON.
+
+    Args:
+        content: The text; bytes are UTF-8.
+        where: Its file, and line where it has several, for the message.
+        kind: What it has to be: `dict` or `list`; None: any value.
+        finite: Whether NaN, infinity and numbers beyond float64 are refused.
+        pairs: Makes an object's value of its fields, and raises ValueError; None: a dict.
+        error: The class of the error.
+        advice: What to do about a damaged file.
 
     Raises:
-        DataError: it is damaged.
+        M2LError: Of class `error`: it is not JSON, not Unicode, nested more than 100 deep, or not
+            of the kind.
     """
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise DataError(f"{path}: damaged, no JSON ({error}); delete it and start again") from error
+        raw = content.encode() if isinstance(content, str) else content
+        numbers = {"parse_constant": _refuse_number, "parse_float": _finite} if finite else {}
+        value = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=pairs, **numbers)
+        if _HALF_OF_A_PAIR.search(raw):
+            json.dumps(value, ensure_ascii=False).encode()
+        _check_depth(value)
+    except RecursionError as cause:
+        raise error(f"{where}: damaged, its JSON is nested too deeply; {advice}") from cause
+    except UnicodeEncodeError as cause:
+        raise error(f"{where}: damaged, it has half of a surrogate pair in it; {advice}") from cause
+    except UnicodeDecodeError as cause:
+        raise error(f"{where}: damaged, it is not UTF-8 ({cause.reason}); {advice}") from cause
+    except json.JSONDecodeError as cause:
+        place = f"line {cause.lineno}, column {cause.colno}"
+        message = f"it is not JSON: {cause.msg} at {place}"
+        raise error(f"{where}: damaged, {message}; {advice}") from cause
+    except ValueError as cause:
+        what = str(cause)
+        if what.startswith("Exceeds the limit"):
+            what = "it has a number of too many digits"
+        raise error(f"{where}: damaged, {what}; {advice}") from cause
+    if kind is not None and type(value) is not kind:
+        expected = {dict: "an object", list: "a list"}[kind]
+        raise error(f"{where}: damaged, it is not JSON of the expected kind, {expected}; {advice}")
+    return value
+
+
+def _refuse_number(text: str) -> float:
+    raise ValueError(f"{text} is not a finite number")
+
+
+def _finite(text: str) -> float:
+    return value if abs(value := float(text)) < float("inf") else _refuse_number(text)
+
+
+def _check_depth(value: Any) -> None:
+    """Raises RecursionError where functions that walk through a value would."""
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(_MOST_DEPTH):
+        level = [
+            child
+            for parent in level
+            for child in (parent.values() if isinstance(parent, dict) else parent)
+            if isinstance(child, dict | list)
+        ]
+        if not level:
+            return
+    raise RecursionError
+
+
+def read_json(
+    path: Path, *, error: type[M2LError] = DataError, advice: str = _REDO, **how: Any
+) -> Any:
+    """Returns the value in a JSON file; further arguments are those of `parse_json`.
+
+    Raises:
+        M2LError: Of class `error`: the file cannot be read, is no regular file or longer than
+            100 MB, or `parse_json` refuses it.
+    """
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise error(f"{path}: cannot be read (not a regular file)")
+        if status.st_size > _MOST_BYTES:
+            raise error(
+                f"{path}: {status.st_size:,} bytes; at most {_MOST_BYTES:,} bytes of JSON are read"
+            )
+        content = Path(path).read_bytes()
+    except OSError as cause:
+        raise error(f"{path}: cannot be read ({cause.strerror})") from cause
+    return parse_json(content, path, error=error, advice=advice, **how)
+
+
+def checksum(content: Any) -> str:
+    """Returns the SHA-256, in hex, of JSON values, whatever the order of objects' fields."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def write_record(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a JSON object and its checksum; `read_record` reads it."""
+    content = json.loads(json.dumps(content))
+    text = json.dumps({**content, CHECKSUM: checksum(content)}, indent=1)
+    write(path, f"{text}\n")
+
+
+def read_record(
+    path: Path,
+    *,
+    required: bool = True,
+    error: type[M2LError] = DataError,
+    advice: str = _REDO,
+    **how: Any,
+) -> dict[str, Any]:
+    """Returns the JSON object that `write_record` wrote, without its checksum.
+
+    Args:
+        path: The file.
+        required: Whether a record without a checksum, as older versions wrote, is refused.
+        error: The class of the error.
+        advice: What to do about a damaged file.
+        **how: As `parse_json` takes them.
+
+    Raises:
+        M2LError: Of class `error`: the file cannot be read, or is not what was written.
+    """
+    content = read_json(path, kind=dict, error=error, advice=advice, **how)
+    recorded = content.pop(CHECKSUM, None)
+    if recorded != checksum(content) and (required or recorded is not None):
+        raise error(f"{path}: damaged or edited, it does not match its checksum; {advice}")
+    return content
 
 
 def check_claim(
@@ -121,7 +260,7 @@ def check_claim(
         if not all(path.name.startswith(f".{record}.") for path in out.iterdir()):
             raise ConfigError(f"{out} is not empty and holds no {what}; choose another --out")
         return
-    held = read_json(out / record)
+    held = read_record(out / record, required=False)
     for name, value in json.loads(json.dumps(content)).items():
         if held.get(name) != value and not update:
             raise ConfigError(
@@ -133,4 +272,4 @@ def check_claim(
 def claim(out: Path, record: str, content: Mapping[str, Any]) -> None:
     """Makes `out` the folder of what `content` says; `check_claim` comes first."""
     out.mkdir(parents=True, exist_ok=True)
-    write(out / record, json.dumps(content, indent=1) + "\n")
+    write_record(out / record, content)

@@ -1,5 +1,6 @@
 import contextlib
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from m2l import checkpoints, configuration, files, merging
 from m2l.checkpoints import safetensors, t5x_files
 from m2l.data import tokenizer_files
-from m2l.errors import ConfigError, DataError, M2LError
+from m2l.errors import ConfigError, DataError, M2LError, MergeError
 from m2l.evaluation.model import open_model
 from m2l.tasks import sources
 
@@ -144,3 +145,74 @@ def test_every_command_refuses_a_path_with_a_scheme(
     [line] = capsys.readouterr().err.strip().splitlines()
     assert "gs:// is not supported" in line
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "not JSON: .* at line 1, column 2"),
+        (b"", "not JSON"),
+        (b"\xff\xfe", "not UTF-8"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b"[" * 101 + b"]" * 101, "nested too deeply"),
+        (b'{"a":' * 20_000 + b"1" + b"}" * 20_000, "nested too deeply"),
+        (b"9" * 5000, "too many digits"),
+        (b'{"a": "\\udc00"}', "half of a surrogate pair"),
+        (b"[1]", "expected kind, an object"),
+        (b'{"a": NaN}', "NaN is not a finite number"),
+        (b'{"a": [1, -Infinity]}', "-Infinity is not a finite number"),
+        (b'{"a": 1e999}', "1e999 is not a finite number"),
+    ],
+)
+def test_json_that_cannot_be_used_is_refused_in_one_line(tmp_path, content, message):
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(MergeError, match=message) as caught:
+        files.read_json(tmp_path / "x.json", kind=dict, finite=True, error=MergeError)
+    assert str(caught.value).startswith(f"{tmp_path}/x.json: damaged, ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["[" * 100 + "]" * 100, '["\\ud83d\\ude00", 1e308, "\ufeff"]'])
+def test_json_within_the_limits_is_what_the_standard_library_reads(tmp_path, text):
+    (tmp_path / "x.json").write_text("\ufeff" + text)
+    assert files.read_json(tmp_path / "x.json", finite=True) == json.loads(text)
+
+
+def test_json_is_read_from_regular_files_of_a_bounded_size(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(10**8 + 1)
+    for name, message in (
+        ("fifo", "not a regular file"),
+        (".", "not a regular file"),
+        ("absent", "No such file"),
+        ("large", "at most 100,000,000 bytes"),
+    ):
+        with pytest.raises(DataError, match=message):
+            files.read_json(tmp_path / name)
+
+
+@pytest.mark.parametrize("old", ["0.25", '"b"', "null", "true"])
+def test_any_change_to_a_record_is_noticed(tmp_path, old):
+    content = {"a": 0.25, "b": [None, True], "c": {"d": (1, 2)}}
+    file = tmp_path / "x.json"
+    files.write_record(file, content)
+    assert files.read_record(file) == {"a": 0.25, "b": [None, True], "c": {"d": [1, 2]}}
+    assert old in file.read_text()
+    file.write_text(file.read_text().replace(old, {'"b"': '"e"'}.get(old, "0.5")))
+    for required in (True, False):
+        with pytest.raises(DataError, match="does not match its checksum"):
+            files.read_record(file, required=required)
+
+
+def test_a_record_without_a_checksum_is_read_only_where_it_may_be_old(tmp_path):
+    (tmp_path / "x.json").write_text('{"a": 1}')
+    assert files.read_record(tmp_path / "x.json", required=False) == {"a": 1}
+    with pytest.raises(DataError, match="does not match its checksum"):
+        files.read_record(tmp_path / "x.json")
+
+
+def test_what_is_printed_of_an_error_is_one_line_and_its_table():
+    error = MergeError("a\nb\x1b[31m\u2028c\ud800é", ["  x  y", "  z\nw"])
+    assert error.render() == "a\\nb\\x1b[31m\\u2028c\\ud800é\n  x  y\n  z\\nw"
+    assert len(M2LError("x" * 10**6).render()) < 2010

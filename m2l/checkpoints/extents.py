@@ -3,13 +3,28 @@
 import bisect
 import contextlib
 import dataclasses
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from m2l.errors import CheckpointError
+
+
+def is_array_shape(shape: Any) -> bool:
+    """Returns whether a value is a sequence of integers that NumPy can make an array of.
+
+    NumPy refuses more than 64 axes and, whatever the other axes, 2**63 bytes.
+    """
+    return (
+        isinstance(shape, list | tuple)
+        and len(shape) <= 32
+        and all(type(length) is int and length >= 0 for length in shape)
+        and math.prod(max(1, length) for length in shape) < 2**58
+    )
 
 
 @dataclasses.dataclass(frozen=True)

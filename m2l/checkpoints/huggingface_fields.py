@@ -1,11 +1,11 @@
 """The fields of Hugging Face's config.json: which there are, and what is said of a wrong one."""
 
-import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+from m2l import files
 from m2l.errors import CheckpointError, UnsupportedModelError
 
 
@@ -72,15 +72,7 @@ def read_json(file: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: It is missing or damaged.
     """
-    try:
-        content = json.loads(file.read_text())
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise CheckpointError(f"{file}: damaged, it is not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file}: damaged, it holds no JSON object")
-    return content
+    return files.read_json(file, kind=dict, error=CheckpointError, advice="download it again")
 
 
 class Fields:

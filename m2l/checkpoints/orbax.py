@@ -17,6 +17,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from m2l import files
 from m2l.checkpoints.extents import Extents, Piece, reserve
 from m2l.errors import CheckpointError
 
@@ -108,15 +109,11 @@ def open_array(item: Path, name: str, shape: tuple[int, ...], dtype: Any) -> Ext
     file = folder / "zarr.json"
     again = "copy the checkpoint again or make it anew"
     try:
-        metadata = json.loads(file.read_bytes())
+        metadata = files.read_json(file, error=CheckpointError, advice=again)
         found = tuple(metadata["shape"]), metadata["data_type"]
         chunk = tuple(metadata["chunk_grid"]["configuration"]["chunk_shape"])
         known = metadata == _zarr(*found, chunk) and _consecutive(found[0], chunk)
         pieces = tuple(_pieces(folder, found[0], chunk)) if known else ()
-    except OSError as error:
-        raise CheckpointError(
-            f"{file}: cannot be read ({error.strerror}): {name} is missing; {again}"
-        ) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file}: damaged: it does not describe {name}; {again}") from error
     if found != (shape, dtype.name):

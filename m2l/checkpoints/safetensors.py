@@ -16,7 +16,8 @@ from typing import Any, NoReturn
 import ml_dtypes
 import numpy as np
 
-from m2l.checkpoints.extents import Extents, Piece, opening, reserve
+from m2l import files
+from m2l.checkpoints.extents import Extents, Piece, is_array_shape, opening, reserve
 from m2l.errors import CheckpointError
 from m2l.files import check_local
 
@@ -121,12 +122,14 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         if length > _LONGEST_HEADER:
             _refuse(file, f"no safetensors file: its header would be {length:,} bytes long")
         text = os.pread(descriptor, length, 8)
-    try:
-        header = json.loads(text.decode(), object_pairs_hook=_without_repetition)
-    except ValueError as error:
-        _refuse(file, f"damaged: its header cannot be read ({error})")
-    if not isinstance(header, dict):
-        _refuse(file, "damaged: its header is no JSON object")
+    header = files.parse_json(
+        text,
+        f"{file}: its header",
+        kind=dict,
+        pairs=_without_repetition,
+        error=CheckpointError,
+        advice="download or copy it again",
+    )
     header.pop("__metadata__", None)
     return _lay_out(file, header, 8 + length, size)
 
@@ -136,7 +139,7 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice!r} stands in it twice")
+        raise ValueError(f"{twice!r} is in it twice")
     return found
 
 
@@ -144,15 +147,18 @@ def _lay_out(file: Path, header: dict[str, Any], first: int, size: int) -> dict[
     """Checks that the described tensors tile the file's bytes from `first` to its end."""
     placed = []
     for name, entry in header.items():
+        if not name.isprintable():
+            _refuse(file, f"damaged: {name!r} in its header is not a tensor's name")
         shape, ends = _numbers(entry, "shape"), _numbers(entry, "data_offsets")
-        if shape is None or ends is None or len(ends) != 2:
+        if shape is None or ends is None or len(ends) != 2 or not is_array_shape(shape):
             _refuse(file, f"damaged: its header does not describe {name}")
-        if entry.get("dtype") not in _DTYPES:
+        dtype = entry.get("dtype")
+        if not isinstance(dtype, str) or dtype not in _DTYPES:
             raise CheckpointError(
-                f"{file}: {name} has the unknown dtype {entry.get('dtype')!r}; known are "
+                f"{file}: {name} has the unknown dtype {dtype!r:.80}; known are "
                 f"{', '.join(_DTYPES)}"
             )
-        tensor = StoredTensor(file, name, shape, _DTYPES[entry["dtype"]], first + ends[0])
+        tensor = StoredTensor(file, name, shape, _DTYPES[dtype], first + ends[0])
         if ends[1] - ends[0] != tensor.nbytes:
             _refuse(
                 file,
@@ -208,15 +214,16 @@ def open_tensors(path: str | os.PathLike) -> dict[str, StoredTensor]:
 
 def _open_shards(directory: Path) -> dict[str, StoredTensor]:
     index = directory / INDEX
-    try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-        items = list(weight_map.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    again = "download it again"
+    content = files.read_json(index, kind=dict, error=CheckpointError, advice=again)
+    weight_map = content.get("weight_map")
+    if not isinstance(weight_map, dict) or any(type(v) is not str for v in weight_map.values()):
         raise CheckpointError(
-            f"{index}: damaged: no JSON object with a weight_map; download it again"
-        ) from error
+            f"{index}: damaged: weight_map does not give a file's name for each tensor; {again}"
+        )
+    items = list(weight_map.items())
     tensors: dict[str, StoredTensor] = {}
-    for name in sorted({str(shard) for _, shard in items}):
+    for name in sorted({shard for _, shard in items}):
         # No name may lead out of the directory.
         if Path(name).name != name:
             raise CheckpointError(f"{index}: {name!r} is no name of a file beside it")

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from m2l.checkpoints.huggingface_fields import read_json
 from m2l.errors import CheckpointError
 from m2l.files import (
     BYTES_TOKENIZER,
@@ -20,6 +19,7 @@ from m2l.files import (
     TOKENIZER_MODEL,
     TOKENIZER_SETTINGS,
     microworld_pieces,
+    read_json,
     split_name,
 )
 
@@ -67,7 +67,10 @@ def carry(name: str, checkpoint: Path) -> dict[str, str]:
 def is_bytes(directory: Path) -> bool:
     """Whether a directory holds ByT5's tokenizer, which has no file but its settings."""
     settings = directory / TOKENIZER_SETTINGS[0]
-    return settings.is_file() and read_json(settings).get("tokenizer_class") == BYTES_TOKENIZER
+    if not settings.is_file():
+        return False
+    content = read_json(settings, kind=dict, error=CheckpointError, advice="download it again")
+    return content.get("tokenizer_class") == BYTES_TOKENIZER
 
 
 def write_shipped(name: str | None, directory: Path) -> bool:
@@ -158,10 +161,9 @@ def _sources(name: str) -> dict[str, Path]:
 
 
 def _ends(config: Path) -> dict[str, Any]:
-    try:
-        settings = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # who loads a tokenizer says what is wrong with it
+    if not config.is_file():
         return {}
+    settings = read_json(config, kind=dict, error=CheckpointError, advice="download it again")
     return {key: settings[key] for key in ("bos_token_id", "eos_token_id") if key in settings}
 
 

@@ -13,7 +13,7 @@ import click
 
 from m2l import __version__, signals
 from m2l.cli import adamerging, checkpoints, data, merge, models, skills, statistics, studies, sweep
-from m2l.errors import M2LError, Stopped
+from m2l.errors import M2LError, Stopped, one_line
 
 
 def _underscores(name: str) -> str:
@@ -89,7 +89,9 @@ def _prepare() -> None:
 
     absl_logging.set_verbosity(absl_logging.ERROR)
     logging.getLogger("jax").setLevel(logging.ERROR)
-    warnings.showwarning = lambda message, *where: click.echo(f"m2l: warning: {message}", err=True)
+    warnings.showwarning = lambda message, *where: click.echo(
+        f"m2l: warning: {one_line(str(message))}", err=True
+    )
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "m2l" / "jax"
         jax.config.update("jax_compilation_cache_dir", str(cache))
@@ -123,7 +125,7 @@ def run(arguments: Sequence[str], *, stopped_code: int | None) -> None:
         click.echo(error.ctx.get_help())
         sys.exit(2)
     except click.ClickException as error:
-        _fail(error.format_message().replace("\n", " "))
+        _fail(one_line(error.format_message().replace("\n", " ")))
     except Stopped as stop:
         click.echo(f"m2l: {stop}", err=True)
         number = signals.requested() or signal.SIGTERM
@@ -131,12 +133,13 @@ def run(arguments: Sequence[str], *, stopped_code: int | None) -> None:
     except M2LError as error:
         if debug:
             raise
-        _fail(str(error))
+        _fail(error.render())
     except OSError as error:
         if debug or error.errno not in _NOT_OURS:
             raise
         what = (error.strerror or str(error)).lower()
-        _fail(f"{error.filename or 'the output'}: {what}; mend that, and run this again")
+        where = one_line(str(error.filename or "the output"))
+        _fail(f"{where}: {what}; correct that, and run this again")
     except ModuleNotFoundError as error:
         if debug or error.name != "t5":
             raise

@@ -1,7 +1,6 @@
 """`m2l train`, `m2l merge`, `m2l eval`, `m2l generate`."""
 
 import contextlib
-import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -86,7 +85,7 @@ def train(
 
     from m2l.data import vocabularies
     from m2l.training import loop, processes
-    from m2l.training.metrics import wandb_log
+    from m2l.training.metrics import read_figures, wandb_log
 
     first = processes.is_first()
     data = register(vocabulary_name, run.source, files)
@@ -110,8 +109,8 @@ def train(
     if not first:
         return
     final = {}
-    for line in (out / "metrics.jsonl").read_text().splitlines():
-        final |= json.loads(line)
+    for row in read_figures(out):
+        final |= row
     rows = [(name, float(value)) for name, value in final.items() if name != "step"]
     print_table(f"step {final['step']}", ["figure", "value"], rows)
     cut = read_json(out / "finished.json")

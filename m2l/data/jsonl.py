@@ -2,7 +2,6 @@
 
 import difflib
 import gzip
-import json
 import zlib
 from collections.abc import Iterator
 from functools import partial
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from m2l.errors import DataError
+from m2l.files import parse_json
 
 FIELDS = ("inputs", "targets", "answer_choices")
 
@@ -55,14 +55,7 @@ def records(path: str | Path) -> Iterator[dict[str, Any]]:
         DataError: `FILE:LINE: what is wrong with it`.
     """
     for number, line in _lines(Path(path)):
-        where = f"{path}:{number}"
-        record = _object(line, where)
-        if b"\\u" in line:
-            try:
-                json.dumps(record, ensure_ascii=False).encode()
-            except UnicodeEncodeError as error:
-                raise DataError(f"{where}: it has half of a surrogate pair in it") from error
-        yield record
+        yield _object(line, f"{path}:{number}")
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -83,16 +76,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _object(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        value = json.loads(line.decode("utf-8-sig"), object_pairs_hook=partial(_fields, where))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: it is not UTF-8 text: {error.reason}") from error
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: it is not JSON: {error.msg} at column {error.colno}") from error
-    except ValueError as error:  # the one that Python refuses to convert
-        raise DataError(f"{where}: it has a number of too many digits") from error
-    except RecursionError as error:
-        raise DataError(f"{where}: its lists and objects are nested too deeply") from error
+    value = parse_json(line, where, pairs=partial(_fields, where), advice="correct the line")
     if not isinstance(value, dict):
         raise DataError(f"{where}: it is {_kind(value)}, expected an object with named fields")
     return value
@@ -117,10 +101,6 @@ def _text(value: Any, what: str, where: str) -> str:
         raise DataError(f"{where}: {what} is {_kind(value)}, expected a text")
     if not value.strip():
         raise DataError(f"{where}: {what} is empty")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"{where}: {what} has half of a surrogate pair in it") from error
     return value
 
 

@@ -13,6 +13,7 @@ import seqio
 import tensorflow as tf
 from tensorflow.python.ops import cond_v2
 
+from m2l import files
 from m2l.data import packing
 from m2l.data.draws import Draws
 from m2l.data.layouts import EncoderDecoder, Layout
@@ -126,10 +127,8 @@ class Batches(Iterator[dict[str, np.ndarray]]):
             DataError: it was saved from other data, or with other settings; names the first.
         """
         header, _, position = state.partition(b"\n")
-        try:
-            was = json.loads(header)
-        except ValueError as error:
-            raise DataError("the saved position in the data is damaged") from error
+        where = "the saved position in the data"
+        was = files.parse_json(header, where, kind=dict, advice="start without it")
         for name, value in self._made_from.items():
             if was.get(name) != value:
                 raise DataError(
@@ -209,7 +208,7 @@ class _Drawn(Iterator[dict[str, np.ndarray]]):
         return json.dumps({"examples": self._done, "counts": counts, "cut": cut}).encode()
 
     def move(self, position: bytes) -> None:
-        saved = json.loads(position)
+        saved = files.parse_json(position, "the saved position in the data", kind=dict)
         self._draws.move(int(saved["examples"]), saved["counts"])
         self._done, self._batches = int(saved["examples"]), None
         # An older m2l did not count.

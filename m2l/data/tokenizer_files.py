@@ -11,6 +11,7 @@ from typing import Any
 import tokenizers
 from sentencepiece import SentencePieceProcessor
 
+from m2l import files
 from m2l.errors import DataError
 from m2l.files import (
     BYTES,
@@ -234,13 +235,7 @@ def read_settings(file: Path) -> dict[str, Any]:
     """
     if not file.is_file():
         return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{file}: damaged, it is not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{file}: damaged, a JSON object was expected")
-    return content
+    return files.read_json(file, kind=dict, advice="download it again")
 
 
 def _pieces(file: Path) -> SentencePieceProcessor:

@@ -154,7 +154,10 @@ def read_examples(out: Path, task: str) -> list[dict[str, Any]]:
     path = out / (task + EXAMPLES)
     try:
         with gzip.open(path, "rt", encoding="utf-8") as file:
-            return [json.loads(line) for line in file]
+            return [
+                files.parse_json(line, f"{path}:{number}", kind=dict, error=EvaluationError)
+                for number, line in enumerate(file, start=1)
+            ]
     except FileNotFoundError as error:
         raise EvaluationError(f"{path} is missing; m2l eval --examples writes it") from error
     except (OSError, EOFError, ValueError) as error:

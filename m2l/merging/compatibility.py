@@ -194,10 +194,11 @@ def _check_alike(
         names = ",".join(name for name, *_ in deciding[:_SHOWN])
         raise MergeError(
             f"{where}: another model: {'; '.join(spelled[:_SHOWN])}; to merge them all the same, "
-            f"--allow_differences {names}{table}"
+            f"--allow_differences {names}",
+            table,
         )
     if table:
-        raise MergeError(f"{where}: other parameters{table}")
+        raise MergeError(f"{where}: other parameters", table)
     for name, wanted, value in fields:
         warnings.warn(
             f"{other.path}: {name} is {_spell(value)}, in {first.path} {_spell(wanted)}; m2l does "
@@ -211,7 +212,9 @@ def _spell(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def differences(reference: Mapping[str, str], found: Mapping[str, str], of: Sequence[str]) -> str:
+def differences(
+    reference: Mapping[str, str], found: Mapping[str, str], of: Sequence[str]
+) -> list[str]:
     """A table of the first parameters that two models have not alike, in lines of their own.
 
     Args:
@@ -220,7 +223,7 @@ def differences(reference: Mapping[str, str], found: Mapping[str, str], of: Sequ
         of: What the models are called.
 
     Returns:
-        The lines, each after a line break; nothing where there is no difference.
+        The lines, indented; none where there is no difference.
     """
     names = [*reference, *(name for name in found if name not in reference)]
     rows = [
@@ -229,7 +232,7 @@ def differences(reference: Mapping[str, str], found: Mapping[str, str], of: Sequ
         if reference.get(name) != found.get(name)
     ]
     if not rows:
-        return ""
+        return []
     shown = [("parameter", *of), *rows[:_SHOWN]]
     widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
     lines = [
@@ -238,7 +241,7 @@ def differences(reference: Mapping[str, str], found: Mapping[str, str], of: Sequ
     ]
     if len(rows) > _SHOWN:
         lines.append(f"and {len(rows) - _SHOWN} more")
-    return "".join(f"\n  {line}" for line in lines)
+    return [f"  {line}" for line in lines]
 
 
 def kind(shape: Sequence[int], dtype: Any) -> str:

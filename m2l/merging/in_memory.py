@@ -57,7 +57,7 @@ def merge_params(
     for index, tree in enumerate(trees):
         if table := compatibility.differences(wanted, _kinds(tree), (first, f"expert {index}")):
             raise MergeError(
-                f"expert {index} cannot be merged with {first}: other parameters{table}"
+                f"expert {index} cannot be merged with {first}: other parameters", table
             )
     merge = _merge_on_host if method.whole else _merge_on_devices
     return checkpoints.unflatten(merge(reference, trees, beside, recipe))

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from m2l import files
 from m2l.errors import MergeError, UnknownNameError
 from m2l.files import check_local
 from m2l.merging.method import REQUIRED, Consensus
@@ -286,13 +287,13 @@ class Recipe:
             MergeError: It cannot be read, or as `from_dict` says.
         """
         check_local(file)
-        try:
-            values = json.loads(file.read_text())
-        except (OSError, ValueError) as error:
-            raise MergeError(f"{file}: no recipe in JSON ({error})") from error
-        if not isinstance(values, dict):
-            raise MergeError(f"{file}: no recipe: a JSON object is expected")
+        advice = "if it was edited on purpose, remove its checksum"
+        values = files.read_record(
+            file, required=False, finite=True, error=MergeError, advice=advice
+        )
         values = values.get("recipe", values)
+        if not isinstance(values, dict):
+            raise MergeError(f"{file}: its recipe is not a JSON object")
         return cls.from_dict(values | overriding, str(file))
 
 

@@ -1,6 +1,5 @@
 """What is left of a run whose loss is not finite: the batch, and the examples in it."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import jax
 import numpy as np
 import seqio
 
+from m2l import files
 from m2l.data import pipeline
 
 
@@ -54,10 +54,10 @@ def _examples(mixture: str, before: bytes, after: bytes) -> list[tuple[str, int,
     """(task, first, last) of the examples between two positions, counted from 0 per task."""
     counts = []
     for state in (before, after):
-        try:
-            counts.append(json.loads(state.partition(b"\n")[2])["counts"])
-        except ValueError:
+        position = state.partition(b"\n")[2]
+        if not position.startswith(b"{"):
             return []  # a pipeline of its own, whose position is TensorFlow's
+        counts.append(files.parse_json(position, "the position in the data")["counts"])
     provider = pipeline.find("task or mixture", mixture, "train")
     tasks = [task.name for task in seqio.get_subtasks(provider) if "train" in task.splits]
     drawn = zip(tasks, *counts, strict=True)

@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -16,9 +17,32 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from m2l import files
-from m2l.errors import ConfigError, Stopped
+from m2l.errors import ConfigError, DataError, Stopped
 
 Log = Callable[[int, Mapping[str, float]], None]
+FIGURES = "metrics.jsonl"
+
+
+def read_figures(directory: Path) -> list[dict[str, float]]:
+    """Returns the lines of a run's metrics.jsonl: {"step": steps done, name: figure, ...} each.
+
+    A line that a kill cut short is left out; a damaged one as well, with a warning.
+    """
+    path, rows = directory / FIGURES, []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        if not line.endswith(b"\n"):
+            continue
+        try:
+            row = files.parse_json(line, f"{path}:{number}", kind=dict, advice="it is left out")
+        except DataError as error:
+            warnings.warn(str(error), stacklevel=2)
+            continue
+        if type(row.get("step")) is int and all(type(v) in (int, float) for v in row.values()):
+            rows.append(row)
+            continue
+        message = f"{path}:{number}: damaged, not the figures of a step; it is left out"
+        warnings.warn(message, stacklevel=2)
+    return rows
 
 
 @contextlib.contextmanager
@@ -61,13 +85,10 @@ class MetricsWriter:
 
     def __init__(self, directory: Path, *, after: int, also: Log | None = None):
         self._also = also
-        path = directory / "metrics.jsonl"
+        path = directory / FIGURES
         if path.exists():
-            # A kill can cut the last line short.
-            lines = [
-                line for line in path.read_text().splitlines(keepends=True) if line[-1] == "\n"
-            ]
-            files.write(path, "".join(line for line in lines if json.loads(line)["step"] <= after))
+            rows = [row for row in read_figures(directory) if row["step"] <= after]
+            files.write(path, "".join(json.dumps(row) + "\n" for row in rows))
         self._file = path.open("a")
         events = directory / "tensorboard"
         events.mkdir(exist_ok=True)

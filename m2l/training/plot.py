@@ -1,12 +1,12 @@
 """The curves of a run's losses, as an SVG beside it, drawn without any plotting library."""
 
 import html
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from m2l import files
+from m2l.training.metrics import read_figures
 
 _WIDTH, _HEIGHT, _LEFT, _BELOW = 640, 360, 56, 40
 _COLOURS = {"loss": "#3366cc", "validation_loss": "#cc5500"}
@@ -18,8 +18,7 @@ Curve = list[tuple[int, float]]
 def draw(out: Path, title: str) -> None:
     """Draws loss.svg from metrics.jsonl; nothing where there is no loss yet."""
     curves: dict[str, Curve] = {name: [] for name in _COLOURS}
-    for line in (out / "metrics.jsonl").read_text().splitlines():
-        figures = json.loads(line)
+    for figures in read_figures(out):
         for name, curve in curves.items():
             if name in figures and math.isfinite(figures[name]):
                 curve.append((figures["step"], figures[name]))

@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from m2l import partitioning, signals
+from m2l import files, partitioning, signals
 from m2l.errors import CheckpointError, ConfigError, M2LError
 
 # A pod's hosts do not all come up at once.
@@ -178,7 +178,9 @@ def own_position(saved: bytes, of_share: tuple[int, int]) -> bytes:
         CheckpointError: It was saved by another number of shares.
     """
     number, count = of_share
-    shares = json.loads(saved)["shares"] if saved.startswith(b'{"shares"') else [saved.hex()]
+    shares = [saved.hex()]
+    if saved.startswith(b'{"shares"'):
+        shares = files.parse_json(saved, "the position in the data")["shares"]
     if len(shares) != count:
         raise CheckpointError(
             f"the run was fed in {len(shares)} shares and is now fed in {count}: go on with as "

@@ -1,7 +1,6 @@
 """A run's checkpoints: one trainer a folder, written beside training, the newest and best kept."""
 
 import fcntl
-import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -10,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 
 from m2l import checkpoints, files
-from m2l.errors import CheckpointError, ConfigError
+from m2l.errors import CheckpointError, ConfigError, DataError
 from m2l.training import processes
 
 _RECORD = "finished.json"
@@ -128,7 +127,10 @@ class Saves:
         """The checkpoint that a finished run is left with; None where it is not finished."""
         if not self._record.exists():
             return None
-        directory = self.directory / files.read_json(self._record)["checkpoint"]
+        name = files.read_record(self._record, required=False).get("checkpoint")
+        if not isinstance(name, str) or Path(name).name != name:
+            raise DataError(f"{self._record}: damaged, it names no checkpoint; delete it")
+        directory = self.directory / name
         return directory if (directory / "manifest.json").exists() else None
 
     def finish(self, last: Path, best: int | None, why: str, cut: Mapping[str, int]) -> Path:
@@ -146,8 +148,7 @@ class Saves:
         self.wait()
         left = last if best is None else self.path(best)
         if processes.is_first():
-            record = {"checkpoint": left.name, "why": why, **cut}
-            files.write(self._record, json.dumps(record) + "\n")
+            files.write_record(self._record, {"checkpoint": left.name, "why": why, **cut})
         self.prune(left if best is not None else None)
         return left
 

@@ -91,7 +91,7 @@ def test_damage_to_the_states_is_refused(saved):
     with pytest.raises(CheckpointError, match="data_state: cannot be read"):
         checkpoints.restore_data_state(saved)
     shutil.rmtree(saved / "opt_state")
-    with pytest.raises(CheckpointError, match=r"/n/zarr\.json: cannot be read .* n is missing"):
+    with pytest.raises(CheckpointError, match=r"/n/zarr\.json: cannot be read \(No such file"):
         checkpoints.restore_opt_state(saved, {"n": 1})
 
 

@@ -115,10 +115,23 @@ def test_tensors_of_every_width_are_aligned_to_it(tmp_path):
     [
         (b"", b"", 2**40, "no safetensors file: its header would be 1,099,511,627,776 bytes"),
         (b"{}", b"", 500, "truncated: it ends after 10 bytes, within its header"),
-        (b"{nonsense", b"", None, "its header cannot be read"),
-        (b"\xff\xfe", b"", None, "its header cannot be read"),
-        (b'["a"]', b"", None, "its header is no JSON object"),
-        (b'{"a": 1, "a": 2}', b"", None, "'a' stands in it twice"),
+        (b"{nonsense", b"", None, "its header: damaged, it is not JSON"),
+        (b"\xff\xfe", b"", None, "its header: damaged, it is not UTF-8"),
+        (b'["a"]', b"", None, "its header: damaged, it is not JSON of the expected kind"),
+        (b'{"a": 1, "a": 2}', b"", None, "'a' is in it twice"),
+        (b"[" * 100_000, b"", None, "its header: damaged, its JSON is nested too deeply"),
+        (b'{"a":' * 5000 + b"1" + b"}" * 5000, b"", None, "its JSON is nested too deeply"),
+        (b'{"\\ud800": 1}', b"", None, "half of a surrogate pair"),
+        ({"a": entry(0, 8, dtype=["F32"])}, bytes(8), None, "a has the unknown dtype ['F32']"),
+        ({"a": entry(0, 8, dtype={})}, bytes(8), None, "a has the unknown dtype {}"),
+        ({"a": entry(0, 8, dtype=None)}, bytes(8), None, "a has the unknown dtype None"),
+        ({"a": entry(0, 8, [True, 2])}, bytes(8), None, "its header does not describe a"),
+        ({"a": entry(0, 8, [2.0])}, bytes(8), None, "its header does not describe a"),
+        ({"a": entry(0, 0, [0, 2**62, 2**62])}, b"", None, "its header does not describe a"),
+        ({"a": entry(0, 8, [1] * 100)}, bytes(8), None, "its header does not describe a"),
+        ({"a\nb": entry(0, 8)}, bytes(8), None, "damaged: 'a\\nb' in its header is not a"),
+        ({"a\x1b[31m": entry(0, 8)}, bytes(8), None, "in its header is not a tensor's name"),
+        ({"a": [0, 8]}, bytes(8), None, "its header does not describe a"),
         ({"a": 3}, b"", None, "its header does not describe a"),
         ({"a": {"dtype": "F32", "shape": [2]}}, b"", None, "its header does not describe a"),
         ({"a": entry(0, 8, [-2])}, bytes(8), None, "its header does not describe a"),
@@ -187,7 +200,9 @@ def test_an_index_that_does_not_describe_its_shards_is_refused(tmp_path):
         {"a": "1.safetensors", "b": "2.safetensors"},
         "a is in two files, 1.safetensors and 2.safetensors",
     )
-    for text in ("{", "[]", "{}", '{"weight_map": 3}'):
+    for text in ("{", "[]", "[" * 100_000):
         index.write_text(text)
-        with pytest.raises(CheckpointError, match="no JSON object with a weight_map"):
+        with pytest.raises(CheckpointError, match=r"index\.json: damaged, its? .*JSON"):
             safetensors.open_tensors(tmp_path)
+    for weight_map in (3, None, ["a"], {"a": 1}, {"a": ["1.safetensors"]}, {"a": None}):
+        refused(weight_map, "weight_map does not give a file's name for each tensor")

@@ -31,7 +31,7 @@ def test_examples_come_back_in_order_without_blank_lines_and_other_fields(tmp_pa
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ("{", "it is not JSON: .* at column 2"),
+        ("{", "it is not JSON: .* at line 1, column 2"),
         ('["a"]', "it is a list, expected an object"),
         ("3", "it is a number"),
         (b"\xff\xfe{}", "it is not UTF-8"),
