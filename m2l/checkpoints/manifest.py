@@ -12,11 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from m2l import __version__
+from m2l import __version__, files
 from m2l.checkpoints import tokenizer
+from m2l.checkpoints.schema import check_manifest
 from m2l.errors import CheckpointError
 
-FORMAT_VERSION = 2  # 1: arrays in OCDBT.
+OCDBT, FORMAT_VERSION = 1, 2
+"""The layout of checkpoints whose arrays are in OCDBT, and of those that are written."""
+
 FILE_NAME = "manifest.json"
 
 
@@ -50,6 +53,7 @@ class Manifest:
         tokenizer: SHA-256 of each of the vocabulary's files that the checkpoint carries, by name;
             None where it carries none. The vocabulary's name is then where they lie: an absolute
             path here, relative on disk, so that a checkpoint can be moved.
+        directory: Of a Hugging Face directory, as `recorded.write` gives it; else None.
         versions: The versions it was written with.
         format_version: The layout of the directory and of this file.
     """
@@ -64,6 +68,7 @@ class Manifest:
     opt_state: Mapping[str, Mapping[str, Any]] | None = None
     data_state: str | None = None
     tokenizer: Mapping[str, str] | None = None
+    directory: Mapping[str, Mapping[str, Any]] | None = None
     versions: Mapping[str, str] = dataclasses.field(default_factory=versions)
     format_version: int = FORMAT_VERSION
 
@@ -83,6 +88,8 @@ class Manifest:
         content = {"digest": self.digest} | dataclasses.asdict(self)
         if self.tokenizer is not None:
             content["vocabulary"]["name"] = tokenizer.name_in(self.vocabulary["name"])
+        if self.directory is None:
+            del content["directory"]
         content = {"checksum": _checksum(content)} | content
         (directory / FILE_NAME).write_text(json.dumps(content, indent=1) + "\n")
 
@@ -94,17 +101,10 @@ class Manifest:
             CheckpointError: It is missing, damaged, edited, or was written by a newer m2l.
         """
         file = directory / name
-        try:
-            content = json.loads(file.read_text())
-        except OSError as error:
-            raise CheckpointError(
-                f"{file}: cannot be read ({error.strerror}); without it {directory} is not a "
-                "finished checkpoint"
-            ) from error
-        except ValueError as error:
-            raise CheckpointError(f"{file}: damaged, it is not JSON ({error})") from error
+        advice = "copy the checkpoint again or make it anew"
+        content = files.read_json(file, error=CheckpointError, advice=advice)
         found = content.get("format_version") if isinstance(content, dict) else None
-        if not isinstance(found, int):
+        if type(found) is not int:
             raise CheckpointError(f"{file}: damaged, it has no format_version")
         if found > FORMAT_VERSION:
             raise CheckpointError(
@@ -113,6 +113,7 @@ class Manifest:
             )
         if content.pop("checksum", None) != _checksum(content):
             raise CheckpointError(f"{file}: damaged or edited, it does not match its own checksum")
+        check_manifest(file, {n: v for n, v in content.items() if n != "format_version"})
         del content["digest"]
         if content.get("tokenizer") is not None:
             name = tokenizer.name_in(content["vocabulary"]["name"], directory.absolute())

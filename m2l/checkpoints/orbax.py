@@ -6,11 +6,10 @@ is read and written in place. The few files that Orbax itself keeps are written 
 them, which costs it longer than the arrays.
 """
 
-import itertools
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,8 @@ PARAMS, OPT_STATE, DATA_STATE = "params", "opt_state", "data_state"
 _CHUNK_BYTES = 64 << 20
 
 _HANDLER = "orbax.checkpoint.experimental.v1._src.handlers.pytree_handler.PyTreeHandler"
+
+_AGAIN = "copy the checkpoint again or make it anew"
 
 ArraySpec = tuple[tuple[int, ...], Any]  # shape, dtype
 
@@ -64,16 +65,8 @@ def create_items(
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / "_METADATA").write_text(json.dumps(_item_metadata(arrays)))
             found[item] = {name: _create(folder, name, *spec) for name, spec in arrays.items()}
-        metadata = {
-            "item_handlers": {item: _HANDLER for item, arrays in items.items() if arrays},
-            "metrics": {},
-            "performance_metrics": {},
-            # Orbax's may be absent, and equal checkpoints are to be equal files.
-            "init_timestamp_nsecs": None,
-            "commit_timestamp_nsecs": None,
-            "custom_metadata": {},
-        }
-        (directory / "_CHECKPOINT_METADATA").write_text(json.dumps(metadata))
+        metadata = json.dumps(_checkpoint_metadata(items))
+        (directory / "_CHECKPOINT_METADATA").write_text(metadata)
         (directory / "orbax.checkpoint").write_bytes(b"")
     except OSError as error:
         raise CheckpointError(
@@ -107,23 +100,72 @@ def open_array(item: Path, name: str, shape: tuple[int, ...], dtype: Any) -> Ext
     shape, dtype = tuple(shape), np.dtype(dtype)
     folder = _folder(item, name)
     file = folder / "zarr.json"
-    again = "copy the checkpoint again or make it anew"
+    metadata = files.read_json(file, error=CheckpointError, advice=_AGAIN)
     try:
-        metadata = files.read_json(file, error=CheckpointError, advice=again)
         found = tuple(metadata["shape"]), metadata["data_type"]
         chunk = tuple(metadata["chunk_grid"]["configuration"]["chunk_shape"])
         known = metadata == _zarr(*found, chunk) and _consecutive(found[0], chunk)
-        pieces = tuple(_pieces(folder, found[0], chunk)) if known else ()
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{file}: damaged: it does not describe {name}; {again}") from error
+        raise CheckpointError(f"{file}: damaged: it does not describe {name}; {_AGAIN}") from error
     if found != (shape, dtype.name):
         raise CheckpointError(
             f"{item}: {name} is {found[1]}{list(found[0])}, its manifest says "
             f"{dtype}{list(shape)}: the two are not from one checkpoint"
         )
     if not known:
-        raise CheckpointError(f"{file}: {name} is not laid out as m2l lays out arrays; {again}")
-    return Extents(name, dtype, math.prod(shape), pieces)
+        raise CheckpointError(f"{file}: {name} is not laid out as m2l lays out arrays; {_AGAIN}")
+    nbytes, pieces = math.prod(chunk) * dtype.itemsize, []
+    # One after another: a chunk that is missing ends the search of a shape that no file bears out.
+    for piece in _pieces(folder, shape, chunk):
+        check_size(piece.file, nbytes, name)
+        pieces.append(piece)
+    return Extents(name, dtype, math.prod(shape), tuple(pieces))
+
+
+def check_size(file: Path, nbytes: int, name: str) -> None:
+    """Raises CheckpointError unless a file of the array called `name` has so many bytes."""
+    try:
+        found = file.stat().st_size
+    except OSError as error:
+        raise CheckpointError(
+            f"{file}: {name} cannot be read ({error.strerror}); {_AGAIN}"
+        ) from error
+    if found != nbytes:
+        what = "truncated" if found < nbytes else "damaged"
+        raise CheckpointError(
+            f"{file}: {what}: {name} has {nbytes:,} bytes there, the file has {found:,}; {_AGAIN}"
+        )
+
+
+def check_metadata(directory: Path, items: Mapping[str, Collection[str]]) -> None:
+    """Checks the files that Orbax itself reads of a checkpoint that `create_items` made.
+
+    Args:
+        directory: The checkpoint.
+        items: item -> the names of its arrays.
+
+    Raises:
+        CheckpointError: One is missing or is not what was written.
+    """
+    expected = {directory / "_CHECKPOINT_METADATA": _checkpoint_metadata(items)}
+    for item, names in items.items():
+        if names:
+            expected[directory / item / "_METADATA"] = _item_metadata(names)
+    for file, content in expected.items():
+        if files.read_json(file, error=CheckpointError, advice=_AGAIN) != content:
+            raise CheckpointError(
+                f"{file}: damaged: it does not describe the arrays of the manifest; {_AGAIN}"
+            )
+    check_size(directory / "orbax.checkpoint", 0, "Orbax's mark of a checkpoint")
+
+
+def expected_files(directory: Path, item: str, arrays: Mapping[str, Extents]) -> Iterator[Path]:
+    """Yields every file of an item that `create_items` made."""
+    if arrays:
+        yield directory / item / "_METADATA"
+    for name, extents in arrays.items():
+        yield _folder(directory / item, name) / "zarr.json"
+        yield from extents.files()
 
 
 def chunk_shape(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
@@ -155,6 +197,8 @@ def _create(item: Path, name: str, shape: tuple[int, ...], dtype: Any) -> Extent
 def _consecutive(shape: tuple[int, ...], chunk: tuple[int, ...]) -> bool:
     """Whether the elements of each chunk follow one another in the array."""
     inner = _axis(chunk) + 1
+    if any(type(length) is not int or length < 1 for length in chunk):
+        return False
     return len(chunk) == len(shape) and (chunk[inner:] == shape[inner:] or not math.prod(shape))
 
 
@@ -169,7 +213,8 @@ def _pieces(folder: Path, shape: tuple[int, ...], chunk: tuple[int, ...]) -> Ite
     axis = _axis(chunk)
     run, step = math.prod(shape[axis:]), math.prod(chunk)
     inner = ".0" * len(shape[axis + 1 :])
-    for number, outer in enumerate(itertools.product(*map(range, shape[:axis]))):
+    for number in range(math.prod(shape[:axis])):
+        outer = np.unravel_index(number, shape[:axis])
         name = ".".join(["c", *map(str, outer)])
         for index, start in enumerate(range(0, run, step)):
             along = f".{index}" if axis < len(shape) else ""
@@ -198,7 +243,20 @@ def _dtype(name: str) -> np.dtype:
     return np.dtype(getattr(ml_dtypes, name, name))
 
 
-def _item_metadata(names: Mapping[str, Any]) -> dict[str, Any]:
+def _checkpoint_metadata(items: Mapping[str, Collection[str]]) -> dict[str, Any]:
+    """The content of _CHECKPOINT_METADATA."""
+    return {
+        "item_handlers": {item: _HANDLER for item, names in items.items() if names},
+        "metrics": {},
+        "performance_metrics": {},
+        # Orbax's may be absent, and equal checkpoints are to be equal files.
+        "init_timestamp_nsecs": None,
+        "commit_timestamp_nsecs": None,
+        "custom_metadata": {},
+    }
+
+
+def _item_metadata(names: Collection[str]) -> dict[str, Any]:
     """The content of an item's _METADATA: a nested dict of NumPy arrays, and how they are kept."""
     tree = {}
     for name in names:

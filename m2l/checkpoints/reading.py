@@ -15,8 +15,15 @@ import numpy as np
 
 from m2l.checkpoints import tokenizer
 from m2l.checkpoints.manifest import FILE_NAME as MANIFEST
-from m2l.checkpoints.manifest import Manifest, sha256
-from m2l.checkpoints.orbax import DATA_STATE, OPT_STATE, PARAMS, open_array
+from m2l.checkpoints.manifest import OCDBT, Manifest, sha256
+from m2l.checkpoints.orbax import (
+    DATA_STATE,
+    OPT_STATE,
+    PARAMS,
+    check_metadata,
+    expected_files,
+    open_array,
+)
 from m2l.checkpoints.streaming import in_parallel
 from m2l.checkpoints.trees import flatten_state, unflatten
 from m2l.errors import CheckpointError
@@ -86,7 +93,12 @@ class Parameter:
         self.size, self._digest = math.prod(self.shape), record["digest"]
 
     @functools.cached_property
-    def _stored(self) -> Any:
+    def extents(self) -> Any:
+        """Where its elements are stored; of an old checkpoint a `StoredArray`.
+
+        Raises:
+            CheckpointError: A file is missing, damaged, or of another size.
+        """
         if self._old is None:
             return open_array(self._item, self.name, self.shape, self.dtype)
         from m2l.checkpoints import ocdbt
@@ -101,7 +113,7 @@ class Parameter:
         """
         if out.size != stop - start:
             raise ValueError(f"{self.name}: [{start}, {stop}) into {out.size} elements")
-        self._stored.read_into(out, start)
+        self.extents.read_into(out, start)
 
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Reads elements [start, stop) of the row-major parameter; 1-D, of its dtype.
@@ -110,6 +122,7 @@ class Parameter:
             CheckpointError: A file is missing, truncated or damaged.
         """
         stop = self.size if stop is None else stop
+        _ = self.extents  # Before memory is allocated, of a size that no file may bear out.
         block = np.empty(stop - start, self.dtype)
         self.read_into(start, stop, block)
         return block
@@ -126,30 +139,38 @@ class Parameter:
 def open_parameters(path: str | os.PathLike) -> dict[str, Parameter]:
     """Opens every parameter of a checkpoint, in the manifest's order; nothing is read yet."""
     directory = resolve(path)
-    return _open(directory, PARAMS, Manifest.read(directory).parameters)
+    return _open(directory, PARAMS, Manifest.read(directory))
 
 
-def _open(directory: Path, item: str, records: Mapping[str, Mapping]) -> dict[str, Parameter]:
-    old = None
-    if (directory / item / "manifest.ocdbt").is_file():
+def _items(manifest: Manifest) -> dict[str, Mapping[str, Mapping[str, Any]]]:
+    """The records of arrays by Orbax item, as the checkpoint was written."""
+    opt_state = {} if manifest.opt_state is None else {OPT_STATE: manifest.opt_state}
+    return {PARAMS: manifest.parameters, **opt_state}
+
+
+def _open(directory: Path, item: str, manifest: Manifest) -> dict[str, Parameter]:
+    old, records = None, _items(manifest).get(item, {})
+    if manifest.format_version == OCDBT:
         from m2l.checkpoints import ocdbt  # TensorStore, which nothing else here needs.
 
         old = ocdbt.context()
+    else:
+        check_metadata(directory, _items(manifest))
     return {
         name: Parameter(directory / item, name, record, old) for name, record in records.items()
     }
 
 
-def _read(directory: Path, item: str, records: Mapping, verify: bool) -> dict[str, np.ndarray]:
-    parameters = _open(directory, item, records)
-    arrays: dict[str, np.ndarray] = dict.fromkeys(records)
+def _read(directory: Path, item: str, manifest: Manifest, verify: bool) -> dict[str, np.ndarray]:
+    parameters = _open(directory, item, manifest)
+    arrays: dict[str, np.ndarray] = dict.fromkeys(parameters)
 
     def read(name: str) -> None:
         arrays[name] = parameters[name].read().reshape(parameters[name].shape)
         if verify:
             parameters[name].check(sha256(arrays[name]))
 
-    in_parallel(read, records)
+    in_parallel(read, parameters)
     return arrays
 
 
@@ -172,9 +193,9 @@ def restore(path: str | os.PathLike, *, shardings: Any = None, verify: bool = Tr
         CheckpointError: Missing, unfinished, truncated, damaged, or not what its manifest says.
     """
     directory = resolve(path)
-    records = Manifest.read(directory).parameters
+    manifest = Manifest.read(directory)
     if shardings is None:
-        return unflatten(_read(directory, PARAMS, records, verify))
+        return unflatten(_read(directory, PARAMS, manifest, verify))
 
     def place(parameter: Parameter, sharding: jax.sharding.Sharding) -> jax.Array:
         array = parameter.read().reshape(parameter.shape)
@@ -185,7 +206,7 @@ def restore(path: str | os.PathLike, *, shardings: Any = None, verify: bool = Tr
             parameter.shape, sharding, lambda index: np.array(array[index])
         )
 
-    parameters = unflatten(_open(directory, PARAMS, records))
+    parameters = unflatten(_open(directory, PARAMS, manifest))
     return jax.tree.map(place, parameters, jax.tree.broadcast(shardings, parameters))
 
 
@@ -200,7 +221,8 @@ def restore_opt_state(path: str | os.PathLike, like: Any) -> Any:
         CheckpointError: There is none, it is damaged, or its leaves differ from those of `like`.
     """
     directory = resolve(path)
-    records = Manifest.read(directory).opt_state
+    manifest = Manifest.read(directory)
+    records = manifest.opt_state
     if records is None:
         raise CheckpointError(f"{directory}: it holds no optimizer state, only parameters")
     wanted = {
@@ -214,7 +236,7 @@ def restore_opt_state(path: str | os.PathLike, like: Any) -> Any:
                 f"{directory}: optimizer state {name}: expected {_spell(wanted.get(name))}, found "
                 f"{_spell(found.get(name))}: it belongs to another optimizer or model"
             )
-    arrays = _read(directory, OPT_STATE, records, verify=True)
+    arrays = _read(directory, OPT_STATE, manifest, verify=True)
 
     def place(leaf: Any, array: np.ndarray) -> Any:
         sharding = getattr(leaf, "sharding", None)
@@ -255,11 +277,28 @@ def verify(path: str | os.PathLike) -> Manifest:
     """
     directory = resolve(path)
     manifest = Manifest.read(directory)
-    items = ((PARAMS, manifest.parameters), (OPT_STATE, manifest.opt_state or {}))
-    arrays = [p for item, records in items for p in _open(directory, item, records).values()]
+    items = {item: _open(directory, item, manifest) for item in _items(manifest)}
+    arrays = [array for opened in items.values() for array in opened.values()]
     in_parallel(lambda array: array.check(sha256(array.read())), arrays)
+    if manifest.format_version != OCDBT:
+        _check_no_other_files(directory, manifest, items)
     if manifest.data_state is not None:
         restore_data_state(directory)
     if manifest.tokenizer is not None:
         tokenizer.verify(directory, manifest.tokenizer)
     return manifest
+
+
+def _check_no_other_files(
+    directory: Path, manifest: Manifest, items: Mapping[str, Mapping[str, Parameter]]
+) -> None:
+    """Raises CheckpointError naming the first file of a checkpoint that nothing wrote there."""
+    expected = {directory / name for name in (MANIFEST, "_CHECKPOINT_METADATA", "orbax.checkpoint")}
+    expected |= {directory / DATA_STATE} if manifest.data_state is not None else set()
+    expected |= {directory / tokenizer.DIRECTORY / name for name in manifest.tokenizer or ()}
+    for item, opened in items.items():
+        extents = {name: parameter.extents for name, parameter in opened.items()}
+        expected |= set(expected_files(directory, item, extents))
+    for file in sorted(directory.rglob("*")):
+        if file not in expected and not file.is_dir():
+            raise CheckpointError(f"{file}: unexpected, not part of the checkpoint; remove it")

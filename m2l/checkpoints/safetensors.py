@@ -47,6 +47,11 @@ _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 ArraySpec = tuple[tuple[int, ...], np.dtype]
 
 
+def is_dtype(name: Any) -> bool:
+    """Returns whether a value is the name of a dtype whose arrays m2l stores."""
+    return isinstance(name, str) and any(dtype.name == name for dtype in _CODES)
+
+
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
     """A tensor in a file; nothing of it is read yet.

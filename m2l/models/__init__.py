@@ -85,9 +85,11 @@ def from_dict(values: Mapping[str, Any]) -> Config:
         UnknownNameError: no such family, or no such setting in it.
         ConfigError: a setting is missing, or of the wrong type or range.
     """
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"a model: expected its settings by name, found {values!r:.80}")
     if "family" not in values:
         raise ConfigError(f"a model: expected a setting 'family', found {sorted(values)}")
-    if values["family"] not in _FAMILIES:
+    if not isinstance(values["family"], str) or values["family"] not in _FAMILIES:
         raise UnknownNameError("model family", str(values["family"]), _FAMILIES)
     kind, _ = _FAMILIES[values["family"]]
     fields = {field.name: field for field in dataclasses.fields(kind)}

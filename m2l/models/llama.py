@@ -34,7 +34,7 @@ from m2l.models.layers import (
     through,
 )
 from m2l.models.rotary import Turns, rotate, turns_of
-from m2l.models.settings import check_choice, check_fields
+from m2l.models.settings import LAYERS, WIDTH, WORDS, check_choice, check_fields
 from m2l.partitioning import constrain
 
 Cache = dict[str, Any]
@@ -74,13 +74,13 @@ class LlamaConfig:
 
     decoder_only: ClassVar[bool] = True
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
+    vocab_size: int = dataclasses.field(metadata=WORDS)
+    hidden_size: int = dataclasses.field(metadata=WIDTH)
+    intermediate_size: int = dataclasses.field(metadata=WIDTH)
+    num_hidden_layers: int = dataclasses.field(metadata=LAYERS)
+    num_attention_heads: int = dataclasses.field(metadata=WIDTH)
+    num_key_value_heads: int = dataclasses.field(metadata=WIDTH)
+    head_dim: int = dataclasses.field(metadata=WIDTH)
     model_type: str = "llama"
     rms_norm_eps: float = 1e-5
     max_position_embeddings: int = 2048

@@ -1,18 +1,22 @@
 """What every model's settings have to be: of their declared types, and within range."""
 
 import dataclasses
-import math
 from collections.abc import Collection
 from typing import Any
 
 from m2l.errors import ConfigError, UnknownNameError
 
+# So that a number of a damaged or hostile file is refused before anything of its size is computed.
+_MOST = 2**31 - 1
+MOST_LAYERS, MOST_WIDTH, MOST_WORDS = 1024, 2**20, 2**27
+LAYERS, WIDTH, WORDS = ({"most": most} for most in (MOST_LAYERS, MOST_WIDTH, MOST_WORDS))
+
 
 def check_fields(config: Any) -> None:
     """Refuses a dataclass whose fields are not of their declared types; an int does for a float.
 
-    Every int must be positive, unless its field says `metadata={"least": N}`; a tuple's elements
-    are ints of at least 0, and a list is made one.
+    Every int must be positive and below 2**31, unless its field says `metadata={"least": N,
+    "most": M}`; a tuple's elements are ints of at least 0, and a list is made one.
 
     Raises:
         ConfigError: naming the setting, what was expected and what was found.
@@ -21,20 +25,25 @@ def check_fields(config: Any) -> None:
         value = getattr(config, field.name)
         where = f"{type(config).__name__}.{field.name}"
         if field.type is int:
-            least = field.metadata.get("least", 1)
+            least, most = field.metadata.get("least", 1), field.metadata.get("most", _MOST)
             if type(value) is not int or value < least:
                 what = "a positive integer" if least == 1 else f"an integer of at least {least}"
-                raise ConfigError(f"{where}: expected {what}, found {value!r}")
+                raise ConfigError(f"{where}: expected {what}, found {value!r:.80}")
+            if value > most:
+                raise ConfigError(f"{where}: expected at most {most:,}, found {value!r:.80}")
         elif field.type is float:
-            if type(value) not in (int, float) or not math.isfinite(value):
-                raise ConfigError(f"{where}: expected a finite number, found {value!r}")
+            # 10**400 is an int that no float can hold.
+            if type(value) not in (int, float) or not abs(value) < 1e300:
+                raise ConfigError(f"{where}: expected a finite number, found {value!r:.80}")
             object.__setattr__(config, field.name, float(value))
         elif field.type in (str, bool):
             if type(value) is not field.type:
                 what = "a name" if field.type is str else "True or False"
-                raise ConfigError(f"{where}: expected {what}, found {value!r}")
-        elif not isinstance(value, list | tuple) or any(type(e) is not int or e < 0 for e in value):
-            raise ConfigError(f"{where}: expected a list of integers from 0, found {value!r}")
+                raise ConfigError(f"{where}: expected {what}, found {value!r:.80}")
+        elif not isinstance(value, list | tuple) or any(
+            type(element) is not int or not 0 <= element <= _MOST for element in value
+        ):
+            raise ConfigError(f"{where}: expected a list of integers from 0, found {value!r:.80}")
         else:
             object.__setattr__(config, field.name, tuple(value))
 

@@ -32,7 +32,7 @@ from m2l.models.layers import (
     rms_norm,
     through,
 )
-from m2l.models.settings import check_choice, check_fields
+from m2l.models.settings import LAYERS, WIDTH, WORDS, check_choice, check_fields
 from m2l.partitioning import constrain
 
 Cache = dict[str, Any]
@@ -68,14 +68,14 @@ class T5Config:
     decoder_only: ClassVar[bool] = False
     logit_softcap: ClassVar[float] = 0.0
 
-    vocab_size: int
-    d_model: int
-    d_kv: int
-    d_ff: int
-    num_heads: int
-    num_encoder_layers: int
-    num_decoder_layers: int
-    relative_attention_num_buckets: int = 32
+    vocab_size: int = dataclasses.field(metadata=WORDS)
+    d_model: int = dataclasses.field(metadata=WIDTH)
+    d_kv: int = dataclasses.field(metadata=WIDTH)
+    d_ff: int = dataclasses.field(metadata=WIDTH)
+    num_heads: int = dataclasses.field(metadata=WIDTH)
+    num_encoder_layers: int = dataclasses.field(metadata=LAYERS)
+    num_decoder_layers: int = dataclasses.field(metadata=LAYERS)
+    relative_attention_num_buckets: int = dataclasses.field(default=32, metadata=WIDTH)
     relative_attention_max_distance: int = 128
     layer_norm_epsilon: float = 1e-6
     model_type: str = "t5"

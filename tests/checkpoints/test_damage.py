@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -74,11 +75,11 @@ def test_every_damaged_file_of_the_parameters_is_refused_or_not_needed(saved, da
             for name, group in PARAMS.items():
                 np.testing.assert_array_equal(restored[name]["w"], group["w"])
         except CheckpointError as error:
-            assert "layers_" in str(error)
+            assert "layers_" in str(error) or file.name == "_METADATA"
             assert "\n" not in str(error)
             refused += 1
         file.write_bytes(content)
-    assert refused == 2 * len(PARAMS)
+    assert refused == len(files) == 2 * len(PARAMS) + 1
 
 
 def test_damage_to_the_states_is_refused(saved):
@@ -91,7 +92,7 @@ def test_damage_to_the_states_is_refused(saved):
     with pytest.raises(CheckpointError, match="data_state: cannot be read"):
         checkpoints.restore_data_state(saved)
     shutil.rmtree(saved / "opt_state")
-    with pytest.raises(CheckpointError, match=r"/n/zarr\.json: cannot be read \(No such file"):
+    with pytest.raises(CheckpointError, match="opt_state/_METADATA: cannot be read"):
         checkpoints.restore_opt_state(saved, {"n": 1})
 
 
@@ -112,9 +113,10 @@ def test_a_manifest_that_is_not_whole_is_refused(saved, change, message):
         checkpoints.read_manifest(saved)
 
 
-@pytest.mark.parametrize(
-    "field", ["checksum", "digest", *(field.name for field in dataclasses.fields(Manifest))]
-)
+FIELDS = [f.name for f in dataclasses.fields(Manifest) if f.name != "directory"]
+
+
+@pytest.mark.parametrize("field", ["checksum", "digest", *FIELDS])
 @pytest.mark.parametrize("damage", ["changed", "missing"])
 def test_damage_to_any_field_of_a_manifest_is_refused(saved, field, damage):
     file = saved / "manifest.json"
@@ -128,6 +130,128 @@ def test_damage_to_any_field_of_a_manifest_is_refused(saved, field, damage):
         checkpoints.read_manifest(saved)
 
 
+RECORD = {"shape": [64, 32], "dtype": "float32", "digest": "0" * 64}
+VOCABULARY = ABOUT["vocabulary"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("model", ["t5"]),
+        ("vocabulary", "bytes"),
+        ("vocabulary", {"name": "bytes"}),
+        ("vocabulary", VOCABULARY | {"name": ["bytes"]}),
+        ("vocabulary", VOCABULARY | {"size": "7"}),
+        ("vocabulary", VOCABULARY | {"fingerprint": {}}),
+        ("dtype", 3),
+        ("step", "3"),
+        ("step", -1),
+        ("step", 2**60),
+        ("made_by", None),
+        ("parents", {}),
+        ("parents", ["a"]),
+        ("parents", [{"role": "base", "path": 1, "digest": "a"}]),
+        ("parents", [{"role": "base"}]),
+        ("parameters", [RECORD]),
+        ("parameters", {"a": 1}),
+        ("parameters", {"a": RECORD | {"shape": [2**60]}}),
+        ("parameters", {"a": RECORD | {"shape": [2**40, 2**40]}}),
+        ("parameters", {"a": RECORD | {"shape": [0, 2**62]}}),
+        ("parameters", {"a": RECORD | {"shape": [-1]}}),
+        ("parameters", {"a": RECORD | {"shape": [2.0]}}),
+        ("parameters", {"a": RECORD | {"shape": "64"}}),
+        ("parameters", {"a": RECORD | {"shape": [1] * 100}}),
+        ("parameters", {"a": RECORD | {"dtype": "object"}}),
+        ("parameters", {"a": RECORD | {"dtype": ["float32"]}}),
+        ("parameters", {"a": RECORD | {"digest": "0" * 63}}),
+        ("parameters", {"a": {"shape": [1], "dtype": "float32"}}),
+        ("parameters", {"..": RECORD}),
+        ("parameters", {"": RECORD}),
+        ("parameters", {"a\nb": RECORD}),
+        ("opt_state", []),
+        ("opt_state", {"n": None}),
+        ("data_state", 3),
+        ("data_state", "../data"),
+        ("tokenizer", ["spiece.model"]),
+        ("tokenizer", {"../spiece.model": "0" * 64}),
+        ("tokenizer", {"/etc/passwd": "0" * 64}),
+        ("tokenizer", {"..": "0" * 64}),
+        ("tokenizer", {"spiece.model": 1}),
+        ("directory", []),
+        ("versions", {"m2l": 1}),
+        ("surprise", 1),
+    ],
+)
+def test_a_manifest_of_wrong_types_or_sizes_is_refused_though_its_checksum_is_right(
+    saved, field, value
+):
+    file = saved / "manifest.json"
+    content = json.loads(file.read_text())
+    content[field] = value
+    del content["checksum"]
+    content["checksum"] = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    file.write_text(json.dumps(content))
+    for read in (checkpoints.restore, checkpoints.verify, checkpoints.open_parameters):
+        with pytest.raises(CheckpointError, match=r"manifest\.json: .*damaged: ") as caught:
+            read(saved)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_shape_that_no_file_bears_out_is_refused_before_anything_is_allocated(saved):
+    file = saved / "manifest.json"
+    content = json.loads(file.read_text())
+    shape, zarr = [2**50, 4], saved / "params" / "layers_0.w" / "zarr.json"
+    content["parameters"]["layers_0/w"]["shape"] = shape
+    del content["checksum"]
+    content["checksum"] = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    file.write_text(json.dumps(content))
+    described = json.loads(zarr.read_text())
+    described["shape"] = shape
+    for chunk in (shape, [64, 4], [1, 1], [0, 4], [-64, 4], [64.0, 4]):
+        described["chunk_grid"]["configuration"]["chunk_shape"] = chunk
+        zarr.write_text(json.dumps(described))
+        with pytest.raises(CheckpointError, match=r"layers_0"):
+            checkpoints.restore(saved)
+
+
+@pytest.mark.parametrize("read", [checkpoints.restore, checkpoints.verify])
+@pytest.mark.parametrize("name", ["params/layers_3.w/c.0.0", "orbax.checkpoint"])
+def test_bytes_appended_to_a_file_are_refused(saved, read, name):
+    with (saved / name).open("ab") as file:
+        file.write(b"junk")
+    with pytest.raises(CheckpointError, match=rf"{name}: damaged: .*bytes there, the file has"):
+        read(saved)
+
+
+@pytest.mark.parametrize("read", [checkpoints.restore, checkpoints.verify])
+@pytest.mark.parametrize(
+    "name", ["params/_METADATA", "opt_state/_METADATA", "_CHECKPOINT_METADATA"]
+)
+@pytest.mark.parametrize("damage", [b"[]", b"{}", b"[" * 100_000, b"", None, "skip", "array"])
+def test_damage_to_the_files_that_orbax_reads_is_refused(saved, read, name, damage):
+    file = saved / name
+    if damage is None:
+        file.unlink()
+    elif isinstance(damage, bytes):
+        file.write_bytes(damage)
+    else:
+        content = file.read_text()
+        old, new = {"skip": ("false", "true "), "array": ("layers_3", "layers_9")}[damage]
+        changed = content.replace(old, new) if old in content else content.replace("null", "1   ")
+        assert changed != content
+        file.write_text(changed.replace('"n"', '"m"'))
+    with pytest.raises(CheckpointError, match=rf"{name}: (damaged|cannot be read)"):
+        read(saved)
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "params/extra", "params/layers_3.w/c.9.0"])
+def test_a_file_too_many_is_named_where_everything_is_verified(saved, name):
+    (saved / name).write_bytes(b"")
+    with pytest.raises(CheckpointError, match=rf"{name}: unexpected, not part of the checkpoint"):
+        checkpoints.verify(saved)
+    checkpoints.restore(saved)
+
+
 def test_a_truncated_manifest_is_refused(saved):
     file = saved / "manifest.json"
     file.write_text(file.read_text()[:100])
@@ -138,7 +262,7 @@ def test_a_truncated_manifest_is_refused(saved):
 def test_arrays_of_another_checkpoint_under_a_manifest_are_refused(saved, tmp_path):
     checkpoints.save(tmp_path / "y", {"layers_0": {"w": np.ones((2, 2), np.float32)}}, **ABOUT)
     shutil.copy(tmp_path / "y" / "manifest.json", saved / "manifest.json")
-    with pytest.raises(CheckpointError, match=r"layers_0/w is float32\[64, 32\], its manifest"):
+    with pytest.raises(CheckpointError, match="_METADATA: damaged: it does not describe"):
         checkpoints.restore(saved)
 
 

@@ -145,7 +145,7 @@ def test_other_arrays_than_those_that_are_there_are_refused(tmp_path):
     for spec in (((13, 4), np.float32), ((13, 5), np.int32)):
         with pytest.raises(CheckpointError, match=r"a/matrix is float32\[13, 5\], its manifest"):
             checkpoints.open_extents(tmp_path / "x", {"a/matrix": spec})
-    with pytest.raises(CheckpointError, match=r"zarr\.json: cannot be read .* other is missing"):
+    with pytest.raises(CheckpointError, match=r"zarr\.json: cannot be read \(No such file"):
         checkpoints.open_extents(tmp_path / "x", {"other": ((1,), np.float32)})
 
 
@@ -160,7 +160,7 @@ def test_other_arrays_than_those_that_are_there_are_refused(tmp_path):
         (lambda z: z | {"surprise": 1}, "not laid out as"),
         (lambda z: z | {"chunk_grid": grid(3)}, "not laid out as"),
         (lambda z: z | {"chunk_grid": grid(3, 4)}, "not laid out as"),
-        (lambda z: z | {"chunk_grid": grid(0, 5)}, "does not describe a/matrix"),
+        (lambda z: z | {"chunk_grid": grid(0, 5)}, "not laid out as"),
         (lambda z: z | {"chunk_grid": grid(3, "5")}, "not laid out as"),
     ],
 )

@@ -114,7 +114,8 @@ def place(shape, spec):
     return NamedSharding(jax.make_mesh(shape, ("a", "b"), axis_types=auto), P(*spec))
 params = {{"w": jax.device_put(value, place((4, 2), ("a", "b")))}}
 path = {str(tmp_path / "x")!r}
-checkpoints.save(path, params, model={{}}, vocabulary={{"fingerprint": ""}}, made_by={{}})
+vocabulary = {{"name": None, "size": None, "fingerprint": ""}}
+checkpoints.save(path, params, model={{}}, vocabulary=vocabulary, made_by={{}})
 target = place((2, 4), ("b", None))
 found = checkpoints.restore(path, shardings={{"w": target}})["w"]
 assert found.sharding == target and (np.asarray(found) == value).all()

@@ -73,7 +73,7 @@ def params():
 def two_processes(forge, free_port, tmp_path_factory, params):
     """What each of the processes printed."""
     folder = tmp_path_factory.mktemp("two_processes")
-    about = {"vocabulary": {"fingerprint": ""}, "made_by": {}}
+    about = {"vocabulary": {"name": None, "size": None, "fingerprint": ""}, "made_by": {}}
     checkpoints.save(folder / "x", params, model=models.to_dict(CONFIG), **about)
     batch = json.dumps({name: value.tolist() for name, value in one_batch().items()})
     address = f"127.0.0.1:{free_port()}"

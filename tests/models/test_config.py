@@ -31,6 +31,16 @@ CONFIG = models.T5Config(
         ({"relative_attention_max_distance": 16}, "more than half of the 32 buckets"),
         ({"activation": "relu"}, "setting of a t5 model 'activation'"),
         ({"family": "t6"}, "the nearest known one is 't5'"),
+        ({"family": ["t5"]}, "unknown model family"),
+        ({"vocab_size": 2**60}, "vocab_size: expected at most 134,217,728"),
+        ({"num_encoder_layers": 10**9}, "num_encoder_layers: expected at most 1,024"),
+        ({"d_model": 10**9}, "d_model: expected at most 1,048,576"),
+        ({"relative_attention_num_buckets": 2**40}, "expected at most"),
+        ({"relative_attention_max_distance": 2**31}, "expected at most 2,147,483,647"),
+        ({"layer_norm_epsilon": 10**400}, "layer_norm_epsilon: expected a finite number"),
+        ({"layer_norm_epsilon": float("nan")}, "layer_norm_epsilon: expected a finite number"),
+        ({"d_kv": [8]}, "d_kv: expected a positive integer, found [8]"),
+        ({"model_type": ["t5"]}, "model_type: expected a name"),
     ],
 )
 def test_a_config_that_cannot_be_is_refused(change, told):
@@ -38,6 +48,24 @@ def test_a_config_that_cannot_be_is_refused(change, told):
         models.from_dict(models.to_dict(CONFIG) | change)
     assert told in str(refusal.value) and "\n" not in str(refusal.value)
     assert isinstance(refusal.value, ConfigError | UnknownNameError)
+
+
+@pytest.mark.parametrize("values", [None, [], "t5", 3])
+def test_settings_that_are_no_dict_are_refused(values):
+    with pytest.raises(ConfigError, match="expected its settings by name"):
+        models.from_dict(values)
+
+
+LARGEST = {"vocab_size": 2**27, "d_model": 2**20, "d_kv": 2**20, "d_ff": 2**20, "num_heads": 2**20}
+
+
+def test_the_shapes_of_the_largest_model_that_is_accepted_can_be_computed():
+    config = models.from_dict(models.to_dict(CONFIG) | LARGEST)
+    # By hand: two embeddings, 8 kernels of attention to a decoder layer and 4 to an encoder one, 3
+    # matrices to an mlp, norms, and two tables of positions.
+    attention, mlp = 2**20 * 2**40, 3 * 2**40
+    expected = 2 * 2**47 + (3 * 8 + 2 * 4) * attention + 5 * mlp + (3 * 3 + 2 * 2 + 2) * 2**20
+    assert models.parameters(config) == expected + 2 * 32 * 2**20
 
 
 @pytest.mark.parametrize("missing", ["family", "d_model"])

@@ -15,7 +15,7 @@ CONFIGS = {
     "t5": models.T5Config(64, 32, 8, 48, 4, 1, 1),
     "llama": models.LlamaConfig(64, 32, 48, 1, 4, 2, 8, qkv_bias=True, windows=(5,)),
 }
-ABOUT = {"vocabulary": {"fingerprint": ""}, "made_by": {}}
+ABOUT = {"vocabulary": {"name": None, "size": None, "fingerprint": ""}, "made_by": {}}
 
 
 def batches(config, count):
