@@ -1,5 +1,9 @@
 """The k-th largest magnitude is found exactly, however the model is cut and sampled."""
 
+import hashlib
+import json
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m2l.merging import thresholds, uint64
+from m2l.merging import Recipe, merge, thresholds, uint64
 from m2l.merging.thresholds import LARGEST, Counts, Interval, Trimming, kth_largest, select
 
 
@@ -142,3 +146,61 @@ def test_any_rank_of_any_numbers_is_found(values, data):
     read, _ = reader([values], 7)
     ((found,),) = select(read, [[Interval(0, LARGEST)]], [rank], values.size)
     assert found == wanted(values, rank)
+
+
+def changed_digit(text):
+    bits = str(next(iter(json.loads(text).values()))[0])
+    return text.replace(bits, bits[:-1] + str((int(bits[-1]) + 1) % 10))
+
+
+def with_values(change):
+    """Text of an entry of other values and a right checksum."""
+
+    def changed(text, file):
+        entry = {rank: row for rank, row in json.loads(text).items() if rank != "checksum"}
+        entry = {rank: change(row) for rank, row in entry.items()}
+        described = json.dumps([file.stem, entry], sort_keys=True)
+        return json.dumps(entry | {"checksum": hashlib.sha256(described.encode()).hexdigest()})
+
+    return changed
+
+
+DAMAGES = {
+    "digit": lambda text, file: changed_digit(text),
+    "truncated": lambda text, file: text[: len(text) // 2],
+    "empty": lambda text, file: "",
+    "list": lambda text, file: "[]",
+    "null": lambda text, file: "null",
+    "text": lambda text, file: '"x"',
+    "deep": lambda text, file: "[" * 100_000,
+    "without checksum": lambda text, file: json.dumps({"7": [1_000_000_000, 7]}),
+    "another entry": lambda text, file: next(
+        other for other in file.parent.iterdir() if other != file
+    ).read_text(),
+    "negative": with_values(lambda row: [-row[0], row[1]]),
+    "float": with_values(lambda row: [row[0] + 0.5, row[1]]),
+    "no row": with_values(lambda row: "x"),
+    "nan": with_values(lambda row: [0x7FC00000, row[1]]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_entry_of_the_cache_is_named_and_computed_again(
+    damage, paths, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("M2L_CACHE", str(tmp_path / "cache"))
+    (base, experts), recipe = paths, Recipe("ties", density=0.3)
+    expected = merge(base, experts, recipe, tmp_path / "expected", progress=False)
+    entries = {file: file.read_text() for file in (tmp_path / "cache/thresholds").iterdir()}
+    assert len(entries) == len(experts)
+    file = min(entries)
+    file.write_text(DAMAGES[damage](entries[file], file))
+    with pytest.warns(UserWarning, match=rf"{file.name}: .*its thresholds are computed") as warned:
+        found = merge(base, experts, recipe, tmp_path / "found", progress=False)
+    assert all("\n" not in str(warning.message) for warning in warned)
+    assert found.parameters == expected.parameters
+    assert file.read_text() == entries[file]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = merge(base, experts, recipe, tmp_path / "again", progress=False)
+    assert again.parameters == expected.parameters
