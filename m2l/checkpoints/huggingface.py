@@ -11,8 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from m2l import models, signals
-from m2l.checkpoints import safetensors
+from m2l.checkpoints import recorded, safetensors
 from m2l.checkpoints.huggingface_card import special_tokens, write_card
 from m2l.checkpoints.huggingface_config import (
     CONFIG,
@@ -31,7 +33,6 @@ from m2l.checkpoints.importing import (
     import_tensors,
     parameter_shapes,
 )
-from m2l.checkpoints.manifest import FILE_NAME as MANIFEST
 from m2l.checkpoints.manifest import Manifest, sha256
 from m2l.checkpoints.publishing import Flusher, publishing
 from m2l.checkpoints.reading import open_parameters, resolve
@@ -269,9 +270,7 @@ def import_checkpoint(
 
 
 def _whole(tensor: StoredTensor) -> Tensor:
-    return Tensor(
-        tensor.name, tensor.shape, tensor.dtype, lambda: tensor.read().reshape(tensor.shape)
-    )
+    return Tensor(tensor.name, tensor.shape, tensor.dtype, tensor.read_checked)
 
 
 def export_options(
@@ -352,8 +351,6 @@ def export_checkpoint(
             shutil.copytree(source / TOKENIZER, temporary, dirs_exist_ok=True)
         else:
             write_shipped(manifest.vocabulary.get("name"), temporary)
-        exported.write(temporary)
-        (temporary / MANIFEST).rename(temporary / EXPORT_FILE_NAME)
         (temporary / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
         write_card(
             temporary,
@@ -366,19 +363,21 @@ def export_checkpoint(
         )
         shards = safetensors.plan_shards(described, shard_size)
         extents = safetensors.create(temporary, described, shards)
-        done = 0
+        done, digests = 0, {}
 
         def write(theirs: str) -> int:
             ours, transposed = sources[theirs]
             parameter, target, position = parameters[ours], extents[theirs], 0
-            array = parameter.read()
+            array, stored = parameter.read(), hashlib.sha256()
             digest = hashing.submit(sha256, array)
             view = array.reshape(parameter.shape)
             for block in blocks(view.T if transposed else view, target.dtype, ours):
                 target.write_from(block, position)
+                stored.update(block.view(np.uint8))
                 position += block.size
                 flusher.wrote(target.files(), block.nbytes)
             parameter.check(digest.result())
+            digests[theirs] = stored.hexdigest()
             return position * target.dtype.itemsize
 
         def advance(nbytes: int) -> None:
@@ -394,4 +393,5 @@ def export_checkpoint(
         ):
             # The largest first, or a thread would be left alone with one at the end.
             in_parallel(write, sorted(extents, key=lambda name: -extents[name].size), advance)
+        recorded.write(temporary, exported, digests)
     return out

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from m2l.checkpoints import model_fields, safetensors, tensor_kinds
+from m2l.checkpoints import model_fields, recorded, tensor_kinds
 from m2l.checkpoints.huggingface_fields import read_json
 from m2l.checkpoints.safetensors import StoredTensor
 from m2l.checkpoints.tokenizer import is_bytes
@@ -51,7 +51,7 @@ def open_directory(
             quantised, its description is absurd, or contradicts its tensors.
     """
     tensor_kinds.check_no_adapter(path)
-    tensors = safetensors.open_tensors(path)
+    tensors = recorded.open_tensors(path)
     file = (path if path.is_dir() else path.parent) / CONFIG
     config = read_json(file) if file.is_file() else {}
     if (problem := model_fields.implausible(config)) is not None:

@@ -83,15 +83,15 @@ class Manifest:
         text = json.dumps(identity, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def write(self, directory: Path) -> None:
-        """Writes manifest.json into `directory`."""
+    def write(self, directory: Path, name: str = FILE_NAME) -> None:
+        """Writes manifest.json into `directory`, or a file of another name."""
         content = {"digest": self.digest} | dataclasses.asdict(self)
         if self.tokenizer is not None:
             content["vocabulary"]["name"] = tokenizer.name_in(self.vocabulary["name"])
         if self.directory is None:
             del content["directory"]
         content = {"checksum": _checksum(content)} | content
-        (directory / FILE_NAME).write_text(json.dumps(content, indent=1) + "\n")
+        (directory / name).write_text(json.dumps(content, indent=1) + "\n")
 
     @classmethod
     def read(cls, directory: Path, name: str = FILE_NAME) -> "Manifest":

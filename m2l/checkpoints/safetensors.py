@@ -5,6 +5,7 @@ first and last byte), and the tensors' bytes without gap (github.com/huggingface
 """
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import math
@@ -62,6 +63,7 @@ class StoredTensor:
         shape: Its shape.
         dtype: Its dtype.
         offset: The place of its first byte in the file.
+        digest: SHA-256, in hex, of its bytes; None where none is recorded.
     """
 
     file: Path
@@ -69,6 +71,7 @@ class StoredTensor:
     shape: tuple[int, ...]
     dtype: np.dtype
     offset: int
+    digest: str | None = None
 
     @property
     def size(self) -> int:
@@ -107,6 +110,26 @@ class StoredTensor:
             raise ValueError(f"{self.name}: [{start}, {stop}) into {out.size} elements")
         # Into memory of our own: pages of a mapped file would count as this process's.
         self.extents.read_into(out, start)
+
+    def read_checked(self) -> np.ndarray:
+        """Reads it whole, in its shape.
+
+        Raises:
+            CheckpointError: The file is gone or was cut, or the bytes do not have the digest.
+        """
+        array = self.read()
+        if self.digest is not None:
+            self.check(hashlib.sha256(array.view(np.uint8)).hexdigest())
+        return array.reshape(self.shape)
+
+    def check(self, digest: str) -> None:
+        """Raises CheckpointError unless `digest`, of its bytes, is the one that is recorded."""
+        if self.digest is not None and digest != self.digest:
+            raise CheckpointError(
+                f"{self.file}: {self.name} does not have the digest that m2l_manifest.json "
+                "records: damaged, or changed since; if it was changed on purpose (trained "
+                "further), delete m2l_manifest.json; else copy or make the directory again"
+            )
 
 
 def _refuse(file: Path, what: str) -> NoReturn:

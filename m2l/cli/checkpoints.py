@@ -117,6 +117,7 @@ def inspect(checkpoint: Path, verify: bool, fsdp: int, model: int, cosines: Path
     from rich.console import Console
 
     from m2l import checkpoints, models, partitioning
+    from m2l.checkpoints import recorded
 
     directory, manifest = _opened(checkpoint)
     rows = [
@@ -148,19 +149,19 @@ def inspect(checkpoint: Path, verify: bool, fsdp: int, model: int, cosines: Path
         diagnostics.draw(manifest.made_by, experts, cosines)
     if manifest.parents:
         Console(width=200, highlight=False).print(_lineage(str(directory), manifest))
-    if verify and (directory / "m2l_manifest.json").is_file():
-        raise ConfigError("m2l inspect: --verify is of m2l's checkpoints, not of exports")
     if verify:
-        checkpoints.verify(directory)
+        exported = (directory / recorded.MANIFEST).is_file()
+        (recorded if exported else checkpoints).verify(directory)
         click.echo("every digest is right")
 
 
 def _opened(checkpoint: Path) -> tuple[Path, Any]:
     """A checkpoint, or a Hugging Face directory that m2l made, and its manifest."""
     from m2l import checkpoints
+    from m2l.checkpoints import recorded
 
-    if (checkpoint / "m2l_manifest.json").is_file():
-        return checkpoint, checkpoints.Manifest.read(checkpoint, "m2l_manifest.json")
+    if (checkpoint / recorded.MANIFEST).is_file():
+        return checkpoint, recorded.read_manifest(checkpoint)
     directory = checkpoints.resolve(checkpoint)
     return directory, checkpoints.read_manifest(directory)
 
@@ -190,14 +191,13 @@ def _lineage(title: str, manifest: Any) -> Any:
 
 
 def _made(manifest: Any) -> str:
-    made_by = manifest.made_by
-    match made_by.get("kind"):
-        case "train":
-            return f"{manifest.step} steps on {made_by['settings']['mixture']}"
-        case "merge":
-            return f"merged by {made_by['recipe']['method']}"
-        case "convert":
-            return f"converted from {made_by['from']}"
-        case "statistics":
-            return f"{made_by['statistic']} of {made_by['examples']} examples"
-    return f"made by {made_by.get('kind', 'hand')}"
+    match manifest.made_by:
+        case {"kind": "train", "settings": {"mixture": mixture}}:
+            return f"{manifest.step} steps on {mixture}"
+        case {"kind": "merge", "recipe": {"method": method}}:
+            return f"merged by {method}"
+        case {"kind": "convert", "from": source}:
+            return f"converted from {source}"
+        case {"kind": "statistics", "statistic": statistic, "examples": examples}:
+            return f"{statistic} of {examples} examples"
+    return f"made by {manifest.made_by.get('kind', 'hand')}"

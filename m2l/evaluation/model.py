@@ -67,7 +67,7 @@ def _of_huggingface(directory: Path, vocabulary: str | None) -> Model:
 
     def read(shardings: Any) -> dict[str, Any]:
         found = {
-            name: origin.take(stored[origin.tensor].read().reshape(stored[origin.tensor].shape))
+            name: origin.take(stored[origin.tensor].read_checked())
             for name, origin in layout.origins.items()
         }
         params = checkpoints.unflatten(found)

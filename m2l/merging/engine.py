@@ -168,7 +168,7 @@ class _Merge:
         self._done = 0
         self._verifying: list[Future] = []
         read = {id(s): s for s in (*job.used, *job.roles.copied.values())}
-        self._to_verify = [source for source in read.values() if source.manifest]
+        self._to_verify = [source for source in read.values() if source.has_digests]
         self._verified: set[str] = set()
 
     def _advance(self, elements: int) -> None:

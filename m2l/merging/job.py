@@ -169,7 +169,7 @@ def prepare(
         [name for name in names if name in mine],
         described=described,
         readings=readings,
-        verify=verify and any(s.manifest for s in used),
+        verify=verify and any(s.has_digests for s in used),
         states=_states(recipe, len(of_experts)),
         memory=memory,
         block=block,

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from m2l import checkpoints
-from m2l.checkpoints import Extents, Manifest, huggingface_directory, safetensors
+from m2l.checkpoints import Extents, Manifest, huggingface_directory, recorded, safetensors
 from m2l.checkpoints.tensor_kinds import is_buffer, is_float
 from m2l.errors import CheckpointError
 from m2l.merging.compatibility import Roles
@@ -184,8 +184,7 @@ def describe_directory(
             for name, (shape, found) in result.described.items()
         },
     )
-    manifest.write(result.directory)
-    (result.directory / "manifest.json").rename(result.directory / "m2l_manifest.json")
+    manifest = recorded.write(result.directory, manifest, digests)
     kinds = " ".join(model.get("architectures") or ())
     known = "ForCausalLM" in kinds or "ForConditionalGeneration" in kinds
     write_card(
