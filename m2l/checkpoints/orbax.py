@@ -58,11 +58,12 @@ def create_items(
     directory = Path(directory)
     found: dict[str, dict[str, Extents]] = {}
     try:
+        directory.mkdir(parents=True, exist_ok=True)
         for item, arrays in items.items():
             folder = directory / item
             # Orbax has no item without an array.
             if arrays:
-                folder.mkdir(parents=True, exist_ok=True)
+                folder.mkdir(exist_ok=True)
                 (folder / "_METADATA").write_text(json.dumps(_item_metadata(arrays)))
             found[item] = {name: _create(folder, name, *spec) for name, spec in arrays.items()}
         metadata = json.dumps(_checkpoint_metadata(items))
