@@ -27,10 +27,11 @@ def statistic(metric: str, lines: Sequence[Mapping[str, Any]]) -> Statistic:
     if metric == "bleu":
         references = [line["references"] for line in lines]
         predictions = [line["prediction"] for line in lines]
+        rules = metrics.bleu_rules(references)
 
         def corpus(numbers: np.ndarray) -> float:
             drawn = [[of_all[i] for i in numbers] for of_all in (references, predictions)]
-            return metrics.bleu(*drawn)["bleu"]
+            return metrics.bleu(*drawn, rules)["bleu"]
 
         return corpus
     values = np.array([line["value"] for line in lines], np.float64)

@@ -84,7 +84,9 @@ def _without_articles(text: str, latin: bool) -> str:
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", _without_punctuation(text, latin)).split())
 
 
-def bleu(references: References, predictions: Sequence[str]) -> dict[str, float]:
+def bleu(
+    references: References, predictions: Sequence[str], rules: tuple[str, bool] | None = None
+) -> dict[str, float]:
     """Computes corpus BLEU of detokenised text, as `t5.evaluation.metrics.bleu` computes it.
 
     sacrebleu underneath wants streams (the first reference of every example, then every second
@@ -93,6 +95,11 @@ def bleu(references: References, predictions: Sequence[str]) -> dict[str, float]
     Where no reference has four tokens there are no four to match, and BLEU is 0 whatever the
     answer: of references in another script than Latin, it is then computed with the longest n-grams
     that there are (sacrebleu's effective order).
+
+    Args:
+        references: Per example every text that counts as right.
+        predictions: Per example what the model wrote.
+        rules: `bleu_rules` of all references, where these are a part of them; None: of these.
     """
     _check(references, predictions)
     import sacrebleu
@@ -101,7 +108,7 @@ def bleu(references: References, predictions: Sequence[str]) -> dict[str, float]
     streams = [
         [of_one[k] if k < len(of_one) else None for of_one in references] for k in range(most)
     ]
-    tokenizer, effective_order = _bleu_settings(references)
+    tokenizer, effective_order = rules or bleu_rules(references)
     score = sacrebleu.corpus_bleu(
         list(predictions),
         streams,
@@ -112,8 +119,8 @@ def bleu(references: References, predictions: Sequence[str]) -> dict[str, float]
     return {"bleu": float(score.score)}
 
 
-def _bleu_settings(references: References) -> tuple[str, bool]:
-    """sacrebleu's tokenizer, and whether it counts n-grams below four where there are no longer."""
+def bleu_rules(references: References) -> tuple[str, bool]:
+    """Chooses sacrebleu's tokenizer, and whether it makes do with n-grams below four."""
     from sacrebleu.metrics import BLEU
 
     texts = [text for of_one in references for text in of_one]
@@ -188,7 +195,7 @@ def settings(names: Sequence[str], references: References) -> dict[str, str]:
     if "rouge" in names and not all(words.is_ascii(text) and words.words(text) for text in texts):
         found["rouge"] = "words of all scripts; letters of scripts without spaces"
     if "bleu" in names:
-        tokenizer, effective_order = _bleu_settings(references)
+        tokenizer, effective_order = bleu_rules(references)
         if tokenizer != "intl" or effective_order:
             found["bleu"] = f"tokenize={tokenizer}" + ", effective order" * effective_order
     return found

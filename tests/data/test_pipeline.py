@@ -11,7 +11,7 @@ import pytest
 import seqio
 
 from m2l import tasks
-from m2l.data import pipeline
+from m2l.data import layouts, pipeline, vocabularies
 from m2l.errors import DataError, UnknownNameError
 
 LENGTHS = {"inputs": 96, "targets": 32}
@@ -24,6 +24,12 @@ def registered(tmp_path_factory):
     path.write_text("\n".join(map(json.dumps, lines)))
     tasks.register()
     tasks.register_jsonl({"train": path}, name="ten")
+    lines = [
+        {"inputs": f"{n}" + " the" * (n % 5), "targets": f"{n}" + " the" * (n % 3)}
+        for n in range(10)
+    ]
+    (path.parent / "cut.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    tasks.register_jsonl({"train": path.parent / "cut.jsonl"}, name="cut")
 
 
 def batches(mixture, **changes):
@@ -80,6 +86,57 @@ def test_a_resumed_run_gets_the_batches_that_an_uninterrupted_one_gets(mixture, 
     assert max(map(len, states.values())) < 50_000
 
 
+@pytest.mark.parametrize("pack", [True, False])
+@pytest.mark.parametrize("layout", [layouts.EncoderDecoder(), layouts.PrefixLM(1)])
+def test_what_is_cut_is_counted_of_the_examples_in_the_batches_handed_out(pack, layout):
+    # Of "cut", the tokens of a number and its words: inputs "7 the the", targets "7 the".
+    encode = vocabularies.load("microworld").encode
+    number = len(encode("7"))
+    lengths = {"inputs": number + 2, "targets": number + 2}
+    how = {"lengths": lengths, "batch_size": 3, "pack": pack, "layout": layout}
+    too_long = {tuple(encode(str(n))): (n % 5 > 2, n % 3 > 1) for n in range(10)}
+    assert {len(ids) for ids in too_long} == {number}
+    assert len(encode("7 the the")) == number + 2
+    seen, expected, states = batches("cut", **how), np.zeros(3, int), []
+    for _ in range(7):
+        batch = next(seen)
+        expected += _counted(batch, too_long, isinstance(layout, layouts.PrefixLM))
+        counted = seen.cut
+        assert [counted[name] for name in ("examples", "inputs_cut", "targets_cut")] == [*expected]
+        states.append((seen.state(), counted))
+    resumed = batches("cut", state=states[3][0], **how)
+    assert resumed.cut == states[3][1]
+    next(resumed)
+    assert resumed.cut == states[4][1]
+    # A position of an older m2l says nothing of them.
+    header, _, position = states[3][0].partition(b"\n")
+    position = {name: value for name, value in json.loads(position).items() if name != "cut"}
+    resumed.restore(header + b"\n" + json.dumps(position).encode())
+    next(resumed)
+    assert resumed.cut is None
+
+
+def _counted(batch, too_long, is_decoder):
+    """Examples in a batch, and of how many the inputs and the targets are longer than a row."""
+    side = "decoder" if is_decoder else "encoder"
+    tokens = batch[f"{side}_input_tokens"]
+    segments = batch.get(f"{side}_segment_ids", (tokens != 0).astype(int))
+    found = []
+    for row, of_row in zip(tokens, segments, strict=True):
+        for segment in range(1, of_row.max() + 1):
+            ids = row[of_row == segment].tolist()
+            # A decoder's row begins with its start token.
+            ids = ids[1:] if is_decoder else ids
+            found.append(too_long[tuple(ids[: len(next(iter(too_long)))])])
+    return len(found), *np.sum(found, axis=0)
+
+
+def test_a_pipeline_of_seqios_own_says_that_it_does_not_count():
+    seen = batches("span_corruption", batch_size=2)
+    next(seen)
+    assert seen.cut is None
+
+
 def test_another_process_gets_the_same_batches_and_resumes_from_the_same_state(tmp_path):
     here = batches("imdb")
     take(here, 5)
@@ -87,7 +144,7 @@ def test_another_process_gets_the_same_batches_and_resumes_from_the_same_state(t
     script = """
 import hashlib, itertools, sys
 from m2l import tasks
-from m2l.data import pipeline
+from m2l.data import layouts, pipeline, vocabularies
 tasks.register()
 for state in (None, open(sys.argv[1], "rb").read()):
     batches = pipeline.training_batches(

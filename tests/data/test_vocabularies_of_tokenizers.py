@@ -123,8 +123,10 @@ def test_pieces_that_reach_over_spaces_are_refused_for_targets(tmp_path):
     )
     tokenizers.Tokenizer(model).save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
-    with pytest.raises(DataError, match="reach over the space"):
+    with pytest.raises(DataError, match=r"reach over the space.* put space: or nospace: before"):
         vocabularies.continuing(vocabularies.load(str(tmp_path)))
+    apart = vocabularies.continuing(vocabularies.load(f"nospace:{tmp_path}"))
+    assert apart.encode("b") == [1]
 
 
 def test_llamas_pieces_and_its_tokenizer_json_give_the_same_ids(made_tokenizers):
@@ -275,6 +277,65 @@ def test_a_chats_prompt_is_rendered_by_its_template(made_tokenizers):
     assert (
         described(name)["fingerprint"] == described(made_tokenizers / "byte_level")["fingerprint"]
     )
+
+
+def test_a_chat_is_told_a_date_that_does_not_change_but_by_the_name(edited):
+    template = "{{ strftime_now('%d %b %Y') }} {{ messages[0]['content'] }}"
+    directory = edited("byte_level", chat_template=template)
+    plain = vocabularies.load(str(directory))
+    dated = {
+        f"chat{day}:{directory}": f"{written} x"
+        for day, written in (("", "26 Jul 2024"), ("@2025-01-31", "31 Jan 2025"))
+    }
+    loaded = [vocabularies.load(name) for name in dated]
+    assert [one.encode("x") for one in loaded] == [plain.encode(text) for text in dated.values()]
+    assert loaded[0] != loaded[1] and loaded[0] == vocabularies.load(next(iter(dated)))
+    days = [vocabularies.settings(one)["chat_date"] for one in loaded]
+    assert days == ["2024-07-26", "2025-01-31"]
+    # A template that does not ask is not another by another date.
+    undated = edited("byte_level", chat_template="{{ messages[0]['content'] }}")
+    one, other = (vocabularies.load(f"chat{day}:{undated}") for day in ("", "@2025-01-31"))
+    assert one == other and vocabularies.settings(one) == vocabularies.settings(plain) == {}
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "llama", "llama_pieces"])
+def test_a_name_says_whether_a_space_stands_before_targets(made_tokenizers, kind):
+    directory = made_tokenizers / kind
+    plain = vocabularies.load(str(directory))
+    for prefix, text, recorded in (
+        ("space:", " fish", {"target_space": "space"}),
+        ("nospace:", "fish", {"target_space": "none"}),
+    ):
+        vocabulary = vocabularies.load(f"{prefix}{directory}")
+        assert vocabulary.encode("the cat") == plain.encode("the cat")
+        targets = vocabularies.continuing(vocabulary)
+        assert targets.encode("fish") == plain.encode(text)
+        assert targets.decode(targets.encode("fish")) == "fish"
+        assert vocabularies.settings(vocabulary) == recorded
+        assert described(f"{prefix}{directory}") == described(directory) | {
+            "name": f"{prefix}{directory}"
+        }
+    if kind == "byte_level":
+        chat = f"chat:{directory}"
+        for name, text in ((chat, "yes"), (f"space:{chat}", " yes"), (f"nospace:{chat}", "yes")):
+            targets = vocabularies.continuing(vocabularies.load(name))
+            assert targets.encode("yes") == plain.encode(text)
+
+
+@pytest.mark.parametrize(
+    ("prefixes", "kind", "message"),
+    [
+        ("space:nospace:", "byte_level", "one of space: and nospace:"),
+        ("chat:chat:", "byte_level", "chat: once at most"),
+        ("chat@2025-13-40:", "byte_level", r"'2025-13-40' is not a date; expected chat@YYYY-MM-DD"),
+        ("chat@:", "byte_level", "'' is not a date"),
+        ("nospace:", "t5", "encode targets as they are; leave space: and nospace: out"),
+        ("space:chat:", "llama_pieces", "leave chat: out"),
+    ],
+)
+def test_prefixes_that_mean_nothing_are_refused(made_tokenizers, prefixes, kind, message):
+    with pytest.raises(DataError, match=message):
+        vocabularies.load(f"{prefixes}{made_tokenizers / kind}")
 
 
 def test_a_template_that_writes_the_first_token_does_not_get_another(made_tokenizers, edited):
