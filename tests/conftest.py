@@ -15,6 +15,7 @@ import jax
 import pytest
 
 from m2l import files, models, tasks
+from m2l.evaluation import results
 from m2l.evaluation.runner import Result
 from m2l.merging import Recipe
 from m2l.models import T5Config
@@ -92,7 +93,8 @@ def write_result(out, model, task, category, score):
         model_digest=model,
         task_digest=task,
     )
-    (directory / f"{task}.json").write_text(json.dumps(dataclasses.asdict(result)))
+    directory.mkdir(parents=True, exist_ok=True)
+    results.write_result(directory, result)
 
 
 @pytest.fixture(scope="session")
@@ -101,16 +103,6 @@ def finished_study(study, tmp_path_factory):
     out = tmp_path_factory.mktemp("study")
     files.claim(out, "study.json", {"kind": "scaling", **scaling.to_dict(study)})
 
-    def nothing(stage, made, inputs):
-        made.mkdir(parents=True)
-        if stage.kind == "merge":
-            files.write(made / "recipes.json", json.dumps(stage.settings["recipes"]))
-            for name in stage.settings["recipes"]:
-                (made / name).mkdir()
-
-    kinds = ("train", "merge", "evaluate", "choose")
-    outcome = execute.execute(scaling.plan(study), out, dict.fromkeys(kinds, nothing))
-    assert not outcome.failed
     held_out = "natural_language_inference"
     for size in study.models:
         for base in scaling.BASES:
@@ -126,6 +118,15 @@ def finished_study(study, tmp_path_factory):
             score = 80.0 if category == "sentiment" else 40.0
             write_result(out, merge.model, category, category, score)
         write_result(out, merge.model, "rte", held_out, 51.0 if merge.base == "instruct" else 50.0)
+
+    def nothing(stage, made, inputs):
+        made.mkdir(parents=True, exist_ok=True)
+        if stage.kind == "merge":
+            files.write(made / "recipes.json", json.dumps(stage.settings["recipes"]))
+
+    kinds = ("train", "merge", "evaluate", "choose")
+    outcome = execute.execute(scaling.plan(study), out, dict.fromkeys(kinds, nothing))
+    assert not outcome.failed
     return out
 
 
@@ -201,16 +202,16 @@ def skills_records(skills_study):
 
     def found(change=lambda model, name, score: score):
         tasks.use(skills_study.source)
-        results = {}
+        by_model = {}
         for model, scores in scored.items():
-            results[model] = {}
+            by_model[model] = {}
             for name, mixture in skills_study.evaluations.items():
                 score = float(change(model, name, scores[name]))
                 for task in tasks.tasks_in(mixture):
-                    results[model][task] = _result_of(task, score, model)
+                    by_model[model][task] = _result_of(task, score, model)
         recipes = {model: merge.recipe.to_dict() for model, merge in made.items()}
         seconds = {stage.name: 60.0 for stage in skills.plan(skills_study)}
-        return records.Records(skills_study, results, recipes, {}, seconds)
+        return records.Records(skills_study, by_model, recipes, {}, seconds)
 
     return found
 

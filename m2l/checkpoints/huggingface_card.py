@@ -32,7 +32,7 @@ def special_tokens(checkpoint: Path, manifest: Manifest) -> dict[str, Any]:
         for settings in spelled:
             text = settings.get(f"{token}_token")
             text = text.get("content") if isinstance(text, Mapping) else text
-            if text in ids:
+            if isinstance(text, str) and text in ids:
                 named.setdefault(f"{token}_token_id", ids[text])
     known.append(named)
     if isinstance(imported := manifest.made_by.get("config"), Mapping):
@@ -52,10 +52,14 @@ def _content(file: Path) -> dict[str, Any]:
 def _carried_ids(directory: Path) -> Iterator[tuple[str, int]]:
     """The text of each token that stands apart from the vocabulary, and its id."""
     for token in _content(directory / "tokenizer.json").get("added_tokens") or []:
-        yield token["content"], token["id"]
+        match token:
+            case {"content": str(content), "id": int(number)}:
+                yield content, number
     added = _content(directory / "tokenizer_config.json").get("added_tokens_decoder") or {}
-    for number, token in added.items():
-        yield token["content"], int(number)
+    for number, token in added.items() if isinstance(added, dict) else ():
+        match token:
+            case {"content": str(content)} if number.isdecimal():
+                yield content, int(number)
 
 
 def write_card(

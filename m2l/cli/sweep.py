@@ -136,7 +136,7 @@ def sweep(
     chosen = merging.best(points)
     files.write(out / "curve.json", json.dumps(curve, indent=1) + "\n")
     record = {"recipe": chosen.recipe.to_dict(), "score": chosen.score} | content["data"]
-    files.write(out / "recipe.json", json.dumps(record, indent=1) + "\n")
+    files.write_record(out / "recipe.json", record)
     _draw(curve, mixture, out / "curve.png")
     rows = [(*point["settings"].values(), point["score"]) for point in curve]
     print_table(f"{method} on {mixture}", [*swept, "score %"], rows)

@@ -5,7 +5,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow as pa
@@ -159,7 +159,35 @@ def read_index(root: Path) -> dict[str, Any]:
         )
     if index.pop("digest", None) != (digest := _digest_of(index)):
         raise DataError(f"{path}: damaged, its digest is not that of its content; write it again")
+    if not _is_index(index):
+        raise DataError(f"{path}: damaged, it does not list datasets' files; write the cache again")
     return {**index, "digest": digest}
+
+
+def _is_index(index: Mapping[str, Any]) -> bool:
+    """Whether an index gives, by dataset and split, digests of files inside of the cache."""
+    datasets = index.get("datasets")
+    if not isinstance(datasets, dict) or not isinstance(index.get("source"), str):
+        return False
+    return all(
+        isinstance(splits, dict)
+        and all(
+            isinstance(split, dict)
+            and type(split.get("records")) is int
+            and isinstance(split.get("files"), dict)
+            and all(
+                isinstance(digest, str) and _is_inside(name)
+                for name, digest in split["files"].items()
+            )
+            for split in splits.values()
+        )
+        for splits in datasets.values()
+    )
+
+
+def _is_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return name.isprintable() and not path.is_absolute() and ".." not in path.parts
 
 
 def read(root: Path, index: Mapping[str, Any], name: str, split: str) -> Iterator[Record]:

@@ -3,18 +3,22 @@
 import dataclasses
 import gzip
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import m2l
 from m2l import files
 from m2l.errors import EvaluationError
+from m2l.evaluation import metrics
 from m2l.evaluation.task_data import TaskData
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+_WITHOUT_CHECKSUM = (2,)
 EXAMPLES = ".examples.jsonl.gz"
+_ROUNDING = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,25 +71,88 @@ def path_of(out: Path, task: str) -> Path:
 
 def write_result(out: Path, result: Result) -> None:
     """Writes a result under its task's name, whole or not at all."""
-    files.write(path_of(out, result.task), json.dumps(dataclasses.asdict(result), indent=1) + "\n")
+    files.write_record(path_of(out, result.task), dataclasses.asdict(result))
 
 
 def read_result(path: Path) -> Result:
     """A result from its file.
 
     Raises:
-        EvaluationError: the file is not a result, or one of another version.
+        EvaluationError: the file is not a result, damaged, or one of another version.
     """
-    try:
-        fields = json.loads(Path(path).read_text())
-        if fields["format_version"] != FORMAT_VERSION:
-            raise EvaluationError(
-                f"{path}: result format {fields['format_version']}, this m2l reads "
-                f"{FORMAT_VERSION}; delete it and evaluate again"
-            )
-        return Result(**fields)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise EvaluationError(f"{path}: not a result of `m2l eval` ({error})") from error
+    again = "delete it and evaluate again"
+    how = {"finite": True, "error": EvaluationError, "advice": again}
+    version = files.read_json(path, kind=dict, **how).get("format_version")
+    fields = files.read_record(path, required=version == FORMAT_VERSION, **how)
+    return checked_result(fields, path)
+
+
+def checked_result(fields: Mapping[str, Any], where: object) -> Result:
+    """Returns the result of fields that were read back, once each of them can be believed.
+
+    Args:
+        fields: As `dataclasses.asdict` gave them.
+        where: The file, for the message.
+
+    Raises:
+        EvaluationError: a field is missing, unknown, of another type or out of range, or they
+            contradict each other; or they are of another version.
+    """
+
+    def refuse(problem: str) -> NoReturn:
+        message = f"{where}: not a result of `m2l eval`: {problem}; delete it and evaluate again"
+        raise EvaluationError(message)
+
+    version = fields.get("format_version")
+    if type(version) is not int:
+        refuse("it has no format_version")
+    if version not in (*_WITHOUT_CHECKSUM, FORMAT_VERSION):
+        raise EvaluationError(
+            f"{where}: result format {version}, this m2l reads {FORMAT_VERSION}; delete it and "
+            "evaluate again"
+        )
+    known = {field.name: field for field in dataclasses.fields(Result)}
+    for name in fields:
+        if name not in known:
+            refuse(f"unknown field {name!r:.80}")
+    for name, field in known.items():
+        if name not in fields and field.default is dataclasses.MISSING:
+            refuse(f"{name} is missing")
+        value = fields.get(name, field.default)
+        if field.type in (str, bool, int) and type(value) is not field.type:
+            refuse(f"{name} is {value!r:.80}, expected {field.type.__name__}")
+        if field.type is float and not _is_finite(value):
+            refuse(f"{name} is {value!r:.80}, expected a finite number")
+    result = Result(**fields)
+    shown = metrics.HEADLINE.get(result.metric)
+    figures, interval, count = result.metrics, result.interval, result.count
+    if not isinstance(figures, Mapping) or not all(map(_is_finite, figures.values())):
+        refuse(f"metrics is {figures!r:.80}, expected finite numbers by name")
+    if interval is not None and not (
+        isinstance(interval, list)
+        and len(interval) == 2
+        and all(map(_is_finite, interval))
+        and -_ROUNDING <= interval[0] <= interval[1] <= 100 + _ROUNDING
+    ):
+        refuse(f"interval is {interval!r:.80}, expected two numbers from 0 to 100, in order")
+    if shown is None or figures.get(shown) != result.score:
+        refuse(f"score is {result.score}, but metrics does not have it for {result.metric!r:.80}")
+    for name, least, most in (
+        ("score", -_ROUNDING, 100 + _ROUNDING),
+        ("count", 1, math.inf),
+        ("ties", 0, count),
+        ("truncated", 0, count),
+        ("seconds", 0, math.inf),
+        ("tokens", 0, math.inf),
+        ("padding", 0, 1),
+    ):
+        if not least <= getattr(result, name) <= most:
+            refuse(f"{name} is {getattr(result, name)!r:.80}, which is out of range")
+    return result
+
+
+def _is_finite(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e300
 
 
 def read_results(directory: Path) -> dict[str, Result]:

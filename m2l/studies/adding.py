@@ -319,9 +319,16 @@ class _Clock:
         try:
             yield
         finally:
-            held = files.read_json(self._file) if self._file.exists() else {}
-            held[phase] = held.get(phase, 0.0) + time.monotonic() - start
-            files.write(self._file, json.dumps(held, indent=1) + "\n")
+            seconds = _read_seconds(self._file) if self._file.exists() else {}
+            seconds[phase] = seconds.get(phase, 0.0) + time.monotonic() - start
+            files.write_record(self._file, seconds)
+
+
+def _read_seconds(file: Path) -> dict[str, float]:
+    seconds = files.read_record(file, required=False, finite=True)
+    if any(type(value) not in (int, float) for value in seconds.values()):
+        raise DataError(f"{file}: damaged, not seconds by phase; delete it and start again")
+    return seconds
 
 
 def _costs(
@@ -330,8 +337,8 @@ def _costs(
     """Written when all is done, and not again: a later start would only add its own start-up."""
     file = out / "costs.json"
     if file.exists():
-        return files.read_json(file)
-    seconds = files.read_json(out / "seconds.json")
+        return files.read_record(file, required=False, finite=True)
+    seconds = _read_seconds(out / "seconds.json")
     device = jax.devices()[0]
     costs: dict[str, Any] = {
         "devices": {"kind": device.device_kind, "count": jax.device_count()},
@@ -353,7 +360,7 @@ def _costs(
             "flops": flops.of_step(config, *rows) * alone.step,
             "seconds": seconds["training"],
         }
-    files.write(file, json.dumps(costs, indent=1) + "\n")
+    files.write_record(file, costs)
     return costs
 
 

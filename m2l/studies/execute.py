@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import fcntl
-import json
+import hashlib
 import os
 import shutil
 import sys
@@ -11,14 +11,18 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from m2l import files
-from m2l.errors import M2LError, Stopped
+from m2l.errors import DataError, M2LError, Stopped, one_line
 from m2l.studies.plan import Plan, Stage
 
 Run = Callable[[Stage, Path, Mapping[str, Path]], None]
 
 _SECONDS_BETWEEN_LOOKS = 0.5
+# Stages whose output is small files of figures, which their record has digests of.
+_OF_RESULTS = ("evaluate", "choose", "merge")
+_REDONE = "`m2l study` does the stage again"
 
 
 @dataclasses.dataclass
@@ -48,27 +52,104 @@ def _mark(out: Path, name: str) -> Path:
     return out / "stages" / f"{name}.json"
 
 
-def _write_mark(mark: Path, digest: str, finished: bool, seconds: float = 0.0) -> None:
+def _write_mark(
+    mark: Path,
+    digest: str,
+    finished: bool,
+    seconds: float = 0.0,
+    results: Mapping[str, str] | None = None,
+) -> None:
     mark.parent.mkdir(parents=True, exist_ok=True)
-    held = {"digest": digest, "finished": finished, "seconds": round(seconds, 3)}
-    files.write(mark, json.dumps(held) + "\n")
+    record = {"digest": digest, "finished": finished, "seconds": round(seconds, 3)}
+    files.write_record(mark, record if results is None else {**record, "results": results})
+
+
+def _read_mark(mark: Path) -> dict[str, Any]:
+    """What a mark says.
+
+    Raises:
+        DataError: It is damaged. One that an older m2l wrote, without a checksum, may be read.
+    """
+    record = files.read_record(mark, required=False, finite=True, advice=_REDONE)
+    results = record.get("results", {})
+    if not (
+        isinstance(record.get("digest"), str)
+        and isinstance(record.get("finished"), bool)
+        and type(record.get("seconds", 0.0)) in (int, float)
+        and isinstance(results, dict)
+    ):
+        raise DataError(f"{mark}: damaged, not the record of a stage; {_REDONE}")
+    return record
+
+
+def _digests(stage: Stage, output: Path) -> dict[str, str] | None:
+    """SHA-256 of a stage's results by their paths in its folder; None for stages of models."""
+    if stage.kind not in _OF_RESULTS:
+        return None
+    return {
+        path.relative_to(output).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(output.rglob("*"))
+        if path.is_file() and not path.name.startswith(".")
+    }
 
 
 def state(plan: Plan, out: Path, name: str) -> str:
-    """ "done", "begun" (by the same settings and inputs), "outdated" (by others) or "missing"."""
+    """ "done", "begun" (by the same settings and inputs), "outdated" (by others) or "missing".
+
+    "damaged" where the record of it is.
+    """
     mark = _mark(out, name)
     if not mark.exists():
         return "missing"
-    held = files.read_json(mark)
-    if held["digest"] != plan.digest(name):
+    try:
+        record = _read_mark(mark)
+    except DataError:
+        return "damaged"
+    if record["digest"] != plan.digest(name):
         return "outdated"
-    return "done" if held["finished"] and folder(out, name).exists() else "begun"
+    return "done" if record["finished"] and folder(out, name).exists() else "begun"
 
 
 def seconds(out: Path, name: str) -> float:
-    """How long the call that finished a stage took; 0 for one that is not finished."""
+    """How long the call that finished a stage took; 0 for one that is not finished.
+
+    Raises:
+        DataError: Its record is damaged.
+    """
     mark = _mark(out, name)
-    return files.read_json(mark).get("seconds", 0.0) if mark.exists() else 0.0
+    return _read_mark(mark).get("seconds", 0.0) if mark.exists() else 0.0
+
+
+def check_results(plan: Plan, out: Path, name: str) -> None:
+    """Compares the results of a stage that is done with those that it wrote.
+
+    Raises:
+        DataError: One is missing, changed or too many. What an older m2l recorded has no digests.
+    """
+    output = folder(out, name)
+    recorded, found = _read_mark(_mark(out, name)).get("results"), _digests(plan[name], output)
+    if recorded is None or found is None:
+        return
+    for path in sorted({*recorded, *found}):
+        if recorded.get(path) != found.get(path):
+            what = "missing" if path not in found else "changed since it was written"
+            what = what if path in recorded else "not a result of this stage"
+            raise DataError(f"{output / path}: {what}; {_REDONE}")
+
+
+def discard_damaged(plan: Plan, out: Path) -> None:
+    """Discards the results of stages that are done but do not check, each with a line on stderr."""
+    for stage in plan:
+        if state(plan, out, stage.name) != "done":
+            continue
+        with _alone(out, stage.name) as alone:
+            try:
+                check_results(plan, out, stage.name)
+            except DataError as error:
+                if alone:
+                    print(f"m2l: {one_line(str(error))}", file=sys.stderr, flush=True)
+                    shutil.rmtree(folder(out, stage.name))
+                    _write_mark(_mark(out, stage.name), plan.digest(stage.name), finished=False)
 
 
 @contextlib.contextmanager
@@ -99,6 +180,8 @@ def run_stage(plan: Plan, out: Path, name: str, runners: Mapping[str, Run]) -> b
     stage, found = plan[name], state(plan, out, name)
     if found == "done":
         return False
+    if found == "damaged":
+        print(f"m2l: {_mark(out, name)}: damaged; {_REDONE}", file=sys.stderr, flush=True)
     output, mark = folder(out, name), _mark(out, name)
     if found == "outdated" and (output.exists() or output.is_symlink()):
         output.unlink() if output.is_symlink() else shutil.rmtree(output)
@@ -106,7 +189,8 @@ def run_stage(plan: Plan, out: Path, name: str, runners: Mapping[str, Run]) -> b
     inputs = {role: folder(out, of) for role, of in stage.inputs.items()}
     start = time.monotonic()
     runners[stage.kind](stage, output, inputs)
-    _write_mark(mark, plan.digest(name), True, time.monotonic() - start)
+    seconds = time.monotonic() - start
+    _write_mark(mark, plan.digest(name), True, seconds, _digests(stage, output))
     return True
 
 
@@ -126,6 +210,7 @@ def execute(plan: Plan, out: Path, runners: Mapping[str, Run]) -> Outcome:
     Raises:
         Stopped: by SIGINT or SIGTERM, when what was under way was saved.
     """
+    discard_damaged(plan, out)
     outcome = Outcome()
     waiting = {stage.name: number for number, stage in enumerate(plan, start=1)}
     while waiting:
@@ -163,4 +248,8 @@ def _try(
         outcome.failed[name] = str(error) if known else f"{type(error).__name__}: {error}"
         trace = _mark(out, name).with_suffix(".error")
         trace.write_text("".join(traceback.format_exception(error)))
-        print(f"{name} failed: {outcome.failed[name]} ({trace})", file=sys.stderr, flush=True)
+        print(
+            f"{name} failed: {one_line(outcome.failed[name])} ({trace})",
+            file=sys.stderr,
+            flush=True,
+        )

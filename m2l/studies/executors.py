@@ -106,6 +106,7 @@ def by_slurm(plan: Plan, out: Path, settings: Mapping[str, Any], at_once: int) -
         raise ConfigError("--executor slurm needs submitit: pip install 'm2l[slurm]'") from error
     if shutil.which("sbatch") is None:
         raise ConfigError("--executor slurm: no sbatch on this machine; run it where Slurm is")
+    execute.discard_damaged(plan, out)
     queued: list[str] = []
     after: str | None = None
     for names in levels(plan):

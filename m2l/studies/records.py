@@ -1,6 +1,7 @@
 """What a study found: its results, recipes and choices, from its folder or as it was published."""
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,7 +11,7 @@ import pandas as pd
 
 from m2l import files, models
 from m2l.errors import DataError, EvaluationError, UnknownNameError
-from m2l.evaluation.runner import Result, read_result
+from m2l.evaluation.results import Result, checked_result, read_result
 from m2l.studies import execute, scaling, skills
 from m2l.studies.plan import Plan
 from m2l.studies.scaling import ScalingStudy
@@ -19,6 +20,8 @@ from m2l.studies.stages import RECIPES
 
 RESULTS = "results.parquet"
 RECORDS = "records.json"
+_RECORDED = ("recipes", "choices", "seconds")
+_AGAIN = "publish the study again: m2l report --publish"
 _KINDS = {"scaling": scaling, "skills": skills}
 
 Study = ScalingStudy | SkillsStudy
@@ -93,11 +96,14 @@ def read_study(out: Path) -> Study:
     record = Path(out) / "study.json"
     if not record.exists():
         raise DataError(f"{out}: holds no study (study.json is missing); run `m2l study` first")
-    fields = files.read_json(record)
-    kind = fields.pop("kind")
-    if kind not in _KINDS:
-        raise UnknownNameError(f"kind of study in {record}:", kind, _KINDS)
-    return _KINDS[kind].from_dict(fields)
+    fields = files.read_record(record, required=False, finite=True)
+    kind = fields.pop("kind", None)
+    if not isinstance(kind, str) or kind not in _KINDS:
+        raise UnknownNameError(f"kind of study in {record}:", str(kind), _KINDS)
+    try:
+        return _KINDS[kind].from_dict(fields)
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise DataError(f"{record}: damaged, not the settings of a study ({error!r})") from error
 
 
 def load(out: Path) -> Records:
@@ -108,7 +114,40 @@ def load(out: Path) -> Records:
     """
     out = Path(out)
     study = read_study(out)
-    return _published(study, out) if (out / RESULTS).exists() else _collected(study, out)
+    records = _published(study, out) if (out / RESULTS).exists() else _collected(study, out)
+    _check_alike(records.results, out)
+    return records
+
+
+def _check_alike(results: Mapping[str, Mapping[str, Result]], out: Path) -> None:
+    """Refuses results of models that were not all evaluated on the same examples.
+
+    Raises:
+        EvaluationError: naming the first model and task whose result is another's, of other
+            examples than other models', or missing.
+    """
+    tasks: dict[str, tuple[Any, ...]] = {}
+    by_category: dict[str, set[str]] = {}
+    for model, scored in results.items():
+        categories: dict[str, set[str]] = {}
+        for task, result in scored.items():
+            categories.setdefault(result.category, set()).add(task)
+            examples = (result.task_digest, result.count, result.metric, result.kind)
+            described = (*examples, result.dataset, result.category, result.held_out)
+            if result.task != task:
+                raise EvaluationError(f"{out}: {model}: the result of {task} is {result.task}'s")
+            if tasks.setdefault(task, described) != described:
+                raise EvaluationError(
+                    f"{out}: {model}: its result of {task} is of other examples or by another "
+                    "score than other models'"
+                )
+        if len({result.model_digest for result in scored.values()}) > 1:
+            raise EvaluationError(f"{out}: {model}: its results are of several models")
+        for category, names in categories.items():
+            if missing := by_category.setdefault(category, names) ^ names:
+                raise EvaluationError(
+                    f"{out}: {model}: {min(missing)} of {category} was not evaluated on all models"
+                )
 
 
 def _collected(study: Study, out: Path) -> Records:
@@ -122,17 +161,19 @@ def _collected(study: Study, out: Path) -> Records:
     results: dict[str, dict[str, Result]] = {}
     recipes, choices = {}, {}
     for stage in stages:
+        execute.check_results(stages, out, stage.name)
         folder = execute.folder(out, stage.name)
         model = stage.name.removeprefix("results/")
         if stage.kind == "evaluate":
             results[model] = _read(folder)
         elif stage.kind == "merge":
-            for name, recipe in files.read_json(folder / RECIPES).items():
+            for name, recipe in files.read_json(folder / RECIPES, kind=dict).items():
                 results[f"{model}/{name}"] = _read(folder / name)
                 recipes[f"{model}/{name}"] = recipe
         elif stage.kind == "choose":
             choices[stage.name] = {
-                path.stem: files.read_json(path) for path in sorted(folder.glob("*.json"))
+                path.stem: files.read_record(path, required=False)
+                for path in sorted(folder.glob("*.json"))
             }
     seconds = {stage.name: execute.seconds(out, stage.name) for stage in stages}
     return Records(study, results, recipes, choices, seconds)
@@ -148,9 +189,7 @@ def publish(records: Records, to: Path) -> None:
     `load` reads them back; models and single results are not among them.
     """
     to.mkdir(parents=True, exist_ok=True)
-    files.write(to / "study.json", json.dumps(describe(records.study), indent=1) + "\n")
-    beside = {name: getattr(records, name) for name in ("recipes", "choices", "seconds")}
-    files.write(to / RECORDS, json.dumps(beside, indent=1) + "\n")
+    files.write_record(to / "study.json", describe(records.study))
     rows = [
         {"model": model, **dataclasses.asdict(result)}
         for model, of_model in records.results.items()
@@ -159,15 +198,33 @@ def publish(records: Records, to: Path) -> None:
     frame = pd.DataFrame(rows)
     frame["metrics"] = frame["metrics"].map(json.dumps)
     frame.to_parquet(to / RESULTS, compression="zstd", index=False)
+    recorded = {name: getattr(records, name) for name in _RECORDED}
+    digest = hashlib.sha256((to / RESULTS).read_bytes()).hexdigest()
+    files.write_record(to / RECORDS, {**recorded, "results": digest})
 
 
 def _published(study: Study, out: Path) -> Records:
-    beside = files.read_json(out / RECORDS)
-    frame = pd.read_parquet(out / RESULTS)
+    file = out / RESULTS
+    # Older versions recorded no checksum, and no digest of the results.
+    recorded = files.read_record(out / RECORDS, required=False, finite=True, advice=_AGAIN)
+    digest = recorded.pop("results", None)
+    if set(recorded) != set(_RECORDED) or not all(isinstance(v, dict) for v in recorded.values()):
+        raise DataError(f"{out / RECORDS}: damaged, it has not {', '.join(_RECORDED)}; {_AGAIN}")
+    if any(type(of_stage) not in (int, float) for of_stage in recorded["seconds"].values()):
+        raise DataError(f"{out / RECORDS}: damaged, seconds are not all numbers; {_AGAIN}")
+    if digest is not None and hashlib.sha256(file.read_bytes()).hexdigest() != digest:
+        raise DataError(f"{file}: damaged, its digest is not that of {RECORDS}; {_AGAIN}")
+    try:
+        rows = pd.read_parquet(file).to_dict("records")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file}: damaged, not a Parquet file ({error}); {_AGAIN}") from error
     results: dict[str, dict[str, Result]] = {}
-    for row in frame.to_dict("records"):
-        model = row.pop("model")
-        row["metrics"] = json.loads(row["metrics"])
-        row["interval"] = None if row["interval"] is None else [float(x) for x in row["interval"]]
-        results.setdefault(model, {})[row["task"]] = Result(**row)
-    return Records(study, results, **beside)
+    for row in rows:
+        model, where = row.pop("model", None), f"{file}: the result of {row.get('task')}"
+        how = {"finite": True, "kind": dict, "advice": _AGAIN}
+        row["metrics"] = files.parse_json(str(row.get("metrics")), where, **how)
+        if (interval := row.get("interval")) is not None:
+            row["interval"] = [float(end) for end in interval]
+        result = checked_result(row, where)
+        results.setdefault(str(model), {})[result.task] = result
+    return Records(study, results, **recorded)

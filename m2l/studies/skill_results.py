@@ -11,6 +11,7 @@ from statistics import fmean
 import pandas as pd
 
 from m2l import tasks
+from m2l.errors import EvaluationError
 from m2l.evaluation.normalize import dataset_scores
 from m2l.evaluation.runner import Result
 from m2l.studies import skills
@@ -130,8 +131,10 @@ def _row(
     records: Records, measured: Mapping[str, Sequence[str]], model: str, regime: str, cost: Cost
 ) -> dict[str, object]:
     row: dict[str, object] = {"model": model, "regime": regime}
-    by_task = records.results[model]
+    by_task = records.results.get(model, {})
     for name, tasks_of in measured.items():
+        if missing := [task for task in tasks_of if task not in by_task]:
+            raise EvaluationError(f"the study has no result of {model} on {missing[0]}")
         found = score(by_task[task] for task in tasks_of)
         row |= {name: found.value, f"{name}_error": found.error}
     return row | dataclasses.asdict(cost)

@@ -210,7 +210,7 @@ def run_choose(stage: Stage, out: Path, inputs: Mapping[str, Path]) -> None:
             points.append({"settings": swept, "score": fmean(by_set), "by_set": by_set})
         best = max(points, key=lambda point: point["score"])
         record = {"points": points, "chosen": best["settings"], "sets": sets}
-        files.write(out / f"{method}.json", json.dumps(record, indent=1) + "\n")
+        files.write_record(out / f"{method}.json", record)
 
 
 def run_merge(stage: Stage, out: Path, inputs: Mapping[str, Path]) -> None:
@@ -248,7 +248,7 @@ def _as_chosen(recipe: Recipe, choice: Path | None) -> Recipe:
     file = choice and choice / f"{recipe.method}.json"
     if not file or not file.exists():
         return recipe
-    return Recipe.from_dict(recipe.to_dict() | files.read_json(file)["chosen"])
+    return Recipe.from_dict(recipe.to_dict() | files.read_record(file)["chosen"])
 
 
 RUNNERS: Mapping[str, Run] = {
