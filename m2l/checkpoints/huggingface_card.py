@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from m2l import files
 from m2l.checkpoints.huggingface_fields import read_json
 from m2l.checkpoints.manifest import Manifest
 from m2l.checkpoints.tokenizer import DIRECTORY as TOKENIZER
@@ -134,7 +135,10 @@ def _settings(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, st
 
 
 def _result(file: Path, digest: str) -> tuple[str, ...]:
-    result = read_json(file)
+    advice = "evaluate again"
+    result = files.read_record(
+        file, required=False, finite=True, error=CheckpointError, advice=advice
+    )
     try:
         if result["model_digest"] != digest:
             raise CheckpointError(
@@ -143,6 +147,8 @@ def _result(file: Path, digest: str) -> tuple[str, ...]:
             )
         held_out = "yes" if result["held_out"] else "no"
         names = result["task"], result["dataset"], held_out, result["metric"]
+        if not all(isinstance(name, str) for name in names) or not 0 <= result["score"] <= 100:
+            raise ValueError
         return (*names, f"{result['score']:.2f}", f"{result['count']:,}")
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{file}: no result of m2l eval") from error

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from m2l.cli.options import print_table
-from m2l.errors import ConfigError
+from m2l.errors import CheckpointError, ConfigError
 
 
 def names(paths: Sequence[str]) -> list[str]:
@@ -20,8 +20,17 @@ def names(paths: Sequence[str]) -> list[str]:
 
 
 def show(made_by: Mapping[str, Any], experts: Sequence[str]) -> None:
-    """Prints the diagnostics of a merge: of the model, of its layers, and the cosines."""
+    """Prints the diagnostics of a merge: of the model, of its layers, and the cosines.
+
+    Raises:
+        CheckpointError: They are not those of a merge of so many experts.
+    """
     found = made_by["diagnostics"]
+    if not _are_diagnostics(found, len(experts)):
+        raise CheckpointError(
+            f"the manifest's diagnostics are damaged: {found!r:.80} are not those of a merge of "
+            f"{len(experts)} experts"
+        )
     if "norms" not in found:
         kept = ", ".join(f"{share:.4f}" for share in found["density"])
         click.echo(f"density: {kept}")
@@ -33,6 +42,39 @@ def show(made_by: Mapping[str, Any], experts: Sequence[str]) -> None:
     looked_at = "" if found["share"] >= 1 else f", by a sample of {found['share']:.1%} of entries"
     print_table(f"task vectors{looked_at}", columns, rows)
     _show_cosines(found["cosines"], experts)
+
+
+def _are_diagnostics(found: Any, count: int) -> bool:
+    if not isinstance(found, dict) or not _are_numbers(found.get("density"), count):
+        return False
+    if "norms" not in found:
+        return True
+    groups = found.get("groups")
+    return (
+        _are_numbers([found.get("share")], 1)
+        and isinstance(groups, dict)
+        and all(_are_of_group(group, count) for group in (found, *groups.values()))
+    )
+
+
+def _are_of_group(found: Any, count: int) -> bool:
+    return (
+        isinstance(found, dict)
+        and type(found.get("parameters")) is int
+        and _are_numbers([found.get("sign_conflicts")], 1)
+        and all(_are_numbers(found.get(name), count) for name in ("norms", "density"))
+        and isinstance(found.get("cosines"), list)
+        and len(found["cosines"]) == count
+        and all(_are_numbers(row, count) for row in found["cosines"])
+    )
+
+
+def _are_numbers(values: Any, count: int) -> bool:
+    return (
+        isinstance(values, list)
+        and len(values) == count
+        and all(type(value) in (int, float) for value in values)
+    )
 
 
 def _row(name: str, found: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -75,7 +117,7 @@ def draw(made_by: Mapping[str, Any], experts: Sequence[str], file: Path) -> None
         ConfigError: The merge measured none, or the file's kind is not one that can be drawn.
     """
     found = made_by.get("diagnostics", {})
-    if "cosines" not in found:
+    if not _are_diagnostics(found, len(experts)) or "cosines" not in found:
         raise ConfigError("no cosines were measured; merge with a base and with --diagnostics")
     if file.suffix not in (".png", ".svg", ".pdf"):
         raise ConfigError(f"{file}: a picture is .png, .svg or .pdf")

@@ -10,13 +10,16 @@ import json
 import os
 import shutil
 import time
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-from m2l.errors import CheckpointError, MergeError
+from m2l import files
+from m2l.errors import CheckpointError, DataError, MergeError
 
 Arrays = dict[str, np.ndarray]
 
@@ -145,10 +148,14 @@ class Journal:
         self._due = time.monotonic() + _SECONDS_BETWEEN_COMMITS
         self._pool = ThreadPoolExecutor(1)
         self._under_way: Future | None = None
-        for line in file.read_text().splitlines() if file.is_file() else ():
-            # The last line may have been cut.
-            with contextlib.suppress(ValueError):
-                self.sums += json.loads(line)
+        for line in file.read_bytes().splitlines() if file.is_file() else ():
+            try:
+                sums = files.parse_json(line, file, kind=list)
+            except DataError:
+                break  # A kill cuts the last line; what follows a damaged one is written again.
+            if any(type(checksum) is not int for checksum in sums):
+                break
+            self.sums += sums
         self._committed = len(self.sums)
 
     def __enter__(self) -> "Journal":
@@ -192,8 +199,13 @@ class Journal:
 
 
 def _load(file: Path) -> Arrays:
-    with np.load(file) as loaded:
-        return dict(loaded)
+    try:
+        with np.load(file) as loaded:
+            return dict(loaded)
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise CheckpointError(
+            f"{file}: damaged ({error}); it is removed: run the same merge again"
+        ) from error
 
 
 def _locked(descriptor: int) -> bool:

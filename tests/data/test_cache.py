@@ -213,7 +213,7 @@ def test_a_folder_without_a_whole_index_is_no_cache(tmp_path):
     path = tmp_path / "cache.json"
     index = json.loads(path.read_text())
     for content, says in (
-        (path.read_text()[:-20], "damaged, no JSON"),
+        (path.read_text()[:-20], "damaged, it is not JSON"),
         ("[1]", "damaged, it is no index of a cache"),
         (json.dumps({**index, "format": 2}), "has format 2, this version of m2l reads 1"),
         (json.dumps({**index, "source": "tfds"}), "damaged, its digest is not that of its content"),
@@ -221,6 +221,39 @@ def test_a_folder_without_a_whole_index_is_no_cache(tmp_path):
         path.write_text(content)
         with pytest.raises(DataError, match=says):
             cache.read_index(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"datasets": []},
+        {"datasets": {"demo": ["train"]}},
+        {"datasets": {"demo": {"train": 3}}},
+        {"datasets": {"demo": {"train": {"records": "2", "files": {}}}}},
+        {"datasets": {"demo": {"train": {"records": 2, "files": ["a"]}}}},
+        {"datasets": {"demo": {"train": {"records": 2, "files": {"a": 1}}}}},
+        {"datasets": {"demo": {"train": {"records": 2, "files": {"../a": "0"}}}}},
+        {"datasets": {"demo": {"train": {"records": 2, "files": {"b/../../a": "0"}}}}},
+        {"datasets": {"demo": {"train": {"records": 2, "files": {"/etc/passwd": "0"}}}}},
+        {"datasets": {"demo": {"train": {"records": 2, "files": {"a\nb": "0"}}}}},
+        {"source": ["hub"]},
+    ],
+)
+def test_an_index_that_lies_is_refused_though_its_digest_is_right(tmp_path, changes):
+    filled(tmp_path, {"demo": {"train": 2}})
+    path = tmp_path / "cache.json"
+    index = {n: v for n, v in json.loads(path.read_text()).items() if n != "digest"} | changes
+    digest = hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps({**index, "digest": digest}))
+    with pytest.raises(DataError, match="does not list datasets' files") as caught:
+        cache.read_index(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_index_nested_too_deeply_is_refused(tmp_path):
+    (tmp_path / "cache.json").write_text("[" * 100_000)
+    with pytest.raises(DataError, match="nested too deeply"):
+        cache.read_index(tmp_path)
 
 
 def test_an_index_of_files_that_are_not_there_is_not_written(tmp_path):

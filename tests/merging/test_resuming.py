@@ -13,7 +13,7 @@ import pytest
 from m2l import checkpoints
 from m2l.errors import CheckpointError, MergeError
 from m2l.merging import Recipe, analysis, merge, prepare, results
-from m2l.merging.workplace import Workplace
+from m2l.merging.workplace import Journal, Workplace
 
 SHAPES = {"decoder/layers_00/wi": (40, 31), "decoder/layers_01/wi": (40, 31), "embedder": (64, 40)}
 BLOCK = 100
@@ -110,6 +110,27 @@ def test_a_merge_under_way_is_not_joined_by_a_second(root):
         with pytest.raises(MergeError, match="busy: another process is making it right now"):
             merge(*inputs(root), Recipe("average"), root / "busy")
         work.remove()
+
+
+@pytest.mark.parametrize("damage", [b"[" * 100_000, b"{}", b'["a"]', b"[1.5]", b"null", b"\xff"])
+def test_a_damaged_line_of_a_journal_ends_what_is_taken_from_it(tmp_path, damage):
+    (tmp_path / "journal").write_bytes(b"[1, 2]\n" + damage + b"\n[4]\n")
+    with Journal(tmp_path / "journal") as journal:
+        assert journal.sums == [1, 2]
+
+
+@pytest.mark.parametrize("damage", [b"", b"x", "flipped", "cut"])
+def test_damaged_arrays_of_a_merge_under_way_are_refused_in_one_line(tmp_path, damage):
+    with Workplace(tmp_path / "out", "key", (0, 1)) as work:
+        made = {"a": np.arange(1000)}
+        assert work.mine("tag", lambda: made)["a"] is made["a"]
+        (file,) = work.path.glob("*.npz")
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        changed = {"flipped": bytes(content), "cut": bytes(content[:500])}
+        file.write_bytes(changed.get(damage, damage))
+        with pytest.raises(CheckpointError, match=r"npz: damaged .*run the same merge again"):
+            work.mine("tag", lambda: made)
 
 
 def test_a_result_that_reads_back_differently_is_refused(root, monkeypatch):
