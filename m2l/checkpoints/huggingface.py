@@ -24,7 +24,7 @@ from m2l.checkpoints.huggingface_config import (
 )
 from m2l.checkpoints.huggingface_directory import open_directory
 from m2l.checkpoints.huggingface_fields import read_json
-from m2l.checkpoints.identity import EXPORT_FILE_NAME, EXPORTED, finished
+from m2l.checkpoints.identity import EXPORTED, finished
 from m2l.checkpoints.importing import (
     Origin,
     Tensor,
@@ -325,7 +325,7 @@ def export_checkpoint(
         fields = ("digest", "made_by", "parents", "tokenizer", "step")
         return all(_json(getattr(other, f)) == _json(getattr(exported, f)) for f in fields)
 
-    if finished(out, is_same, EXPORT_FILE_NAME) is not None:
+    if finished(out, is_same, recorded.MANIFEST) is not None:
         return out
     config = models.from_dict(manifest.model)
     parameters = open_parameters(source)

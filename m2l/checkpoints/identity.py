@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from m2l.checkpoints import safetensors
+from m2l.checkpoints import recorded
 from m2l.checkpoints.manifest import FILE_NAME, Manifest
 from m2l.checkpoints.publishing import check_absent
 from m2l.checkpoints.reading import verify
@@ -16,9 +16,6 @@ from m2l.errors import CheckpointError
 
 KEY = "key"
 """In a manifest's made_by: the digest of inputs and options that `key_of` returns."""
-
-EXPORT_FILE_NAME = f"m2l_{FILE_NAME}"
-"""The manifest's name in a Hugging Face directory."""
 
 EXPORTED = "exported"
 """In the manifest of an exported checkpoint, in made_by: the options of the export."""
@@ -48,12 +45,12 @@ def finished(
 ) -> Manifest | None:
     """Returns the manifest of a result that need not be made again, and says so on stderr.
 
-    The digests of an m2l checkpoint are checked; of a Hugging Face directory, names and sizes.
+    Its digests are checked first.
 
     Args:
         directory: What is to be made.
         is_same: Whether a manifest is of the same inputs and options.
-        file: The manifest's name: FILE_NAME or EXPORT_FILE_NAME, which tells the formats apart.
+        file: The manifest's name: FILE_NAME or `recorded.MANIFEST`, which tells the formats apart.
 
     Returns:
         None: there is nothing.
@@ -69,7 +66,7 @@ def finished(
     if file == FILE_NAME:
         verify(directory)
     else:
-        safetensors.open_tensors(directory)
+        recorded.verify(directory)
     print(
         f"m2l: {directory}: already there, made from the same inputs with the same options",
         file=sys.stderr,

@@ -67,11 +67,28 @@ def adamerging(
     for flag, value in (("--base", base), ("--expert", experts), ("--mixture", mixture)):
         if not value:
             raise ConfigError(f"m2l adamerging: {flag} is missing")
-    if out.exists():
-        raise ConfigError(f"{out} exists; choose another --out, or delete it")
     paths = [checkpoints.resolve(path) for path in (base, *experts)]
     manifests = [checkpoints.read_manifest(path) for path in paths]
     _check_alike(list(zip(paths, manifests, strict=True)))
+    settings = {
+        "steps": steps,
+        "per_layer": per_layer,
+        "learning_rate": learning_rate,
+        "initial": initial,
+    }
+    made_by = {
+        "kind": "adamerging",
+        "base": manifests[0].digest,
+        "experts": [manifest.digest for manifest in manifests[1:]],
+        "settings": settings
+        | {"mixture": mixture, "split": split, "batch_size": batch_size}
+        | {"max_examples": max_examples}
+        | {"input_length": input_length, "target_length": target_length},
+        "data": origin(source, files),
+    }
+    if out.exists():
+        _check_finished(out, made_by)
+        return
 
     vocabulary, tasks = scored_tasks(
         mixture,
@@ -84,27 +101,11 @@ def adamerging(
         max_examples=max_examples,
         generative_score="likelihood",
     )
-    settings = {
-        "steps": steps,
-        "per_layer": per_layer,
-        "learning_rate": learning_rate,
-        "initial": initial,
-    }
     learned = _learn(paths, manifests[0].model, vocabulary, tasks, batch_size, settings)
     scales = [[pattern, row] for pattern, row in learned.coefficients.items()]
     record = {
         "recipe": {"method": "task_arithmetic", "scales": scales},
-        "made_by": {
-            "kind": "adamerging",
-            "base": manifests[0].digest,
-            "experts": [manifest.digest for manifest in manifests[1:]],
-            "settings": settings
-            | {"mixture": mixture, "split": split, "batch_size": batch_size}
-            | {"max_examples": max_examples}
-            | {"input_length": input_length, "target_length": target_length},
-            "data": origin(source, files),
-            "entropies": learned.entropies,
-        },
+        "made_by": made_by | {"entropies": learned.entropies},
     }
     _write(out, record)
     columns = ["parameters", *(path.name for path in experts)]
@@ -114,6 +115,20 @@ def adamerging(
     given = [part for path in experts for part in ("--expert", str(path))]
     command = ["m2l", "merge", "--recipe", str(out), "--base", str(base), *given]
     click.echo(f"recipe: {out}\nmerge with it: {shlex.join(command)} --out DIR")
+
+
+def _check_finished(out: Path, made_by: Mapping[str, Any]) -> None:
+    """Refuses what is at `out` unless the same command wrote it, and says that it did."""
+    from m2l import files
+
+    recorded = files.read_record(out, required=False).get("made_by")
+    recorded = dict(recorded) if isinstance(recorded, Mapping) else {}
+    recorded.pop("entropies", None)
+    if recorded != json.loads(json.dumps(made_by)):
+        raise ConfigError(
+            f"{out} exists and is not of this command; choose another --out"
+        )
+    click.echo(f"recipe: {out}, already there, learned by the same command")
 
 
 def _check_alike(models_of: Sequence[tuple[Path, Any]]) -> None:
@@ -180,4 +195,4 @@ def _write(out: Path, record: Mapping[str, Any]) -> None:
     from m2l import files
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    files.write(out, json.dumps(record, indent=1) + "\n")
+    files.write_record(out, record)

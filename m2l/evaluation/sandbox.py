@@ -24,6 +24,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from m2l import signals
 from m2l.errors import EvaluationError
 
 SWITCH, ON = "M2L_RUN_GENERATED_CODE", "sandbox"
@@ -114,14 +115,14 @@ def run(program: str | AnswerTests, limits: Limits = Limits()) -> str:
         )
         message = "\n".join(map(json.dumps, (settings, job))).encode()
         try:
-            output, _ = process.communicate(message, limits.seconds + 1)
+            with signals.killed_at_end(process.pid):
+                output, _ = process.communicate(message, limits.seconds + 1)
         except subprocess.TimeoutExpired:
             return "failed: out of time"
         finally:
             if process.poll() is None:
-                os.killpg(
-                    process.pid, signal.SIGKILL
-                )  # what is left in its namespaces ends with it
+                # What is left in its namespaces ends with it.
+                os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
             process.stdin.close()
             process.stdout.close()

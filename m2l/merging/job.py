@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from m2l import __version__, checkpoints
-from m2l.checkpoints import Manifest, identity
+from m2l.checkpoints import Manifest, identity, recorded
 from m2l.errors import MergeError
 from m2l.merging import compatibility, data_driven, plan, results, sources
 from m2l.merging.compatibility import Roles
@@ -85,7 +85,12 @@ class Job:
             "to": self.to,
             "vocabulary": self.vocabulary,
             "diagnostics": self.diagnostics,
+            "allowed": self.allowed,
         }
+        if self.to == HUGGINGFACE:
+            # The result has this model's tokenizer and settings as well.
+            path = self.roles.files.path
+            content["files"] = identity.files_digest(path if path.is_dir() else path.parent)
         return identity.key_of(content)
 
     def finished(self, exported: Mapping[str, Any] | None = None) -> Manifest | None:
@@ -104,7 +109,7 @@ class Job:
             return (key, options) == (self.identity, exported)
 
         is_directory = exported is not None or self.to == HUGGINGFACE
-        name = identity.EXPORT_FILE_NAME if is_directory else identity.FILE_NAME
+        name = recorded.MANIFEST if is_directory else identity.FILE_NAME
         return identity.finished(self.out, is_same, name)
 
     @property

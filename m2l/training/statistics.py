@@ -5,6 +5,7 @@ the expert: m2l.merging.data_driven says what they are merged by.
 """
 
 import functools
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from m2l import checkpoints, models
+from m2l.checkpoints import identity
 from m2l.data import layouts, pipeline
 from m2l.errors import CheckpointError, ConfigError, M2LError, UnknownNameError
 from m2l.progress import Progress
@@ -180,7 +182,8 @@ def gather(
 
     Args:
         checkpoint: The expert's.
-        out: The checkpoint to make; must not exist. Its manifest says what it was made of, `kind`
+        out: The checkpoint to make; if it is there and was made by the same arguments, its
+            manifest is returned. Its manifest says what it was made of, `kind`
             "statistics", and has the expert as its only parent.
         kind: Of KINDS.
         mixture: The task's or mixture's name.
@@ -216,7 +219,6 @@ def gather(
             f"{directory}: it was made with vocabulary {manifest.vocabulary['name']!r}, not with "
             f"{vocabulary['name']!r}; a model reads its own alone"
         )
-    checkpoints.check_absent(out)
     config = models.from_dict(manifest.model)
     checkpoints.check_vocabulary(vocabulary, config.vocab_size, directory)
     settings = {
@@ -227,6 +229,11 @@ def gather(
         "batch_size": min(batch_size, examples),
         "seed": seed,
     }
+    made_by = {"kind": "statistics", "statistic": kind, "of": manifest.digest}
+    made_by |= {"examples": examples, "settings": settings, "data": dict(data)}
+    same = identity.finished(out, lambda other: other.made_by == json.loads(json.dumps(made_by)))
+    if same is not None:
+        return same
     batches = pipeline.training_batches(
         mixture,
         lengths={"inputs": input_length, "targets": target_length},
@@ -239,13 +246,12 @@ def gather(
     params = jax.device_put(checkpoints.restore(directory))
     statistic = {"fisher": fisher, "gram": gram}[kind](config, params, batches, examples)
     _check_finite(directory, kind, statistic)
-    made_by = {"kind": "statistics", "statistic": kind, "of": manifest.digest}
     return checkpoints.save(
         out,
         statistic,
         model=manifest.model,
         vocabulary=manifest.vocabulary,
-        made_by=made_by | {"examples": examples, "settings": settings, "data": dict(data)},
+        made_by=made_by,
         parents=({"role": "expert", "path": str(directory), "digest": manifest.digest},),
     )
 
