@@ -71,6 +71,12 @@ def test_inspect_says_what_a_statistic_is_and_of_what(road, gathered, run_m2l, c
     assert "fisher of 3 examples" in shown and str(road / "sentiment") in shown
 
 
+def test_the_same_command_again_finds_its_statistic(road, gathered, run_m2l, capsys):
+    assert run_m2l(*statistics(road, gathered / "fisher")) == 0
+    assert "already there" in capsys.readouterr().err
+    assert run_m2l(*statistics(road, gathered / "fisher", "gram")) == 2
+
+
 def test_the_same_command_gives_the_same_statistic(road, gathered, run_m2l, tmp_path):
     assert run_m2l(*statistics(road, tmp_path / "again")) == 0
     assert run_m2l(*statistics(road, tmp_path / "other", "fisher", "--seed", 1)) == 0
@@ -106,7 +112,7 @@ def test_what_no_statistic_can_be_gathered_of_is_refused_in_one_line(
     assert "not a model" in refused(*given, "--checkpoint", gathered / "gram")
     assert "no such checkpoint" in refused(*given, "--checkpoint", tmp_path / "none")
     assert "made with vocabulary" in refused(*given, "--vocabulary", "bytes")
-    assert "exists" in refused(*given, "--out", gathered / "fisher")
+    assert "exists" in refused(*given, "--out", gathered / "gram")
     assert "--mixture" in refused(*given[:3], *given[5:])
     assert not out.exists()
 
@@ -138,6 +144,11 @@ def test_adamerging_writes_a_recipe_and_says_how_to_merge_with_it(road, run_m2l,
     assert len(entropies) == 3 and entropies[-1] < entropies[0]
     wanted = [checkpoints.read_manifest(road / name).digest for name in EXPERTS]
     assert made_by["experts"] == wanted
+    before = out.read_bytes()
+    assert run_m2l(*adamerging(road, out)) == 0
+    assert "already there" in capsys.readouterr().out
+    assert out.read_bytes() == before
+    assert run_m2l(*adamerging(road, out, "--steps", 2)) == 2
 
 
 def test_what_cannot_be_learned_is_refused_in_one_line(road, gathered, refused, tmp_path):

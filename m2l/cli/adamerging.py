@@ -12,7 +12,7 @@ import click
 
 from m2l.cli.data import jsonl_files, origin, scored_tasks
 from m2l.cli.options import DIRECTORY, print_table, with_source
-from m2l.errors import ConfigError, MergeError
+from m2l.errors import ConfigError, DataError, MergeError
 from m2l.progress import Progress
 
 
@@ -121,7 +121,10 @@ def _check_finished(out: Path, made_by: Mapping[str, Any]) -> None:
     """Refuses what is at `out` unless the same command wrote it, and says that it did."""
     from m2l import files
 
-    recorded = files.read_record(out, required=False).get("made_by")
+    try:
+        recorded = files.read_record(out, required=False).get("made_by")
+    except DataError:
+        recorded = None  # Whatever it is, it is not of this command.
     recorded = dict(recorded) if isinstance(recorded, Mapping) else {}
     recorded.pop("entropies", None)
     if recorded != json.loads(json.dumps(made_by)):
