@@ -132,7 +132,7 @@ def test_results_of_another_model_are_refused(tmp_path):
     for file, message in (
         (result(tmp_path / "r.json", "f" * 64), "a result of another model"),
         (result(tmp_path / "s.json", digest, score="good"), "no result of m2l eval"),
-        (tmp_path / "ours/manifest.json", "no result of m2l eval"),
+        (tmp_path / "ours/manifest.json", "does not match its checksum"),
     ):
         with pytest.raises(CheckpointError, match=message):
             huggingface.export_checkpoint(tmp_path / "ours", tmp_path / "out", results=[file])
