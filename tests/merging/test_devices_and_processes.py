@@ -19,12 +19,12 @@ SHAPES = {
 BLOCK = 384
 RECIPES = {
     "average": Recipe("average"),
-    "average weighted": Recipe("average", weights=(1, 3), dtype="bfloat16"),
+    "average weighted": Recipe("average", weights=(1, 3)),
     "linear": Recipe("linear", t=0.3),
     "task_arithmetic": Recipe("task_arithmetic", scale=0.3, exclude=("*norm",)),
-    "ties": Recipe("ties", density=0.3, scale=0.7, dtype="bfloat16"),
+    "ties": Recipe("ties", density=0.3, scale=0.7),
     "ties of each tensor": Recipe("ties", density=0.3, scope="tensor"),
-    "ties max weighted": Recipe("ties", consensus="max", weighted_signs=True, weights=(1, 3)),
+    "ties max weighted": Recipe("ties", consensus="max", weighted_signs=True, dtype="bfloat16"),
     "dare": Recipe("dare", drop_rate=0.6, seed=1),
     "dare_ties": Recipe("dare_ties", drop_rate=0.4, seed=2),
     "dare_ties trimmed": Recipe("dare_ties", drop_rate=0.4, density=0.5, seed=2),
@@ -43,9 +43,8 @@ RECIPES |= {
     for name, settings in (
         ("official", {"method": "ties"}),
         ("fusion_bench", {"method": "ties"}),
-        ("mergelm", {"method": "dare_ties"}),
+        ("mergelm", {"method": "ties"}),
         ("mergekit", {"method": "ties", "density": 0.4}),
-        ("mergekit", {"method": "dare", "drop_rate": 0.3}),
         ("mergekit", {"method": "dare_ties", "drop_rate": 0.3}),
         ("mergekit", {"method": "della"}),
     )
@@ -54,7 +53,7 @@ LAYOUTS = {"2 devices": (2, 1), "8 devices": (8, 1), "2 processes": (1, 2), "3 p
 IN_MEMORY = (
     *("average", "linear", "task_arithmetic", "ties", "ties of each tensor", "dare"),
     *("dare_ties trimmed", "breadcrumbs", "slerp", "model_stock", "fisher", "regmean"),
-    "mergekit dare",
+    "mergekit dare_ties",
 )
 
 START = """

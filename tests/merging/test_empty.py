@@ -107,7 +107,8 @@ def load(paths):
 def test_a_tensor_of_no_elements_keeps_its_shape_and_changes_no_other(tmp_path, root, recipe, kind):
     base, experts, statistics = inputs(root, kind, recipe)
     out = tmp_path / "out"
-    manifest = merge(base, experts, recipe, out, statistics=statistics, progress=False)
+    options = {"statistics": statistics, "diagnostics": not METHODS[recipe.method].draws}
+    manifest = merge(base, experts, recipe, out, progress=False, **options)
     assert checkpoints.verify(out) == manifest
     merged = checkpoints.flatten(checkpoints.restore(out))
     assert {name: array.shape for name, array in merged.items()} == {
@@ -122,7 +123,7 @@ def test_a_tensor_of_no_elements_keeps_its_shape_and_changes_no_other(tmp_path, 
     if kind == "some":
         # As if they were not merged.
         recipe = Recipe.from_dict(recipe.to_dict() | {"exclude": [*NOTHING]})
-        merge(base, experts, recipe, tmp_path / "alone", statistics=statistics, progress=False)
+        merge(base, experts, recipe, tmp_path / "alone", progress=False, **options)
         alone = checkpoints.flatten(checkpoints.restore(tmp_path / "alone"))
         same_bits(merged, alone)
 
@@ -131,9 +132,9 @@ def test_a_tensor_of_no_elements_keeps_its_shape_and_changes_no_other(tmp_path, 
 @pytest.mark.parametrize("kind", ["some", "only"])
 def test_safetensors_of_no_elements_are_merged_as_checkpoints_are(tmp_path, root, recipe, kind):
     base, experts, _ = inputs(root, kind, recipe, "hf_")
-    merge(base, experts, recipe, tmp_path / "out", progress=False)
+    merge(base, experts, recipe, tmp_path / "out", progress=False, diagnostics=False)
     base, experts, _ = inputs(root, kind, recipe)
-    merge(base, experts, recipe, tmp_path / "orbax", progress=False)
+    merge(base, experts, recipe, tmp_path / "orbax", progress=False, diagnostics=False)
     wanted = checkpoints.flatten(checkpoints.restore(tmp_path / "orbax"))
     merged = read_tensors(tmp_path / "out")
     assert {n: a.shape for n, a in merged.items()} == {n: a.shape for n, a in wanted.items()}

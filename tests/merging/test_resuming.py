@@ -178,7 +178,7 @@ def test_a_process_that_stopped_is_not_waited_for(root, tmp_path):
     arguments = ["-c", PART, str(root), "ties", str(out), "1", "2"]
     second = run(arguments, M2L_CACHE=str(tmp_path))
     deadline = time.monotonic() + 120
-    while not list(root.glob(".halved.merge-*/counts-0-1.npz")):
+    while not list(root.glob(".halved.merge-*/cached-1.npz")):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     (place,) = root.glob(".halved.merge-*")
