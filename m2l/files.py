@@ -45,6 +45,7 @@ def split_name(vocabulary: str) -> tuple[str, str]:
 # sizes to a multiple of 128.
 BYTES, MICROWORLD = "bytes", "microworld"
 EXTRA_IDS = {BYTES: 125, MICROWORLD: 32}
+SHIPPED_SIZES = {BYTES: 384, MICROWORLD: 1024}
 # How Hugging Face calls the tokenizer that has ByT5's ids.
 BYTES_TOKENIZER = "ByT5Tokenizer"
 

@@ -350,7 +350,7 @@ def export_checkpoint(
         if (source / TOKENIZER).is_dir():
             shutil.copytree(source / TOKENIZER, temporary, dirs_exist_ok=True)
         else:
-            write_shipped(manifest.vocabulary.get("name"), temporary)
+            write_shipped(manifest.vocabulary, temporary)
         (temporary / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
         write_card(
             temporary,

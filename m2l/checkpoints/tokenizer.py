@@ -14,6 +14,7 @@ from m2l.files import (
     EXTRA_IDS,
     GENERATION,
     MICROWORLD,
+    SHIPPED_SIZES,
     SPIECE,
     TOKENIZER_JSON,
     TOKENIZER_MODEL,
@@ -73,17 +74,18 @@ def is_bytes(directory: Path) -> bool:
     return content.get("tokenizer_class") == BYTES_TOKENIZER
 
 
-def write_shipped(name: str | None, directory: Path) -> bool:
+def write_shipped(vocabulary: Mapping[str, Any], directory: Path) -> bool:
     """Writes the tokenizer of a vocabulary that comes with m2l, as transformers reads it.
 
     Args:
-        name: What the vocabulary is called.
+        vocabulary: {"name", "size"} of the vocabulary.
         directory: Where; it exists.
 
     Returns:
         Whether it is such a vocabulary.
     """
-    if name not in EXTRA_IDS:
+    name = vocabulary.get("name")
+    if name not in EXTRA_IDS or vocabulary.get("size") != SHIPPED_SIZES[name]:
         return False
     ends = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
     settings = {"tokenizer_class": BYTES_TOKENIZER, "extra_ids": EXTRA_IDS[name], **ends}

@@ -128,9 +128,7 @@ def _check_finished(out: Path, made_by: Mapping[str, Any]) -> None:
     recorded = dict(recorded) if isinstance(recorded, Mapping) else {}
     recorded.pop("entropies", None)
     if recorded != json.loads(json.dumps(made_by)):
-        raise ConfigError(
-            f"{out} exists and is not of this command; choose another --out"
-        )
+        raise ConfigError(f"{out} exists and is not of this command; choose another --out")
     click.echo(f"recipe: {out}, already there, learned by the same command")
 
 

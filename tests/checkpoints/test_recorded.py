@@ -16,7 +16,7 @@ from m2l.evaluation.model import open_model
 from .families import VOCABULARY
 
 CONFIG = models.LlamaConfig(
-    vocab_size=40,
+    vocab_size=384,
     hidden_size=16,
     intermediate_size=24,
     num_hidden_layers=1,

@@ -333,5 +333,5 @@ def test_a_damaged_position_is_refused():
     ten = batches("ten", pack=False)
     state = ten.state()
     for damaged in (b"", b"nonsense", state[:-20], state[: state.index(b"\n")] + b"\nxyz"):
-        with pytest.raises(DataError, match="position in the data(: damaged| is damaged)"):
+        with pytest.raises(DataError, match=r"position in the data(: damaged| is damaged)"):
             ten.restore(damaged)

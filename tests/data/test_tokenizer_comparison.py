@@ -102,7 +102,7 @@ def test_other_ids_are_named_by_their_first_tokens(tmp_path, case):
 def pieces(tmp_path):
     """The microworld's tokenizer as a directory with both kinds of files."""
     (tmp_path / "pieces").mkdir()
-    carried.write_shipped("microworld", tmp_path / "pieces")
+    carried.write_shipped({"name": "microworld", "size": 1024}, tmp_path / "pieces")
     return tmp_path / "pieces"
 
 
