@@ -10,8 +10,12 @@ import jax
 import numpy as np
 
 from m2l import checkpoints, models
-from m2l.checkpoints import huggingface
+from m2l.checkpoints import huggingface, safetensors
 from m2l.data import tokenizer_files
+
+
+# Of these, a Hugging Face directory has at least one; without the first it is a damaged one.
+_FILES = ("config.json", safetensors.SINGLE, safetensors.INDEX)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +51,7 @@ def open_model(path: str | Path, vocabulary: str | None = None) -> Model:
     """
     path = Path(path)
     ours = (path / "manifest.json").is_file() or (path / "checkpoints").is_dir()
-    if not ours and (path / "config.json").is_file():
+    if not ours and any((path / name).is_file() for name in _FILES):
         return _of_huggingface(path, vocabulary)
     directory = checkpoints.resolve(path)
     manifest = checkpoints.read_manifest(directory)
