@@ -13,7 +13,6 @@ from m2l import checkpoints, models
 from m2l.checkpoints import huggingface, safetensors
 from m2l.data import tokenizer_files
 
-
 # Of these, a Hugging Face directory has at least one; without the first it is a damaged one.
 _FILES = ("config.json", safetensors.SINGLE, safetensors.INDEX)
 
