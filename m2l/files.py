@@ -16,6 +16,23 @@ from m2l.errors import ConfigError, DataError, M2LError
 # reads these and checkpoints carry them, and neither may ask the other.
 GENERATION = "generation_config.json"
 SPIECE, TOKENIZER_JSON, TOKENIZER_MODEL = "spiece.model", "tokenizer.json", "tokenizer.model"
+# Patterns of all that decides the ids by any of transformers' tokenizers; ByT5's has no such file.
+TOKENIZER_FILES = (
+    TOKENIZER_JSON,
+    "vocab.json",
+    "vocab.txt",
+    "*.model",
+    "*.model.v*",
+    "*.spm",
+    "*.tiktoken",
+    "tekken.json",
+    "vocab.bpe",
+    "vocab-*.json",
+    "bpe.codes",
+    "entity_vocab.json",
+    "dict.txt",
+    "prophetnet.tokenizer",
+)
 TOKENIZER_SETTINGS = (
     "tokenizer_config.json",
     "special_tokens_map.json",

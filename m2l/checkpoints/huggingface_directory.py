@@ -11,15 +11,11 @@ from m2l.checkpoints.huggingface_fields import read_json
 from m2l.checkpoints.safetensors import StoredTensor
 from m2l.checkpoints.tokenizer import is_bytes
 from m2l.errors import CheckpointError
+from m2l.files import TOKENIZER_FILES
 
 CONFIG = "config.json"
 
-# What decides the ids, by any of the tokenizers of transformers, and what is read next to it.
-_TOKENIZERS = (
-    "tokenizer.json", "*.model", "*.model.v*", "*.spm", "*.tiktoken", "vocab.txt", "vocab.json",
-    "vocab.bpe", "vocab-*.json", "bpe.codes", "tekken.json", "entity_vocab.json", "dict.txt",
-    "prophetnet.tokenizer",
-)  # fmt: skip
+# Read next to what decides the ids, TOKENIZER_FILES.
 _TOKENIZER_PARTS = (
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt",
     "chat_template.*", "additional_chat_templates/*.jinja", "normalizer.json", "emoji.json",
@@ -77,7 +73,7 @@ def copy_companions(sources: Sequence[Path], out: Path) -> None:
     """
     directories = [source if source.is_dir() else source.parent for source in sources]
     copied: list[Path] = []
-    for main, parts in ((_TOKENIZERS, _TOKENIZER_PARTS), (_PROCESSORS, ())):
+    for main, parts in ((TOKENIZER_FILES, _TOKENIZER_PARTS), (_PROCESSORS, ())):
         for directory in directories:
             if any(_matching(directory, main)) or (parts and has_tokenizer(directory)):
                 copied += _copy(directory, (*main, *parts), out)
@@ -95,7 +91,7 @@ def copy_companions(sources: Sequence[Path], out: Path) -> None:
 
 def has_tokenizer(directory: Path) -> bool:
     """Whether a directory holds a tokenizer of any kind."""
-    return any(_matching(directory, _TOKENIZERS)) or is_bytes(directory)
+    return any(_matching(directory, TOKENIZER_FILES)) or is_bytes(directory)
 
 
 def _matching(directory: Path, patterns: Sequence[str]) -> Iterator[Path]:

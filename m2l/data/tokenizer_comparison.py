@@ -11,9 +11,9 @@ from typing import Any
 import tokenizers
 from sentencepiece import SentencePieceProcessor
 
-from m2l.data.tokenizer_files import read_settings, without_defaults
+from m2l.data.tokenizer_files import read, read_settings, without_defaults
 from m2l.errors import DataError
-from m2l.files import TOKENIZER_JSON
+from m2l.files import BYTES_TOKENIZER, TOKENIZER_FILES, TOKENIZER_JSON, TOKENIZER_SETTINGS
 
 _SHOWN = 3
 
@@ -55,6 +55,8 @@ def difference(one: Path, other: Path) -> str | None:
     """
     first, second = _files(one), _files(other)
     shared = [kind for kind in first if kind in second]
+    if not first or not second:
+        return "there are no files of one that could be compared" if first or second else None
     if not shared:
         return _differing(*(_read(next(iter(files.values()))) for files in (first, second)))
     for kind in shared:
@@ -68,12 +70,12 @@ def difference(one: Path, other: Path) -> str | None:
 
 def _files(directory: Path) -> dict[str, Path]:
     """Kind -> file of a directory's tokenizers: names, but "*.model" for one alone of its kind."""
-    names = (TOKENIZER_JSON, "vocab.json", "vocab.txt", "tekken.json")
-    result = {name: directory / name for name in names if (directory / name).is_file()}
-    pieces = sorted([*directory.glob("*.model"), *directory.glob("*.spm")])
-    result |= {"*.model": pieces[0]} if len(pieces) == 1 else {file.name: file for file in pieces}
-    others = [file for suffix in ("tiktoken", "codes") for file in directory.glob(f"*.{suffix}")]
-    return result | {file.name: file for file in sorted(others)}
+    names = dict.fromkeys(f for pattern in TOKENIZER_FILES for f in sorted(directory.glob(pattern)))
+    pieces = [file for file in names if file.suffix in (".model", ".spm")]
+    settings = directory / TOKENIZER_SETTINGS[0]
+    if not names and read_settings(settings).get("tokenizer_class") == BYTES_TOKENIZER:
+        return {settings.name: settings}
+    return {"*.model" if pieces == [file] else file.name: file for file in names}
 
 
 def _merges_file(vocabulary: Path) -> bytes:
@@ -95,6 +97,9 @@ def _read(file: Path) -> Tokenizer:
         return _read_tokenizer_json(file, status.st_mtime_ns, status.st_size)
     if file.suffix in (".model", ".spm"):
         return _read_pieces(file)
+    if file.name == TOKENIZER_SETTINGS[0]:
+        bytes_ = read(str(file.parent))
+        return Tokenizer(file, {f"<{index}>": index for index in range(bytes_.size)})
     if file.name == "vocab.txt":
         tokens = file.read_text(encoding="utf-8", errors="replace").split("\n")
         ids = {token.rstrip("\r"): index for index, token in enumerate(tokens) if token}

@@ -36,6 +36,7 @@ def write(directory, **files):
 
 
 LINES = "\n".join(VOCAB)
+BYT5 = {"tokenizer_config__json": {"tokenizer_class": "ByT5Tokenizer", "extra_ids": 125}}
 SLOW = {"vocab__json": VOCAB, "merges__txt": "#version: 0.2\na b\nab c\n"}
 SAME = {
     "merges as strings": (bpe(), changed(bpe(), merges=["a b", "ab c"])),
@@ -52,6 +53,7 @@ SAME = {
     "slow and fast": (SLOW, bpe()),
     "slow, and added apart": (SLOW | {"added_tokens__json": {"<x>": 7}}, bpe(added=["<x>"])),
     "words by line": ({"vocab__txt": LINES}, {"vocab__txt": LINES + "\n"}),
+    "bytes": (BYT5, {"tokenizer_config__json": {"tokenizer_class": "ByT5Tokenizer"}}),
 }
 OTHER = {
     "another id": (bpe(), bpe(VOCAB | {"c": 6, "abc": 4}), "'c' is 4 and 6, 'abc' is 6 and 4"),
@@ -73,6 +75,13 @@ OTHER = {
     "slow and fast": (SLOW | {"vocab__json": VOCAB | {"b": 4, "c": 3}}, bpe(), "'c' is 3 and 4"),
     "slow merges": (SLOW, SLOW | {"merges__txt": "ab c\na b\n"}, "merge 0 is 'a b' and 'ab c'"),
     "words by line": ({"vocab__txt": LINES}, {"vocab__txt": "a\n" + LINES}, "'<unk>' is 0 and 1"),
+    "bytes and words": (BYT5, {"vocab__txt": LINES}, "'c' is missing and 4"),
+    "sentinels": (
+        BYT5,
+        {"tokenizer_config__json": {"tokenizer_class": "ByT5Tokenizer", "extra_ids": 5}},
+        "'<264>' is 264 and missing",
+    ),
+    "nothing and words": ({"x": ""}, {"vocab__txt": LINES}, "no files of one"),
     "kinds that say nothing": (
         {"qwen__tiktoken": "a"}, {"qwen__tiktoken": "b"}, "cannot be compared"),
 }  # fmt: skip
