@@ -1,6 +1,9 @@
 """A decoder on the whole road, by the command: train, merge, evaluate, convert both ways."""
 
+import dataclasses
 import json
+import re
+import shutil
 
 import pytest
 import tokenizers
@@ -93,6 +96,59 @@ def public(tmp_path_factory, decoders, run_m2l):
     return directory
 
 
+@pytest.mark.parametrize("command", ["eval", "generate", "convert"])
+def test_tokens_added_beyond_the_embedding_are_refused_before_anything_is_computed(
+    public, run_m2l, tmp_path, capsys, monkeypatch, command
+):
+    directory = shutil.copytree(public, tmp_path / "model")
+    tokenizer = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    size = tokenizer.get_vocab_size() + 900
+    tokenizer.add_special_tokens([f"<|{number}|>" for number in range(900)])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    for name in ("ranking.score_examples", "generation.greedy"):
+        monkeypatch.setattr(f"m2l.evaluation.{name}", lambda *_, **__: pytest.fail("computed"))
+    arguments = {
+        "eval": ("--checkpoint", directory, "--mixture", "imdb", "--out", tmp_path / "out"),
+        "generate": (directory, "a text"),
+        "convert": (directory, tmp_path / "out"),
+    }[command]
+    assert run_m2l(command, *arguments) == 2
+    line = [text for text in capsys.readouterr().err.splitlines() if text.startswith("m2l:")][-1]
+    assert f"'{directory}' has {size} ids, the model room for 1024 (vocab_size)" in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "command", ["eval", "generate", "sweep", "adamerging", "statistics", "train", "skills"]
+)
+def test_every_command_refuses_a_checkpoint_whose_vocabulary_is_larger_than_its_embedding(
+    decoders, run_m2l, tmp_path, capsys, monkeypatch, command
+):
+    read = checkpoints.read_manifest
+
+    def smaller(directory):
+        manifest = read(directory)
+        return dataclasses.replace(manifest, model={**manifest.model, "vocab_size": 512})
+
+    monkeypatch.setattr(checkpoints, "read_manifest", smaller)
+    base, expert = decoders / "base", decoders / "sentiment"
+    models = ("--base", base, "--expert", expert)
+    where = ("--out", tmp_path / "out", "--mixture", "imdb")
+    arguments = {
+        "eval": ("--checkpoint", expert, *where),
+        "generate": (expert, "a text"),
+        "sweep": (*models, "--method", "task_arithmetic", "--scale", "0,1", *where),
+        "adamerging": (*models, *where),
+        "statistics": ("--checkpoint", expert, "--kind", "fisher", *where),
+        "train": ("--init", base, "--steps", 1, *where),
+        "skills": ("--general", base, "--keep", "rotten_tomatoes", *where),
+    }[command]
+    assert run_m2l(command, *arguments) == 2
+    line = [text for text in capsys.readouterr().err.splitlines() if text.startswith("m2l:")][-1]
+    assert "has 1024 ids, the model room for 512 (vocab_size)" in line
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_public_decoder_is_converted_trained_evaluated_and_converted_back(
     public, run_m2l, tmp_path, capsys
 ):
@@ -105,6 +161,10 @@ def test_a_public_decoder_is_converted_trained_evaluated_and_converted_back(
         *("--gin.DROPOUT_RATE=0.0", "--out", tmp_path / "expert"),
     )
     assert code == 0
+    # Nothing of the lines is longer than 64 and 32 tokens, and a row has room for several.
+    said = capsys.readouterr().out
+    [(inputs, targets, seen)] = re.findall(r"cut: (\d+) inputs and (\d+) targets of ([\d,]+)", said)
+    assert (inputs, targets) == ("0", "0") and int(seen.replace(",", "")) >= 120
     code = run_m2l(
         *("eval", "--checkpoint", tmp_path / "expert", "--out", tmp_path / "results"),
         *("--jsonl", f"validation={tmp_path / 'own.jsonl'}"),

@@ -47,6 +47,27 @@ def test_a_signal_saves_and_the_run_goes_on_to_the_same_bits(
     assert figures(out) == figures(whole.parents[1])
 
 
+def test_a_run_records_what_it_cut_whether_or_not_it_was_stopped(train, tmp_path, monkeypatch):
+    short = dataclasses.replace(SETTINGS, input_length=16, target_length=2)
+    at_once, stopped = tmp_path / "at_once", tmp_path / "stopped"
+    last = train(at_once, settings=short)
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, lambda: signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(Stopped):
+            train(stopped, settings=short)
+    train(stopped, settings=short)
+    position = json.loads(checkpoints.restore_data_state(last).partition(b"\n")[2])
+    record = json.loads((at_once / "finished.json").read_text())
+    assert record == json.loads((stopped / "finished.json").read_text())
+    assert record["examples"] == position["examples"] >= 6 * 4
+    # Every input is longer than 16 tokens; answers are a word or a sentence, and the end.
+    assert record["inputs_cut"] == record["examples"] > record["targets_cut"] > 0
+    for run in (at_once, stopped):
+        line = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+        names = ("examples", "inputs_cut", "targets_cut")
+        assert [line[name] for name in names] == [record[name] for name in names]
+
+
 def test_a_run_that_was_killed_goes_on_from_its_last_save_to_the_same_bits(
     train, whole, tmp_path, monkeypatch
 ):

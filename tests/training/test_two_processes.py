@@ -6,6 +6,7 @@ import re
 import pytest
 
 from m2l import checkpoints
+from m2l.training import processes
 
 # Forks both processes of four runs: one that is asked to stop, the same gone on with, one in one
 # go, and one whose disk is full at its second save.
@@ -126,6 +127,19 @@ def test_going_on_ends_in_the_bits_of_never_having_stopped(runs):
     assert figures(stopped) == figures(whole)
     assert checkpoints.read_manifest(stopped).digest == checkpoints.read_manifest(whole).digest
     checkpoints.verify(stopped)
+
+
+def test_what_was_cut_is_the_sum_over_the_processes(runs):
+    root, _ = runs
+    record = json.loads((root / "whole" / "finished.json").read_text())
+    saved = checkpoints.restore_data_state(root / "whole" / "checkpoints" / record["checkpoint"])
+    shares = [processes.own_position(saved, (number, 2)) for number in range(2)]
+    positions = [json.loads(share.partition(b"\n")[2]) for share in shares]
+    counted = [(one["examples"], *one["cut"]) for one in positions]
+    assert all(examples > 0 for examples, *_ in counted)
+    sums = tuple(map(sum, zip(*counted, strict=True)))
+    assert (record["examples"], record["inputs_cut"], record["targets_cut"]) == sums
+    assert record == json.loads((root / "stopped" / "finished.json").read_text())
 
 
 def test_a_save_that_fails_in_process_0_stops_both_with_its_reason(runs):
