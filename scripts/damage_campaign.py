@@ -69,16 +69,14 @@ def run(
 ) -> tuple[int, str, str]:
     """Runs m2l; returns its exit code and what it wrote to stdout and stderr."""
 
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_CPU, (int(4 * LIMIT), int(4 * LIMIT)))
-
+    # Not preexec_fn: this process has threads.
+    limited = ["bash", "-c", f'ulimit -t {int(4 * LIMIT)} && exec "$@"', "bash"]
     done = subprocess.run(
-        [*M2L, *arguments],
+        [*limited, *M2L, *arguments],
         cwd=cwd,
         env=environment,
         capture_output=True,
         text=True,
-        preexec_fn=limit,
         errors="replace",
     )
     return done.returncode, done.stdout, done.stderr

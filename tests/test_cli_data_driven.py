@@ -166,7 +166,7 @@ def test_what_cannot_be_learned_is_refused_in_one_line(road, gathered, refused, 
         vocabulary=other.vocabulary,
         made_by={"kind": "hand"},
     )
-    assert "its d_ff is 48" in refused(*given, "--expert", tmp_path / "wider")
+    assert "d_ff is 48 and not" in refused(*given, "--expert", tmp_path / "wider")
     assert "--steps" in refused(*given, "--steps", 0)
     assert "vocabulary" in refused(*given, "--vocabulary", "bytes")
     assert "--expert" in refused(*given[:3], *given[7:])

@@ -150,3 +150,18 @@ def test_a_sweep_goes_on_with_its_own_results_and_refuses_another(road, run_m2l,
     assert "holds another sweep" in capsys.readouterr().err
     assert run_m2l("sweep", *models(road), *flags[:4], "--scale", "1:0:1", *flags[6:]) == 2
     assert "expected FIRST:LAST:STEP" in capsys.readouterr().err
+
+
+def test_a_sweep_refuses_models_that_do_not_belong_together(road, run_m2l, swept, tmp_path, capsys):
+    manifest = checkpoints.read_manifest(road / "sentiment")
+    checkpoints.save(
+        tmp_path / "other",
+        checkpoints.restore(road / "sentiment"),
+        model={**manifest.model, "layer_norm_epsilon": 1e-3},
+        vocabulary=manifest.vocabulary,
+        made_by={"kind": "test"},
+    )
+    flags = (*swept[1][:-1], tmp_path / "out")
+    assert run_m2l("sweep", *models(road), "--expert", tmp_path / "other", *flags) == 2
+    assert "layer_norm_epsilon is 0.001 and not 1e-06" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

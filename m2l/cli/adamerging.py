@@ -135,23 +135,14 @@ def _check_finished(out: Path, made_by: Mapping[str, Any]) -> None:
 def _check_alike(models_of: Sequence[tuple[Path, Any]]) -> None:
     """Refuses what is no model, or another model than the first, before anything is read."""
     from m2l import checkpoints, models
+    from m2l.merging import compatibility, sources
 
-    path_of_base, base = models_of[0]
     for path, manifest in models_of:
         if manifest.made_by.get("kind") == "statistics":
             raise MergeError(f"{path}: it holds statistics of a model, not a model")
         vocab_size = models.from_dict(manifest.model).vocab_size
         checkpoints.check_vocabulary(manifest.vocabulary, vocab_size, path)
-        where = f"{path} cannot be merged with {path_of_base}"
-        if manifest.vocabulary["fingerprint"] != base.vocabulary["fingerprint"]:
-            raise MergeError(f"{where}: another vocabulary, {manifest.vocabulary['name']!r}")
-        mine, wanted = (models.to_dict(models.from_dict(m.model)) for m in (manifest, base))
-        for name in wanted:
-            if mine.get(name) != wanted[name]:
-                raise MergeError(
-                    f"{where}: another model, its {name} is {mine.get(name)!r} and not "
-                    f"{wanted[name]!r}"
-                )
+    compatibility.check_alike(sources.open_all([path for path, _ in models_of], sources.ORBAX)[0])
 
 
 def _learn(

@@ -64,6 +64,7 @@ def sweep(
     """
     from m2l import checkpoints, files, merging, models
     from m2l.evaluation import runner
+    from m2l.merging import compatibility, sources
 
     swept = {name: series(f"--{name}", text) for name, text in values.items() if text}
     task_files = jsonl_files(jsonl, mixture)
@@ -95,6 +96,8 @@ def sweep(
         },
     }
     files.check_claim(out, "sweep.json", content, what="sweep")
+    paths = [path.absolute() for path in ([] if base is None else [base]) + [*experts]]
+    compatibility.check_alike(sources.open_all(paths, sources.ORBAX)[0])
     manifest = checkpoints.read_manifest(experts[0])
     config = models.from_dict(manifest.model)
     checkpoints.check_vocabulary(manifest.vocabulary, config.vocab_size, experts[0])

@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from m2l import checkpoints, models
+from m2l.checkpoints.model_fields import differing, normalized
 from m2l.data import layouts, pipeline
 from m2l.errors import CheckpointError, ConfigError
 from m2l.training import processes, record, state
@@ -35,13 +36,12 @@ def check_same_model(
 ) -> None:
     """Raises CheckpointError where `init` is of another model or vocabulary than the run."""
     # A manifest of an older m2l lacks the settings that came later, which were the defaults.
-    held, wanted = models.to_dict(models.from_dict(manifest.model)), models.to_dict(config)
-    for name, value in wanted.items():
-        if held.get(name) != value:
-            raise CheckpointError(
-                f"{init}: its model's {name} is {held.get(name)!r}, the configured "
-                f"model's is {value!r}; leave the model out to take the checkpoint's own"
-            )
+    descriptions = models.to_dict(models.from_dict(manifest.model)), models.to_dict(config)
+    for name, stored, configured in differing(*map(normalized, descriptions)):
+        raise CheckpointError(
+            f"{init}: its model's {name} is {stored!r}, the configured model's is {configured!r}; "
+            "leave the model out to take the checkpoint's own"
+        )
     own, used = manifest.vocabulary, vocabulary
     if own["fingerprint"] != used["fingerprint"]:
         raise CheckpointError(
