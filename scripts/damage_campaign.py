@@ -59,6 +59,7 @@ class Campaign:
     def count(self, kind: str, what: str, problem: str | None) -> None:
         """Counts a trial; `problem` says what went wrong, None that nothing did."""
         self.tried[kind] += 1
+        print(f"{self.tried.total()}", end=" ", flush=True)
         if problem is not None:
             self.failed[kind] += 1
             print(f"FAILED {kind}: {what}: {problem}", flush=True)
@@ -94,7 +95,9 @@ def said(error: str) -> list[str]:
 
 
 def _is_progress(line: str) -> bool:
-    return any(mark in line for mark in ("M parameters", " MB", "examples", "steps", "records"))
+    return not line.startswith("m2l: ") and any(
+        mark in line for mark in ("M parameters", " MB", "examples", "steps", "records")
+    )
 
 
 def contents(path: Path) -> dict[str, str]:

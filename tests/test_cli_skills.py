@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from m2l import checkpoints, merging
+from m2l.errors import Stopped
 from m2l.evaluation.bootstrap import Difference
 from m2l.evaluation.results import read_examples
 from m2l.evaluation.runner import Evaluator
@@ -152,11 +153,11 @@ def test_what_a_kill_left_is_taken_up(road, data, added, run_m2l, monkeypatch, t
     def killed(self, params, out, **how):
         asked.append(out.name)
         if len(asked) == 4:
-            raise KeyboardInterrupt
+            raise Stopped("stopped")
         return whole(self, params, out, **how)
 
     monkeypatch.setattr(Evaluator, "run", killed)
-    assert run_m2l(*again) == 130
+    assert run_m2l(*again) == 143
     assert asked == ["general", "alone", "w_0.25", "w_0.5"]
     monkeypatch.setattr("m2l.training.state.train_step", lambda *args: None)
     assert run_m2l(*again) == 0

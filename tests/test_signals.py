@@ -34,6 +34,14 @@ main()
 """
 
 
+@pytest.fixture(autouse=True, scope="module")
+def sigint_as_in_a_terminal():
+    """Children would inherit that a job in the background ignores SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def run(program, *arguments):
     return subprocess.run(
         [sys.executable, "-c", program, *map(str, arguments)],

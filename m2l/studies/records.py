@@ -183,6 +183,10 @@ def _read(folder: Path) -> dict[str, Result]:
     return {path.stem: read_result(path) for path in sorted(folder.glob("*.json"))}
 
 
+# Fields of results that are objects, of any or no fields: JSON in a table's column.
+_OBJECTS = ("metrics", "settings")
+
+
 def publish(records: Records, to: Path) -> None:
     """Writes a study's settings, results, recipes and choices as three small files.
 
@@ -196,7 +200,8 @@ def publish(records: Records, to: Path) -> None:
         for result in of_model.values()
     ]
     frame = pd.DataFrame(rows)
-    frame["metrics"] = frame["metrics"].map(json.dumps)
+    for column in _OBJECTS:
+        frame[column] = frame[column].map(json.dumps)
     frame.to_parquet(to / RESULTS, compression="zstd", index=False)
     recorded = {name: getattr(records, name) for name in _RECORDED}
     digest = hashlib.sha256((to / RESULTS).read_bytes()).hexdigest()
@@ -222,7 +227,9 @@ def _published(study: Study, out: Path) -> Records:
     for row in rows:
         model, where = row.pop("model", None), f"{file}: the result of {row.get('task')}"
         how = {"finite": True, "kind": dict, "advice": _AGAIN}
-        row["metrics"] = files.parse_json(str(row.get("metrics")), where, **how)
+        # Older versions have no settings.
+        for column in set(_OBJECTS) & {"metrics", *row}:
+            row[column] = files.parse_json(str(row.get(column)), where, **how)
         if (interval := row.get("interval")) is not None:
             row["interval"] = [float(end) for end in interval]
         result = checked_result(row, where)

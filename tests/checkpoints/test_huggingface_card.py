@@ -123,6 +123,7 @@ def test_the_card_tells_recipe_parents_and_results(tmp_path):
         for file in (out / "m2l_manifest.json", tmp_path / "ours/manifest.json")
     ]
     own = ("directory", "checksum")
+    assert set(read[0]["made_by"].pop("exported")) == {"dtype", "shard_size", "results"}
     without = [{name: v for name, v in one.items() if name not in own} for one in read]
     assert without[0] == without[1]
 

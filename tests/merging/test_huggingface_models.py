@@ -19,6 +19,7 @@ LLAMA = {
 }  # fmt: skip
 QWEN3 = LLAMA | {"model_type": "qwen3", "tie_word_embeddings": True}
 CLIP = {"model_type": "clip"}
+VOCABULARY = {"name": "bytes", "size": 12, "fingerprint": "x"}
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -102,7 +103,7 @@ SAME_MODEL = {
 @pytest.mark.parametrize("case", SAME_MODEL)
 def test_fields_that_decide_nothing_refuse_no_merge(merged, case, to):
     base, expert = decoder(1), decoder(2)
-    options = {} if to is None else {"to": to, "vocabulary": {"name": "bytes", "fingerprint": "x"}}
+    options = {} if to is None else {"to": to, "vocabulary": VOCABULARY}
     found = merged((LLAMA, base), (LLAMA | SAME_MODEL[case], expert), **options)
     if to is None:
         assert_added(found, base, expert)
@@ -125,7 +126,7 @@ def test_fields_that_decide_refuse_a_merge_by_name_until_they_are_allowed(
     merged, tmp_path, case, to
 ):
     base, expert = decoder(1), decoder(2)
-    options = {} if to is None else {"to": to, "vocabulary": {"name": "bytes", "fingerprint": "x"}}
+    options = {} if to is None else {"to": to, "vocabulary": VOCABULARY}
     with pytest.raises(MergeError, match=r"another model: .*--allow_differences") as refused:
         merged((LLAMA, base), (LLAMA | OTHER_MODEL[case], expert), **options)
     fields = str(refused.value).rpartition("--allow_differences ")[2].split(",")
@@ -364,4 +365,4 @@ def test_a_tensor_that_a_network_does_not_have_is_never_lost(merged, tmp_path):
     as_tied = config | {"tie_word_embeddings": True}
     paths = [write(tmp_path / n, as_tied, t) for n, t in (("base", base), ("expert", expert))]
     with pytest.raises(CheckpointError, match=r"score\.weight is no part of the model"):
-        merged(*paths, to="orbax", vocabulary={"fingerprint": "x"}, out="other")
+        merged(*paths, to="orbax", vocabulary=VOCABULARY, out="other")

@@ -45,7 +45,8 @@ def results(out):
     found = {}
     for path in sorted((out / "results").rglob("*.json")):
         result = json.loads(path.read_text())
-        result.pop("seconds", None)
+        for own in ("seconds", "checksum"):
+            result.pop(own, None)
         found[str(path.relative_to(out))] = result
     return found
 
