@@ -23,6 +23,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -95,9 +96,7 @@ def said(error: str) -> list[str]:
 
 
 def _is_progress(line: str) -> bool:
-    return not line.startswith("m2l: ") and any(
-        mark in line for mark in ("M parameters", " MB", "examples", "steps", "records")
-    )
+    return re.match(r"(?!m2l: ).*: +\d+%  ", line) is not None
 
 
 def contents(path: Path) -> dict[str, str]:
