@@ -136,6 +136,10 @@ def watched(line: str | None, code: int | None, *, restored: bool) -> Iterator[N
             os.close(reading)
             _watched.clear()
             _clear()
+        else:
+            # Python's own end would set the default actions back.
+            for number in previous:
+                signal.signal(number, signal.SIG_IGN)
 
 
 def _note(number: int, frame: object) -> None:

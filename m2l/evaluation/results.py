@@ -111,6 +111,8 @@ def checked_result(fields: Mapping[str, Any], where: object) -> Result:
             f"{where}: result format {version}, this m2l reads {FORMAT_VERSION}; delete it and "
             "evaluate again"
         )
+    # Older results have none.
+    fields = {"settings": {}, **fields}
     known = {field.name: field for field in dataclasses.fields(Result)}
     for name in fields:
         if name not in known:
