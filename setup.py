@@ -69,7 +69,14 @@ setup(
     install_requires=REQUIREMENTS,
     extras_require={
         "test": [
+            # The four serve Google Cloud Storage and S3 in the tests' process, and let Orbax reach
+            # the former there: TensorFlow's files, its default, know Google's own address alone.
+            "flask>=3.0",
+            "flask-cors>=5.0",
+            "gcp-storage-emulator>=2024.8.3",
+            "gcsfs>=2025.1",
             "hypothesis>=6.100",
+            "moto[s3]>=5.0",
             "pytest>=8.0",
             "pytest-xdist>=3.6",
             "ruff>=0.12",
