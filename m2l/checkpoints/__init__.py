@@ -1,11 +1,11 @@
 """Checkpoints: directories that are whole or absent, and say what they are and where from."""
 
 from m2l.checkpoints.extents import Extents
-from m2l.checkpoints.manifest import Manifest, check_vocabulary
-from m2l.checkpoints.orbax import create, open_extents
+from m2l.checkpoints.manifest import Manifest, check_vocabulary, is_checkpoint
+from m2l.checkpoints.opening import Checkpoint, open
 from m2l.checkpoints.publishing import Flusher, check_absent, clean, publish, remove
 from m2l.checkpoints.reading import (
-    Parameter,
+    STEPS,
     open_parameters,
     read_manifest,
     resolve,
@@ -19,19 +19,20 @@ from m2l.checkpoints.tokenizer import check_tokenizer
 from m2l.checkpoints.trees import flatten, unflatten
 
 __all__ = [
+    "STEPS",
+    "Checkpoint",
     "Extents",
     "Flusher",
     "Manifest",
-    "Parameter",
     "Writer",
     "check_absent",
     "check_tokenizer",
     "check_vocabulary",
     "clean",
-    "create",
     "describe",
     "flatten",
-    "open_extents",
+    "is_checkpoint",
+    "open",
     "open_parameters",
     "publish",
     "read_manifest",

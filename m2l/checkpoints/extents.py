@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from m2l.errors import CheckpointError
+from m2l import storage
+from m2l.errors import CheckpointError, M2LError
 
 
 def is_array_shape(shape: Any) -> bool:
@@ -33,7 +34,7 @@ class Piece:
 
     Attributes:
         start: The index of the first, in the row-major array.
-        file: The file.
+        file: The file, or an object in a bucket.
         offset: The place of its first byte there.
     """
 
@@ -54,12 +55,14 @@ class Extents:
         dtype: Their dtype.
         size: How many there are.
         pieces: Where they lie, in order; empty if there are none.
+        file_bytes: The size that each of the files has to have; None: not checked.
     """
 
     name: str
     dtype: np.dtype
     size: int
     pieces: tuple[Piece, ...]
+    file_bytes: int | None = None
 
     def read_into(self, out: np.ndarray, start: int = 0) -> None:
         """Fills `out`, 1-D, contiguous and of the dtype, with the elements from `start` on.
@@ -68,7 +71,11 @@ class Extents:
             CheckpointError: A file is missing, truncated or cannot be read.
         """
         for file, offset, room in self._parts(out, start):
+            if not isinstance(file, Path):
+                room[:] = remote_bytes(file, offset, len(room))
+                continue
             with opening(file, os.O_RDONLY, "read") as descriptor:
+                self._check_size(file, descriptor)
                 while room:
                     count = os.preadv(descriptor, [room], offset)
                     if not count:
@@ -91,6 +98,15 @@ class Extents:
                 while data:
                     count = os.pwrite(descriptor, data, offset)
                     data, offset = data[count:], offset + count
+
+    def _check_size(self, file: Path, descriptor: int) -> None:
+        size = os.fstat(descriptor).st_size
+        if self.file_bytes not in (None, size):
+            what = "truncated" if size < self.file_bytes else "damaged"
+            raise CheckpointError(
+                f"{file}: {what}: a chunk of {self.name} has {self.file_bytes:,} bytes, the file "
+                f"has {size:,}; copy the checkpoint again or make it anew"
+            )
 
     def files(self) -> list[Path]:
         """The files that hold elements, in order."""
@@ -116,6 +132,20 @@ class Extents:
             part = memory[(position - start) * width : (end - start) * width]
             yield piece.file, piece.offset + (position - piece.start) * width, part
             position = end
+
+
+def remote_bytes(file: Any, offset: int, length: int) -> bytes:
+    """Returns bytes of an object in a bucket.
+
+    Raises:
+        CheckpointError: It is missing, or ends before.
+    """
+    try:
+        return storage.read_range(file, offset, length)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from error
+    except M2LError as error:
+        raise CheckpointError(str(error)) from error
 
 
 @contextlib.contextmanager

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from m2l import models, signals
-from m2l.checkpoints import recorded, safetensors
+from m2l import models, signals, storage
+from m2l.checkpoints import recorded, safetensors, tokenizer
 from m2l.checkpoints.huggingface_card import special_tokens, write_card
 from m2l.checkpoints.huggingface_config import (
     CONFIG,
@@ -33,16 +33,14 @@ from m2l.checkpoints.importing import (
     import_tensors,
     parameter_shapes,
 )
-from m2l.checkpoints.manifest import Manifest, sha256
+from m2l.checkpoints.manifest import Manifest
 from m2l.checkpoints.publishing import Flusher, publishing
 from m2l.checkpoints.reading import open_parameters, resolve
 from m2l.checkpoints.safetensors import StoredTensor
 from m2l.checkpoints.streaming import WORKERS, blocks, in_parallel
 from m2l.checkpoints.tensor_kinds import is_buffer, same_elements
-from m2l.checkpoints.tokenizer import DIRECTORY as TOKENIZER
 from m2l.checkpoints.tokenizer import write_shipped
 from m2l.errors import CheckpointError, UnsupportedModelError
-from m2l.files import check_local
 from m2l.models import Config, LlamaConfig, T5Config
 from m2l.progress import Progress
 
@@ -60,7 +58,7 @@ def read_config(directory: str | os.PathLike) -> Config:
         CheckpointError: A file is missing or damaged, the model is of no known type, or a field
             cannot be honoured or contradicts the tensors.
     """
-    directory = Path(directory).absolute()
+    directory = storage.path(directory).absolute()
     return _config(directory, open_directory(directory)[0])
 
 
@@ -250,14 +248,14 @@ def import_checkpoint(
             configuration contradict each other; or `out` exists.
         UnknownNameError: There is no such dtype.
     """
-    source = Path(source).absolute()
+    source = storage.path(source).absolute()
     stored, _ = open_directory(source)
     layout = read_layout(source, stored, config)
     made_by = {"kind": "convert", "from": "huggingface", "source": str(source)}
     if (source / CONFIG).is_file():
         made_by["config"] = read_json(source / CONFIG)
     return import_tensors(
-        Path(out),
+        storage.path(out),
         layout.config,
         {name: _whole(tensor) for name, tensor in stored.items()},
         layout.origins,
@@ -315,8 +313,7 @@ def export_checkpoint(
             exists.
         UnknownNameError: There is no such dtype.
     """
-    check_local(out)
-    source, out = resolve(source), Path(out).absolute()
+    source, out = resolve(source), storage.path(out).absolute()
     manifest = Manifest.read(source)
     options = export_options(dtype, shard_size, results)
     exported = dataclasses.replace(manifest, made_by={**manifest.made_by, EXPORTED: options})
@@ -327,6 +324,24 @@ def export_checkpoint(
 
     if finished(out, is_same, recorded.MANIFEST) is not None:
         return out
+    if not isinstance(out, Path):
+        with storage.local_output(out) as local:
+            _export(source, local, manifest, exported, dtype, shard_size, results)
+        return out
+    _export(source, out, manifest, exported, dtype, shard_size, results)
+    return out
+
+
+def _export(
+    source: Any,
+    out: Path,
+    manifest: Manifest,
+    exported: Manifest,
+    dtype: str | None,
+    shard_size: int,
+    results: Sequence[Path],
+) -> None:
+    """Does what `export_checkpoint` says, to a local directory."""
     config = models.from_dict(manifest.model)
     parameters = open_parameters(source)
     kept = {name: parameter.dtype for name, parameter in parameters.items()}
@@ -346,9 +361,10 @@ def export_checkpoint(
     settings = to_json(config, widest.name, special_tokens(source, manifest))
     size = sum(math.prod(shape) * found.itemsize for shape, found in described.values())
     with publishing(out, size + (1 << 20)) as temporary:
-        temporary.mkdir()
-        if (source / TOKENIZER).is_dir():
-            shutil.copytree(source / TOKENIZER, temporary, dirs_exist_ok=True)
+        if manifest.tokenizer is not None:
+            shutil.copytree(
+                tokenizer.local_copy(source, manifest.tokenizer), temporary, dirs_exist_ok=True
+            )
         else:
             write_shipped(manifest.vocabulary, temporary)
         (temporary / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
@@ -369,9 +385,8 @@ def export_checkpoint(
             ours, transposed = sources[theirs]
             parameter, target, position = parameters[ours], extents[theirs], 0
             array, stored = parameter.read(), hashlib.sha256()
-            digest = hashing.submit(sha256, array)
-            view = array.reshape(parameter.shape)
-            for block in blocks(view.T if transposed else view, target.dtype, ours):
+            digest = hashing.submit(parameter.digest_of, array)
+            for block in blocks(array.T if transposed else array, target.dtype, ours):
                 target.write_from(block, position)
                 stored.update(block.view(np.uint8))
                 position += block.size
@@ -394,4 +409,3 @@ def export_checkpoint(
             # The largest first, or a thread would be left alone with one at the end.
             in_parallel(write, sorted(extents, key=lambda name: -extents[name].size), advance)
         recorded.write(temporary, exported, digests)
-    return out

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from m2l import files
+from m2l.checkpoints import tokenizer
 from m2l.checkpoints.huggingface_fields import read_json
 from m2l.checkpoints.manifest import Manifest
-from m2l.checkpoints.tokenizer import DIRECTORY as TOKENIZER
 from m2l.errors import CheckpointError
 from m2l.files import GENERATION
 
@@ -22,7 +22,9 @@ def special_tokens(checkpoint: Path, manifest: Manifest) -> dict[str, Any]:
 
     From the tokenizer that it carries or, if it was imported, from what config.json said there.
     """
-    directory = checkpoint / TOKENIZER
+    directory = checkpoint
+    if manifest.tokenizer is not None:
+        directory = tokenizer.local_copy(checkpoint, manifest.tokenizer)
     ids = dict(_carried_ids(directory))
     known = [_content(directory / GENERATION)]
     spelled = [

@@ -1,17 +1,17 @@
 """A Hugging Face directory: its tensors and description, checked, and the files that go with it."""
 
-import shutil
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from m2l import storage
 from m2l.checkpoints import model_fields, recorded, tensor_kinds
 from m2l.checkpoints.huggingface_fields import read_json
 from m2l.checkpoints.safetensors import StoredTensor
-from m2l.checkpoints.tokenizer import is_bytes
+from m2l.checkpoints.tokenizer import digests, is_bytes
 from m2l.errors import CheckpointError
-from m2l.files import TOKENIZER_FILES
+from m2l.files import GENERATION, TOKENIZER_FILES, cache_directory, checksum
 
 CONFIG = "config.json"
 
@@ -94,6 +94,28 @@ def has_tokenizer(directory: Path) -> bool:
     return any(_matching(directory, TOKENIZER_FILES)) or is_bytes(directory)
 
 
+def local_tokenizer(directory: Any) -> Path:
+    """Returns a local directory with a directory's tokenizer, for libraries that read files alone.
+
+    What is in a bucket is copied into m2l's cache, by its content.
+    """
+    if isinstance(directory, Path):
+        return directory
+    files = {file.name: file.read_bytes() for file in tokenizer_files(directory)}
+    copy = cache_directory() / "tokenizers" / checksum(digests(files))
+    for name, data in files.items():
+        copy.mkdir(parents=True, exist_ok=True)
+        storage.write_atomic(copy / name, data)
+    return copy
+
+
+def tokenizer_files(directory: Any) -> Iterator[Any]:
+    """Yields the files of a directory's tokenizer, and the model's own settings of its ends."""
+    for file in _matching(directory, (*TOKENIZER_FILES, *_TOKENIZER_PARTS, GENERATION, CONFIG)):
+        if file.parent == directory:
+            yield file
+
+
 def _matching(directory: Path, patterns: Sequence[str]) -> Iterator[Path]:
     for pattern in patterns:
         yield from (file for file in sorted(directory.glob(pattern)) if file.is_file())
@@ -103,7 +125,7 @@ def _copy(directory: Path, patterns: Sequence[str], out: Path) -> list[Path]:
     names = dict.fromkeys(file.relative_to(directory) for file in _matching(directory, patterns))
     for name in names:
         (out / name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(directory / name, out / name)
+        (out / name).write_bytes((directory / name).read_bytes())
     return list(names)
 
 

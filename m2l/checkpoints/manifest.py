@@ -1,4 +1,9 @@
-"""What a checkpoint says about itself: manifest.json, and the digests that make damage visible."""
+"""What a checkpoint says about itself: what it is, what made it, and digests of its arrays.
+
+Of an Orbax checkpoint the manifest is the entry "m2l" of its custom metadata, so that it is there
+once Orbax has finished the checkpoint, and Orbax's own functions show it. Of a Hugging Face
+directory it is a file, and so it was of m2l's checkpoints of before.
+"""
 
 import dataclasses
 import functools
@@ -14,19 +19,23 @@ import numpy as np
 
 from m2l import __version__, files
 from m2l.checkpoints import tokenizer
+from m2l.checkpoints.pytrees import is_committed
 from m2l.checkpoints.schema import check_manifest
 from m2l.errors import CheckpointError
 
-OCDBT, FORMAT_VERSION = 1, 2
-"""The layout of checkpoints whose arrays are in OCDBT, and of those that are written."""
+FORMAT_VERSION = 3
+"""2 and before: with a manifest in a file, and SHA-256 as the digests of arrays."""
 
 FILE_NAME = "manifest.json"
+ORBAX_METADATA = "_CHECKPOINT_METADATA"
+_ENTRY = "m2l"
+_ADVICE = "copy the checkpoint again or make it anew"
 
 
 @functools.cache
 def versions() -> dict[str, str]:
     """The versions of m2l and of what computes and writes for it, as recorded in every manifest."""
-    packages = ("jax", "flax", "numpy")
+    packages = ("jax", "flax", "numpy", "orbax-checkpoint")
     found = {name: importlib.metadata.version(name) for name in packages}
     return {"m2l": __version__, "python": platform.python_version()} | found
 
@@ -47,12 +56,13 @@ class Manifest:
         step: The training step it was taken at; 0 for what no trainer made.
         made_by: What made it: the resolved configuration of the run, or the merge's recipe.
         parents: {"role", "path", "digest"} of each checkpoint it was made from.
-        parameters: name -> {"shape", "dtype", "digest"}, digests as `sha256` gives them.
+        parameters: name -> {"shape", "dtype", "digest"}: a digest of `checkpoints.digest`; of a
+            Hugging Face directory, and of a checkpoint in format 2, `sha256`.
         opt_state: The same for the optimizer state's leaves, by key path; None without one.
         data_state: SHA-256 of the data pipeline's position; None without one.
         tokenizer: SHA-256 of each of the vocabulary's files that the checkpoint carries, by name;
-            None where it carries none. The vocabulary's name is then where they lie: an absolute
-            path here, relative on disk, so that a checkpoint can be moved.
+            None where it carries none. The vocabulary's name is then the path of a local copy of
+            them, and "tokenizer" in storage.
         directory: Of a Hugging Face directory, as `recorded.write` gives it; else None.
         versions: The versions it was written with.
         format_version: The layout of the directory and of this file.
@@ -83,26 +93,39 @@ class Manifest:
         text = json.dumps(identity, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def write(self, directory: Path, name: str = FILE_NAME) -> None:
-        """Writes manifest.json into `directory`, or a file of another name."""
-        content = {"digest": self.digest} | dataclasses.asdict(self)
+    def to_json(self) -> dict[str, Any]:
+        """Returns the manifest as JSON values, with its digest and a checksum."""
+        content = json.loads(json.dumps({"digest": self.digest} | dataclasses.asdict(self)))
         if self.tokenizer is not None:
             content["vocabulary"]["name"] = tokenizer.name_in(self.vocabulary["name"])
         if self.directory is None:
             del content["directory"]
-        content = {"checksum": _checksum(content)} | content
-        (directory / name).write_text(json.dumps(content, indent=1) + "\n")
+        return {"checksum": _checksum(content)} | content
+
+    def write(self, directory: Path, name: str) -> None:
+        """Writes the manifest of a Hugging Face directory, as a file of that name."""
+        (directory / name).write_text(json.dumps(self.to_json(), indent=1) + "\n")
 
     @classmethod
-    def read(cls, directory: Path, name: str = FILE_NAME) -> "Manifest":
-        """Reads manifest.json of `directory`, or a file of another name.
+    def read(cls, directory: Any, name: str | None = None) -> "Manifest":
+        """Reads the manifest of an Orbax checkpoint, or, with a name, of another directory.
 
         Raises:
             CheckpointError: It is missing, damaged, edited, or was written by a newer m2l.
         """
-        file = directory / name
-        advice = "copy the checkpoint again or make it anew"
-        content = files.read_json(file, error=CheckpointError, advice=advice)
+        if name is not None or not (directory / ORBAX_METADATA).is_file():
+            file = directory / (name or FILE_NAME)
+            return cls._parse(files.read_json(file, error=CheckpointError, advice=_ADVICE), file)
+        file = directory / ORBAX_METADATA
+        entry = _entry(directory)
+        if entry is None and (directory / FILE_NAME).is_file():
+            return cls.read(directory, FILE_NAME)
+        if entry is None:
+            raise CheckpointError(f"{file}: m2l did not write it; it has no manifest of m2l's")
+        return cls._parse(entry, file)
+
+    @classmethod
+    def _parse(cls, content: Any, file: Any) -> "Manifest":
         found = content.get("format_version") if isinstance(content, dict) else None
         if type(found) is not int:
             raise CheckpointError(f"{file}: damaged, it has no format_version")
@@ -115,10 +138,36 @@ class Manifest:
             raise CheckpointError(f"{file}: damaged or edited, it does not match its own checksum")
         check_manifest(file, {n: v for n, v in content.items() if n != "format_version"})
         del content["digest"]
-        if content.get("tokenizer") is not None:
-            name = tokenizer.name_in(content["vocabulary"]["name"], directory.absolute())
-            content["vocabulary"]["name"] = name
-        return cls(**content | {"parents": tuple(content["parents"])})
+        manifest = cls(**content | {"parents": tuple(content["parents"])})
+        if manifest.tokenizer is None:
+            return manifest
+        copy = tokenizer.local_copy(file.parent, manifest.tokenizer)
+        name = tokenizer.name_in(manifest.vocabulary["name"], copy)
+        return dataclasses.replace(manifest, vocabulary={**manifest.vocabulary, "name": name})
+
+
+def is_checkpoint(directory: Any) -> bool:
+    """Returns whether a directory is a finished checkpoint that m2l wrote; damaged ones are."""
+    if (directory / FILE_NAME).is_file():
+        return True
+    try:
+        return _entry(directory) is not None and is_committed(directory)
+    except CheckpointError:
+        return True  # Whoever reads it is told what is damaged.
+
+
+def _entry(directory: Any) -> Any:
+    file = directory / ORBAX_METADATA
+    if not file.is_file():
+        return None
+    content = files.read_json(file, kind=dict, error=CheckpointError, advice=_ADVICE)
+    custom = content.get("custom_metadata")
+    return custom.get(_ENTRY) if isinstance(custom, dict) else None
+
+
+def custom_metadata(manifest: Manifest) -> dict[str, Any]:
+    """Returns what Orbax keeps as the custom metadata of a checkpoint with this manifest."""
+    return {_ENTRY: manifest.to_json()}
 
 
 def check_vocabulary(

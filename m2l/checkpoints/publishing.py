@@ -10,26 +10,36 @@ import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-from m2l import signals
+import jax
+from jax.experimental import multihost_utils
+
+from m2l import signals, storage
 from m2l.errors import CheckpointError
-from m2l.files import check_local
 
 _FLUSHED = 32 << 20
 # A journal commits at once what waits at once.
 _SYNCING = 16
 
-# Left by versions that wrote through Orbax.
-_OF_ORBAX = ".orbax-checkpoint-tmp"
-_TEMPORARY = re.compile(rf"\..+\.tmp-(?P<host>.+)-(?P<pid>\d+)-\d+({re.escape(_OF_ORBAX)})?")
+_TEMPORARY = re.compile(r"\..+\.tmp-(?P<host>.+)-(?P<pid>\d+)-\d+")
+# In a directory on object storage, which cannot be renamed, until all is written.
+UNFINISHED = "unfinished.json"
 _serial = itertools.count()
 _being_written: set[str] = set()
 
 
 def check_absent(directory: str | os.PathLike) -> None:
-    """Raises M2LError if a checkpoint cannot have this name: it exists, or has a scheme."""
-    check_local(directory)
-    if os.path.lexists(directory):
+    """Raises CheckpointError if a checkpoint cannot have this name: it exists.
+
+    What a save to object storage left that was killed does not count.
+    """
+    directory = storage.path(directory)
+    if isinstance(directory, Path):
+        exists = os.path.lexists(directory)
+    else:
+        exists = directory.exists() and not (directory / UNFINISHED).is_file()
+    if exists:
         raise CheckpointError(
             f"{directory}: exists already, and nothing is overwritten: choose another name or "
             "remove it"
@@ -48,8 +58,8 @@ def clean(directory: str | os.PathLike) -> list[Path]:
         match = _TEMPORARY.fullmatch(entry.name)
         if not match or match["host"] != socket.gethostname():
             continue
-        pid, name = int(match["pid"]), entry.name.removesuffix(_OF_ORBAX)
-        if name in _being_written if pid == os.getpid() else _alive(pid):
+        pid = int(match["pid"])
+        if entry.name in _being_written if pid == os.getpid() else _alive(pid):
             continue
         # Another process may be cleaning the same.
         shutil.rmtree(entry, ignore_errors=True)
@@ -59,10 +69,14 @@ def clean(directory: str | os.PathLike) -> list[Path]:
 
 def remove(directory: str | os.PathLike) -> None:
     """Removes a checkpoint: at once under its name, so that no kill leaves a part of it there."""
-    directory = Path(directory).absolute()
-    doomed = _temporary(directory)
-    directory.rename(doomed)
-    shutil.rmtree(doomed)
+    directory = storage.path(directory).absolute()
+    if isinstance(directory, Path):
+        doomed = _temporary(directory)
+        directory.rename(doomed)
+        directory = doomed
+    else:
+        storage.create(directory / UNFINISHED, b"{}")
+    storage.remove_tree(directory)
 
 
 def _temporary(directory: Path) -> Path:
@@ -83,7 +97,8 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def _sync(path: str | os.PathLike) -> None:
+def sync(path: str | os.PathLike) -> None:
+    """Waits until a file or a directory is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -150,25 +165,62 @@ def publish(temporary: str | os.PathLike, directory: str | os.PathLike) -> None:
         for path in (*(os.path.join(folder, file) for file in files), folder)
     ]
     with ThreadPoolExecutor(_SYNCING) as pool:
-        for _ in pool.map(_sync, paths):
+        for _ in pool.map(sync, paths):
             pass
     check_absent(directory)
     temporary.rename(directory)
-    _sync(directory.parent)
+    sync(directory.parent)
 
 
 @contextlib.contextmanager
-def publishing(directory: str | os.PathLike, size: int) -> Iterator[Path]:
+def publishing(directory: str | os.PathLike, size: int, *, together: bool = False) -> Iterator[Any]:
     """Yields a temporary name; what is written there becomes `directory` if all goes well.
+
+    On object storage it is `directory` itself, with a mark until all is written.
 
     Args:
         directory: The final name; must not exist. Its parents are made.
         size: The bytes that will be written, for refusing early what the disk cannot take.
+        together: Whether all processes of the run write there; each calls this.
 
     Raises:
         CheckpointError: `directory` exists, cannot be created, or the disk is full.
     """
-    directory = Path(directory).absolute()
+    directory = storage.path(directory).absolute()
+    is_first = not together or jax.process_index() == 0
+    if isinstance(directory, Path):
+        staging = directory.with_name(f".{directory.name}.together") if together else None
+        publish_to = _publishing_locally(directory, size, staging, is_first)
+    else:
+        publish_to = _publishing_remotely(directory, is_first)
+    with publish_to as temporary:
+        if together:
+            multihost_utils.sync_global_devices(f"{directory} begun")
+        yield temporary
+    if together:
+        multihost_utils.sync_global_devices(f"{directory} published")
+
+
+@contextlib.contextmanager
+def _publishing_remotely(directory: Any, is_first: bool) -> Iterator[Any]:
+    if not is_first:
+        yield directory
+        return
+    check_absent(directory)
+    storage.remove_tree(directory)
+    storage.create(directory / UNFINISHED, b"{}")
+    with signals.deferred():
+        yield directory
+        (directory / UNFINISHED).unlink()
+
+
+@contextlib.contextmanager
+def _publishing_locally(
+    directory: Path, size: int, staging: Path | None, is_first: bool
+) -> Iterator[Path]:
+    if not is_first:
+        yield staging
+        return
     check_absent(directory)
     parent = directory.parent
     try:
@@ -180,11 +232,13 @@ def publishing(directory: str | os.PathLike, size: int) -> Iterator[Path]:
         raise CheckpointError(
             f"{directory}: no space left: {size:,} bytes are needed, {free:,} are free in {parent}"
         )
-    temporary = _temporary(directory)
+    temporary = staging or _temporary(directory)
+    storage.remove_tree(temporary)
     _being_written.add(temporary.name)
     try:
         # What the body has written so far goes if a signal stops it between its steps.
         with signals.deferred():
+            temporary.mkdir()
             yield temporary
             publish(temporary, directory)
     except (OSError, CheckpointError) as error:

@@ -9,17 +9,20 @@ import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from m2l import storage
 from m2l.checkpoints import safetensors
 from m2l.checkpoints.extents import opening
 from m2l.checkpoints.manifest import FILE_NAME, Manifest
+from m2l.checkpoints.publishing import UNFINISHED
 from m2l.checkpoints.safetensors import StoredTensor
 from m2l.checkpoints.schema import check_arrays, is_file_digests
 from m2l.checkpoints.streaming import in_parallel
 from m2l.errors import CheckpointError
 
 MANIFEST = f"m2l_{FILE_NAME}"
-_NOT_RECORDED = ("README.md", MANIFEST)
+_NOT_RECORDED = ("README.md", MANIFEST, UNFINISHED)
 _ADVICE = (
     f"if it was changed on purpose (trained further, edited), delete {MANIFEST}; else copy or "
     "make the directory again"
@@ -78,7 +81,7 @@ def open_tensors(path: str | os.PathLike) -> dict[str, StoredTensor]:
         CheckpointError: As there; or names, shapes, dtypes or files are not those that were
             recorded.
     """
-    path = Path(path)
+    path = storage.path(path)
     stored = safetensors.open_tensors(path)
     directory = path if path.is_dir() else path.parent
     if not (directory / MANIFEST).is_file():
@@ -128,7 +131,9 @@ def verify(directory: Path) -> Manifest:
     return manifest
 
 
-def _sha256(file: Path) -> str:
+def _sha256(file: Any) -> str:
+    if not isinstance(file, Path):
+        return hashlib.sha256(file.read_bytes()).hexdigest()
     digest = hashlib.sha256()
     with opening(file, os.O_RDONLY, "read") as descriptor:
         while part := os.read(descriptor, 1 << 20):

@@ -4,23 +4,32 @@ A file is the length of its header (8 bytes, little-endian), the header (JSON: n
 first and last byte), and the tensors' bytes without gap (github.com/huggingface/safetensors).
 """
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import ml_dtypes
 import numpy as np
 
-from m2l import files
-from m2l.checkpoints.extents import Extents, Piece, is_array_shape, opening, reserve
+from m2l import files, storage
+from m2l.checkpoints.extents import (
+    Extents,
+    Piece,
+    is_array_shape,
+    opening,
+    remote_bytes,
+    reserve,
+)
+from m2l.checkpoints.spans import Span, read_rows
 from m2l.errors import CheckpointError
-from m2l.files import check_local
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -73,6 +82,9 @@ class StoredTensor:
     offset: int
     digest: str | None = None
 
+    chunk = None
+    """No boxes: any run of elements is read without reading others."""
+
     @property
     def size(self) -> int:
         """How many elements it has."""
@@ -111,6 +123,10 @@ class StoredTensor:
         # Into memory of our own: pages of a mapped file would count as this process's.
         self.extents.read_into(out, start)
 
+    def read_span(self, span: Span, out: np.ndarray) -> None:
+        """Reads a span into `out`, 1-D, contiguous, of the dtype; errors as `read_into`'s."""
+        read_rows(self.read_into, span, out)
+
     def read_checked(self) -> np.ndarray:
         """Reads it whole, in its shape.
 
@@ -142,14 +158,13 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     Raises:
         CheckpointError: It cannot be read, is truncated, or its header does not describe it.
     """
-    with opening(file, os.O_RDONLY, "read") as descriptor:
-        size = os.fstat(descriptor).st_size
-        length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
+    with _reading(file) as (size, read):
+        length = int.from_bytes(read(min(8, size), 0), "little")
         if size < 8 or (8 + length > size and length <= _LONGEST_HEADER):
             _refuse(file, f"truncated: it ends after {size:,} bytes, within its header")
         if length > _LONGEST_HEADER:
             _refuse(file, f"no safetensors file: its header would be {length:,} bytes long")
-        text = os.pread(descriptor, length, 8)
+        text = read(length, 8)
     header = files.parse_json(
         text,
         f"{file}: its header",
@@ -160,6 +175,16 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     )
     header.pop("__metadata__", None)
     return _lay_out(file, header, 8 + length, size)
+
+
+@contextlib.contextmanager
+def _reading(file: Any) -> Iterator[tuple[int, Callable[[int, int], bytes]]]:
+    """Yields the size of a file or object, and what reads so many bytes of it from a place on."""
+    if isinstance(file, Path):
+        with opening(file, os.O_RDONLY, "read") as descriptor:
+            yield os.fstat(descriptor).st_size, functools.partial(os.pread, descriptor)
+    else:
+        yield storage.size(file), lambda length, offset: remote_bytes(file, offset, length)
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -223,8 +248,7 @@ def open_tensors(path: str | os.PathLike) -> dict[str, StoredTensor]:
     Raises:
         CheckpointError: There are none, only pickles, or a file or the index is damaged.
     """
-    check_local(path)
-    path = Path(path)
+    path = storage.path(path)
     if path.is_file():
         return read_header(path)
     if (path / SINGLE).is_file():
@@ -303,6 +327,47 @@ def _nbytes(spec: ArraySpec) -> int:
     return math.prod(spec[0]) * np.dtype(spec[1]).itemsize
 
 
+@dataclasses.dataclass(frozen=True)
+class ShardLayout:
+    """A file that is to be made.
+
+    Attributes:
+        file: Its name.
+        header: The bytes that it begins with.
+        size: Its bytes.
+        offsets: The place of the first byte of each tensor, by name, in order.
+    """
+
+    file: str
+    header: bytes
+    size: int
+    offsets: Mapping[str, int]
+
+
+def lay_out(
+    described: Mapping[str, ArraySpec], shards: Sequence[Sequence[str]]
+) -> tuple[list[ShardLayout], bytes | None]:
+    """Returns the files of tensors, and the content of their index, if there are several.
+
+    Args:
+        described: name -> (shape, dtype) of all tensors.
+        shards: The names in each file, as `plan_shards` gives them.
+    """
+    count, layouts = len(shards), []
+    for number, names in enumerate(shards, 1):
+        file = f"model-{number:05}-of-{count:05}.safetensors" if count > 1 else SINGLE
+        header = _header({name: described[name] for name in names})
+        ends = [*itertools.accumulate((_nbytes(described[n]) for n in names), initial=len(header))]
+        offsets = dict(zip(names, ends, strict=False))
+        layouts.append(ShardLayout(file, header, ends[-1], offsets))
+    if count == 1:
+        return layouts, None
+    total = sum(map(_nbytes, described.values()))
+    weight_map = {name: layout.file for layout in layouts for name in layout.offsets}
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    return layouts, (json.dumps(index, indent=2) + "\n").encode()
+
+
 def create(
     directory: Path, described: Mapping[str, ArraySpec], shards: Sequence[Sequence[str]]
 ) -> dict[str, Extents]:
@@ -319,24 +384,17 @@ def create(
     Raises:
         CheckpointError: A file cannot be made, or the disk is full.
     """
-    count, found = len(shards), {}
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards, 1):
-        file = f"model-{number:05}-of-{count:05}.safetensors" if count > 1 else SINGLE
-        header = _header({name: described[name] for name in names})
-        end = len(header)
-        for name in names:
-            shape, dtype = described[name]
-            tensor = StoredTensor(directory / file, name, shape, np.dtype(dtype), end)
-            found[name], end = tensor.extents, end + tensor.nbytes
-        reserve(directory / file, end, header)
-        weight_map |= dict.fromkeys(names, file)
-    if count > 1:
-        total = sum(map(_nbytes, described.values()))
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        text = (json.dumps(index, indent=2) + "\n").encode()
-        reserve(directory / INDEX, len(text), text)
-    return found
+    layouts, index = lay_out(described, shards)
+    for layout in layouts:
+        reserve(directory / layout.file, layout.size, layout.header)
+    if index is not None:
+        reserve(directory / INDEX, len(index), index)
+    return {
+        name: StoredTensor(directory / layout.file, name, shape, np.dtype(dtype), offset).extents
+        for layout in layouts
+        for name, offset in layout.offsets.items()
+        for shape, dtype in [described[name]]
+    }
 
 
 def _header(described: Mapping[str, ArraySpec]) -> bytes:

@@ -1,30 +1,49 @@
-"""Writing checkpoints: whole, or piece by piece; and the manifest that makes them one."""
+"""Writing checkpoints that Orbax reads, other than a training run's: whole or piece by piece.
+
+Arrays are zarr 3 without compression, each chunk an object of its own. What makes a checkpoint of
+them, Orbax's metadata with m2l's manifest, is written last. The training loop's checkpoints are
+written by Orbax itself: see `checkpoints.training`.
+"""
 
 import contextlib
 import dataclasses
-import hashlib
+import json
 import math
 import os
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from m2l.checkpoints import tokenizer
-from m2l.checkpoints.extents import Extents
-from m2l.checkpoints.manifest import Manifest
-from m2l.checkpoints.orbax import DATA_STATE, OPT_STATE, PARAMS, ArraySpec, create_items
-from m2l.checkpoints.publishing import Flusher, publishing
-from m2l.checkpoints.streaming import blocks, in_parallel
+from m2l import storage
+from m2l.checkpoints import digest, pytrees, tokenizer
+from m2l.checkpoints.manifest import ORBAX_METADATA, Manifest, custom_metadata
+from m2l.checkpoints.publishing import publishing
+from m2l.checkpoints.pytrees import Tree
+from m2l.checkpoints.reading import DATA_STATE, OPT_STATE, PARAMS, data_state_digest
+from m2l.checkpoints.spans import boxes
+from m2l.checkpoints.streaming import in_parallel
+from m2l.checkpoints.tokenizer import DIRECTORY as TOKENIZER
 from m2l.checkpoints.trees import flatten, flatten_state
+from m2l.checkpoints.zarr import Box, TensorWriter, chunk_shape
+from m2l.errors import CheckpointError
+
+ArraySpec = tuple[tuple[int, ...], Any]  # shape, dtype
+
+_HANDLER = "orbax.checkpoint.experimental.v1._src.handlers.pytree_handler.PyTreeHandler"
+
+
+def array_directory(item: Any, name: str, tree: Tree | None = None) -> Any:
+    """Returns where Orbax keeps an array of an item whose tree is described; None: nested dicts."""
+    node = (tree or {}).get(name)
+    return item / (name.replace("/", ".") if node is None else pytrees.stored_name(node))
 
 
 def describe(
-    directory: str | os.PathLike,
-    final: str | os.PathLike,
+    directory: Any,
     parameters: Mapping[str, ArraySpec],
     digests: Mapping[str, str],
     *,
@@ -35,17 +54,19 @@ def describe(
     step: int = 0,
     opt_state: Mapping[str, ArraySpec] | None = None,
     opt_state_digests: Mapping[str, str] | None = None,
-    data_state: bytes | None = None,
+    opt_state_tree: Tree | None = None,
+    data_state: list[bytes] | None = None,
+    tree: Tree | None = None,
+    strings: Mapping[str, str] | None = None,
 ) -> Manifest:
-    """Writes the manifest of a checkpoint whose elements are all written.
+    """Makes a checkpoint of a directory whose arrays are all written.
 
-    The files of a vocabulary that is named by its path are copied into the checkpoint.
+    The files of a vocabulary that is named by its path become an item of the checkpoint.
 
     Args:
-        directory: Where `create` made the files.
-        final: What the directory will be called.
+        directory: Where the arrays are, in the items "params" and "opt_state".
         parameters: name -> (shape, dtype), in the order of the model.
-        digests: name -> SHA-256, in hex, of its row-major little-endian bytes.
+        digests: name -> digest, as `digest.to_hex` gives it.
         model: The model's configuration, as `models.to_dict` gives it.
         vocabulary: {"name", "size", "fingerprint"} of the one it was trained with.
         made_by: What made it, as JSON-like data.
@@ -53,18 +74,58 @@ def describe(
         step: The training step.
         opt_state: The optimizer's state: key path -> (shape, dtype); None without one.
         opt_state_digests: As `digests`, of the optimizer's state.
-        data_state: The data pipeline's position.
+        opt_state_tree: Orbax's description of the optimizer's state.
+        data_state: The positions in the data, one of each share.
+        tree: Orbax's description of the parameters' tree; None: nested dicts.
+        strings: The leaves of that tree that are texts, by name.
 
     Raises:
         CheckpointError: The vocabulary's files are not there any more, or the disk is full.
     """
-    directory = Path(directory)
-    if data_state is not None:
-        (directory / DATA_STATE).write_bytes(data_state)
-    vocabulary, carried = dict(vocabulary), None
+    manifest, files = described(
+        parameters,
+        digests,
+        model=model,
+        vocabulary=vocabulary,
+        made_by=made_by,
+        parents=parents,
+        step=step,
+        opt_state=opt_state,
+        opt_state_digests=opt_state_digests,
+        data_state=data_state,
+    )
+    items = {PARAMS: tree or pytrees.tree_of(list(parameters))}
+    if opt_state:
+        items[OPT_STATE] = opt_state_tree or pytrees.tree_of(list(opt_state))
+    for item, content in ((DATA_STATE, numbered(data_state)), (TOKENIZER, files)):
+        if content:
+            _write_bytes(directory / item, content)
+            items[item] = pytrees.tree_of(list(content), separator=None)
+    finish(directory, items, custom_metadata(manifest), {PARAMS: strings or {}})
+    # The vocabulary is then named by its local copy, and not by files that may be removed.
+    return Manifest.read(directory) if files else manifest
+
+
+def described(
+    parameters: Mapping[str, ArraySpec],
+    digests: Mapping[str, str],
+    *,
+    model: Mapping[str, Any],
+    vocabulary: Mapping[str, Any],
+    made_by: Mapping[str, Any],
+    parents: tuple[Mapping[str, str], ...] = (),
+    step: int = 0,
+    opt_state: Mapping[str, ArraySpec] | None = None,
+    opt_state_digests: Mapping[str, str] | None = None,
+    data_state: list[bytes] | None = None,
+) -> tuple[Manifest, dict[str, bytes]]:
+    """Returns the manifest of a checkpoint, and the files of the tokenizer that it carries.
+
+    Arguments and errors are those of `describe`.
+    """
+    vocabulary, files = dict(vocabulary), {}
     if tokenizer.is_path(vocabulary.get("name")):
-        carried = tokenizer.carry(vocabulary["name"], directory)
-        vocabulary["name"] = tokenizer.name_in(vocabulary["name"], Path(final).absolute())
+        files = tokenizer.read_files(vocabulary["name"])
     dtypes = {np.dtype(dtype).name for _, dtype in parameters.values()}
     manifest = Manifest(
         model=dict(model),
@@ -75,11 +136,68 @@ def describe(
         parents=tuple(dict(parent) for parent in parents),
         parameters=_records(parameters, digests),
         opt_state=None if opt_state is None else _records(opt_state, opt_state_digests or {}),
-        data_state=None if data_state is None else hashlib.sha256(data_state).hexdigest(),
-        tokenizer=carried,
+        data_state=None if data_state is None else data_state_digest(data_state),
+        tokenizer=tokenizer.digests(files) if files else None,
     )
-    manifest.write(directory)
-    return manifest
+    return manifest, files
+
+
+def finish(
+    directory: Any,
+    items: Mapping[str, Tree],
+    custom: Mapping[str, Any] | None,
+    strings: Mapping[str, Mapping[str, str]] | None = None,
+) -> None:
+    """Writes Orbax's metadata of items whose arrays are written: then it is a checkpoint.
+
+    Args:
+        directory: The checkpoint's directory.
+        items: Name of an item -> Orbax's description of its tree.
+        custom: The custom metadata of the checkpoint.
+        strings: Name of an item -> its leaves that are texts, by name.
+
+    Raises:
+        CheckpointError: A file cannot be written.
+    """
+    content = {
+        # Orbax has no item without an array.
+        "item_handlers": {item: _HANDLER for item, tree in items.items() if tree},
+        "metrics": {},
+        "performance_metrics": {},
+        # Orbax's may be absent, and equal checkpoints are to be equal files.
+        "init_timestamp_nsecs": None,
+        "commit_timestamp_nsecs": None,
+        "custom_metadata": dict(custom or {}),
+    }
+    try:
+        for item, tree in items.items():
+            if tree:
+                (directory / item).mkdir(parents=True, exist_ok=True)
+                pytrees.write_metadata(directory / item, tree, (strings or {}).get(item))
+                (directory / item / pytrees.COMMITTED).write_text(f"committed {item}\n")
+        (directory / "orbax.checkpoint").write_bytes(b"\n")
+        storage.write_atomic(directory / ORBAX_METADATA, json.dumps(content))
+        (directory / pytrees.COMMITTED).write_text("committed\n")
+    except OSError as error:
+        raise CheckpointError(
+            f"{error.filename or directory}: cannot be written ({error.strerror})"
+        ) from error
+
+
+def numbered(shares: list[bytes] | None) -> dict[str, bytes]:
+    """Returns the positions in the data as files by the number of the share."""
+    return {f"{number:05}": share for number, share in enumerate(shares or [])}
+
+
+def _write_bytes(item: Any, content: Mapping[str, bytes]) -> None:
+    """Writes files as an item of arrays of bytes, which every version of Orbax restores."""
+    for name, data in content.items():
+        array = np.frombuffer(data, np.uint8)
+        shape = array.shape
+        writer = TensorWriter(item / name, name, shape, array.dtype, (max(1, array.size),))
+        writer.create()
+        if array.size:
+            writer.write((slice(0, array.size),), array)
 
 
 def _records(arrays: Mapping[str, ArraySpec], digests: Mapping[str, str]) -> dict[str, dict]:
@@ -91,38 +209,46 @@ def _records(arrays: Mapping[str, ArraySpec], digests: Mapping[str, str]) -> dic
 
 @dataclasses.dataclass
 class _Growing:
-    """An array on disk that is written from its first element to its last."""
+    """An array in storage that is written from its first element to its last."""
 
-    extents: Extents
-    digest: Any = dataclasses.field(default_factory=hashlib.sha256)
+    writer: TensorWriter
+    boxes: Iterator[Box]
+    chunk: np.ndarray | None = None
+    filled: int = 0
     position: int = 0
+    digest: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(4, np.uint32))
+
+    def append(self, block: np.ndarray) -> None:
+        """Adds elements; writes each chunk that they fill."""
+        self.position += block.size
+        while block.size:
+            if self.chunk is None:
+                box = next(self.boxes)
+                sides = [axis.stop - axis.start for axis in box]
+                self.box, self.filled = box, 0
+                self.chunk = np.empty(math.prod(sides), self.writer.dtype)
+                self.sides = sides
+            count = min(block.size, self.chunk.size - self.filled)
+            self.chunk[self.filled : self.filled + count] = block[:count]
+            self.filled, block = self.filled + count, block[count:]
+            if self.filled == self.chunk.size:
+                self.writer.write(self.box, self.chunk.reshape(self.sides))
+                self.chunk = None
 
 
 class Writer:
     """Fills a checkpoint's arrays in pieces; `finish` then describes it. See `writing`."""
 
-    def __init__(
-        self,
-        directory: Path,
-        final: Path,
-        items: Mapping[str, Mapping[str, ArraySpec]],
-        hashing: ThreadPoolExecutor,
-        flusher: Flusher,
-    ):
-        """Creates the arrays of `items` (item -> name -> shape, dtype) in `directory`.
-
-        `final` is what the directory will be called.
-        """
-        self._directory, self._final, self._items = directory, final, items
-        self._hashing, self._flusher = hashing, flusher
-        self._arrays = {
-            (item, name): _Growing(extents)
-            for item, arrays in create_items(directory, items).items()
-            for name, extents in arrays.items()
-        }
+    def __init__(self, directory: Any, parameters: Mapping[str, ArraySpec]):
+        """Creates arrays, name -> (shape, dtype), in a directory."""
+        self._directory, self._parameters = directory, parameters
+        self._arrays: dict[str, _Growing] = {}
+        for name, (shape, dtype) in parameters.items():
+            writer = _create(directory / PARAMS, name, tuple(shape), np.dtype(dtype))
+            self._arrays[name] = _Growing(writer, boxes(writer.shape, writer.chunk))
         self.finished = False
 
-    def append(self, name: str, block: np.ndarray, item: str = PARAMS) -> None:
+    def append(self, name: str, block: np.ndarray) -> None:
         """Adds the next elements, in row-major order, of the array called `name`.
 
         Several threads may fill as many arrays at once.
@@ -130,94 +256,105 @@ class Writer:
         Args:
             name: The parameter, as "a/b/c".
             block: 1-D, contiguous, of the array's dtype.
-            item: The Orbax item that the array belongs to.
 
         Raises:
             CheckpointError: It cannot be written, or the disk is full.
         """
-        array = self._arrays[item, name]
-        if block.dtype != array.extents.dtype:
-            raise TypeError(f"{name}: {block.dtype} given, {array.extents.dtype} declared")
-        hashing = self._hashing.submit(array.digest.update, block.view(np.uint8))
-        try:
-            array.extents.write_from(block, array.position)
-        finally:
-            hashing.result()
-        array.position += block.size
-        self._flusher.wrote(array.extents.files(), block.nbytes)
+        array = self._arrays[name]
+        if block.dtype != array.writer.dtype:
+            raise TypeError(f"{name}: {block.dtype} given, {array.writer.dtype} declared")
+        array.digest = digest.add(array.digest, digest.of_numpy(block, array.position))
+        array.append(block)
 
     def finish(
-        self,
-        *,
-        model: Mapping[str, Any],
-        vocabulary: Mapping[str, Any],
-        made_by: Mapping[str, Any],
-        parents: tuple[Mapping[str, str], ...] = (),
-        step: int = 0,
-        data_state: bytes | None = None,
+        self, *, model: Mapping[str, Any], vocabulary: Mapping[str, Any], made_by: Mapping[str, Any]
     ) -> Manifest:
         """Writes the manifest and returns it; see `describe`.
 
         Raises:
             CheckpointError: The vocabulary's files are not there any more, or the disk is full.
         """
-        digests: dict[str, dict[str, str]] = {item: {} for item in self._items}
-        for (item, name), array in self._arrays.items():
-            if array.position != array.extents.size:
-                raise ValueError(
-                    f"{name}: {array.position} of {array.extents.size} elements were written"
-                )
-            digests[item][name] = array.digest.hexdigest()
+        for name, array in self._arrays.items():
+            size = math.prod(array.writer.shape)
+            if array.position != size:
+                raise ValueError(f"{name}: {array.position} of {size} elements were written")
+        digests = {name: digest.to_hex(array.digest) for name, array in self._arrays.items()}
         manifest = describe(
             self._directory,
-            self._final,
-            self._items[PARAMS],
-            digests[PARAMS],
+            self._parameters,
+            digests,
             model=model,
             vocabulary=vocabulary,
             made_by=made_by,
-            parents=parents,
-            step=step,
-            opt_state=self._items.get(OPT_STATE),
-            opt_state_digests=digests.get(OPT_STATE),
-            data_state=data_state,
         )
         self.finished = True
         return manifest
 
 
+def _create(
+    item: Any,
+    name: str,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    shard: tuple[int, ...] | None = None,
+) -> TensorWriter:
+    chunk = chunk_shape(shape, dtype.itemsize)
+    if shard not in (None, shape):
+        chunk = _shard_chunk(shard, dtype.itemsize)
+    writer = TensorWriter(array_directory(item, name), name, shape, dtype, chunk)
+    writer.create()
+    return writer
+
+
+def _shard_chunk(shard: tuple[int, ...], itemsize: int, limit: int = 8 << 20) -> tuple[int, ...]:
+    """Returns a chunk that divides a shard evenly, so that no two processes write one chunk."""
+    chunk = list(shard)
+    for axis, length in enumerate(shard):
+        inner = itemsize * math.prod(chunk) // length
+        most = max(1, limit // inner)
+        if most >= length:
+            break
+        divisor = next(d for d in range(most, 0, -1) if length % d == 0)
+        if 4 * divisor >= most:
+            chunk[axis] = divisor
+    return tuple(chunk)
+
+
 @contextlib.contextmanager
-def writing(
-    directory: str | os.PathLike,
-    parameters: Mapping[str, ArraySpec],
-    opt_state: Mapping[str, ArraySpec] | None = None,
-) -> Iterator[Writer]:
+def writing(directory: str | os.PathLike, parameters: Mapping[str, ArraySpec]) -> Iterator[Writer]:
     """Writes a checkpoint piece by piece: `append` every array to its end, then `finish`.
 
-    The directory appears under its name when the block ends without an exception, and never
-    otherwise. No block is held once it is appended.
+    The checkpoint appears under its name when the block ends without an exception, and never
+    otherwise. No more than a chunk of each array is held once it is appended.
 
     Args:
         directory: The checkpoint to make; must not exist.
         parameters: name -> (shape, dtype) of everything that will be appended.
-        opt_state: The same for the optimizer's state, by key path.
 
     Raises:
         CheckpointError: `directory` exists or cannot be created, or the disk is full.
     """
-    items = {PARAMS: parameters} | ({} if opt_state is None else {OPT_STATE: opt_state})
-    shapes = [spec for arrays in items.values() for spec in arrays.values()]
-    size = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in shapes)
-    with (
-        # Three blocks of the file system for each array beside its elements, at the least.
-        publishing(directory, size + 12288 * len(shapes) + (1 << 20)) as temporary,
-        Flusher() as flusher,
-        ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as hashing,
-    ):
-        writer = Writer(temporary, Path(directory).absolute(), items, hashing, flusher)
+    directory = storage.path(directory).absolute()
+    with publishing(directory, _size(parameters)) as staging:
+        writer = Writer(staging, parameters)
         yield writer
         if not writer.finished:
             raise RuntimeError(f"{directory}: the block ended before Writer.finish was called")
+
+
+def check_space(directory: Path, items: Sequence[Mapping[str, ArraySpec]]) -> None:
+    """Raises CheckpointError if the file system of a local directory has no space for arrays."""
+    size, parent = sum(map(_size, items)), directory.parent
+    if parent.is_dir() and (free := shutil.disk_usage(parent).free) < size:
+        raise CheckpointError(
+            f"{directory}: no space left: {size:,} bytes are needed, {free:,} are free in {parent}"
+        )
+
+
+def _size(arrays: Mapping[str, ArraySpec]) -> int:
+    """The bytes that arrays take at the least: three blocks of the file system for each as well."""
+    elements = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in arrays.values())
+    return elements + 12288 * len(arrays) + (1 << 20)
 
 
 def save(
@@ -230,13 +367,16 @@ def save(
     parents: tuple[Mapping[str, str], ...] = (),
     step: int = 0,
     opt_state: Any = None,
-    data_state: bytes | None = None,
+    data_state: list[bytes] | None = None,
 ) -> Manifest:
     """Writes a checkpoint, whole or not at all.
 
+    Where arrays are sharded over several processes, all of them call it, and each writes its own
+    shards to storage that all see.
+
     Args:
         directory: The checkpoint to make; must not exist.
-        params: Nested dict of numpy or jax arrays; sharded ones must be addressable from here.
+        params: Nested dict of numpy or jax arrays.
         model: The model's configuration, as `models.to_dict` gives it.
         vocabulary: {"name", "size", "fingerprint"}; if the name is an absolute path, the files of
             the tokenizer there become part of the checkpoint.
@@ -244,36 +384,110 @@ def save(
         parents: {"role", "path", "digest"} of each checkpoint it was made from.
         step: The training step.
         opt_state: Any pytree of arrays.
-        data_state: The data pipeline's position.
+        data_state: The positions in the data, one of each share.
 
     Raises:
         CheckpointError: `directory` exists or cannot be created, the disk is full, or a parameter
             has a name that cannot be stored; or the vocabulary's files are gone.
     """
+    directory = storage.path(directory).absolute()
     items = {PARAMS: flatten(params)}
     if opt_state is not None:
         items[OPT_STATE] = flatten_state(opt_state)
-    described = {
-        item: {
-            name: (np.shape(leaf), np.dtype(jax.dtypes.result_type(leaf)))
+    specs = {item: specs_of(arrays) for item, arrays in items.items()}
+    leaves = [leaf for arrays in items.values() for leaf in arrays.values()]
+    together = any(isinstance(x, jax.Array) and not x.is_fully_addressable for x in leaves)
+    size = sum(map(_size, specs.values()))
+    with publishing(directory, size, together=together) as staging:
+        writes = [
+            write
+            for item, arrays in items.items()
             for name, leaf in arrays.items()
+            for write in _writes(staging / item, name, leaf, specs[item][name], together)
+        ]
+        in_parallel(lambda write: write(), writes)
+        digests = {item: digests_of(arrays) for item, arrays in items.items()}
+        if together:
+            _wait_for_all(f"{directory} written")
+        about = {
+            "model": model,
+            "vocabulary": vocabulary,
+            "made_by": made_by,
+            "parents": parents,
+            "step": step,
+            "data_state": data_state,
+            "opt_state": specs.get(OPT_STATE),
+            "opt_state_digests": digests.get(OPT_STATE),
         }
-        for item, arrays in items.items()
+        if together and jax.process_index() != 0:
+            return described(specs[PARAMS], digests[PARAMS], **about)[0]
+        tree = None if opt_state is None else pytrees.tree_from(opt_state)
+        parameters = specs[PARAMS], digests[PARAMS]
+        return describe(staging, *parameters, opt_state_tree=tree, **about)
+
+
+def specs_of(arrays: Mapping[str, Any]) -> dict[str, ArraySpec]:
+    """Returns the shape and dtype of arrays by name."""
+    return {
+        name: (np.shape(leaf), np.dtype(jax.dtypes.result_type(leaf)))
+        for name, leaf in arrays.items()
     }
-    with writing(directory, described[PARAMS], described.get(OPT_STATE)) as writer:
 
-        def write(place: tuple[str, str]) -> None:
-            item, name = place
-            dtype = described[item][name][1]
-            for block in blocks(np.asarray(items[item][name], dtype), dtype, name):
-                writer.append(name, block, item)
 
-        in_parallel(write, [(item, name) for item, arrays in items.items() for name in arrays])
-        return writer.finish(
-            model=model,
-            vocabulary=vocabulary,
-            made_by=made_by,
-            parents=parents,
-            step=step,
-            data_state=data_state,
+def digests_of(arrays: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the digests of arrays by name; those of JAX's are computed where their shards are."""
+    words = digest.of_arrays({n: x for n, x in arrays.items() if isinstance(x, jax.Array)})
+    return {
+        name: digest.to_hex(
+            words[name] if name in words else digest.of_numpy(np.asarray(leaf, _dtype(leaf)))
         )
+        for name, leaf in arrays.items()
+    }
+
+
+def _dtype(leaf: Any) -> np.dtype:
+    return np.dtype(jax.dtypes.result_type(leaf))
+
+
+def _writes(
+    item: Any, name: str, leaf: Any, spec: ArraySpec, together: bool
+) -> Iterator[Callable[[], None]]:
+    """Yields functions that each write some of an array: what is this process's to write."""
+    shape, dtype = spec
+    if not together:
+        writer = _create(item, name, shape, dtype)
+        array = leaf if isinstance(leaf, jax.Array) else np.asarray(leaf, dtype)
+
+        def write_all() -> None:
+            whole = np.asarray(array)
+            for box in boxes(shape, writer.chunk):
+                writer.write(box, whole[box])
+
+        yield write_all
+        return
+    if not isinstance(leaf, jax.Array):
+        leaf = jax.device_put(np.asarray(leaf, dtype), jax.local_devices()[0])
+        mine = jax.process_index() == 0
+    else:
+        mine = True
+    shard = tuple(leaf.sharding.shard_shape(shape))
+    writer = _create(item, name, shape, dtype, shard)
+    for part in leaf.addressable_shards:
+        if mine and part.replica_id == 0:
+            yield lambda part=part: _write_shard(writer, part.index, part.data)
+
+
+def _write_shard(writer: TensorWriter, index: tuple[slice, ...], data: jax.Array) -> None:
+    array = np.asarray(data)
+    origin = [axis.start or 0 for axis in index]
+    for box in boxes(array.shape, writer.chunk):
+        place = tuple(
+            slice(axis.start + o, axis.stop + o) for axis, o in zip(box, origin, strict=True)
+        )
+        writer.write(place, array[box])
+
+
+def _wait_for_all(tag: str) -> None:
+    from jax.experimental import multihost_utils
+
+    multihost_utils.sync_global_devices(tag)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from m2l.checkpoints import digest
 from m2l.checkpoints.extents import is_array_shape
 from m2l.checkpoints.safetensors import is_dtype
 from m2l.errors import CheckpointError
@@ -53,10 +54,10 @@ def check_arrays(where: str, records: Mapping[str, Any]) -> None:
             and set(record) == {"shape", "dtype", "digest"}
             and is_array_shape(record["shape"])
             and is_dtype(record["dtype"])
-            and _is_digest(record["digest"])
+            and (_is_digest(record["digest"]) or digest.is_digest(record["digest"]))
         ):
             raise CheckpointError(
-                f"{where}: damaged: {name} is {record!r:.80}, expected its shape, dtype and SHA-256"
+                f"{where}: damaged: {name} is {record!r:.80}, expected its shape, dtype and digest"
             )
 
 
@@ -66,8 +67,8 @@ def is_file_digests(value: Any) -> bool:
         name.isprintable()
         and name not in ("", ".", "..")
         and Path(name).name == name
-        and _is_digest(digest)
-        for name, digest in value.items()
+        and _is_digest(sha256)
+        for name, sha256 in value.items()
     )
 
 

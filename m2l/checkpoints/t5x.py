@@ -1,4 +1,4 @@
-"""T5X checkpoints become m2l's: what `m2l convert --from t5x` does.
+"""T5X checkpoints become m2l's, and m2l's become T5X's: what `m2l convert` does.
 
 T5X has two T5s. `examples/t5` is the published one. `examples/scalable_t5` stacks its layers along
 axis 1 ("encoder/encoder/..."), keeps the heads of attention kernels apart, and gives every layer a
@@ -12,13 +12,15 @@ from typing import Any
 
 from jax.typing import DTypeLike
 
-from m2l.checkpoints.importing import Origin, Tensor, import_tensors
+from m2l import models
+from m2l.checkpoints import reading, t5x_files
+from m2l.checkpoints.importing import Origin, Tensor, float_dtype, import_tensors
 from m2l.checkpoints.manifest import Manifest
 from m2l.checkpoints.t5x_files import read, resolve
-from m2l.errors import CheckpointError
+from m2l.errors import CheckpointError, UnsupportedModelError
 from m2l.models.t5 import T5Config
 
-__all__ = ["import_checkpoint", "infer_config", "origins", "read"]
+__all__ = ["export_checkpoint", "import_checkpoint", "infer_config", "origins", "read"]
 
 _LAYER_AXIS = 1
 
@@ -90,6 +92,41 @@ def import_checkpoint(
         dtype=dtype,
         at_once=2,  # Three in memory, for the one being read is there twice.
     )
+
+
+def export_checkpoint(
+    source: str | PathLike, out: str | PathLike, *, dtype: DTypeLike | None = None
+) -> Any:
+    """Makes a T5X checkpoint, in its own format and the names of examples/t5, of one of m2l's.
+
+    It has no optimizer's state. Its digests are checked on the way.
+
+    Args:
+        source: A checkpoint or a training run.
+        out: The checkpoint to make, as "MODEL_DIR/checkpoint_1000"; must not exist.
+        dtype: "float32", "bfloat16" or "float16", to which parameters are cast; None keeps theirs.
+
+    Returns:
+        `out`, absolute.
+
+    Raises:
+        CheckpointError: The source is missing or damaged, has a value too large for `dtype`; or
+            `out` exists.
+        UnsupportedModelError: The model is no T5.
+        UnknownNameError: There is no such dtype.
+    """
+    directory = reading.resolve(source)
+    manifest = Manifest.read(directory)
+    config = models.from_dict(manifest.model)
+    if not isinstance(config, T5Config):
+        raise UnsupportedModelError(
+            f"{directory}: a {config.model_type}; T5X's checkpoints are of T5s: convert it "
+            "--to huggingface"
+        )
+    cast = None if dtype is None else float_dtype(dtype)
+    stored = reading.open_parameters(directory)
+    arrays = {origin.tensor: stored[name] for name, origin in origins(config, {}).items()}
+    return t5x_files.write(out, arrays, step=manifest.step, dtype=cast)
 
 
 def infer_config(tensors: Mapping[str, Tensor]) -> T5Config:

@@ -1,4 +1,4 @@
-"""The files of a T5X checkpoint, and the arrays in them, opened with neither T5X nor TensorFlow.
+"""The files of a T5X checkpoint, and the arrays in them, without T5X or TensorFlow.
 
 T5X has two formats. Its own is a msgpack file `checkpoint` {version, optimizer: {target, state}}
 whose leaves are small arrays, or TensorStore specs of zarr arrays that lie beside it. Orbax's is a
@@ -22,9 +22,14 @@ import numpy as np
 import tensorstore as ts
 from flax import serialization
 
+from m2l import storage
 from m2l.checkpoints.importing import Tensor
+from m2l.checkpoints.publishing import publishing
+from m2l.checkpoints.pytrees import StoredArray
+from m2l.checkpoints.streaming import blocks, in_parallel
+from m2l.checkpoints.trees import unflatten
+from m2l.checkpoints.zarr import chunk_shape
 from m2l.errors import CheckpointError
-from m2l.files import check_local
 
 _MSGPACK = "checkpoint"
 _PLACEHOLDER = "PLACEHOLDER://"
@@ -84,8 +89,7 @@ def read(source: str | PathLike) -> dict[str, Tensor]:
 
 def resolve(source: str | PathLike) -> Path:
     """The directory of the checkpoint that `source` means."""
-    check_local(source)
-    path = Path(source).absolute()
+    path = storage.path(source).absolute()
     if not path.is_dir():
         raise CheckpointError(f"{path}: there is no such directory; a T5X checkpoint is one")
     if (path / _MSGPACK).is_file() or (path / "state").is_dir():
@@ -104,9 +108,64 @@ def resolve(source: str | PathLike) -> Path:
     return resolve(steps[max(steps)])
 
 
+def write(
+    out: str | PathLike, arrays: Mapping[str, StoredArray], *, step: int, dtype: np.dtype | None
+) -> Any:
+    """Writes a checkpoint in T5X's own format, version 3, whole or not at all.
+
+    Args:
+        out: Its directory; must not exist.
+        arrays: T5X's name, "encoder/layers_0/attention/query/kernel" -> the array.
+        step: The training step.
+        dtype: What the arrays are cast to; None: theirs.
+
+    Returns:
+        `out`, absolute.
+
+    Raises:
+        CheckpointError: It exists, an array cannot be read, or a value is too large for `dtype`.
+    """
+    out = storage.path(out).absolute()
+    size = sum(array.size * (dtype or array.dtype).itemsize for array in arrays.values())
+    described: dict[str, Any] = {}
+    with publishing(out, size) as staging:
+
+        def convert(name: str) -> tuple[str, dict[str, Any]]:
+            stored = arrays[name]
+            array, kept = stored.read(), dtype or stored.dtype
+            stored.check(stored.digest_of(array))
+            path = f"target.{name.replace('/', '.')}"
+            spec = {
+                "driver": "zarr",
+                "dtype": kept.name,
+                "kvstore": storage.kvstore_spec(staging / path),
+                "metadata": {
+                    "compressor": {"id": "gzip"},
+                    "shape": array.shape,
+                    "chunks": chunk_shape(array.shape, kept.itemsize),
+                },
+            }
+            store = ts.open(spec, create=True, open=True).result()
+            cast = [block.reshape(-1) for block in blocks(array, kept, name)]
+            store.write(np.concatenate(cast).reshape(array.shape)).result()
+            relative = ts.Spec(spec).to_json()
+            # T5X reads arrays relative to the checkpoint, wherever that is.
+            relative["kvstore"] = {"driver": "file", "path": f"{path}/"}
+            return name, relative
+
+        in_parallel(convert, arrays, lambda done: described.update([done]))
+        state = {"step": np.int32(step), "param_states": {}}
+        content = {
+            "version": 3,
+            "optimizer": {"target": unflatten(dict(sorted(described.items()))), "state": state},
+        }
+        (staging / _MSGPACK).write_bytes(serialization.msgpack_serialize(content))
+    return out
+
+
 def _described(file: Path) -> dict[str, np.ndarray | str]:
     """The parameters that a msgpack names: each an array, or the stored name of one."""
-    if (size := file.stat().st_size) > _MSGPACK_BYTES:
+    if (size := storage.size(file)) > _MSGPACK_BYTES:
         raise CheckpointError(
             f"{file}: {size:,} bytes, and at most {_MSGPACK_BYTES:,} are read: T5X keeps large "
             "arrays in directories of their own"
@@ -194,10 +253,9 @@ def _stored_name(file: Path, name: str, path: Any) -> str:
 
 
 def _kvstore(item: Path, name: str = "") -> dict[str, Any]:
-    base = {"driver": "file", "path": f"{item}/"}
     if (item / "manifest.ocdbt").is_file():
-        return {"driver": "ocdbt", "base": base, "path": name}
-    return base | {"path": f"{item}/{name}"}
+        return {"driver": "ocdbt", "base": storage.kvstore_spec(item), "path": name}
+    return storage.kvstore_spec(item / name.rstrip("/") if name else item)
 
 
 def _spec(item: Path, stored: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from m2l.checkpoints.pytrees import METADATA, open_pytree
 from m2l.errors import CheckpointError
 from m2l.files import (
     BYTES_TOKENIZER,
@@ -19,12 +20,16 @@ from m2l.files import (
     TOKENIZER_JSON,
     TOKENIZER_MODEL,
     TOKENIZER_SETTINGS,
+    cache_directory,
+    checksum,
     microworld_pieces,
     read_json,
     split_name,
 )
+from m2l.storage import write_atomic
 
 DIRECTORY = "tokenizer"
+_ADVICE = "copy the checkpoint again or make it anew"
 
 
 def is_path(name: str | None) -> bool:
@@ -32,10 +37,9 @@ def is_path(name: str | None) -> bool:
     return name is not None and os.path.isabs(split_name(name)[1])
 
 
-def name_in(name: str, checkpoint: Path | None = None) -> str:
-    """The vocabulary's name when a checkpoint carries it: on disk, or as it is read from there."""
-    where = DIRECTORY if checkpoint is None else str(checkpoint / DIRECTORY)
-    return split_name(name)[0] + where
+def name_in(name: str, directory: Path | None = None) -> str:
+    """The vocabulary's name when a checkpoint carries it: in storage, or with its local copy."""
+    return split_name(name)[0] + (DIRECTORY if directory is None else str(directory))
 
 
 def check_tokenizer(vocabulary: Mapping[str, Any]) -> None:
@@ -44,25 +48,74 @@ def check_tokenizer(vocabulary: Mapping[str, Any]) -> None:
         _sources(name)
 
 
-def carry(name: str, checkpoint: Path) -> dict[str, str]:
-    """Copies a vocabulary's files into a checkpoint; returns each one's SHA-256 by its name.
+def read_files(name: str) -> dict[str, bytes]:
+    """Returns the files of a vocabulary, by the names they have in a checkpoint.
 
     Raises:
         CheckpointError: They are not there any more.
     """
-    sources, directory = _sources(name), checkpoint / DIRECTORY
-    directory.mkdir()
+    sources, content = _sources(name), {}
     for target, source in sources.items():
         try:
-            shutil.copyfile(source, directory / target)
+            content[target] = source.read_bytes()
         except FileNotFoundError as error:
             raise _gone(name) from error
     # The ends of a text may be known from the model's own settings alone, which are not copied:
     # in a tokenizer's directory they would be another model's one day.
     alone = TOKENIZER_JSON in sources and GENERATION not in sources
     if alone and (ends := _ends(sources[TOKENIZER_JSON].with_name("config.json"))):
-        (directory / GENERATION).write_text(json.dumps(ends) + "\n")
-    return {file.name: _sha256(file) for file in sorted(directory.iterdir())}
+        content[GENERATION] = f"{json.dumps(ends)}\n".encode()
+    return dict(sorted(content.items()))
+
+
+def digests(content: Mapping[str, bytes]) -> dict[str, str]:
+    """Returns the SHA-256, in hex, of each file by its name."""
+    return {name: hashlib.sha256(data).hexdigest() for name, data in content.items()}
+
+
+def local_copy(checkpoint: Any, recorded: Mapping[str, str]) -> Path:
+    """Returns a local directory with the tokenizer that a checkpoint carries.
+
+    Libraries read tokenizers from files alone; the copy is in m2l's cache, by its content.
+
+    Args:
+        checkpoint: The checkpoint's directory.
+        recorded: SHA-256 by name, as the manifest has them.
+
+    Raises:
+        CheckpointError: A file is missing or damaged.
+    """
+    directory = checkpoint / DIRECTORY
+    if isinstance(directory, Path) and directory.is_dir() and not (directory / METADATA).is_file():
+        return directory.absolute()  # Of a checkpoint in format 2.
+    copy = cache_directory() / "tokenizers" / checksum(dict(recorded))
+    if all((copy / name).is_file() for name in recorded):
+        return copy
+    content = _carried(checkpoint, recorded)
+    copy.mkdir(parents=True, exist_ok=True)
+    for name, data in content.items():
+        write_atomic(copy / name, data)
+    return copy
+
+
+def _carried(checkpoint: Any, recorded: Mapping[str, str]) -> dict[str, bytes]:
+    """Reads and checks the tokenizer's files of a checkpoint."""
+    directory = checkpoint / DIRECTORY
+    if (directory / METADATA).is_file():
+        arrays = open_pytree(directory).arrays
+        content = {n: arrays[n].read().tobytes() for n in recorded if n in arrays}
+    else:
+        present = (directory / name for name in recorded)
+        content = {file.name: file.read_bytes() for file in present if file.is_file()}
+    for name, sha256 in recorded.items():
+        if name not in content:
+            raise CheckpointError(f"{directory / name}: missing; {_ADVICE}")
+        if hashlib.sha256(content[name]).hexdigest() != sha256:
+            raise CheckpointError(
+                f"{directory / name}: damaged: its digest is not the one that the manifest "
+                f"records; {_ADVICE}"
+            )
+    return content
 
 
 def is_bytes(directory: Path) -> bool:
@@ -129,17 +182,9 @@ def _unigram_json(file: Path, extra_ids: int) -> str:
     return tokenizer.to_str()
 
 
-def verify(checkpoint: Path, digests: Mapping[str, str]) -> None:
+def verify(checkpoint: Any, recorded: Mapping[str, str]) -> None:
     """Raises CheckpointError if a tokenizer's file is missing, or not what the manifest records."""
-    for name, digest in digests.items():
-        file = checkpoint / DIRECTORY / name
-        if not file.is_file():
-            raise CheckpointError(f"{file}: missing; copy the checkpoint again or make it anew")
-        if _sha256(file) != digest:
-            raise CheckpointError(
-                f"{file}: damaged: its digest is not the one that the manifest records; copy the "
-                "checkpoint again or make it anew"
-            )
+    _carried(checkpoint, recorded)
 
 
 def _sources(name: str) -> dict[str, Path]:
@@ -174,7 +219,3 @@ def _gone(name: str) -> CheckpointError:
         f"{split_name(name)[1]}: the vocabulary's file is not there any more, and the "
         "checkpoint is to carry it; put it back"
     )
-
-
-def _sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()

@@ -14,8 +14,8 @@ import sys
 import numpy as np
 import pytest
 
-from m2l import checkpoints
-from m2l.checkpoints import Manifest, extents, publishing
+from m2l import checkpoints, storage
+from m2l.checkpoints import Manifest, publishing
 from m2l.errors import CheckpointError
 
 ABOUT = {
@@ -31,8 +31,22 @@ PARAMS = {
 
 @pytest.fixture
 def saved(tmp_path):
-    checkpoints.save(tmp_path / "x", PARAMS, **ABOUT, opt_state={"n": 1}, data_state=b"here")
+    checkpoints.save(tmp_path / "x", PARAMS, **ABOUT, opt_state={"n": 1}, data_state=[b"here"])
     return tmp_path / "x"
+
+
+def edit_manifest(saved, change):
+    """Replaces the manifest by what a function makes of it."""
+    file = saved / "_CHECKPOINT_METADATA"
+    content = json.loads(file.read_text())
+    content["custom_metadata"]["m2l"] = change(content["custom_metadata"]["m2l"])
+    file.write_text(json.dumps(content))
+
+
+def with_checksum(content):
+    content = {name: value for name, value in content.items() if name != "checksum"}
+    checksum = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return content | {"checksum": checksum}
 
 
 def flip(file, position):
@@ -59,37 +73,56 @@ def test_one_flipped_byte_is_refused_by_the_parameters_name(saved, read):
     assert (restored["layers_3"]["w"] != PARAMS["layers_3"]["w"]).sum() == 1
 
 
-@pytest.mark.parametrize("damage", ["truncated", "removed", "zeroed"])
-def test_every_damaged_file_of_the_parameters_is_refused_or_not_needed(saved, damage):
-    refused = 0
-    files = [file for file in (saved / "params").rglob("*") if file.is_file()]
-    for file in files:
+def read_all(path):
+    checkpoints.verify(path)
+    restored = checkpoints.flatten(checkpoints.restore(path))
+    restored["n"] = checkpoints.restore_opt_state(path, {"n": np.int32(0)})["n"]
+    restored["position"] = np.frombuffer(checkpoints.restore_data_state(path)[0], np.uint8)
+    return restored, checkpoints.read_manifest(path)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "removed", "zeroed", "longer"])
+def test_every_damaged_file_is_refused_in_one_line_or_changes_nothing(tmp_path, damage):
+    vocabulary = ABOUT["vocabulary"] | {"name": str(tmp_path)}
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "ByT5Tokenizer"}')
+    saved, few = tmp_path / "x", {name: PARAMS[name] for name in ("layers_0", "layers_1")}
+    about = ABOUT | {"vocabulary": vocabulary, "opt_state": {"n": 1}, "data_state": [b"here"]}
+    checkpoints.save(saved, few, **about)
+    expected, manifest = read_all(saved)
+    unneeded = set()
+    for file in sorted(file for file in saved.rglob("*") if file.is_file()):
         content = file.read_bytes()
         if damage == "removed":
             file.unlink()
         else:
-            half = content[: len(content) // 2]
-            file.write_bytes(half if damage == "truncated" else bytes(len(content)))
+            half, longer = content[: len(content) // 2], content + b"}"
+            damaged = {"truncated": half, "longer": longer, "zeroed": bytes(len(content))}
+            file.write_bytes(damaged[damage])
         try:
-            restored = checkpoints.restore(saved)
-            for name, group in PARAMS.items():
-                np.testing.assert_array_equal(restored[name]["w"], group["w"])
+            restored, again = read_all(saved)
+            assert again == manifest
+            for name, array in expected.items():
+                np.testing.assert_array_equal(restored[name], array)
+            unneeded.add(file.name)
         except CheckpointError as error:
-            assert "layers_" in str(error) or file.name == "_METADATA"
+            assert str(saved) in str(error)
+            item = file.relative_to(saved).parts[0]
+            array = file.parent.name.replace(".", "/") if file.parent.parent != saved else item
+            if file.name != "_METADATA" and file.parent != saved and item != "tokenizer":
+                named = (array, file.parent.name, "data_state: damaged")
+                assert any(name in str(error) for name in named)
             assert "\n" not in str(error)
-            refused += 1
         file.write_bytes(content)
-    assert refused == len(files) == 2 * len(PARAMS) + 1
+    assert unneeded <= {"commit_success.txt", "orbax.checkpoint"}
 
 
 def test_damage_to_the_states_is_refused(saved):
-    flip(saved / "data_state", 1)
-    with pytest.raises(CheckpointError, match="data_state: damaged"):
-        checkpoints.restore_data_state(saved)
-    with pytest.raises(CheckpointError, match="data_state: damaged"):
-        checkpoints.verify(saved)
-    (saved / "data_state").unlink()
-    with pytest.raises(CheckpointError, match="data_state: cannot be read"):
+    flip(saved / "data_state" / "00000" / "c.0", 1)
+    for read in (checkpoints.restore_data_state, checkpoints.verify):
+        with pytest.raises(CheckpointError, match="data_state: damaged"):
+            read(saved)
+    shutil.rmtree(saved / "data_state")
+    with pytest.raises(CheckpointError, match="data_state/_METADATA: cannot be read"):
         checkpoints.restore_data_state(saved)
     shutil.rmtree(saved / "opt_state")
     with pytest.raises(CheckpointError, match="opt_state/_METADATA: cannot be read"):
@@ -99,7 +132,7 @@ def test_damage_to_the_states_is_refused(saved):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda content: content | {"format_version": 3}, "format 3 by a newer m2l"),
+        (lambda content: content | {"format_version": 4}, "format 4 by a newer m2l"),
         (lambda content: content | {"surprise": 1}, "does not match its own checksum"),
         (lambda content: {"format_version": 1}, "does not match its own checksum"),
         (lambda content: {}, "no format_version"),
@@ -107,8 +140,7 @@ def test_damage_to_the_states_is_refused(saved):
     ],
 )
 def test_a_manifest_that_is_not_whole_is_refused(saved, change, message):
-    file = saved / "manifest.json"
-    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+    edit_manifest(saved, change)
     with pytest.raises(CheckpointError, match=message):
         checkpoints.read_manifest(saved)
 
@@ -119,14 +151,12 @@ FIELDS = [f.name for f in dataclasses.fields(Manifest) if f.name != "directory"]
 @pytest.mark.parametrize("field", ["checksum", "digest", *FIELDS])
 @pytest.mark.parametrize("damage", ["changed", "missing"])
 def test_damage_to_any_field_of_a_manifest_is_refused(saved, field, damage):
-    file = saved / "manifest.json"
-    content = json.loads(file.read_text())
-    if damage == "missing":
-        del content[field]
-    else:
-        content[field] = "?"
-    file.write_text(json.dumps(content))
-    with pytest.raises(CheckpointError, match=r"manifest\.json: damaged"):
+    def change(content):
+        rest = {name: value for name, value in content.items() if name != field}
+        return rest if damage == "missing" else content | {field: "?"}
+
+    edit_manifest(saved, change)
+    with pytest.raises(CheckpointError, match="_CHECKPOINT_METADATA: damaged"):
         checkpoints.read_manifest(saved)
 
 
@@ -185,49 +215,34 @@ VOCABULARY = ABOUT["vocabulary"]
 def test_a_manifest_of_wrong_types_or_sizes_is_refused_though_its_checksum_is_right(
     saved, field, value
 ):
-    file = saved / "manifest.json"
-    content = json.loads(file.read_text())
-    content[field] = value
-    del content["checksum"]
-    content["checksum"] = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-    file.write_text(json.dumps(content))
+    edit_manifest(saved, lambda content: with_checksum(content | {field: value}))
     for read in (checkpoints.restore, checkpoints.verify, checkpoints.open_parameters):
-        with pytest.raises(CheckpointError, match=r"manifest\.json: .*damaged: ") as caught:
+        with pytest.raises(CheckpointError, match=r"_CHECKPOINT_METADATA: .*damaged: ") as caught:
             read(saved)
         assert "\n" not in str(caught.value)
 
 
 def test_a_shape_that_no_file_bears_out_is_refused_before_anything_is_allocated(saved):
-    file = saved / "manifest.json"
-    content = json.loads(file.read_text())
     shape, zarr = [2**50, 4], saved / "params" / "layers_0.w" / "zarr.json"
-    content["parameters"]["layers_0/w"]["shape"] = shape
-    del content["checksum"]
-    content["checksum"] = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-    file.write_text(json.dumps(content))
+
+    def change(content):
+        content["parameters"]["layers_0/w"]["shape"] = shape
+        return with_checksum(content)
+
+    edit_manifest(saved, change)
     described = json.loads(zarr.read_text())
     described["shape"] = shape
     for chunk in (shape, [64, 4], [1, 1], [0, 4], [-64, 4], [64.0, 4]):
         described["chunk_grid"]["configuration"]["chunk_shape"] = chunk
         zarr.write_text(json.dumps(described))
-        with pytest.raises(CheckpointError, match=r"layers_0"):
-            checkpoints.restore(saved)
+        for read in (checkpoints.restore, checkpoints.verify):
+            with pytest.raises(CheckpointError, match=r"layers_0"):
+                read(saved)
 
 
 @pytest.mark.parametrize("read", [checkpoints.restore, checkpoints.verify])
-@pytest.mark.parametrize("name", ["params/layers_3.w/c.0.0", "orbax.checkpoint"])
-def test_bytes_appended_to_a_file_are_refused(saved, read, name):
-    with (saved / name).open("ab") as file:
-        file.write(b"junk")
-    with pytest.raises(CheckpointError, match=rf"{name}: damaged: .*bytes there, the file has"):
-        read(saved)
-
-
-@pytest.mark.parametrize("read", [checkpoints.restore, checkpoints.verify])
-@pytest.mark.parametrize(
-    "name", ["params/_METADATA", "opt_state/_METADATA", "_CHECKPOINT_METADATA"]
-)
-@pytest.mark.parametrize("damage", [b"[]", b"{}", b"[" * 100_000, b"", None, "skip", "array"])
+@pytest.mark.parametrize("damage", [b"[]", b"{}", b"[" * 100_000, b"", None, "array", "skipped"])
+@pytest.mark.parametrize("name", ["params/_METADATA", "_CHECKPOINT_METADATA"])
 def test_damage_to_the_files_that_orbax_reads_is_refused(saved, read, name, damage):
     file = saved / name
     if damage is None:
@@ -235,44 +250,32 @@ def test_damage_to_the_files_that_orbax_reads_is_refused(saved, read, name, dama
     elif isinstance(damage, bytes):
         file.write_bytes(damage)
     else:
+        old, new = {"skipped": ("false", "true"), "array": ("layers_3", "layers_9")}[damage]
         content = file.read_text()
-        old, new = {"skip": ("false", "true "), "array": ("layers_3", "layers_9")}[damage]
-        changed = content.replace(old, new) if old in content else content.replace("null", "1   ")
-        assert changed != content
-        file.write_text(changed.replace('"n"', '"m"'))
-    with pytest.raises(CheckpointError, match=rf"{name}: (damaged|cannot be read)"):
+        if old not in content:
+            pytest.skip("the file has none")
+        file.write_text(content.replace(old, new))
+    with pytest.raises(CheckpointError) as caught:
         read(saved)
-
-
-@pytest.mark.parametrize("name", ["notes.txt", "params/extra", "params/layers_3.w/c.9.0"])
-def test_a_file_too_many_is_named_where_everything_is_verified(saved, name):
-    (saved / name).write_bytes(b"")
-    with pytest.raises(CheckpointError, match=rf"{name}: unexpected, not part of the checkpoint"):
-        checkpoints.verify(saved)
-    checkpoints.restore(saved)
-
-
-def test_a_truncated_manifest_is_refused(saved):
-    file = saved / "manifest.json"
-    file.write_text(file.read_text()[:100])
-    with pytest.raises(CheckpointError, match="not JSON"):
-        checkpoints.restore(saved)
+    assert str(saved) in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_arrays_of_another_checkpoint_under_a_manifest_are_refused(saved, tmp_path):
     checkpoints.save(tmp_path / "y", {"layers_0": {"w": np.ones((2, 2), np.float32)}}, **ABOUT)
-    shutil.copy(tmp_path / "y" / "manifest.json", saved / "manifest.json")
-    with pytest.raises(CheckpointError, match="_METADATA: damaged: it does not describe"):
+    shutil.copy(tmp_path / "y" / "_CHECKPOINT_METADATA", saved)
+    with pytest.raises(CheckpointError, match=r"layers_0/w is .*, its manifest says"):
         checkpoints.restore(saved)
 
 
 def test_resolve_finds_the_newest_whole_checkpoint_of_a_run(tmp_path):
     for step in (20, 100):
-        path = tmp_path / f"run/checkpoints/step_{step:08d}"
+        path = tmp_path / f"run/checkpoints/{step}"
         checkpoints.save(path, PARAMS, **ABOUT, step=step)
-    (tmp_path / "run/checkpoints/step_00000300").mkdir()
-    shutil.copytree(path, tmp_path / "run/checkpoints/step_best")
-    assert checkpoints.resolve(tmp_path / "run").name == "step_00000100"
+    (tmp_path / "run/checkpoints/300").mkdir()
+    shutil.copytree(path, tmp_path / "run/checkpoints/best")
+    shutil.copytree(path, tmp_path / "run/checkpoints/200.orbax-checkpoint-tmp-1")
+    assert checkpoints.resolve(tmp_path / "run").name == "100"
     assert checkpoints.read_manifest(tmp_path / "run").step == 100
     assert checkpoints.resolve(path) == path
 
@@ -326,10 +329,10 @@ def test_a_disk_too_small_is_refused_before_anything_is_written(tmp_path, monkey
 
 
 def test_a_disk_that_fills_meanwhile_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
-    def full(descriptor, data, offset):
+    def full(descriptor):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(extents.os, "pwrite", full)
+    monkeypatch.setattr(storage.os, "fsync", full)
     with pytest.raises(CheckpointError, match="no space left"):
         checkpoints.save(tmp_path / "x", PARAMS, **ABOUT)
     assert list(tmp_path.iterdir()) == []
@@ -367,7 +370,7 @@ def test_clean_removes_only_what_dead_saves_of_this_host_left(tmp_path):
     dead = subprocess.Popen(["true"])
     dead.wait()
     host = publishing.socket.gethostname()
-    gone = tmp_path / f".x.tmp-{host}-{dead.pid}-0.orbax-checkpoint-tmp"
+    gone = tmp_path / f".x.tmp-{host}-{dead.pid}-0"
     kept = [f".x.tmp-elsewhere-{dead.pid}-0", f".x.tmp-{host}-1-0", "x", ".x.tmp"]
     for name in (gone.name, *kept):
         (tmp_path / name).mkdir()

@@ -182,9 +182,12 @@ def test_a_damaged_checkpoint_is_not_exported(tmp_path):
     manifest = imported(source, tmp_path / "y")
     # The bytes stay, and the manifest remembers others: a small array has no file of its own.
     name = "decoder/layers_00/mlp/wi_0"
-    record = manifest.parameters[name] | {"digest": "0" * 64}
+    record = manifest.parameters[name] | {"digest": "0" * 32}
     parameters = manifest.parameters | {name: record}
-    dataclasses.replace(manifest, parameters=parameters).write(tmp_path / "y")
+    file = tmp_path / "y" / "_CHECKPOINT_METADATA"
+    content = json.loads(file.read_text())
+    changed = dataclasses.replace(manifest, parameters=parameters)
+    file.write_text(json.dumps(content | {"custom_metadata": {"m2l": changed.to_json()}}))
     with pytest.raises(CheckpointError, match="decoder/layers_00/mlp/wi_0 is damaged"):
         huggingface.export_checkpoint(tmp_path / "y", tmp_path / "z")
     assert {path.name for path in tmp_path.iterdir()} == {"x", "y"}

@@ -50,7 +50,7 @@ def test_rope_is_exported_in_both_layouts(tmp_path):
     assert (config["torch_dtype"], config["dtype"]) == ("float32", "float32")
 
 
-def save_ours(directory, **settings):
+def save_ours(directory, vocabulary=VOCABULARY, **settings):
     fields = {
         "vocab_size": VOCAB,
         "hidden_size": WIDTH,
@@ -67,7 +67,7 @@ def save_ours(directory, **settings):
         directory,
         checkpoints.unflatten(params),
         model=models.to_dict(config),
-        vocabulary=VOCABULARY,
+        vocabulary=vocabulary,
         made_by={"kind": "merge", "recipe": {"method": "ties", "density": 0.2, "names": ["a|b"]}},
         parents=({"role": "base", "path": "/models/base", "digest": "0123456789abcdef0123"},),
     )
@@ -118,10 +118,8 @@ def test_the_card_tells_recipe_parents_and_results(tmp_path):
     ):
         assert line in card.splitlines()
     assert digest in card
-    read = [
-        json.loads(file.read_text())
-        for file in (out / "m2l_manifest.json", tmp_path / "ours/manifest.json")
-    ]
+    ours = json.loads((tmp_path / "ours/_CHECKPOINT_METADATA").read_text())
+    read = [json.loads((out / "m2l_manifest.json").read_text()), ours["custom_metadata"]["m2l"]]
     own = ("directory", "checksum")
     assert set(read[0]["made_by"].pop("exported")) == {"dtype", "shard_size", "results"}
     without = [{name: v for name, v in one.items() if name not in own} for one in read]
@@ -133,7 +131,7 @@ def test_results_of_another_model_are_refused(tmp_path):
     for file, message in (
         (result(tmp_path / "r.json", "f" * 64), "a result of another model"),
         (result(tmp_path / "s.json", digest, score="good"), "no result of m2l eval"),
-        (tmp_path / "ours/manifest.json", "does not match its checksum"),
+        (tmp_path / "ours/_CHECKPOINT_METADATA", "no result of m2l eval"),
     ):
         with pytest.raises(CheckpointError, match=message):
             huggingface.export_checkpoint(tmp_path / "ours", tmp_path / "out", results=[file])
@@ -141,8 +139,7 @@ def test_results_of_another_model_are_refused(tmp_path):
 
 
 def test_the_tokenizers_files_go_along_and_name_the_special_tokens(tmp_path):
-    save_ours(tmp_path / "ours")
-    tokenizer = tmp_path / "ours/tokenizer"
+    tokenizer = tmp_path / "tokenizer"
     tokenizer.mkdir()
     added = [{"id": 11, "content": "<s>"}, {"id": 12, "content": "</s>"}]
     files = {
@@ -157,6 +154,7 @@ def test_the_tokenizers_files_go_along_and_name_the_special_tokens(tmp_path):
     }
     for name, content in files.items():
         (tokenizer / name).write_text(json.dumps(content))
+    save_ours(tmp_path / "ours", vocabulary=VOCABULARY | {"name": str(tokenizer)})
     out = huggingface.export_checkpoint(tmp_path / "ours", tmp_path / "out")
     for name in files:
         assert (out / name).read_bytes() == (tokenizer / name).read_bytes()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors import numpy as official
 
-from m2l import checkpoints, merging, models
+from m2l import checkpoints, merging, models, storage
 from m2l.checkpoints import huggingface, recorded
 from m2l.errors import CheckpointError
 from m2l.evaluation.model import open_model
@@ -153,7 +153,8 @@ def test_without_the_record_a_changed_directory_is_read_as_anybodys(written, tmp
 
 def test_the_record_of_an_older_version_is_said_to_lack_digests(written, tmp_path):
     directory = shutil.copytree(written / "export", tmp_path / "x")
-    shutil.copy(written / "ours/manifest.json", directory / "m2l_manifest.json")
+    ours = json.loads((written / "ours/_CHECKPOINT_METADATA").read_text())
+    (directory / "m2l_manifest.json").write_text(json.dumps(ours["custom_metadata"]["m2l"]))
     with pytest.raises(CheckpointError, match="older m2l, without the digests"):
         recorded.verify(directory)
     for read in READERS[:-1]:
@@ -178,3 +179,38 @@ def test_the_record_has_a_digest_for_each_tensor_and_file(written):
     assert len(stored) > 1
     assert set(content["tensors"]) == {name for tensors in stored for name in tensors}
     assert {record["dtype"] for record in content["tensors"].values()} == {"bfloat16"}
+
+
+def content(directory):
+    return {
+        str(file.relative_to(directory)): file.read_bytes()
+        for file in storage.list_files(directory)
+    }
+
+
+def test_directories_in_a_bucket_are_read_and_written_as_local_ones(written, folder):
+    for name in ("export", "cast"):
+        storage.upload(written / name, folder / name)
+    merging.merge(None, [folder / "export"], AVERAGE, folder / "merge", progress=False)
+    huggingface.export_checkpoint(
+        written / "ours", folder / "again", dtype="bfloat16", shard_size=2000
+    )
+    for made, local in (("merge", written / "merge"), ("again", written / "cast")):
+        files, expected = content(folder / made), content(local)
+        assert files.keys() == expected.keys()
+        for name in files:
+            # These two name the inputs by their paths, or the directory itself.
+            if name not in ("README.md", recorded.MANIFEST):
+                assert files[name] == expected[name]
+        recorded.verify(folder / made)
+    for directory in (folder / "cast", folder / "merge"):
+        params = checkpoints.flatten(open_model(directory, "bytes").read(None))
+        imported = huggingface.import_checkpoint(
+            directory, folder / f"{directory.name}-own", vocabulary=VOCABULARY
+        )
+        assert imported.parameters.keys() == params.keys()
+    mixed = [folder / "merge-own", folder / "export"]
+    merged = merging.merge(
+        None, mixed, AVERAGE, folder / "mixed", vocabulary=VOCABULARY, progress=False
+    )
+    assert checkpoints.verify(folder / "mixed") == merged

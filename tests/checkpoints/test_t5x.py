@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
@@ -21,9 +22,9 @@ import pytest
 import tensorstore as ts
 from flax import serialization
 
-from m2l import checkpoints, merging
+from m2l import checkpoints, merging, models
 from m2l.checkpoints import t5x
-from m2l.errors import CheckpointError, MergeError
+from m2l.errors import CheckpointError, MergeError, UnsupportedModelError
 from m2l.models.t5 import T5Config
 
 VOCABULARY = {"name": "bytes", "size": 40, "fingerprint": "abc"}
@@ -418,3 +419,37 @@ def test_t5x_checkpoints_merge_to_what_their_conversions_merge_to(tmp_path, layo
     assert found.model == wanted.model
     with pytest.raises(MergeError, match="its vocabulary is not known to m2l"):
         merging.merge(base, experts, recipe, tmp_path / "unused")
+
+
+@pytest.mark.parametrize("config", [T5_1_1, T5_1_0], ids=["1.1", "1.0"])
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_an_export_is_what_t5x_writes(tmp_path, config, dtype):
+    params = parameters(config)
+    about = {"model": models.to_dict(config), "vocabulary": VOCABULARY, "made_by": {}}
+    checkpoints.save(tmp_path / "own", checkpoints.unflatten(params), **about, step=9)
+    out = t5x.export_checkpoint(tmp_path / "own", tmp_path / "checkpoint_9", dtype=dtype)
+    golden = legacy(tmp_path / "golden", arrange(config, params, "t5"), dtype=dtype)
+    ours, theirs = (
+        serialization.msgpack_restore((path / "checkpoint").read_bytes()) for path in (out, golden)
+    )
+    assert (ours["version"], ours["optimizer"]["state"]["step"]) == (3, 9)
+    leaves = [checkpoints.flatten(each["optimizer"]["target"]) for each in (ours, theirs)]
+    for flat in leaves:
+        # The shape of chunks is each writer's own choice.
+        for name in [name for name in flat if "/chunks" in name]:
+            del flat[name]
+    assert leaves[0] == leaves[1]
+    for name, tensor in t5x.read(golden).items():
+        assert t5x.read(out)[name].read().tobytes() == tensor.read().tobytes()
+    imported = t5x.import_checkpoint(out, tmp_path / "back", vocabulary=VOCABULARY)
+    assert imported.parameters.keys() == params.keys()
+
+
+def test_only_a_t5_is_exported(tmp_path):
+    config = models.LlamaConfig(40, 8, 16, 1, 2, 1, 4)
+    params = models.init(config, jax.random.key(0))
+    about = {"model": models.to_dict(config), "vocabulary": VOCABULARY, "made_by": {}}
+    checkpoints.save(tmp_path / "own", params, **about)
+    with pytest.raises(UnsupportedModelError, match="a llama; T5X's checkpoints are of T5s"):
+        t5x.export_checkpoint(tmp_path / "own", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -27,6 +27,22 @@ mesh = partitioning.make_mesh(fsdp=4, model=2)
 placed = state.shardings(config, "adafactor", mesh)
 params = checkpoints.restore(path, shardings=placed.params)
 leaf = params["decoder"]["layers_00"]["mlp"]["wo"]
+vocabulary = {"name": None, "size": None, "fingerprint": ""}
+about = {"model": models.to_dict(config), "vocabulary": vocabulary, "made_by": {}}
+state_of_leaf = {"moment": leaf, "count": np.int32(3)}
+saved = checkpoints.save(
+    path + "_again", params, **about, opt_state=state_of_leaf, data_state=[b"one", b"two"]
+)
+again = checkpoints.restore(path + "_again", shardings=placed.params)
+unequal = [
+    shard.index
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(again), strict=True)
+    for shard, other in zip(a.addressable_shards, b.addressable_shards, strict=True)
+    if (np.asarray(shard.data) != np.asarray(other.data)).any()
+]
+restored = checkpoints.restore_opt_state(path + "_again", state_of_leaf)["moment"]
+assert restored.sharding == leaf.sharding
+verified = checkpoints.verify(path + "_again")
 around = jax.jit(lambda p: state.around("adafactor", p), out_shardings=placed)
 current = around(params)
 
@@ -50,6 +66,9 @@ print(json.dumps({
         for shard in leaf.addressable_shards
     ],
     "losses": losses,
+    "saved": saved.digest,
+    "verified": verified.digest,
+    "unequal": len(unequal),
 }))
 """
 
@@ -71,14 +90,15 @@ def params():
 
 @pytest.fixture(scope="module")
 def two_processes(forge, free_port, tmp_path_factory, params):
-    """What each of the processes printed."""
+    """What each of the processes printed, and the checkpoint that they have saved together."""
     folder = tmp_path_factory.mktemp("two_processes")
     about = {"vocabulary": {"name": None, "size": None, "fingerprint": ""}, "made_by": {}}
     checkpoints.save(folder / "x", params, model=models.to_dict(CONFIG), **about)
     batch = json.dumps({name: value.tolist() for name, value in one_batch().items()})
     address = f"127.0.0.1:{free_port()}"
     programs = [(PROGRAM, address, number, folder / "x") for number in range(2)]
-    return [json.loads(said.splitlines()[-1]) for said in forge(*programs, devices=4, stdin=batch)]
+    printed = forge(*programs, devices=4, stdin=batch)
+    return [json.loads(text.splitlines()[-1]) for text in printed], folder / "x_again"
 
 
 def test_both_processes_compute_the_losses_of_one_process_on_one_device(two_processes, params):
@@ -89,7 +109,7 @@ def test_both_processes_compute_the_losses_of_one_process_on_one_device(two_proc
         for _ in range(2):
             current, metrics = step(current, batch, np.float32(0.05), jax.random.key(0))
             expected.append(float(metrics["loss"]))
-    for told in two_processes:
+    for told in two_processes[0]:
         assert told["devices"] == [8, 4]
         # Sums over devices are taken in another order.
         assert told["losses"] == pytest.approx(expected, rel=1e-5)
@@ -100,7 +120,7 @@ def test_each_process_holds_its_own_shards_and_together_they_are_the_parameter(
 ):
     whole = params["decoder"]["layers_00"]["mlp"]["wo"]
     found, held = np.full_like(whole, np.nan), []
-    for told in two_processes:
+    for told in two_processes[0]:
         assert told["lies"] and len(told["shards"]) == 4
         for ranges, value in told["shards"]:
             index = tuple(slice(*each) for each in ranges)
@@ -109,3 +129,20 @@ def test_each_process_holds_its_own_shards_and_together_they_are_the_parameter(
         held.append({str(ranges) for ranges, _ in told["shards"]})
     assert not held[0] & held[1]
     np.testing.assert_array_equal(found, whole)
+
+
+def test_processes_save_one_checkpoint_together_each_its_own_shards(two_processes, params):
+    printed, saved = two_processes
+    manifest = checkpoints.verify(saved)
+    for process in printed:
+        assert process["saved"] == process["verified"] == manifest.digest
+        assert process["unequal"] == 0
+    restored = checkpoints.restore(saved)
+    for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(params), strict=True):
+        assert a.tobytes() == b.tobytes()
+    like = {"moment": params["decoder"]["layers_00"]["mlp"]["wo"], "count": np.int32(0)}
+    state = checkpoints.restore_opt_state(saved, like)
+    assert state["moment"].tobytes() == like["moment"].tobytes()
+    assert state["count"] == 3
+    assert checkpoints.restore_data_state(saved) == [b"one", b"two"]
+    assert sorted(entry.name for entry in saved.parent.iterdir()) == ["x", "x_again"]

@@ -1,0 +1,380 @@
+"""Opens whatever checkpoint is stored at a path: the one place that finds out what it is.
+
+m2l's own checkpoints and runs, any pytree that Orbax stored, Hugging Face directories, adapters'
+bases and T5X checkpoints; nothing but headers and metadata is read.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import threading
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from m2l import storage
+from m2l.checkpoints import (
+    huggingface_directory,
+    identity,
+    model_fields,
+    pytrees,
+    reading,
+    safetensors,
+    tensor_kinds,
+    tokenizer,
+)
+from m2l.checkpoints.manifest import Manifest, is_checkpoint
+from m2l.checkpoints.pytrees import Tree
+from m2l.checkpoints.spans import Span, TensorReader, read_rows
+from m2l.errors import CheckpointError, UnsupportedModelError
+
+ORBAX, HUGGINGFACE, T5X = "orbax", "huggingface", "t5x"
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint of any kind.
+
+    Attributes:
+        path: Where it is: of a run its newest step, of what Orbax stored the item.
+        format: "orbax", "huggingface" or "t5x".
+        parameters: Its tensors by name.
+        ours: m2l's name of each, where it has another, and whether it is stored transposed.
+        model: Its configuration: m2l's, or config.json; empty where it is not known.
+        vocabulary: m2l's description of its vocabulary, or None.
+        tokenizer: A local directory with the tokenizer's files, or None.
+        manifest: m2l's manifest, or None.
+        native: Whether names and layouts are Hugging Face's.
+        tree: Orbax's description of the pytree, where it is one.
+        strings: Its leaves that are texts, by name.
+    """
+
+    path: Any
+    format: str
+    parameters: Mapping[str, TensorReader]
+    ours: Mapping[str, tuple[str, bool]]
+    model: Mapping[str, Any]
+    vocabulary: Mapping[str, Any] | None
+    tokenizer: Path | None = None
+    manifest: Manifest | None = None
+    native: bool = False
+    tree: Tree | None = None
+    strings: Mapping[str, str] | None = None
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """What it is, SHA-256 in hex: its manifest's digest, or that of its files' content.
+
+        Of what other programs stored through Orbax, that of Orbax's metadata, and of the names,
+        sizes and times of files, or the names of objects.
+        """
+        if self.manifest is not None:
+            return self.manifest.digest
+        if self.format == HUGGINGFACE:
+            files = {tensor.file for tensor in self.parameters.values() if tensor.file is not None}
+            directory = _directory(self.path)
+            config = directory / huggingface_directory.CONFIG
+            return identity.content_digest([*sorted(files), *([config] * config.is_file())])
+        return identity.files_digest(self.path)
+
+    @property
+    def has_digests(self) -> bool:
+        """Whether its parameters can be checked."""
+        return any(recorded_digest(tensor) is not None for tensor in self.parameters.values())
+
+    def name_of(self, name: str) -> tuple[str, bool]:
+        """Returns m2l's name of a parameter, and whether it is stored transposed."""
+        return self.ours.get(name, (name, False))
+
+    @functools.cached_property
+    def description(self) -> Mapping[str, Any]:
+        """The fields of its configuration that decide what it computes."""
+        return model_fields.normalized(self.model)
+
+    @functools.cached_property
+    def copies(self) -> Mapping[str, str]:
+        """Tensors that repeat others bit for bit, copy -> original; see `tensor_kinds.copies`."""
+        return tensor_kinds.copies(self.parameters) if self.native else {}
+
+
+def recorded_digest(tensor: Any) -> str | None:
+    """Returns the digest that is recorded of a tensor, of 128 bits or SHA-256; None without one."""
+    return getattr(tensor, "digest", None)
+
+
+def kind(path: Any) -> str:
+    """Returns "orbax", "huggingface" or "t5x", by what is stored at a path.
+
+    Raises:
+        CheckpointError: Nothing that m2l can open.
+    """
+    path = storage.path(path)
+    if has_manifest(path):
+        return ORBAX
+    if path.exists():
+        tensor_kinds.check_no_adapter(path)
+    if path.suffix == ".safetensors" or any(
+        (path / name).is_file() for name in ("config.json", safetensors.SINGLE, safetensors.INDEX)
+    ):
+        return HUGGINGFACE
+    if _is_t5x(path) or any(map(_is_t5x, path.glob("checkpoint_*"))):
+        return T5X
+    if _orbax_item(path) is not None:
+        return ORBAX
+    if not path.exists():
+        raise CheckpointError(f"{path}: there is no such checkpoint or training run")
+    if path.is_dir() and not any(path.iterdir()):
+        raise CheckpointError(f"{path}: the directory is empty; a checkpoint was expected")
+    if path.is_dir():
+        pytrees.find_item(path)  # Which says what is missing, or unfinished.
+    raise CheckpointError(
+        f"{path}: no finished checkpoint: neither one of m2l's or of Orbax, nor a Hugging Face "
+        "directory (config.json, safetensors), nor one of T5X's (checkpoint_N)"
+    )
+
+
+def _is_t5x(path: Any) -> bool:
+    """Whether a directory is a checkpoint of T5X's; other programs have steps of that name too."""
+    if (path / "checkpoint").is_file():
+        return True
+    metadata = path / "state" / pytrees.METADATA
+    if not (path / "state").is_dir():
+        return False
+    return not metadata.is_file() or "('target'," in metadata.read_text(errors="replace")
+
+
+def has_manifest(path: Any) -> bool:
+    """Returns whether a path is a checkpoint, run or directory of steps that m2l wrote."""
+    path = storage.path(path)
+    return is_checkpoint(path) or bool(reading.steps(path / reading.STEPS) or reading.steps(path))
+
+
+def _orbax_item(path: Any) -> Any:
+    """Returns the directory of the pytree that Orbax stored at a path; None: there is none."""
+    for place in (path, path / reading.STEPS):
+        if place.is_dir():
+            try:
+                return pytrees.find_item(place)
+            except CheckpointError:
+                if place != path:
+                    raise
+    return None
+
+
+def open(
+    path: Any,
+    *,
+    subtree: str | None = None,
+    native: bool = False,
+    named: bool = True,
+    allowed: Collection[str] = (),
+) -> Checkpoint:
+    """Opens a checkpoint; its tensors are read only when they are asked for.
+
+    Args:
+        path: A local path, gs:// or s3://: a checkpoint of m2l's, a run or its directory of steps,
+            of which the newest is meant; a pytree that Orbax stored, or a step, or a folder of
+            steps; a Hugging Face directory or file; a T5X checkpoint.
+        subtree: Of a pytree, the part that is meant, as "params"; names do not have it.
+        native: Whether a Hugging Face directory keeps its own names and layouts; else they are
+            m2l's.
+        named: Whether m2l's names are asked for as well, which cost the import of the models.
+        allowed: Fields of config.json that are not to be refused for what they say.
+
+    Raises:
+        CheckpointError: It is missing, unfinished or damaged, an adapter, or quantised; there is no
+            such subtree.
+        UnsupportedModelError: m2l has no network for it, and needs one.
+    """
+    path = storage.path(path).absolute()
+    found = kind(path)
+    if subtree is not None and found != ORBAX:
+        raise CheckpointError(f"{path}: of a pytree that Orbax stored alone is there a subtree")
+    if found == HUGGINGFACE:
+        return _open_native(path, named, allowed) if native else _open_turned(path)
+    if found == T5X:
+        return _open_t5x(path)
+    if subtree is None and has_manifest(path):
+        return _open_own(path)
+    return _open_pytree(path, subtree)
+
+
+def _open_own(path: Any) -> Checkpoint:
+    path = reading.resolve(path)
+    manifest = Manifest.read(path)
+    carried = None
+    if manifest.tokenizer is not None:
+        carried = tokenizer.local_copy(path, manifest.tokenizer)
+    known = manifest.vocabulary["fingerprint"] is not None
+    pytree = reading.open_recorded(path, reading.PARAMS, manifest.parameters)
+    return Checkpoint(
+        path,
+        ORBAX,
+        pytree.arrays,
+        {},
+        manifest.model,
+        manifest.vocabulary if known else None,
+        tokenizer=carried,
+        manifest=manifest,
+        tree=pytree.tree,
+        strings=pytree.strings,
+    )
+
+
+def _open_pytree(path: Any, subtree: str | None) -> Checkpoint:
+    pytree = pytrees.open_pytree(_orbax_item(path), subtree)
+    trees = {"tree": pytree.tree, "strings": pytree.strings}
+    return Checkpoint(pytree.item, ORBAX, pytree.arrays, {}, {}, None, **trees)
+
+
+def _directory(path: Any) -> Any:
+    return path if path.is_dir() else path.parent
+
+
+def _open_native(path: Any, named: bool, allowed: Collection[str]) -> Checkpoint:
+    tensors, config = huggingface_directory.open_directory(path, allowed=allowed)
+    return Checkpoint(
+        path,
+        HUGGINGFACE,
+        tensors,
+        _m2l_names(path, tensors) if named and config else {},
+        config,
+        None,
+        tokenizer=_tokenizer(path),
+        native=True,
+    )
+
+
+def _m2l_names(path: Any, tensors: Mapping[str, Any]) -> dict[str, tuple[str, bool]]:
+    """m2l's names of tensors; none for a model that m2l has no network for."""
+    from m2l.checkpoints import huggingface
+
+    try:
+        layout = huggingface.read_layout(_directory(path), tensors)
+    except UnsupportedModelError:
+        return {}
+    return {origin.tensor: (name, origin.transposed) for name, origin in layout.origins.items()}
+
+
+def _tokenizer(path: Any) -> Path | None:
+    directory = _directory(path)
+    if not huggingface_directory.has_tokenizer(directory):
+        return None
+    return huggingface_directory.local_tokenizer(directory)
+
+
+def _open_turned(path: Any) -> Checkpoint:
+    from m2l import models
+    from m2l.checkpoints import huggingface
+
+    layout, tensors = huggingface.open_model(path)
+    recent = _Recent()
+
+    def parameter(name: str, origin: Any) -> TensorReader:
+        tensor = tensors[origin.tensor]
+        if not origin.transposed:
+            return tensor
+        return LazyTensor(
+            name,
+            tensor.shape[::-1],
+            tensor.dtype,
+            lambda: np.ascontiguousarray(tensor.read_checked().T),
+            recent,
+            tensor.file,
+        )
+
+    return Checkpoint(
+        path,
+        HUGGINGFACE,
+        {name: parameter(name, origin) for name, origin in layout.origins.items()},
+        {},
+        json.loads(json.dumps(models.to_dict(layout.config))),
+        None,
+        tokenizer=_tokenizer(path),
+    )
+
+
+def _open_t5x(path: Any) -> Checkpoint:
+    from m2l import models
+    from m2l.checkpoints import t5x, t5x_files
+    from m2l.checkpoints.importing import check_origins, parameter_shapes
+
+    directory = t5x_files.resolve(path)
+    tensors = t5x.read(directory)
+    config = t5x.infer_config(tensors)
+    origins, shapes = t5x.origins(config, tensors), parameter_shapes(config)
+    check_origins(shapes, tensors, origins, source=directory)
+    recent = _Recent()
+
+    def parameter(name: str, shape: tuple[int, ...]) -> "LazyTensor":
+        tensor, origin = tensors[origins[name].tensor], origins[name]
+
+        def read() -> np.ndarray:
+            return np.ascontiguousarray(origin.take(tensor.read()))
+
+        return LazyTensor(name, shape, tensor.dtype, read, recent)
+
+    return Checkpoint(
+        directory,
+        T5X,
+        {name: parameter(name, shape) for name, shape in shapes.items()},
+        {},
+        json.loads(json.dumps(models.to_dict(config))),
+        None,
+    )
+
+
+class _Recent:
+    """The two tensors that were read last."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._arrays: dict[str, np.ndarray] = {}
+
+    def read(self, name: str, read: Callable[[], np.ndarray]) -> np.ndarray:
+        """Returns the tensor of that name, read if it is not in memory."""
+        with self._lock:
+            array = self._arrays.pop(name, None)
+            array = read() if array is None else array
+            self._arrays = dict([*self._arrays.items(), (name, array)][-2:])
+            return array
+
+
+@dataclasses.dataclass(frozen=True)
+class LazyTensor:
+    """A tensor that is not stored as m2l lays it out, and is read in one piece.
+
+    Attributes:
+        name: Its name.
+        shape: Its shape.
+        dtype: Its dtype.
+        read_all: Reads it, in that shape.
+        recent: Where it stays while parts of it are asked for.
+        file: The file that it is in, where it is one.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read_all: Callable[[], np.ndarray]
+    recent: _Recent
+    file: Path | None = None
+
+    chunk = None
+    """It is in memory while its parts are read."""
+
+    @property
+    def size(self) -> int:
+        """How many elements it has."""
+        return math.prod(self.shape)
+
+    def read_into(self, start: int, stop: int, out: np.ndarray) -> None:
+        """Reads elements [start, stop) into `out`."""
+        out[:] = self.recent.read(self.name, self.read_all).reshape(-1)[start:stop]
+
+    def read_span(self, span: Span, out: np.ndarray) -> None:
+        """Reads a span into `out`, 1-D, contiguous, of the dtype and the span's size."""
+        read_rows(self.read_into, span, out)
