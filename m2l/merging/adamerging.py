@@ -63,8 +63,8 @@ def learn_coefficients(
     labels are needed. Every step ends with the coefficients brought back to [0, 1]. (The authors'
     code clips them where it merges, so that one that has left has no gradient and stays outside.)
 
-    Base and experts are held on the device as they are given, besides them the merge and its
-    gradient in float32.
+    Base and experts stay on the devices that they are given on, sharded as they are, as do the
+    merge and its gradient in float32.
 
     Yang et al. 2024, arXiv:2310.02575, sections 3.2 and 3.3. Their layers are single parameters;
     here a layer is a block of the network, and a parameter outside of blocks is one by itself.
@@ -107,7 +107,7 @@ def learn_coefficients(
     patterns = list(dict.fromkeys(of_name.values()))
     layers = tuple(patterns.index(pattern) for pattern in of_name.values())
     gradient = jax.jit(functools.partial(entropy_gradient, entropy, layers))
-    flat_base, flat_experts = jax.device_put((flat_base, flat_experts))
+    flat_base, flat_experts = jax.tree.map(jnp.asarray, (flat_base, flat_experts))
     adam = optax.adam(learning_rate)
     lambdas_LxE = jnp.full((len(patterns), len(experts)), initial, jnp.float32)
     state, entropies, given = adam.init(lambdas_LxE), [], iter(batches)

@@ -5,28 +5,34 @@ any number of processes together, each of which reads its own part of the parame
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from m2l.checkpoints.digest import WIDE
+from m2l.checkpoints.opening import Checkpoint
+from m2l.checkpoints.spans import Span
+from m2l.distributed import Processes
 from m2l.merging import diagnostics, kernel, randomness, thresholds
 from m2l.merging.cache import Cache
 from m2l.merging.method import Consensus
 from m2l.merging.methods import METHODS
-from m2l.merging.passes import Pass, Span, spans
+from m2l.merging.passes import Pass, Piece, grid
 from m2l.merging.recipe import Recipe
-from m2l.merging.sources import Source, refuse_nonfinite
+from m2l.merging.sources import refuse_nonfinite
 from m2l.merging.thresholds import Counts, Interval, Trimming
-from m2l.merging.workplace import Workplace
 
 RUNS, RUN = 2048, 512
 """A sample for thresholds: so many runs of so many consecutive entries."""
 
 SAMPLED = 1 << 21
 """Diagnostics look at about so many parameters of each expert at most."""
+
+SKIPPED = 16
+"""Where parts of a chunk cost as much as all of it, samples are of one of so many chunks."""
 
 _CELL, _WHOLE_CELL = 1 << 14, 1 << 18
 _TABLE = 1 << 16
@@ -45,7 +51,7 @@ def _bits(name: str, sparse: bool) -> Callable[..., tuple[list[jax.Array], list[
         found = [kernel.bits(a) for a in kernel.magnitudes(method, base, experts, given)]
         return [] if sparse else found, thresholds.codes(found, limits)
 
-    return jax.jit(bits, compiler_options=kernel.WIDE)
+    return jax.jit(bits, compiler_options=WIDE)
 
 
 @functools.cache
@@ -66,28 +72,29 @@ class Analysis:
         base: The base, if the method has one.
         experts: The experts.
         sizes: Name -> elements, of all that is merged, in order.
-        mine: The names that this process reads.
-        work: Where results are shared and kept.
+        mine: The names of which this process counts.
+        written: The names of which it writes parts.
+        processes: Those that read together.
         stream: Reads the base, if there is one, and the experts.
-        block: Elements of a span.
         advance: Told how many elements of the model were read.
     """
 
     def __init__(
         self,
         recipe: Recipe,
-        base: Source | None,
-        experts: Sequence[Source],
+        base: Checkpoint | None,
+        experts: Sequence[Checkpoint],
         sizes: Mapping[str, int],
         mine: Sequence[str],
-        work: Workplace,
+        written: Sequence[str],
+        processes: Processes,
         stream: Pass,
-        block: int,
         advance: Callable[[int], None],
     ):
         self.recipe, self.method = recipe, METHODS[recipe.method]
-        self._base, self._experts, self._sizes, self._mine = base, experts, sizes, mine
-        self._work, self._stream, self._block, self._advance = work, stream, block, advance
+        self._base, self._experts, self._sizes = base, experts, sizes
+        self._mine, self._written = mine, written
+        self._processes, self._stream, self._advance = processes, stream, advance
         self._size = sum(sizes.values())
         self.thresholds: dict[str, dict[str, np.ndarray]] = {name: {} for name in sizes}
         self.measured: dict[str, dict[str, np.ndarray]] = {}
@@ -97,9 +104,9 @@ class Analysis:
 
     # What a block is given
 
-    def given(self, span: Span, length: int | None = None) -> dict[str, Any]:
-        """What the method takes for a span, beside the parameters; see `kernel.Given`."""
-        name, method = span.name, self.method
+    def given(self, piece: Piece) -> dict[str, Any]:
+        """What the method takes for a piece, beside the parameters; see `kernel.Given`."""
+        span, name, method = piece.span, piece.span.name, self.method
         source = self._experts[0]
         canonical, turned = source.name_of(name)
         names = (name, canonical)
@@ -111,11 +118,12 @@ class Analysis:
         if method.draws:
             shape = source.parameters[name].shape
             found["keys"] = randomness.keys(self.recipe.seed, len(self._experts), canonical)
-            found["place"] = (
-                randomness.transposed(span.start, shape)
-                if turned and len(shape) == 2
-                else randomness.straight(span.start)
-            )
+            if source.ours:
+                # Of Hugging Face's tensors any may be transposed, and all are read by runs.
+                start = span.start + piece.first
+                found["place"] = randomness.transposed(start, shape if turned else (1,))
+            else:
+                found["place"] = randomness.boxed(span, piece.first)
             if not method.ranks:
                 found["cut"] = randomness.cut(self.recipe.drop_rate)
             if not method.ranks or self.recipe.rescale == "norm":
@@ -203,12 +211,13 @@ class Analysis:
 
         def read(intervals: Sequence[Sequence[Interval]]) -> list[list[Counts]]:
             make = functools.partial(self._count, self._mine, intervals)
-            parts = self._work.gather(f"counts-{next(serial)}", lambda: thresholds.packed(make()))
+            counts = thresholds.packed(make())
+            parts = self._processes.gather(f"counts-{next(serial)}", counts)
             return thresholds.merge_counts([thresholds.unpacked(part, intervals) for part in parts])
 
         first = self._brackets(ranks)
         found = thresholds.select(read, first, ranks, self._size)
-        if cache is not None and self._work.process[0] == 0:
+        if cache is not None and self._processes.index == 0:
             cache.put(ranks, found)
         return found
 
@@ -218,17 +227,15 @@ class Analysis:
         Machines have caches of their own. A process that reads its thresholds there counts nothing,
         and the others would wait for its counts.
         """
-        if self._work.process[1] == 1:
+        if self._processes.count == 1:
             return cache.get(ranks, self._size)
 
-        def load() -> dict[str, np.ndarray]:
-            rows = cache.get(ranks, self._size) or []
-            return {
-                "thresholds": np.array([[t.threshold for t in row] for row in rows], np.float32),
-                "kept": np.array([[t.kept for t in row] for row in rows], np.int64),
-            }
-
-        for part in self._work.gather("cached", load):
+        rows = cache.get(ranks, self._size) or []
+        cached = {
+            "thresholds": np.array([[t.threshold for t in row] for row in rows], np.float32),
+            "kept": np.array([[t.kept for t in row] for row in rows], np.int64),
+        }
+        for part in self._processes.gather("cached", cached):
             if len(part["kept"]):
                 return [
                     [Trimming(t, int(k), self._size) for t, k in zip(*row, strict=True)]
@@ -239,12 +246,16 @@ class Analysis:
     def _brackets(self, ranks: Sequence[int]) -> list[list[Interval]]:
         if self.method.draws or self._size <= RUNS * RUN:
             return [[Interval(0, thresholds.LARGEST) for _ in ranks] for _ in self._experts]
-        parts = self._work.gather("sample", lambda: {"bits": self._sampled_bits()})
+        parts = self._processes.gather("sample", {"bits": self._sampled_bits()})
         sample = np.concatenate([part["bits"] for part in parts], axis=1)
+        if not sample.shape[1]:
+            return [[Interval(0, thresholds.LARGEST) for _ in ranks] for _ in self._experts]
         return [[thresholds.bracket(row, k, self._size) for k in ranks] for row in sample]
 
     def _sampled_bits(self) -> np.ndarray:
         """Runs at even distances through the model, this process's: uint32 [experts, runs, RUN]."""
+        if self._in_chunks(self._sizes):
+            return self._sampled_chunks()
         mine, runs, end = set(self._mine), [], 0
         places = ((np.arange(RUNS) + 0.5) * (self._size / RUNS)).astype(np.int64)
         for name, size in self._sizes.items():
@@ -259,15 +270,43 @@ class Analysis:
             for place, (name, start) in enumerate(runs):
                 part = array[place * RUN : (place + 1) * RUN]
                 stored = source.parameters[name]
+                span = Span(name, start, RUN)
                 if stored.dtype == array.dtype:
-                    stored.read_into(start, start + RUN, part)
+                    stored.read_span(span, part)
                 else:
                     own = np.empty(RUN, stored.dtype)
-                    stored.read_into(start, start + RUN, own)
+                    stored.read_span(span, own)
                     part[:] = own
         nothing = np.zeros((len(self._experts), 2), np.uint32)
         bits, _ = _bits(self.recipe.method, False)(arrays[0], arrays[1:], nothing, {})
         return np.stack(bits).reshape(len(self._experts), -1, RUN)[:, : len(runs)]
+
+    def _in_chunks(self, names: Iterable[str]) -> bool:
+        return any(grid(self._stream.sources, name) is not None for name in names)
+
+    def _some_chunks(self) -> list[Span]:
+        """Every SKIPPED-th chunk of the model; of these, those of this process's parameters."""
+        chunks = self._stream.spans(self._sizes)
+        mine = set(self._mine)
+        first = min(SKIPPED, len(chunks)) // 2
+        return [span for span in chunks[first::SKIPPED] if span.name in mine]
+
+    def _sampled_chunks(self) -> np.ndarray:
+        """Runs of some chunks, where others would have to be decoded: as `_sampled_bits`."""
+        limits = np.zeros((len(self._experts), 2), np.uint32)
+        bits = _bits(self.recipe.method, False)
+        every = max(1, self._size // (SKIPPED * RUNS * RUN))
+
+        def act(piece: Piece, arrays: list) -> np.ndarray:
+            found, _ = bits(arrays[0], arrays[1:], limits, {})
+            runs = piece.size // RUN
+            stacked = np.stack([np.asarray(a)[: runs * RUN] for a in found])
+            return stacked.reshape(len(found), runs, RUN)[:, ::every]
+
+        sampled = [np.zeros((len(self._experts), 0, RUN), np.uint32)]
+        for _, pieces in self._stream.run(self._some_chunks(), act):
+            sampled += pieces
+        return np.concatenate(sampled, axis=1)
 
     def _count(
         self, names: Sequence[str], intervals: Sequence[Sequence[Interval]]
@@ -279,50 +318,48 @@ class Analysis:
         sparse = sparse and jax.default_backend() == "cpu"
         bits = _bits(self.recipe.method, sparse)
 
-        def act(span: Span, arrays: list) -> list[list[tuple[np.ndarray, int]]]:
-            found, codes = bits(arrays[0], arrays[1:], limits, self.given(span))
+        def act(piece: Piece, arrays: list) -> list[list[tuple[np.ndarray, int]]]:
+            found, codes = bits(arrays[0], arrays[1:], limits, self.given(piece))
             rows = []
             for place, (row, code) in enumerate(zip(intervals, codes, strict=True)):
-                code = np.asarray(code)[: span.size]
+                code = np.asarray(code)[: piece.size]
                 if sparse:
                     at = np.flatnonzero(code == 1)
                     inside = thresholds.bits_at(arrays[0], arrays[1 + place], at)
                     above = int(np.count_nonzero(code == 2))
                     rows.append([(row[0].places(inside), above)])
                 else:
-                    rows.append(thresholds.find(row, np.asarray(found[place])[: span.size], code))
+                    rows.append(thresholds.find(row, np.asarray(found[place])[: piece.size], code))
             return rows
 
-        todo = spans({name: self._sizes[name] for name in names}, self._block)
-        for span, rows in self._stream.run(todo, act, self._block):
-            for row, found in zip(counts, rows, strict=True):
-                for each, (places, above) in zip(row, found, strict=True):
-                    each.add(places, above)
+        for span, pieces in self._stream.run(self._stream.spans(names), act):
+            for rows in pieces:
+                for row, found in zip(counts, rows, strict=True):
+                    for each, (places, above) in zip(row, found, strict=True):
+                        each.add(places, above)
             self._advance(span.size)
+            self._processes.check()
         return counts
 
     def _of_tensors(self) -> np.ndarray:
         """Finds the thresholds of this process's parameters; how many entries are kept, in all."""
 
-        def find() -> dict[str, np.ndarray]:
-            kept = np.zeros(len(self._experts), np.int64)
-            rows = []
-            for name in self._mine:
-                size = self._sizes[name]
-                ranks = self._ranks(size)
-                first = [[Interval(0, thresholds.LARGEST) for _ in ranks] for _ in self._experts]
-                found = thresholds.select(
-                    functools.partial(self._count, [name]), first, ranks, size
-                )
-                kept += [row[0].kept - self._outliers(row) for row in found]
-                rows.append(np.stack(list(self._limits(found).values())))
-            return {"limits": np.stack(rows) if rows else np.zeros((0, 1)), "kept": kept}
-
-        parts = self._work.gather("thresholds", find)
-        mine = parts[self._work.process[0]]["limits"]
-        for name, limits in zip(self._mine, mine, strict=True):
-            for kind, row in zip(("thresholds", "ceilings"), limits, strict=False):
-                self.thresholds[name][kind] = row
+        kept = np.zeros(len(self._experts), np.int64)
+        rows = []
+        for name in self._mine:
+            size = self._sizes[name]
+            ranks = self._ranks(size)
+            first = [[Interval(0, thresholds.LARGEST) for _ in ranks] for _ in self._experts]
+            found = thresholds.select(functools.partial(self._count, [name]), first, ranks, size)
+            kept += [row[0].kept - self._outliers(row) for row in found]
+            rows.append(np.stack(list(self._limits(found).values())))
+        limits = np.stack(rows) if rows else np.zeros((0, 1), np.float32)
+        names = np.array(list(self._mine), np.str_)
+        parts = self._processes.gather("limits", {"limits": limits, "kept": kept, "names": names})
+        for part in parts:
+            for name, found in zip(part["names"], part["limits"], strict=True):
+                for kind, row in zip(("thresholds", "ceilings"), found, strict=False):
+                    self.thresholds[str(name)][kind] = row
         return np.sum([part["kept"] for part in parts], axis=0)
 
     def _find_tables(self) -> None:
@@ -338,25 +375,27 @@ class Analysis:
         def histogram(names: Sequence[str]) -> np.ndarray:
             counts = np.zeros((n, _TABLE), np.int64)
 
-            def act(span: Span, arrays: list) -> np.ndarray:
-                found = [np.asarray(a)[: span.size] for a in bits(arrays[0], arrays[1:])]
+            def act(piece: Piece, arrays: list) -> np.ndarray:
+                found = [np.asarray(a)[: piece.size] for a in bits(arrays[0], arrays[1:])]
                 if max(int(a.max(initial=0)) for a in found) > thresholds.LARGEST:
-                    refuse_nonfinite([self._base, *self._experts], span)
+                    refuse_nonfinite([self._base, *self._experts], piece.span)
                 return np.stack([np.bincount(a >> 16, minlength=_TABLE) for a in found])
 
-            todo = spans({name: self._sizes[name] for name in names}, self._block)
-            for span, found in self._stream.run(todo, act, self._block):
-                counts += found
+            for span, pieces in self._stream.run(self._stream.spans(names), act):
+                counts += sum(pieces)
                 self._advance(span.size)
+                self._processes.check()
             return counts
 
         tables: dict[str, dict[str, np.ndarray]] = {}
         if recipe.scope == "model":
-            parts = self._work.gather("ranks", lambda: {"counts": histogram(list(self._mine))})
+            parts = self._processes.gather("ranks", {"counts": histogram(list(self._mine))})
             table = self._table(np.sum([part["counts"] for part in parts], axis=0))
             tables = dict.fromkeys(self._sizes, table)
         else:
-            tables = {name: self._table(histogram([name])) for name in self._mine}
+            # Too much to be gathered: what several processes write each of them counts.
+            names = dict.fromkeys([*self._mine, *self._written])
+            tables = {name: self._table(histogram([name])) for name in names}
         for name, table in tables.items():
             self.thresholds[name] |= table
 
@@ -374,24 +413,27 @@ class Analysis:
 
     def _measure_all(self, tag: str, measure: Measure) -> dict[str, dict[str, np.ndarray]]:
         """Sums over every parameter, exact to float32's rounding."""
-        cells = spans({name: self._sizes[name] for name in self._mine}, _WHOLE_CELL)
-        make = functools.partial(self._sums, measure, cells, _WHOLE_CELL)
-        parts = self._work.gather(tag, lambda: diagnostics.flat(make()))
+        cells = self._stream.spans(self._mine, _WHOLE_CELL)
+        sums = self._sums(measure, cells, _WHOLE_CELL)
+        parts = self._processes.gather(tag, diagnostics.flat(sums))
         return {k: v for part in parts for k, v in diagnostics.nested(part).items()}
 
     def _sample(self) -> dict[str, dict[str, np.ndarray]]:
         """Sums over cells at even distances through each parameter that is not a small part."""
         share, cells = min(1.0, SAMPLED / self._size), []
-        for name in self._mine:
-            whole = spans({name: self._sizes[name]}, _CELL)
+        in_chunks = share < 1 and self._in_chunks(self._sizes)
+        for name in () if in_chunks else self._mine:
+            whole = self._stream.spans([name], _CELL)
             if not whole or (share < 1 and self._sizes[name] < _CELL):
                 continue
             wanted = max(1, round(len(whole) * share))
             places = np.unique(np.linspace(0, len(whole) - 1, wanted).round().astype(int))
             cells += [whole[place] for place in places]
+        if in_chunks:
+            cells = self._some_chunks()
         measure = _measure(self.recipe.method, self.recipe.election)
-        make = functools.partial(self._sums, measure, cells, _CELL)
-        parts = self._work.gather("diagnostics", lambda: diagnostics.flat(make()))
+        sums = self._sums(measure, cells, _WHOLE_CELL if in_chunks else _CELL)
+        parts = self._processes.gather("diagnostics", diagnostics.flat(sums))
         return {k: v for part in parts for k, v in diagnostics.nested(part).items()}
 
     def _sums(
@@ -399,19 +441,21 @@ class Analysis:
     ) -> dict[str, dict[str, np.ndarray]]:
         totals: dict[str, dict[str, np.ndarray]] = {}
 
-        def act(span: Span, arrays: list) -> dict[str, np.ndarray]:
+        def act(piece: Piece, arrays: list) -> dict[str, np.ndarray]:
             base, experts = (None, arrays) if self._base is None else (arrays[0], arrays[1:])
-            found = measure(base, experts, self.given(span))
+            found = measure(base, experts, self.given(piece))
             found = {kind: np.asarray(array, np.float64) for kind, array in found.items()}
             if not all(np.isfinite(array).all() for array in found.values()):
-                refuse_nonfinite([s for s in (self._base, *self._experts) if s], span)
-            return found | {"entries": np.float64(span.size)}
+                refuse_nonfinite([s for s in (self._base, *self._experts) if s], piece.span)
+            return found | {"entries": np.float64(piece.size)}
 
-        for span, found in self._stream.run(cells, act, cell):
+        for span, pieces in self._stream.run(cells, act, cell):
             held = totals.setdefault(span.name, {})
-            for kind, array in found.items():
-                held[kind] = held.get(kind, 0.0) + array
+            for found in pieces:
+                for kind, array in found.items():
+                    held[kind] = held.get(kind, 0.0) + array
             self._advance(0)
+            self._processes.check()
         return totals
 
     def diagnostics(self) -> dict[str, Any]:

@@ -2,16 +2,15 @@
 
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from m2l import files
+from m2l import files, storage
+from m2l.checkpoints.opening import Checkpoint
 from m2l.errors import DataError
-from m2l.merging.sources import Source
 from m2l.merging.thresholds import LARGEST, Trimming
 
 Row = list[int]  # The bits of a threshold, and how many entries it keeps.
@@ -24,17 +23,15 @@ class Cache:
     checksum of that and of what the entry is of. One that does not match is computed again.
     """
 
-    def __init__(self, base: Source, experts: Sequence[Source], sizes: Mapping[str, int]):
-        folder = os.environ.get("M2L_CACHE") or os.path.join(
-            os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "m2l"
-        )
+    def __init__(self, base: Checkpoint, experts: Sequence[Checkpoint], sizes: Mapping[str, int]):
+        folder = files.cache_directory() / "thresholds"
         described = json.dumps(list(sizes.items()))
         self._files = []
         for expert in experts:
             # 2: entries with a checksum.
             text = f"2 {base.digest} {expert.digest} {described}"
             name = hashlib.sha256(text.encode()).hexdigest()
-            self._files.append(Path(folder) / "thresholds" / f"{name}.json")
+            self._files.append(folder / f"{name}.json")
 
     def get(self, ranks: Sequence[int], size: int) -> list[list[Trimming]] | None:
         """The thresholds of every expert for every rank; None unless all are known."""
@@ -59,7 +56,7 @@ class Cache:
             content = {**entry, files.CHECKSUM: _checksum(file, entry)}
             try:
                 file.parent.mkdir(parents=True, exist_ok=True)
-                files.write(file, json.dumps(content))
+                storage.write_atomic(file, json.dumps(content))
             except OSError:
                 return
 

@@ -8,13 +8,14 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from m2l import storage
 from m2l.checkpoints import model_fields, tensor_kinds
+from m2l.checkpoints.opening import Checkpoint
 from m2l.checkpoints.tensor_kinds import is_float
 from m2l.errors import MergeError, UnknownNameError
 from m2l.merging.method import Method
 from m2l.merging.methods import METHODS
 from m2l.merging.recipe import Recipe
-from m2l.merging.sources import Source
 
 _SHOWN = 8
 
@@ -54,7 +55,7 @@ def check_counts(base: bool, experts: int, statistics: int, recipe: Recipe) -> N
 
 def check_destination(out: str | os.PathLike, inputs: Sequence[Path]) -> None:
     """Refuses an output that lies inside an input."""
-    out = Path(out).absolute()
+    out = storage.path(out).absolute()
     for path in inputs:
         if out.resolve().is_relative_to(path.resolve()):
             raise MergeError(f"{out}: lies inside an input, {path}: choose another place")
@@ -73,13 +74,13 @@ class Roles:
     """
 
     merged: tuple[str, ...]
-    copied: Mapping[str, Source]
+    copied: Mapping[str, Checkpoint]
     repeated: Mapping[str, str]
-    files: Source
+    files: Checkpoint
 
 
 def assign_roles(
-    sources: Sequence[Source], experts: int, recipe: Recipe, allowed: Sequence[str] = ()
+    sources: Sequence[Checkpoint], experts: int, recipe: Recipe, allowed: Sequence[str] = ()
 ) -> Roles:
     """Checks that models can be merged, and says what becomes of each of their tensors.
 
@@ -103,7 +104,7 @@ def assign_roles(
     excluded = _excluded(sources, recipe)
     copies = _shared_copies(sources)
 
-    def is_compared(name: str, source: Source) -> bool:
+    def is_compared(name: str, source: Checkpoint) -> bool:
         buffer = source.native and tensor_kinds.is_buffer(name, source.parameters[name])
         return not (buffer or name in excluded or name in copies)
 
@@ -135,12 +136,12 @@ def assign_roles(
     return Roles(merged, copied, repeated, files)
 
 
-def check_alike(sources: Sequence[Source]) -> None:
+def check_alike(sources: Sequence[Checkpoint]) -> None:
     """Refuses models that differ from the first in vocabulary, kind or parameters."""
     assign_roles(sources, len(sources), Recipe("average"))
 
 
-def _check_allowed(sources: Sequence[Source], allowed: Sequence[str]) -> None:
+def _check_allowed(sources: Sequence[Checkpoint], allowed: Sequence[str]) -> None:
     known = {"tokenizer", "quantization_config"}
     known |= {name for source in sources for name in (*source.model, *source.description)}
     for name in allowed:
@@ -148,13 +149,13 @@ def _check_allowed(sources: Sequence[Source], allowed: Sequence[str]) -> None:
             raise UnknownNameError("field of a model's description", name, known)
 
 
-def _excluded(sources: Sequence[Source], recipe: Recipe) -> set[str]:
+def _excluded(sources: Sequence[Checkpoint], recipe: Recipe) -> set[str]:
     """The names of tensors, of any of the models, that a recipe excludes."""
     names = {n: (n, source.name_of(n)[0]) for source in sources for n in source.parameters}
     return matched_names(names, recipe)
 
 
-def _shared_copies(sources: Sequence[Source]) -> dict[str, str]:
+def _shared_copies(sources: Sequence[Checkpoint]) -> dict[str, str]:
     """Tensors that repeat another in every model that has them, copy -> original."""
     result = {name: original for source in sources for name, original in source.copies.items()}
     for name in list(result):
@@ -173,7 +174,10 @@ def _shared_copies(sources: Sequence[Source]) -> dict[str, str]:
 
 
 def _check_alike(
-    first: Source, other: Source, kinds: Sequence[Mapping[str, str]], ignored: Collection[str]
+    first: Checkpoint,
+    other: Checkpoint,
+    kinds: Sequence[Mapping[str, str]],
+    ignored: Collection[str],
 ) -> None:
     where = f"{other.path} cannot be merged with {first.path}"
     if "tokenizer" not in ignored:
@@ -250,11 +254,13 @@ def kind(shape: Sequence[int], dtype: Any) -> str:
 
 
 def _short_names(first: Path, other: Path) -> tuple[str, str]:
+    if not (isinstance(first, Path) and isinstance(other, Path)):
+        return str(first), str(other)
     shared = os.path.commonpath([first, other])
     return os.path.relpath(first, shared), os.path.relpath(other, shared)
 
 
-def _check_vocabulary(where: str, other: Source, first: Source) -> None:
+def _check_vocabulary(where: str, other: Checkpoint, first: Checkpoint) -> None:
     one, two = first.vocabulary, other.vocabulary
     if one and two and one["fingerprint"] == two["fingerprint"]:
         return
@@ -274,7 +280,9 @@ def _check_vocabulary(where: str, other: Source, first: Source) -> None:
         )
 
 
-def check_statistics(method: Method, experts: Sequence[Source], found: Sequence[Source]) -> None:
+def check_statistics(
+    method: Method, experts: Sequence[Checkpoint], found: Sequence[Checkpoint]
+) -> None:
     """Refuses statistics of another kind, of another expert, or of other parameters."""
     for expert, source in zip(experts, found, strict=False):
         made_by = source.manifest.made_by if source.manifest else {}
@@ -299,7 +307,7 @@ def check_statistics(method: Method, experts: Sequence[Source], found: Sequence[
                 )
 
 
-def warn_of_repetition(sources: Sequence[Source]) -> None:
+def warn_of_repetition(sources: Sequence[Checkpoint]) -> None:
     """Warns where two of the sources are the same model."""
     seen: dict[str, Path] = {}
     for source in sources:

@@ -30,7 +30,11 @@ def summary(
                 if kind != "entries":
                     held[kind] = held.get(kind, 0.0) + array * up
     looked_at = sum(float(found["entries"]) for found in sums.values())
-    model = _described(groups.pop(""))
+    whole = groups.pop("")
+    # As if the parameters that were not looked at were like the others.
+    up = sum(sizes.values()) / whole["parameters"]
+    model = _described({kind: array * up for kind, array in whole.items()})
+    model["parameters"] = sum(sizes.values())
     if densities is not None:
         model["density"] = list(densities)
     return model | {

@@ -1,13 +1,14 @@
 """Merges checkpoints of any size: blocks stream in, through one compiled kernel, and out."""
 
 import contextlib
+import dataclasses
 import functools
 import math
 import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -16,22 +17,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from m2l import checkpoints
-from m2l.checkpoints import Manifest, identity
+from m2l import checkpoints, storage
+from m2l.checkpoints import Manifest, digest, huggingface_directory, identity, opening
+from m2l.checkpoints.digest import WIDE
+from m2l.checkpoints.opening import HUGGINGFACE, ORBAX, Checkpoint
+from m2l.checkpoints.spans import Span
+from m2l.distributed import Processes
 from m2l.errors import CheckpointError, MergeError
-from m2l.merging import kernel, results, sources
+from m2l.merging import digests, kernel, randomness, results
 from m2l.merging.analysis import Analysis
+from m2l.merging.digests import InputDigests
 from m2l.merging.job import Job, prepare
 from m2l.merging.method import Consensus, add
 from m2l.merging.methods import METHODS
-from m2l.merging.passes import Pass, Span, spans
+from m2l.merging.passes import Pass, Piece, grid
+from m2l.merging.plan import shares
 from m2l.merging.recipe import Recipe
-from m2l.merging.results import Result
-from m2l.merging.sources import HUGGINGFACE, ORBAX, Source, check_digest, refuse_nonfinite
-from m2l.merging.workplace import Journal, ProcessStopped, Workplace
+from m2l.merging.results import OrbaxResult, Result, ShardedResult, Task, Unit, is_float
+from m2l.merging.sources import refuse_nonfinite
+from m2l.merging.staging import discard, publish, staging, used_bytes
 from m2l.progress import Progress
 
-SHARD_SIZE = 5_000_000_000
+SHARD_SIZE, SHARD_SIZE_OF_BUCKETS = 5_000_000_000, 1_000_000_000
 _FULL = re.compile(r"No space left on device|Disk quota exceeded")
 
 
@@ -47,9 +54,12 @@ def merge(
     """Merges checkpoints into a new one, in memory that does not grow with the model.
 
     Equal inputs give equal parameters to the last bit, and so an equal digest, whatever the blocks,
-    the memory and the number of processes. The result appears under its name when it is whole, on
-    the disk, and was read again and found to be what was written. A merge that was killed, started
-    again with the same arguments, goes on from the last block that was on the disk.
+    the memory and the number of processes. The result appears under its name when it is whole and
+    on the disk. A merge that was killed, started again with the same arguments, goes on with what
+    is not finished: chunks of an m2l checkpoint, files of a Hugging Face directory.
+
+    Processes that have joined (`m2l.distributed.join`) and see the same paths share the work, each
+    called with the same arguments.
 
     Args:
         base: The model that the experts were trained from: a checkpoint or training run of m2l, a
@@ -61,14 +71,13 @@ def merge(
             then nothing is done.
         progress: Whether to show what it will take, and a progress bar.
         **options: statistics: per expert a checkpoint that `m2l statistics` made, for the methods
-            that need one. to: "orbax" or "huggingface"; by default what all inputs are.
-            vocabulary: {"name", "size", "fingerprint"} for an m2l checkpoint made of models that do
-            not say. memory: bytes that the process may hold. block: elements of a block. process:
-            (index, count), where several processes that see the same files share the work, each
-            started with the same arguments but for its index; by default JAX's. diagnostics:
-            whether to measure the task vectors. verify: whether to check the digests of inputs
-            that have them. allow_differences: names of fields in which the models' descriptions may
-            differ all the same; "tokenizer" is one.
+            that need one. subtree: of pytrees that Orbax stored, the part that is merged. to:
+            "orbax" or "huggingface"; by default what all inputs are. vocabulary: {"name", "size",
+            "fingerprint"} for an m2l checkpoint made of models that do not say. memory: bytes that
+            the process may hold. block: elements of a block. diagnostics: whether to measure the
+            task vectors. verify: whether to check the digests of inputs that have them.
+            allow_differences: names of fields in which the models' descriptions may differ all the
+            same; "tokenizer" is one.
 
     Returns:
         The manifest of `out`: its parents with their digests, the recipe, and diagnostics. None in
@@ -76,41 +85,65 @@ def merge(
 
     Raises:
         MergeError: The models do not fit each other or the recipe, or hold NaN or infinity; or the
-            memory is too small.
+            memory is too small; or another of the processes has failed or stopped.
         CheckpointError: One is missing or damaged, or its tokenizer is missing; `out` exists, or
             the disk is full.
     """
     to = options.get("to")
     if to == HUGGINGFACE and any(
-        sources.kind(Path(path)) != HUGGINGFACE for path in ([base] if base else []) + [*experts]
+        opening.kind(path) != HUGGINGFACE for path in ([base] if base else []) + [*experts]
     ):
         return _by_export(base, experts, recipe, out, progress=progress, **options)
-    job = prepare(base, experts, recipe, out, **options)
-    if (manifest := job.finished()) is not None:
-        return manifest if job.process[0] == 0 else None
-    if progress:
-        print(f"plan: {job.plan}", file=sys.stderr)
-    with Workplace(job.out, job.key, job.process) as work:
-        try:
-            return _Merge(job, work).run(progress)
-        except ProcessStopped:
-            raise  # What the others left is to be taken up.
-        except (MergeError, CheckpointError) as error:
-            # Nothing that the same command could take up.
-            work.remove()
-            if _FULL.search(str(error)):
-                raise CheckpointError(
-                    f"{job.out}: no space left: {job.plan.size:,} bytes are needed; nothing was "
-                    "written"
-                ) from error
-            raise
-        except OSError as error:
-            work.remove()
-            if not _FULL.search(str(error)):
+    with Processes() as processes:
+        job = prepare(base, experts, recipe, out, **options)
+        if (manifest := _agree(job, processes)) is not None:
+            return manifest if processes.index == 0 else None
+        if progress:
+            print(f"plan: {job.plan}", file=sys.stderr)
+        with staging(job.out, job.key, processes.index == 0) as directory:
+            try:
+                return _Merge(job, processes, directory).run(progress)
+            except (MergeError, CheckpointError) as error:
+                if processes.count == 1:
+                    # Nothing that the same command could take up.
+                    discard(job.out, job.key)
+                if _FULL.search(str(error)):
+                    raise _no_space(job) from error
                 raise
-            raise CheckpointError(
-                f"{job.out}: no space left: {job.plan.size:,} bytes are needed; nothing was written"
-            ) from error
+            except OSError as error:
+                if not _FULL.search(str(error)):
+                    raise
+                if processes.count == 1:
+                    discard(job.out, job.key)
+                raise _no_space(job) from error
+
+
+def _no_space(job: Job) -> CheckpointError:
+    return CheckpointError(
+        f"{job.out}: no space left: {job.plan.size:,} bytes are needed; nothing was written"
+    )
+
+
+def _agree(
+    job: Job, processes: Processes, exported: Mapping[str, Any] | None = None
+) -> Manifest | None:
+    """Returns the manifest of a result that is there already, if process 0 sees it.
+
+    Raises:
+        MergeError: The processes were not started with the same arguments.
+    """
+    manifest = job.finished(exported) if processes.index == 0 else None
+    own = {"key": np.array(f"{job.key} {job.out}"), "finished": np.array(manifest is not None)}
+    parts = processes.gather("start", own)
+    for index, part in enumerate(parts):
+        if str(part["key"]) != str(parts[0]["key"]):
+            raise MergeError(
+                f"process {index} merges something else than process 0: start all with the same "
+                "arguments, where all see the same files"
+            )
+    if parts[0]["finished"] and manifest is None:
+        manifest = job.finished(exported)
+    return manifest
 
 
 def _by_export(
@@ -119,57 +152,106 @@ def _by_export(
     """Merges into an m2l checkpoint, and makes a Hugging Face directory of that."""
     from m2l.checkpoints import huggingface
 
-    out = Path(out).absolute()
+    out = storage.path(out).absolute()
     options = options | {"to": ORBAX}
-    job = prepare(base, experts, recipe, out, **options)
-    if (manifest := job.finished(huggingface.export_options())) is not None:
-        return manifest if job.process[0] == 0 else None
+    with Processes() as processes:
+        job = prepare(base, experts, recipe, out, **options)
+        manifest = _agree(job, processes, huggingface.export_options())
+    if manifest is not None:
+        return manifest if processes.index == 0 else None
     # Another merge to the same place must not be taken for this one.
     between = out.with_name(f".{out.name}.merged-{job.key[:16]}")
-    if not between.exists():
-        merge(base, experts, recipe, between, progress=progress, **options)
-    if job.process[0] != 0:
-        return None
-    manifest = checkpoints.read_manifest(between)
-    huggingface.export_checkpoint(between, out)
-    checkpoints.remove(between)
+    merge(base, experts, recipe, between, progress=progress, **options)
+    with Processes() as processes:
+        if processes.index == 0:
+            manifest = checkpoints.read_manifest(between)
+            huggingface.export_checkpoint(between, out)
+            checkpoints.remove(between)
+        processes.gather("exported", {})
     return manifest
 
 
 @functools.cache
-def _compiled(name: str, consensus: Consensus, dtype: str) -> Callable:
-    """The merge of a block; NaN all over if any number that went in is not finite.
+def _compiled(
+    name: str, consensus: Consensus, dtype: str, digested: tuple[bool, ...], with_result: bool
+) -> Callable:
+    """The merge of a piece; NaN all over if any number that went in is not finite.
 
-    Compiled once for a number of experts and a length: all else that it takes are arguments.
+    Compiled once for a number of experts, a length and a form of place: all else that it takes are
+    arguments.
+
+    Args:
+        name: The method's.
+        consensus: How signs are elected, if they are.
+        dtype: The result's.
+        digested: Of which of the arrays that go in, in order, digests are computed.
+        with_result: Whether one of the result is.
     """
     method = METHODS[name]
 
-    def merge_block(
-        base: jax.Array | None, experts: list, statistics: list, given: kernel.Given
-    ) -> jax.Array:
+    def merge_piece(
+        base: jax.Array | None,
+        experts: list,
+        statistics: list,
+        given: kernel.Given,
+        place: jax.Array | None,
+        size: jax.Array,
+    ) -> tuple[jax.Array, list[jax.Array]]:
         block = kernel.merged(method, consensus, base, experts, statistics, given)
         read = [*experts, *statistics] if base is None else [base, *experts, *statistics]
         # Trimming and dropping hide what is not finite; 0 times it is NaN, and so is the sum.
         nothing = add([array.astype(jnp.float32) * 0 for array in read])
-        return jnp.where(nothing == 0, block, jnp.nan).astype(dtype)
+        block = jnp.where(nothing == 0, block, jnp.nan).astype(dtype)
+        if place is None:
+            return block, []
+        positions = randomness.positions(block.shape, place)
+        counted = jax.lax.iota(jnp.uint32, block.size) < size
+        wanted = [array for array, each in zip(read, digested, strict=True) if each]
+        wanted += [block] if with_result else []
+        return block, [digest.of_elements(array, positions, counted) for array in wanted]
 
-    return jax.jit(merge_block, compiler_options=kernel.WIDE)
+    return jax.jit(merge_piece, compiler_options=WIDE)
+
+
+Outcome = tuple[np.ndarray | None, list[tuple[Checkpoint, np.ndarray]]]
+"""Of a task: the digest of what was written, if it is wanted, and those of what was read."""
 
 
 class _Merge:
     """One merge: its passes, its result, its place."""
 
-    def __init__(self, job: Job, work: Workplace):
-        self.job, self.work = job, work
+    def __init__(self, job: Job, processes: Processes, directory: Any):
+        self.job, self.processes = job, processes
         self.method = METHODS[job.recipe.method]
-        self.names = [name for name in job.sizes if name in job.mine]
-        self._merge_block = _compiled(job.recipe.method, job.recipe.election, job.recipe.dtype)
+        self._described = results.described(job.reference, job.recipe.dtype, job.roles)
         self._bar: Progress | None = None
         self._done = 0
-        self._verifying: list[Future] = []
-        read = {id(s): s for s in (*job.used, *job.roles.copied.values())}
-        self._to_verify = [source for source in read.values() if source.has_digests]
-        self._verified: set[str] = set()
+        self.result: Result = (
+            ShardedResult(directory, self._described, _shard_size(directory))
+            if job.to == HUGGINGFACE
+            else OrbaxResult(directory, self._described, self._grid, job.reference.tree)
+        )
+        merged = [(source, list(job.sizes)) for source in job.used]
+        copied: dict[int, tuple[Checkpoint, list[str]]] = {}
+        for name, source in job.roles.copied.items():
+            copied.setdefault(id(source), (source, []))[1].append(name)
+        for source, names in merged:
+            names += copied.pop(id(source), (source, []))[1]
+        read = [
+            (source, [name for name in names if name in source.parameters])
+            for source, names in (*merged, *copied.values())
+        ]
+        self._inputs = InputDigests(read, job.verify)
+
+    def _grid(self, name: str) -> tuple[int, ...] | None:
+        origin = self._origin(name)
+        if origin in self.job.roles.copied:
+            return self.job.roles.copied[origin].parameters[origin].chunk
+        return grid([source.parameters for source in self.job.used], origin)
+
+    def _origin(self, name: str) -> str:
+        """The parameter that a tensor of the result is made of."""
+        return self.job.roles.repeated.get(name, name)
 
     def _advance(self, elements: int) -> None:
         self._done += elements
@@ -178,200 +260,288 @@ class _Merge:
 
     def run(self, progress: bool) -> Manifest | None:
         """Does it."""
-        job, work = self.job, self.work
-        free = shutil.disk_usage(job.out.parent).free
-        held = sum(f.stat().st_blocks * 512 for f in work.content.rglob("*") if f.is_file())
-        if free + held < job.plan.size:
-            raise CheckpointError(
-                f"{job.out}: no space left: {job.plan.size:,} bytes are needed, {free:,} are free "
-                f"in {job.out.parent}"
-            )
-        total = job.plan.mine * job.plan.readings
+        job = self.job
+        if isinstance(job.out, Path):
+            free = shutil.disk_usage(job.out.parent).free
+            if free + used_bytes(self.result.directory) < job.plan.size:
+                raise CheckpointError(
+                    f"{job.out}: no space left: {job.plan.size:,} bytes are needed, {free:,} are "
+                    f"free in {job.out.parent}"
+                )
+        units = self.result.units()
+        sizes = {number: unit.size for number, unit in enumerate(units)}
+        own = [units[number] for number in shares(sizes, job.process[1])[job.process[0]]]
+        names = [self._origin(name) for unit in own for name in self._names(unit)]
+        written = [name for name in dict.fromkeys(names) if name in job.sizes]
+        total = job.plan.mine * (job.plan.readings - 1) + sum(unit.size for unit in own)
         bar = Progress(f"merging {len(job.experts)} experts", total // 10**6, "M parameters")
+        inputs = [source.parameters for source in job.used]
         with (
             bar if progress else contextlib.nullcontext() as self._bar,
-            Pass([source.parameters for source in job.used], job.plan.threads) as stream,
+            Pass(inputs, job.plan.threads, job.plan.block, job.plan.at_once) as self.stream,
         ):
             self.analysis = Analysis(
                 job.recipe,
                 job.base,
                 job.experts,
                 job.sizes,
-                self.names,
-                work,
-                stream,
-                job.plan.block,
+                [name for name in job.sizes if name in job.mine],
+                written,
+                self.processes,
+                self.stream,
                 self._advance,
             )
             self.analysis.run(job.diagnostics)
-            result = self._result()
-            digests = self._write(stream, result)
-            return self._finish(result, digests)
-
-    def _result(self) -> Result:
-        job = self.job
-        described = results.described(job.reference, job.recipe.dtype, job.roles)
-
-        def create() -> dict[str, np.ndarray]:
-            results.create(self.work.content, job.to, described, SHARD_SIZE)
-            return {"made": np.ones(1)}
-
-        if self.job.process[0] == 0:
-            self.work.mine("created", create)
-        elif job.process[1] > 1:
-            self.work.wait("created", 0)
-        return results.create(self.work.content, job.to, described, SHARD_SIZE)
-
-    def _write(self, stream: Pass, result: Result) -> dict[str, str]:
-        """Writes this process's parameters; returns the digests, process 0 those of all."""
-        with Journal(self.work.path / f"journal-{self.job.process[0]}.jsonl") as journal:
-            return self._write_spans(stream, result, journal)
-
-    def _write_spans(self, stream: Pass, result: Result, journal: Journal) -> dict[str, str]:
-        job = self.job
-        others = {n: s.parameters[n].size for n, s in job.roles.copied.items() if n in job.mine}
-        others |= {n: result.extents[n].size for n in job.roles.repeated if n in job.mine}
-        sizes = {name: job.sizes[name] for name in self.names}
-        block = job.plan.block
-        kernels = {n: size for n, size in sizes.items() if self._is_whole(n)}
-        merged = spans(kernels, max([1, *kernels.values()]))
-        merged += spans({n: size for n, size in sizes.items() if n not in kernels}, block)
-        copied = spans(others, block)
-        todo = merged + copied
-        # The last spans of a journal may be of files that never came to be.
-        done = min(len(journal.sums), len(todo))
-        self._advance(sum(span.size for span in merged[:done]))
-        parts: dict[str, list[tuple[Span, int]]] = {}
-        verifying: dict[str, Future[str]] = {}
-
-        def note(span: Span, checksum: int) -> None:
-            parts.setdefault(span.name, []).append((span, checksum))
-            if span.stop == result.extents[span.name].size:
-                verifying[span.name] = stream.pool.submit(
-                    result.verify, span.name, parts[span.name]
+            if self.processes.index == 0:
+                self.result.create()
+            self.processes.gather("created", {})
+            directory = self.result.directory
+            if isinstance(directory, Path) and not directory.is_dir():
+                raise CheckpointError(
+                    f"{directory}: process 0 has made it, and process {self.processes.index} does "
+                    "not see it: all processes need the same file system, or a bucket"
                 )
-                self._check_inputs(stream, span.name)
+            stored = self._write(own)
+            self._verify()
+            return self._finish(stored)
 
-        for span, checksum in zip(todo[:done], journal.sums, strict=False):
-            note(span, checksum)
-        act = self._merge_whole if self.method.whole else self._merge_span
-        act = functools.partial(act, result)
-        rest = merged[done:]
-        for span, checksum in (
-            stream.run(rest, act, block)
-            if not self.method.whole
-            else ((span, act(span)) for span in rest)
-        ):
-            journal.add(checksum, self._files(result, span))
-            note(span, checksum)
-            self._advance(span.size)
-        for span in copied[max(0, done - len(merged)) :]:
-            checksum = self._copy(result, span)
-            journal.add(checksum, self._files(result, span))
-            note(span, checksum)
-        for name, extents in result.extents.items():
-            if extents.size == 0 and name in job.mine:
-                verifying[name] = stream.pool.submit(result.verify, name, [])
-        journal.close()
-        digests = {name: future.result() for name, future in verifying.items()}
-        for future in self._verifying:
+    def _names(self, unit: Unit) -> list[str]:
+        result = self.result
+        return result.tensors(unit) if isinstance(result, ShardedResult) else [unit.key[0]]
+
+    def _write(self, own: Sequence[Unit]) -> dict[str, str]:
+        """Makes this process's units; returns the digests of all tensors."""
+        result, job = self.result, self.job
+        is_finished = result.finished()
+        todo = [unit for unit in own if not is_finished(unit)]
+        taken = [unit for unit in own if is_finished(unit)]
+        self._advance(sum(unit.size for unit in taken))
+        words: dict[str, np.ndarray] = {}
+        sha256: dict[str, Future[str]] = {}
+        if isinstance(result, OrbaxResult):
+            for unit, found in self.stream.map(lambda u: _digest(result.read(u)), taken):
+                words[unit.key[0]] = digest.add(words.get(unit.key[0], _nothing()), found)
+        else:
+            for unit in taken:
+                for name in result.tensors(unit):
+                    sha256[name] = self.stream.pool.submit(result.sha256, name, True)
+        names = dict.fromkeys(name for unit in todo for name in self._names(unit))
+        wholes = [name for name in names if self._is_whole(self._origin(name))]
+        tasks = (
+            task
+            for task in result.tasks(todo, job.plan.block, job.plan.at_once)
+            if task.name not in wholes
+        )
+        unwritten = {name: math.prod(shape) for name, (shape, _) in self._described.items()}
+
+        def note(task: Task, outcome: Outcome) -> None:
+            origin = self._origin(task.name)
+            if outcome[0] is not None:
+                words[task.name] = digest.add(words.get(task.name, _nothing()), outcome[0])
+            if task.name not in job.roles.repeated:
+                for source, found in outcome[1]:
+                    self._inputs.add(source, origin, found, task.size)
+            unwritten[task.name] -= task.size
+            if isinstance(result, ShardedResult) and not unwritten[task.name]:
+                sha256[task.name] = self.stream.pool.submit(result.sha256, task.name, False)
+                (unit,) = task.units
+                if not any(unwritten[name] for name in result.tensors(unit)):
+                    self._finish_file(unit, sha256)
+            self._advance(task.size)
+            self.processes.check()
+
+        for name in wholes:
+            task = result.whole(todo, name)
+            note(task, self._make_whole(task))
+        for task, outcome in self.stream.map(self._make, tasks):
+            note(task, outcome)
+        if isinstance(result, OrbaxResult):
+            read = [unit.key[0] for unit in own if unit.key[1] == 0]
+        else:
+            read = [name for unit in own for name in result.tensors(unit)]
+        checks = [
+            self.stream.pool.submit(digests.check_sha256, stored)
+            for name in dict.fromkeys(map(self._origin, read))
+            for stored in self._inputs.sha256(name)
+        ]
+        for future in checks:
             future.result()
-        arrays = {name: np.array(digest) for name, digest in digests.items()}
-        if job.process[0] != 0:
-            # Process 0 may have published, and removed the place, before we looked for its own.
-            self.work.mine("digests", lambda: arrays)
-            return digests
-        found = self.work.gather("digests", lambda: arrays)
-        return {name: str(digest) for part in found for name, digest in part.items()}
+        if isinstance(result, OrbaxResult):
+            return digests.gathered(words, list(self._described), self.processes)
+        for unit in todo:
+            if not result.finished()(unit):
+                self._finish_file(unit, sha256)  # Of no elements.
+        found = {name: np.array(future.result()) for name, future in sha256.items()}
+        parts = self.processes.gather("digests", found)
+        return {name: str(text) for part in parts for name, text in part.items()}
 
-    def _files(self, result: Result, span: Span) -> list[Path]:
-        return result.extents[span.name].files()
+    def _finish_file(self, unit: Unit, sha256: dict[str, Future[str]]) -> None:
+        for name in self.result.tensors(unit):
+            if name not in sha256:
+                sha256[name] = self.stream.pool.submit(self.result.sha256, name, False)
+            sha256[name].result()
+        self.result.finish(unit)
 
-    def _merge_span(self, result: Result, span: Span, arrays: list) -> int:
+    def _make(self, task: Task) -> Outcome:
+        """Computes and writes a part of a tensor."""
+        origin = self._origin(task.name)
+        shape, dtype = self._described[task.name]
+        if origin in self.job.roles.copied:
+            return self._copy(task, origin)
+        if self.method.whole:
+            return self._make_whole(task)
+        part = self.stream.buffers().take("result", task.size, dtype)
+        words = _nothing() if isinstance(self.result, OrbaxResult) else None
+        read = [_nothing() for _ in self.job.used]
+        summed = tuple(
+            self._inputs.sums(source, origin) and source.parameters[origin].dtype.itemsize <= 4
+            for source in self.job.used
+        )
+        for span in task.spans:
+            named = span if span.name == origin else _renamed(span, origin)
+            merged = np.empty(span.size, dtype) if span.index is not None else None
+            if merged is None:
+                merged = task.view(part, span, shape)
+            for piece, arrays in self.stream.pieces(named):
+                block, found = self._merge_piece(piece, arrays, summed)
+                merged[piece.first : piece.first + piece.size] = block
+                if words is not None:
+                    words = digest.add(words, found.pop())
+                for index, each in zip(np.flatnonzero(summed), found, strict=True):
+                    read[index] = digest.add(read[index], each)
+            if span.index is not None:
+                view = task.view(part, span, shape)
+                view[...] = merged.reshape(view.shape)
+        self.result.write(task, part)
+        return words, [
+            (source, found)
+            for source, found, each in zip(self.job.used, read, summed, strict=True)
+            if each
+        ]
+
+    def _merge_piece(
+        self, piece: Piece, arrays: list[np.ndarray], summed: tuple[bool, ...]
+    ) -> tuple[np.ndarray, list[np.ndarray]]:
         job = self.job
         first, n = int(job.base is not None), len(job.experts)
         base = arrays[0] if self.method.needs_base else None
-        block = self._merge_block(
-            base, arrays[first : first + n], arrays[first + n :], self.analysis.given(span)
+        with_result = isinstance(self.result, OrbaxResult)
+        compiled = _compiled(
+            job.recipe.method, job.recipe.election, job.recipe.dtype, summed, with_result
         )
-        block = np.asarray(block)[: span.size]
+        place = None
+        if with_result or any(summed):
+            place = randomness.boxed(piece.span, piece.first)
+        block, found = compiled(
+            base,
+            arrays[first : first + n],
+            arrays[first + n :],
+            self.analysis.given(piece),
+            place,
+            np.uint32(piece.size),
+        )
+        block = np.asarray(block)[: piece.size]
         if not _finite(block):
-            self._refuse(span, block)
-        return result.write(span, block)
+            self._refuse(piece.span, block, piece.first)
+        return block, [np.asarray(each) for each in found]
 
     def _is_whole(self, name: str) -> bool:
         return self.method.whole and name in self.job.statistics[0].parameters
 
-    def _merge_whole(self, result: Result, span: Span) -> int:
-        """Merges a whole kernel, or a span of what has no statistics; one expert at a time."""
+    def _make_whole(self, task: Task) -> Outcome:
+        """Computes and writes a whole kernel, or a part of what has no statistics."""
+        shape, dtype = self._described[task.name]
+        part = np.empty(task.size, dtype)
+        for span in task.spans:
+            view = task.view(part, span, shape)
+            view[...] = self._merge_whole(_renamed(span, self._origin(task.name))).reshape(
+                view.shape
+            )
+        self.result.write(task, part)
+        return self._digest_written(task, part), []
+
+    def _merge_whole(self, span: Span) -> np.ndarray:
+        """Merges a span by a method that takes whole kernels; one expert at a time."""
         job, name = self.job, span.name
         refuse_nonfinite(job.experts, span)
 
-        def read(source: Source, start: int, stop: int, shape: tuple[int, ...]) -> np.ndarray:
+        def read(source: Checkpoint, span: Span, shape: tuple[int, ...]) -> np.ndarray:
             stored = source.parameters[name]
-            array = np.empty(stop - start, stored.dtype)
-            stored.read_into(start, stop, array)
+            array = np.empty(span.size, stored.dtype)
+            stored.read_span(span, array)
             return array.reshape(shape).astype(np.float32, copy=False)
 
         shape, grams = (span.size,), None
         if self._is_whole(name):
             shape = tuple(job.reference.parameters[name].shape)
             square = tuple(job.statistics[0].parameters[name].shape)
-            grams = (read(source, 0, math.prod(square), square) for source in job.statistics)
-        experts = (read(source, span.start, span.stop, shape) for source in job.experts)
+            gram = Span(name, 0, math.prod(square))
+            grams = (read(source, gram, square) for source in job.statistics)
+        experts = (read(source, span, shape) for source in job.experts)
         merged = self.method.function(name, experts, grams, job.recipe.nondiagonal_scale)
-        block = merged.astype(result.described[name][1]).reshape(-1)
+        block = merged.astype(self._described[name][1]).reshape(-1)
         if not np.isfinite(block.astype(np.float32)).all():
             self._refuse(span, block)
-        return result.write(span, block)
+        return block
 
-    def _refuse(self, span: Span, block: np.ndarray) -> None:
+    def _refuse(self, span: Span, block: np.ndarray, first: int = 0) -> None:
         refuse_nonfinite(self.job.used, span)
         index = int(np.flatnonzero(~np.isfinite(block.astype(np.float32)))[0])
         raise MergeError(
-            f"the merged {span.name}[{span.start + index}] is {block[index]}: too large for "
-            f"{self.job.recipe.dtype}; lower the scale"
+            f"the merged {span.name}[{span.position(first + index)}] is {block[index]}: too large "
+            f"for {self.job.recipe.dtype}; lower the scale"
         )
 
-    def _copy(self, result: Result, span: Span) -> int:
-        """Writes what is not merged: a span of an input's, or of the result's for a repetition."""
-        roles, name = self.job.roles, span.name
-        if name in roles.repeated:
-            extents = result.extents[roles.repeated[name]]
-            block = np.empty(span.size, extents.dtype)
-            extents.read_into(block, span.start)
-            return result.write(span, block)
-        stored = roles.copied[name].parameters[name]
-        block = np.empty(span.size, stored.dtype)
-        stored.read_into(span.start, span.stop, block)
-        dtype = result.described[name][1]
-        with np.errstate(over="ignore", invalid="ignore"):
-            cast = block.astype(dtype)
-        if results.is_float(dtype) and dtype != block.dtype and not _finite(cast):
-            # What is copied may be infinite, as masks are; it must not become so.
-            lost = np.isfinite(block.astype(np.float64)) & ~np.isfinite(cast.astype(np.float64))
-            for index in np.flatnonzero(lost)[:1]:
-                raise MergeError(
-                    f"{roles.copied[name].path}: {name}[{span.start + index}] is {block[index]}: "
-                    f"too large for {dtype.name}; choose bfloat16 or float32"
-                )
-        return result.write(span, cast)
+    def _copy(self, task: Task, name: str) -> Outcome:
+        """Writes a part of what is not merged but copied from an input."""
+        source = self.job.roles.copied[name]
+        stored, (shape, dtype) = source.parameters[name], self._described[task.name]
+        part = np.empty(task.size, dtype)
+        read = _nothing() if self._inputs.sums(source, name) else None
+        for span in task.spans:
+            block = np.empty(span.size, stored.dtype)
+            self.stream.read_stored(stored, span, block)
+            if read is not None:
+                read = digest.add(read, digest.of_span(block, span))
+            with np.errstate(over="ignore", invalid="ignore"):
+                cast = block.astype(dtype, copy=False)
+            if is_float(dtype) and dtype != block.dtype and not _finite(cast):
+                # What is copied may be infinite, as masks are; it must not become so.
+                lost = np.isfinite(block.astype(np.float64)) & ~np.isfinite(cast.astype(np.float64))
+                for index in np.flatnonzero(lost)[:1]:
+                    raise MergeError(
+                        f"{source.path}: {name}[{span.position(int(index))}] is {block[index]}: "
+                        f"too large for {dtype.name}; choose bfloat16 or float32"
+                    )
+            view = task.view(part, span, shape)
+            view[...] = cast.reshape(view.shape)
+        self.result.write(task, part)
+        return self._digest_written(task, part), [] if read is None else [(source, read)]
 
-    def _check_inputs(self, stream: Pass, name: str) -> None:
-        """Compares a parameter's digests with the inputs' manifests, as its bytes are at hand."""
-        if not self.job.verify or name in self._verified:
-            return
-        self._verified.add(name)
-        for source in self._to_verify:
-            if name in source.parameters:
-                stored = source.parameters[name]
-                self._verifying.append(stream.pool.submit(check_digest, stored))
-
-    def _finish(self, result: Result, digests: Mapping[str, str]) -> Manifest | None:
-        job = self.job
-        if job.process[0] != 0:
-            self.work.wait_for_result()
+    def _digest_written(self, task: Task, part: np.ndarray) -> np.ndarray | None:
+        """The digest of those of a task's elements that are in its units."""
+        if not isinstance(self.result, OrbaxResult):
             return None
+        return _digest(found for unit in task.units for found in self.result.cut(task, unit, part))
+
+    def _verify(self) -> None:
+        """Compares the digests of the inputs with those that are recorded."""
+        if not self._inputs:
+            return
+        unread = self._inputs.check(self.processes)
+        check = functools.partial(digests.read_and_check, at_once=self.job.plan.at_once)
+        for _ in self.stream.map(lambda each: check(*each), unread):
+            pass
+
+    def _finish(self, stored: Mapping[str, str]) -> Manifest | None:
+        # All have verified what they were to verify.
+        self.processes.gather("verified", {})
+        manifest = self._publish(stored) if self.processes.index == 0 else None
+        self.processes.gather("published", {})
+        return manifest
+
+    def _publish(self, stored: Mapping[str, str]) -> Manifest:
+        job, result = self.job, self.result
         made_by = {"kind": "merge", "recipe": job.recipe.to_dict(), identity.KEY: job.identity}
         if job.allowed:
             made_by["allowed_differences"] = list(job.allowed)
@@ -388,8 +558,8 @@ class _Merge:
             {"role": role, "path": str(source.path), "digest": source.digest}
             for source, role in parents
         )
-        ordered = {name: digests[name] for name in result.described}
-        if job.to == HUGGINGFACE:
+        ordered = {name: stored[name] for name in result.described}
+        if isinstance(result, ShardedResult):
             manifest = results.describe_directory(
                 result,
                 job.out,
@@ -403,16 +573,35 @@ class _Merge:
         else:
             manifest = results.describe_checkpoint(
                 result,
-                job.out,
                 ordered,
-                model=job.roles.files.model,
+                model=huggingface_directory.config_of(
+                    [s.model for s in (job.roles.files, job.reference, *job.experts)]
+                ),
                 vocabulary=job.vocabulary,
+                like=job.reference,
                 made_by=made_by,
                 parents=described,
             )
-        checkpoints.publish(result.directory, job.out)
-        self.work.remove()
+        publish(job.out, job.key)
         return manifest
+
+
+def _shard_size(directory: Any) -> int:
+    return SHARD_SIZE if isinstance(directory, Path) else SHARD_SIZE_OF_BUCKETS
+
+
+def _nothing() -> np.ndarray:
+    return np.zeros(4, np.uint32)
+
+
+def _digest(parts: Iterable[tuple[Span, np.ndarray]]) -> np.ndarray:
+    return functools.reduce(
+        digest.add, (digest.of_span(part, span) for span, part in parts), _nothing()
+    )
+
+
+def _renamed(span: Span, name: str) -> Span:
+    return dataclasses.replace(span, name=name)
 
 
 def _finite(block: np.ndarray) -> bool:

@@ -1,45 +1,65 @@
-"""Merging parameters in memory: on any devices, sharded in any way, inside jit, differentiably."""
+"""Merging parameters in memory: on any devices, sharded in any way, inside jit, differentiably.
 
+A program is compiled per kind of parameter (shapes, dtypes, sharding) and called for each: a model
+of a hundred layers compiles as fast as one of two. These programs do not communicate: sums over
+parameters are taken over each shard, and those of all parameters and shards added by one program.
+"""
+
+import collections
 import functools
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from m2l import checkpoints
+from m2l.checkpoints import uint64
 from m2l.errors import MergeError
-from m2l.merging import compatibility, kernel, randomness, uint64
-from m2l.merging.method import Consensus, Method
+from m2l.merging import compatibility, kernel, randomness, selection
+from m2l.merging.method import Consensus, task_vectors
 from m2l.merging.methods import METHODS
 from m2l.merging.recipe import Recipe
 from m2l.merging.results import is_float
-from m2l.merging.thresholds import kth_largest
 
-Arrays = dict[str, jax.Array]
+Leaves = dict[str, Any]
+
+_SMALL = 1 << 16
+"""Elements: the magnitudes of smaller parameters are stacked before they are counted."""
+_STACKED = 16
+"""Parameters in a stack, at most: what compiles takes longer the more arguments there are."""
 
 
 def merge_params(
-    base: Mapping[str, Any] | None,
-    experts: Sequence[Mapping[str, Any]],
+    base: Any | None,
+    experts: Sequence[Any],
     recipe: Recipe,
-    statistics: Sequence[Mapping[str, Any]] = (),
-) -> dict[str, Any]:
-    """Merges nested dicts of arrays; the same bits as `merge` of their checkpoints.
+    statistics: Sequence[Any] = (),
+) -> Any:
+    """Merges pytrees of parameters; the same bits as `merge` of their checkpoints.
 
     But for slerp and model_stock, whose inner products are summed in float32 in an order of their
     own, and for rescale "norm". Differentiable in the parameters (thresholds and masks count as
     constants), but for regmean, which is computed on the host. NaN and infinity are not looked for.
 
+    A leaf is named by its keys, attributes and indices joined by "/": patterns of the recipe match
+    these names, and random draws depend on them. Leaves that are no real numbers (integers,
+    booleans, PRNG keys) are those of the base or, without a base, of the first expert.
+
     Args:
-        base: The base's parameters; None for methods that do not need it.
-        experts: The experts' parameters, in the order in which sums run.
+        base: The base's parameters, any pytree of arrays and numbers: nested dicts, lists, a
+            TrainState, an NNX State; None for methods that do not need it.
+        experts: The experts' parameters, in the order in which sums run. Containers of other types
+            are accepted where the leaves have the same names.
         recipe: How to merge.
         statistics: A statistic of each expert, for the methods that need them.
 
     Returns:
-        A nested dict of arrays of the recipe's dtype, sharded as its inputs.
+        A pytree of the base's (without one, the first expert's) structure; arrays of the recipe's
+        dtype, sharded as the inputs.
 
     Raises:
         MergeError: The parameters do not fit each other or the recipe, or the recipe needs what
@@ -50,164 +70,377 @@ def merge_params(
     if method.ranks or recipe.zero_sign.startswith("majority"):
         what = "drop rates by rank" if method.ranks else "the sign of the majority"
         raise MergeError(f"{what} are found by merging checkpoints, not in memory")
-    trees = [checkpoints.flatten(tree) for tree in experts]
-    beside = [checkpoints.flatten(tree) for tree in statistics]
-    reference = trees[0] if base is None else checkpoints.flatten(base)
-    wanted, first = _kinds(reference), "expert 0" if base is None else "base"
-    for index, tree in enumerate(trees):
-        if table := compatibility.differences(wanted, _kinds(tree), (first, f"expert {index}")):
-            raise MergeError(
-                f"expert {index} cannot be merged with {first}: other parameters", table
-            )
-    merge = _merge_on_host if method.whole else _merge_on_devices
-    return checkpoints.unflatten(merge(reference, trees, beside, recipe))
-
-
-def _kinds(tree: Arrays) -> dict[str, str]:
-    return {
-        name: compatibility.kind(jnp.shape(leaf), jnp.result_type(leaf))
-        for name, leaf in tree.items()
-    }
-
-
-def _names(reference: Arrays, recipe: Recipe) -> list[str]:
-    dtypes = {name: jnp.result_type(leaf).name for name, leaf in reference.items()}
-    return compatibility.select_names({name: (name,) for name in reference}, dtypes, recipe)
-
-
-def _others(reference: Arrays, names: Sequence[str], recipe: Recipe) -> Arrays:
-    """What is not merged: real numbers in the recipe's dtype."""
-    return {
-        name: jnp.asarray(leaf).astype(recipe.dtype)
-        if is_float(jnp.result_type(leaf)) and name not in names
-        else leaf
-        for name, leaf in reference.items()
-    }
-
-
-def _merge_on_host(
-    reference: Arrays, experts: list[Arrays], statistics: list[Arrays], recipe: Recipe
-) -> Arrays:
-    names = _names(reference, recipe)
-    merged = _others(reference, names, recipe)
-    for name in names:
-        grams = [np.asarray(s[name]) for s in statistics] if name in statistics[0] else None
-        found = METHODS[recipe.method].function(
-            name, [np.asarray(e[name]) for e in experts], grams, recipe.nondiagonal_scale
+    expert_labels = [f"expert {index}" for index in range(len(experts))]
+    label = expert_labels[0] if base is None else "base"
+    reference, treedef = _flatten(experts[0] if base is None else base, label)
+    expert_leaves = [_flatten(*pair)[0] for pair in zip(experts, expert_labels, strict=True)]
+    kinds = _kinds(reference, label)
+    for other, leaves in zip(expert_labels, expert_leaves, strict=True):
+        if table := compatibility.differences(kinds, _kinds(leaves, other), (label, other)):
+            raise MergeError(f"{other} cannot be merged with {label}: other parameters", table)
+    names = compatibility.select_names(
+        {name: (name,) for name in reference}, {n: _dtype(x) for n, x in reference.items()}, recipe
+    )
+    labels = [f"statistics {index}" for index in range(len(statistics))]
+    statistic_leaves = [_flatten(*pair)[0] for pair in zip(statistics, labels, strict=True)]
+    if not method.whole:
+        numeric = {name: kinds[name] for name in kinds if is_float(_dtype(reference[name]))}
+        for other, leaves in zip(labels, statistic_leaves, strict=True):
+            compared = {n: leaf for n, leaf in leaves.items() if n in numeric or n not in kinds}
+            if table := compatibility.differences(numeric, _kinds(compared, other), (label, other)):
+                raise MergeError(f"{other} cannot be merged with {label}: other leaves", table)
+    rows = {
+        name: _Row(
+            reference[name] if method.needs_base else None,
+            [leaves[name] for leaves in expert_leaves],
+            [leaves[name] for leaves in statistic_leaves if name in leaves],
         )
-        merged[name] = jnp.asarray(found).astype(recipe.dtype)
+        for name in names
+    }
+    merge = _merge_on_host if method.whole else _merge_on_devices
+    merged = _unmerged(reference, rows, recipe) | merge(rows, recipe)
+    return jax.tree.unflatten(treedef, [merged[name] for name in reference])
+
+
+def _flatten(tree: Any, label: str) -> tuple[Leaves, Any]:
+    """Returns a pytree's leaves by name, in its order, and its structure."""
+    try:
+        pairs, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    except ValueError as error:  # Keys of a dict that cannot be sorted, such as 0 and "a".
+        reason = str(error).split("\n")[0]
+        raise MergeError(f"{label}: cannot flatten its tree of parameters: {reason}") from error
+    leaves, paths = {}, {}
+    for path, leaf in pairs:
+        name = jax.tree_util.keystr(path, simple=True, separator="/") or "value"
+        if name in paths:
+            both = " and ".join(jax.tree_util.keystr(each) for each in (paths[name], path))
+            raise MergeError(f"{label}: {both} have one name, {name!r}: rename one of the keys")
+        leaves[name], paths[name] = leaf, path
+    return leaves, treedef
+
+
+def _is_key(leaf: Any) -> bool:
+    """Whether a leaf is an array of typed PRNG keys, whose dtype is none of NumPy's."""
+    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _dtype(leaf: Any) -> np.dtype:
+    return np.dtype(np.uint32) if _is_key(leaf) else jnp.result_type(leaf)
+
+
+def _kinds(leaves: Leaves, label: str) -> dict[str, str]:
+    kinds = {}
+    for name, leaf in leaves.items():
+        dtype = getattr(leaf, "dtype", np.dtype(type(leaf)) if np.isscalar(leaf) else object)
+        if not isinstance(leaf, jax.Array) and np.dtype(dtype).kind in "OSU":
+            raise MergeError(
+                f"{label}: {name} is a {type(leaf).__name__}; expected an array or a number"
+            )
+        kind = compatibility.kind(np.shape(leaf), _dtype(leaf))
+        kinds[name] = f"{leaf.dtype}{list(leaf.shape)}" if _is_key(leaf) else kind
+    return kinds
+
+
+def _unmerged(reference: Leaves, merged: Mapping[str, Any], recipe: Recipe) -> Leaves:
+    """Returns the leaves that are not merged: real numbers in the recipe's dtype."""
+    return {
+        name: jnp.asarray(leaf).astype(recipe.dtype) if is_float(_dtype(leaf)) else leaf
+        for name, leaf in reference.items()
+        if name not in merged
+    }
+
+
+class _Row(NamedTuple):
+    """One parameter of every model, or a stack of such parameters."""
+
+    base: jax.Array | None
+    experts: list[jax.Array]
+    statistics: list[jax.Array]
+
+
+def _merge_on_host(rows: Mapping[str, _Row], recipe: Recipe) -> Leaves:
+    merged = {}
+    for name, row in rows.items():
+        grams = [_whole(name, leaf) for leaf in row.statistics]
+        result = METHODS[recipe.method].function(
+            name,
+            [_whole(name, leaf) for leaf in row.experts],
+            grams or None,
+            recipe.nondiagonal_scale,
+        )
+        result = result.astype(jnp.dtype(recipe.dtype))
+        sharding = _sharding(row.experts)
+        merged[name] = (
+            jnp.asarray(result)
+            if sharding is None
+            else jax.make_array_from_callback(result.shape, sharding, result.__getitem__)
+        )
     return merged
 
 
-def _merge_on_devices(
-    reference: Arrays, experts: list[Arrays], statistics: list[Arrays], recipe: Recipe
-) -> Arrays:
-    """Compiled for what kind of recipe it is: its numbers are arguments."""
-    names, n = _names(reference, recipe), len(experts)
-    sizes = {name: int(np.prod(jnp.shape(reference[name]), dtype=np.int64)) for name in names}
-    settings = {name: recipe.settings_for((name,), n) for name in names}
-    groups = [names] if recipe.scope == "model" else [[name] for name in names]
-    ranks: list[list[np.ndarray]] = []
-    if METHODS[recipe.method].trims:
-        wanted = [_ranks(recipe, sum(sizes[name] for name in group)) for group in groups]
-        ranks = [[uint64.split(rank) for rank in pair] for pair in wanted]
-    rate = recipe.drop_rate or 0.0
-    numbers = {
-        "settings": settings,
-        "ranks": ranks,
-        "cut": randomness.cut(rate),
-        "rescale": np.float32(1 / (1 - rate) if recipe.rescale == "expectation" else 1),
-        "hyper": {
-            name: np.float32(getattr(recipe, name))
-            for name in METHODS[recipe.method].hyper_parameters
-            if isinstance(getattr(recipe, name), float)
-        },
-    }
-    kind = _Kind(
-        recipe.method,
-        recipe.election,
-        recipe.zero_sign,
-        recipe.rescale,
-        recipe.dtype,
-        recipe.seed,
-        tuple(map(tuple, groups)),
-    )
-    merged = _merge({name: reference[name] for name in names}, experts, statistics, numbers, kind)
-    return _others(reference, names, recipe) | merged
+def _whole(name: str, leaf: Any) -> np.ndarray:
+    """Returns all of an array on this host, also where other processes store parts of it."""
+    if isinstance(leaf, jax.core.Tracer):
+        raise MergeError(f"{name}: regmean is computed on the host, not inside jit, grad or vmap")
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        return multihost_utils.process_allgather(leaf, tiled=True)
+    return np.asarray(leaf)
 
 
-class _Kind(NamedTuple):
-    """What a merge is compiled for, beside the shapes of its parameters."""
+def _sharding(arrays: Sequence[Any]) -> jax.sharding.Sharding | None:
+    """Returns the sharding of the array on the most devices; None where no array has one."""
+    shardings = [
+        array.sharding
+        for array in arrays
+        if isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer)
+    ]
+    return max(shardings, key=lambda each: len(each.device_set), default=None)
+
+
+class _Program(NamedTuple):
+    """What a merge is compiled for, beside the kinds of its parameters.
+
+    Attributes:
+        method: Its name.
+        election: How signs are elected.
+        dtype: Of the result.
+        sharding: Of the parameter's arrays; None on one device, or where it is not known.
+    """
 
     method: str
     election: Consensus
-    zero_sign: str
-    rescale: str
     dtype: str
-    seed: int
-    groups: tuple[tuple[str, ...], ...]
+    sharding: NamedSharding | None
 
 
-@functools.partial(jax.jit, static_argnames="kind")
-def _merge(
-    reference: Arrays,
-    experts: list[Arrays],
-    statistics: list[Arrays],
-    numbers: Mapping[str, Any],
-    kind: _Kind,
-) -> Arrays:
-    method, n = METHODS[kind.method], len(experts)
-    given: dict[str, dict[str, Any]] = {}
-
-    def parts(name: str) -> tuple[jax.Array | None, list[jax.Array]]:
-        base = jnp.asarray(reference[name]) if method.needs_base else None
-        return base, [jnp.asarray(expert[name]) for expert in experts]
-
-    for name in reference:
-        given[name] = dict(numbers["settings"][name])
-        if method.elects:
-            given[name]["zero_sign"] = np.float32(kind.zero_sign == "positive")
-        if method.draws:
-            keys = randomness.keys(kind.seed, n, name)
-            given[name] |= {"keys": keys, "place": randomness.straight(0), "cut": numbers["cut"]}
-            given[name]["rescale"] = jnp.full(n, numbers["rescale"])
-            if kind.rescale == "norm":
-                given[name]["rescale"] = _norms(method, *parts(name), given[name])
-        if method.coefficients is not None:
-            products = _products(*parts(name))
-            hyper = numbers["hyper"]
-            given[name]["coefficients"] = method.coefficients(products, **hyper, xp=jnp)
+def _merge_on_devices(rows: Mapping[str, _Row], recipe: Recipe) -> Leaves:
+    method, experts = METHODS[recipe.method], len(next(iter(rows.values())).experts)
+    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(dict(rows)))
+    programs, placed = {}, {}
+    for name, row in rows.items():
+        sharding = None if traced else _sharding(jax.tree.leaves(row))
+        put = jnp.asarray if sharding is None else functools.partial(_placed, sharding=sharding)
+        placed[name] = jax.tree.map(put, row)
+        sharding = sharding if isinstance(sharding, NamedSharding) else None
+        programs[name] = _Program(recipe.method, recipe.election, recipe.dtype, sharding)
+    inputs = {name: _inputs(name, recipe, experts) for name in rows}
+    if method.coefficients is not None or (method.draws and recipe.rescale == "norm"):
+        parts = {name: _sums(row, inputs[name], programs[name]) for name, row in placed.items()}
+        totals = _totals(list(parts.values()), tuple(p.sharding for p in programs.values()))
+        for name, sums in zip(parts, totals, strict=True):
+            inputs[name] |= sums if method.coefficients is not None else _rescales(**sums)
     if method.trims:
-        for group, ranks in zip(kind.groups, numbers["ranks"], strict=True):
-            found = [kernel.magnitudes(method, *parts(name), given[name]) for name in group]
-            found = list(zip(*found, strict=True))
-            limits = {"thresholds": _largest(found, ranks[0])}
-            if "ceilings" in method.takes:
-                limits["ceilings"] = _largest(found, ranks[1])
-            for name in group:
-                given[name] |= limits
-    merged = {}
-    for name in reference:
-        beside = [jnp.asarray(statistic[name]) for statistic in statistics]
-        block = kernel.merged(method, kind.election, *parts(name), beside, given[name])
-        merged[name] = block.astype(kind.dtype)
-    return merged
+        for name, limits in _limits(placed, inputs, programs, recipe, traced).items():
+            inputs[name] |= limits
+    copies: dict[Any, jax.Array] = {}
+    return {
+        name: _merged(row, _replicated_once(inputs[name], programs[name], copies), programs[name])
+        for name, row in placed.items()
+    }
 
 
-def _products(base: jax.Array | None, experts: Sequence[jax.Array]) -> jax.Array:
-    vectors = kernel.float32(experts)
-    if base is not None:
-        vectors = [expert - base.astype(jnp.float32) for expert in vectors]
+def _placed(array: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+    same = isinstance(array, jax.Array) and array.sharding == sharding
+    return array if same else jax.device_put(array, sharding)
+
+
+def _replicated_once(
+    inputs: Mapping[str, Any], program: _Program, copies: dict[Any, jax.Array]
+) -> dict[str, Any]:
+    """Returns inputs whose NumPy arrays are copied to all devices once, not for each parameter."""
+    if program.sharding is None:
+        return dict(inputs)
+    sharding = NamedSharding(program.sharding.mesh, PartitionSpec())
+
+    def replicated(value: Any) -> jax.Array:
+        if isinstance(value, jax.Array):
+            return value
+        key = (sharding, value.dtype, value.shape, value.tobytes())
+        if key not in copies:
+            copies[key] = jax.device_put(value, sharding)
+        return copies[key]
+
+    return jax.tree.map(replicated, dict(inputs))
+
+
+def _inputs(name: str, recipe: Recipe, experts: int) -> dict[str, Any]:
+    """Returns what the method takes beside a parameter, NumPy arrays: see `kernel.Given`."""
+    method = METHODS[recipe.method]
+    inputs = recipe.settings_for((name,), experts)
+    if method.elects:
+        inputs["zero_sign"] = np.float32(recipe.zero_sign == "positive")
+    if method.draws:
+        rate = recipe.drop_rate
+        rescale = 1 / (1 - rate) if recipe.rescale == "expectation" else 1
+        inputs["keys"] = randomness.keys(recipe.seed, experts, name)
+        inputs["place"] = randomness.straight(0)
+        inputs["cut"] = randomness.cut(rate)
+        inputs["rescale"] = np.full(experts, rescale, np.float32)
+    if method.coefficients is not None:
+        inputs["hyper"] = {
+            name: np.float32(getattr(recipe, name))
+            for name in method.hyper_parameters
+            if isinstance(getattr(recipe, name), float)
+        }
+    return inputs
+
+
+@functools.partial(jax.jit, static_argnames="program")
+def _merged(row: _Row, inputs: Mapping[str, Any], program: _Program) -> jax.Array:
+    method = METHODS[program.method]
+    inputs = dict(inputs)
+    if method.coefficients is not None:
+        products, hyper = inputs.pop("products"), inputs.pop("hyper")
+        inputs["coefficients"] = method.coefficients(products, **hyper, xp=jnp)
+    block = kernel.merged(method, program.election, *row, inputs)
+    return _constrained(block.astype(program.dtype), program.sharding)
+
+
+def _constrained(array: jax.Array, sharding: NamedSharding | None) -> jax.Array:
+    # The axes of an Explicit mesh follow from the types of the operands.
+    if sharding is None or AxisType.Explicit in sharding.mesh.axis_types:
+        return array
+    return jax.lax.with_sharding_constraint(array, sharding)
+
+
+def _per_shard(
+    function: Callable[..., Any],
+    sharding: NamedSharding | None,
+    arrays: Sequence[jax.Array],
+    *operands: jax.Array,
+    stacked: bool = False,
+) -> Any:
+    """Computes sums over each shard of arrays, without any communication.
+
+    Args:
+        function: Sums of (arrays, *operands).
+        sharding: Of each parameter; None: one shard.
+        arrays: Of one shape.
+        operands: Replicated.
+        stacked: Whether the first axis of the arrays is one of parameters.
+
+    Returns:
+        The function's results, with a leading axis of shards.
+    """
+
+    def sums(*operands: Any) -> Any:
+        return jax.tree.map(lambda array: array[None], function(*operands))
+
+    spec = () if sharding is None else sharding.spec
+    axes = [axis for entry in spec if entry is not None for axis in np.atleast_1d(entry).tolist()]
+    if not axes or not arrays[0].size:
+        return sums(arrays, *operands)
+    return jax.shard_map(
+        sums,
+        mesh=sharding.mesh,
+        in_specs=(
+            PartitionSpec(*(None,) * stacked, *spec),
+            *(PartitionSpec(),) * len(operands),
+        ),
+        out_specs=PartitionSpec(tuple(axes)),
+    )(arrays, *operands)
+
+
+@functools.partial(jax.jit, static_argnames="program")
+def _sums(row: _Row, inputs: Mapping[str, Any], program: _Program) -> dict[str, jax.Array]:
+    """Sums over each shard: products [shards, experts, experts]; or l1, l1_kept [shards, experts].
+
+    As `kernel.measured` and `kernel.norms` return them.
+    """
+    method = METHODS[program.method]
+    vectors = kernel.float32(row.experts)
+    if row.base is not None:
+        vectors = task_vectors(row.base.astype(jnp.float32), vectors)
+    if method.coefficients is not None:
+        return {"products": _per_shard(_products, program.sharding, vectors)}
+    kept = kernel.magnitudes(method, row.base, row.experts, inputs)
+    return {
+        "l1": _per_shard(_norms, program.sharding, vectors),
+        "l1_kept": _per_shard(_norms, program.sharding, kept),
+    }
+
+
+def _products(vectors: Sequence[jax.Array]) -> jax.Array:
     return jnp.stack([jnp.stack([jnp.sum(a * b) for b in vectors]) for a in vectors])
 
 
-def _norms(
-    method: Method, base: jax.Array, experts: Sequence[jax.Array], given: kernel.Given
-) -> list[jax.Array]:
-    """What makes the L1 norm of each task vector what it was before entries were dropped."""
-    sums = kernel.norms(method, base, experts, given)
-    found = zip(sums["l1"], sums["l1_kept"], strict=True)
-    return [jnp.where((b < 1e-7) | (k < 1e-7), 1, b / jnp.maximum(k, 1e-30)) for b, k in found]
+def _norms(vectors: Sequence[jax.Array]) -> jax.Array:
+    return jnp.stack([jnp.sum(jnp.abs(vector)) for vector in vectors])
+
+
+@functools.partial(jax.jit, static_argnames="shardings")
+def _totals(
+    parts: Sequence[dict[str, jax.Array]], shardings: Sequence[NamedSharding | None]
+) -> list[dict[str, jax.Array]]:
+    """Adds up, for each parameter, what `_sums` returned for its shards."""
+    return [
+        {name: _replicated(array.sum(0), sharding) for name, array in sums.items()}
+        for sums, sharding in zip(parts, shardings, strict=True)
+    ]
+
+
+def _replicated(array: jax.Array, sharding: NamedSharding | None) -> jax.Array:
+    return _constrained(array, sharding and NamedSharding(sharding.mesh, PartitionSpec()))
+
+
+def _rescales(l1: jax.Array, l1_kept: jax.Array) -> dict[str, jax.Array]:
+    """Returns the factors that restore the L1 norms from before entries were dropped."""
+    tiny = (l1 < 1e-7) | (l1_kept < 1e-7)
+    return {"rescale": jnp.where(tiny, 1, l1 / jnp.maximum(l1_kept, 1e-30))}
+
+
+class _Counted(NamedTuple):
+    """Parameters whose magnitudes one call counts.
+
+    Attributes:
+        names: Theirs.
+        source: The bits of their magnitudes, per expert uint32 [parameters, ...]; or, of one
+            parameter, its arrays and inputs, of which they are computed at each count.
+        program: What to compile.
+    """
+
+    names: list[str]
+    source: Any
+    program: _Program
+
+
+def _limits(
+    rows: Mapping[str, _Row],
+    inputs: Mapping[str, Mapping[str, Any]],
+    programs: Mapping[str, _Program],
+    recipe: Recipe,
+    traced: bool,
+) -> dict[str, dict[str, Any]]:
+    """Returns the thresholds and, where the method takes them, the ceilings of each parameter."""
+    kinds = collections.defaultdict(list)
+    for name, row in rows.items():
+        # A trace does not say whether parameters of one shape are sharded alike.
+        small = not traced and row.base.size <= _SMALL
+        specs = tuple((array.shape, array.dtype) for array in jax.tree.leaves(row))
+        kinds[(specs, programs[name]) if small else name].append(name)
+    parts = [
+        names[start : start + _STACKED]
+        for names in kinds.values()
+        for start in range(0, len(names), _STACKED)
+    ]
+    counted = []
+    for names in parts:
+        sources = [jax.lax.stop_gradient((rows[name], inputs[name])) for name in names]
+        program = programs[names[0]]
+        source = sources[0] if len(names) == 1 else _stacked_bits(sources, program)
+        counted.append(_Counted(names, source, program))
+    names = [name for part in parts for name in part]
+    sizes = [rows[name].base.size for name in names]
+    if recipe.scope == "model":
+        sizes = [sum(sizes)]
+    ranks = zip(*(_ranks(recipe, size) for size in sizes), strict=True)
+    limits: dict[str, dict[str, Any]] = {name: {} for name in names}
+    for limit, rank in zip(("thresholds", "ceilings"), ranks, strict=True):
+        if limit in METHODS[recipe.method].takes:
+            largest = _largest(counted, rank, sizes, traced)
+            for index, name in enumerate(names):
+                limits[name][limit] = largest[index if recipe.scope == "tensor" else 0]
+    return limits
 
 
 def _ranks(recipe: Recipe, size: int) -> tuple[int, int]:
@@ -220,9 +453,94 @@ def _ranks(recipe: Recipe, size: int) -> tuple[int, int]:
     return min(size, top + recipe.kept_of(size)), top
 
 
-def _largest(experts: Sequence[Sequence[jax.Array]], rank: jax.Array) -> jax.Array:
-    """The rank-th largest magnitude of each expert; infinity is before the first."""
-    size = uint64.split(sum(array.size for array in experts[0]))
-    found = kth_largest(experts, rank)
-    found = jnp.where(uint64.at_least(rank, size), 0, found)
-    return jnp.where((rank == 0).all(), jnp.inf, found).astype(jnp.float32)
+def _largest(
+    counted: Sequence[_Counted], ranks: Sequence[int], sizes: Sequence[int], traced: bool
+) -> Any:
+    """Finds the rank-th largest magnitude of each expert; infinity is before the first.
+
+    Args:
+        counted: All parameters.
+        ranks: One for all parameters together, or one for each, in the order of `counted`.
+        sizes: Likewise, of how many; the last is taken to be 0.
+        traced: Whether any array is a tracer.
+
+    Returns:
+        float32 [ranks, experts].
+    """
+    first = counted[0].source
+    experts = len(first if isinstance(first, list) else first[0].experts)
+    shardings = tuple(part.program.sharding for part in counted)
+    words = np.stack([uint64.split(rank) for rank in ranks])
+    stops = np.cumsum([len(part.names) for part in counted]).tolist()
+    places = [slice(stop - len(p.names), stop) for p, stop in zip(counted, stops, strict=True)]
+
+    def step(prefixes: jax.Array, shift: jax.Array, width: int) -> jax.Array:
+        candidates = selection.candidates(prefixes, shift, width)
+        counts = [
+            _counts(part.source, candidates[place] if len(ranks) > 1 else candidates, part.program)
+            for part, place in zip(counted, places, strict=True)
+        ]
+        return _next_prefixes(counts, prefixes, words, shift, shardings)
+
+    limits = [np.inf if rank == 0 else 0 for rank in ranks]
+    limits = np.broadcast_to(np.float32(limits)[:, None], (len(ranks), experts))
+    searched = [0 < rank < size for rank, size in zip(ranks, sizes, strict=True)]
+    if not any(searched):
+        return limits
+    where = jnp.where if traced else np.where
+    largest = selection.kth_largest(step, limits.shape, traced)
+    return where(np.array(searched)[:, None], largest, limits)
+
+
+@functools.partial(jax.jit, static_argnames="program")
+def _stacked_bits(
+    sources: Sequence[tuple[_Row, Mapping[str, Any]]], program: _Program
+) -> list[jax.Array]:
+    """Returns the bits of the magnitudes of parameters of one kind, see `_Counted`."""
+    stack = jax.tree.map(lambda *arrays: jnp.stack(arrays), *sources)
+    # Fused into what follows, copies of many arrays are branches of its loop and slow to compile.
+    stack = jax.lax.optimization_barrier(stack)
+    return jax.vmap(lambda row, inputs: _bits(row, inputs, program))(*stack)
+
+
+def _bits(row: _Row, inputs: Mapping[str, Any], program: _Program) -> list[jax.Array]:
+    magnitudes = kernel.magnitudes(METHODS[program.method], row.base, row.experts, inputs)
+    return [kernel.bits(magnitude) for magnitude in magnitudes]
+
+
+@functools.partial(jax.jit, static_argnames="program")
+def _counts(source: Any, candidates: jax.Array, program: _Program) -> jax.Array:
+    """Counts the magnitudes of each shard that reach candidates.
+
+    Args:
+        source: Of the parameters, see `_Counted`.
+        candidates: uint32 [parameters or 1, experts, candidates].
+        program: What is compiled.
+
+    Returns:
+        Words, uint32 [shards, 2, parameters, experts, candidates].
+    """
+    bits = source
+    if not isinstance(source, list):
+        bits = [array[None] for array in _bits(*source, program)]
+    return _per_shard(selection.count_at_least, program.sharding, bits, candidates, stacked=True)
+
+
+@functools.partial(jax.jit, static_argnames="shardings")
+def _next_prefixes(
+    counts: Sequence[jax.Array],
+    prefixes: jax.Array,
+    ranks: jax.Array,
+    shift: jax.Array,
+    shardings: Sequence[NamedSharding | None],
+) -> jax.Array:
+    """Adds the next digit to prefixes [groups, experts]: one group is all parameters together."""
+    words = []
+    pairs = zip(shardings, counts, strict=True)
+    for sharding, group in itertools.groupby(pairs, key=lambda pair: pair[0]):
+        shards = jnp.concatenate([part for _, part in group], axis=2)
+        words.append(_replicated(jnp.stack(uint64.sum_leading(shards)), sharding))
+    totals = jnp.concatenate(words, axis=1)
+    if len(ranks) == 1:
+        totals = jnp.stack(uint64.sum_leading(totals.swapaxes(0, 1)))[:, None]
+    return selection.next_prefixes(totals, prefixes, ranks, shift)

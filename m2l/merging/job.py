@@ -8,17 +8,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from m2l import __version__, checkpoints
+from m2l import __version__, checkpoints, storage
 from m2l.checkpoints import Manifest, identity, recorded
+from m2l.checkpoints.opening import HUGGINGFACE, ORBAX, Checkpoint
+from m2l.distributed import rank
 from m2l.errors import MergeError
 from m2l.merging import compatibility, data_driven, plan, results, sources
 from m2l.merging.compatibility import Roles
 from m2l.merging.methods import METHODS
 from m2l.merging.plan import Plan
 from m2l.merging.recipe import Recipe
-from m2l.merging.sources import HUGGINGFACE, ORBAX, Source
 from m2l.merging.thresholds import BINS
 
 
@@ -38,7 +37,7 @@ class Job:
         out: Where.
         vocabulary: Of an m2l checkpoint to be written.
         sizes: Name -> elements of all that is merged, in order.
-        mine: Of all of the result's, the names of this process.
+        mine: The names of which this process counts what must be known before.
         process: Which of how many processes this is.
         diagnostics: Whether to measure the task vectors.
         verify: Whether to check the inputs' digests.
@@ -46,10 +45,10 @@ class Job:
     """
 
     recipe: Recipe
-    base: Source | None
-    experts: tuple[Source, ...]
-    statistics: tuple[Source, ...]
-    reference: Source
+    base: Checkpoint | None
+    experts: tuple[Checkpoint, ...]
+    statistics: tuple[Checkpoint, ...]
+    reference: Checkpoint
     roles: Roles
     allowed: tuple[str, ...]
     to: str
@@ -70,8 +69,6 @@ class Job:
             "recipe": self.recipe.to_dict(),
             "inputs": [s.digest for s in (*self.used, self.reference)],
             "to": self.to,
-            "processes": self.process[1],
-            "block": self.plan.block,
             "diagnostics": self.diagnostics,
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -109,11 +106,11 @@ class Job:
             return (key, options) == (self.identity, exported)
 
         is_directory = exported is not None or self.to == HUGGINGFACE
-        name = recorded.MANIFEST if is_directory else identity.FILE_NAME
+        name = recorded.MANIFEST if is_directory else None
         return identity.finished(self.out, is_same, name)
 
     @property
-    def used(self) -> list[Source]:
+    def used(self) -> list[Checkpoint]:
         """The models that are read for what is merged, in the order in which blocks are."""
         first = [] if self.base is None else [self.base]
         return [*first, *self.experts, *self.statistics]
@@ -134,20 +131,23 @@ def prepare(
     diagnostics: bool = True,
     verify: bool = True,
     allow_differences: Sequence[str] = (),
+    subtree: str | None = None,
 ) -> Job:
     """Checks all that can be checked before a byte is read, and plans; see `merge`."""
-    process = process or (jax.process_index(), jax.process_count())
+    process = process or rank()
     if not 0 <= process[0] < process[1]:
         raise MergeError(f"process {process[0]} of {process[1]}: counted from 0")
     compatibility.check_counts(base is not None, len(experts), len(statistics), recipe)
-    paths = [Path(path).absolute() for path in ([] if base is None else [base])]
-    paths += [Path(path).absolute() for path in experts]
+    paths = [storage.path(path).absolute() for path in ([] if base is None else [base])]
+    paths += [storage.path(path).absolute() for path in experts]
     named = METHODS[recipe.method].draws or bool(recipe.exclude or recipe.scales)
-    opened, to = sources.open_all(paths, to, named=named, allowed=allow_differences)
-    beside, _ = sources.open_all([Path(path).absolute() for path in statistics], ORBAX)
+    opened, to = sources.open_all(
+        paths, to, named=named, allowed=allow_differences, subtree=subtree
+    )
+    beside, _ = sources.open_all([storage.path(path).absolute() for path in statistics], ORBAX)
     of_base, of_experts = (None, opened) if base is None else (opened[0], opened[1:])
     reference = of_experts[0] if of_base is None else of_base
-    out = Path(out).absolute()
+    out = storage.path(out).absolute()
     compatibility.check_destination(out, [source.path for source in (*opened, *beside)])
     roles = compatibility.assign_roles(opened, len(experts), recipe, allow_differences)
     compatibility.check_statistics(METHODS[recipe.method], of_experts, beside)
@@ -161,12 +161,10 @@ def prepare(
     of_base = of_base if method.needs_base else None
     diagnostics = diagnostics and method.needs_base and any(sizes.values())
     compatibility.warn_of_repetition([s for s in (of_base, *of_experts) if s is not None])
-    copied = {name: source.parameters[name].size for name, source in roles.copied.items()}
-    shares = plan.shares(sizes | copied, process[1])
+    shares = plan.shares(sizes, process[1])
     described = results.described(reference, recipe.dtype, roles)
     used = [s for s in (of_base, *of_experts, *beside) if s is not None]
     mine = frozenset(shares[process[0]])
-    mine |= {name for name, original in roles.repeated.items() if original in mine}
     readings = _readings(recipe)
     planned = plan.make(
         used,
@@ -179,6 +177,7 @@ def prepare(
         memory=memory,
         block=block,
         whole=_whole(reference, beside, names) if method.whole else 0,
+        to_orbax=to == ORBAX,
         out=out,
     )
     return Job(
@@ -220,7 +219,7 @@ def _states(recipe: Recipe, experts: int) -> int:
     return counts + (8 << 16) * experts * 4 * method.ranks
 
 
-def _whole(reference: Source, statistics: Sequence[Source], names: Sequence[str]) -> int:
+def _whole(reference: Checkpoint, statistics: Sequence[Checkpoint], names: Sequence[str]) -> int:
     """The most bytes that a kernel takes which is merged whole, with its Grams."""
     grams = statistics[0].parameters
     return max(
@@ -233,11 +232,14 @@ def _whole(reference: Source, statistics: Sequence[Source], names: Sequence[str]
     )
 
 
-def _vocabulary(candidates: Sequence[Source]) -> Mapping[str, Any]:
+def _vocabulary(candidates: Sequence[Checkpoint]) -> Mapping[str, Any]:
     # As the experts read it: the base may have been trained without their chat template.
     for source in candidates:
         if source.vocabulary is not None:
             return source.vocabulary
+    if not any(source.model for source in candidates):
+        # Of pytrees that m2l did not write; such a result can be merged, and not evaluated.
+        return {"name": None, "size": None, "fingerprint": None}
     raise MergeError(
         f"{candidates[0].path}: its vocabulary is not known to m2l: name the tokenizer with "
         "--vocabulary, or write --to huggingface"

@@ -23,11 +23,6 @@ by the upper 16 bits of the magnitude (and then a rescale goes before rescales).
 """
 
 
-WIDE = {"xla_cpu_prefer_vector_width": 512}
-"""For compiling what works on each element by itself: wider than XLA's choice on a CPU that can,
-where a block of dare_ties takes a quarter less time; the numbers are the same."""
-
-
 def float32(arrays: Sequence[jax.Array]) -> list[jax.Array]:
     """The arrays in the arithmetic's dtype."""
     return [array.astype(jnp.float32) for array in arrays]

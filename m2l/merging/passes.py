@@ -1,8 +1,9 @@
-"""One pass over a model's bytes: spans of its parameters, read and worked on by a few threads.
+"""One pass over a model's bytes: parts of its parameters, read and worked on by a few threads.
 
-Memory is what the threads' buffers hold, whatever the model; spans have one of two lengths, so that
-a jitted function is compiled at most twice; results come in the order of the spans, so that what
-they add up to does not depend on the threads.
+Memory is what the threads' buffers hold, whatever the model. A part that is read at once is worked
+on in pieces of one of two lengths, so that a jitted function is compiled at most twice for each
+form of place. Results come in the order of the parts, so that what they add up to does not depend
+on the threads.
 """
 
 import collections
@@ -10,60 +11,45 @@ import dataclasses
 import mmap
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import jax
 import numpy as np
 
-T = TypeVar("T")
+from m2l.checkpoints.spans import Span, TensorReader, cut
+
+S, T = TypeVar("S"), TypeVar("T")
 
 BLOCK = 1 << 19
-"""Elements of a long span, and the most: of 2^18 dispatch, 0.2 ms, costs more than is saved, and of
-2^20 the padding of what does not fill them; both took a twentieth more time."""
+"""Elements of a long piece, and the most: of 2^18 dispatch, 0.2 ms, costs more than is saved, and
+of 2^20 the padding of what does not fill them; both took a twentieth more time."""
 
 SHORT = 1 << 14
-"""Elements of a short span: norms and biases, and what is left at the end of a parameter."""
+"""Elements of a short piece: norms and biases, and what is left at the end of a parameter."""
 
-
-class Stored(Protocol):
-    """A parameter on disk."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    size: int
-
-    def read_into(self, start: int, stop: int, out: np.ndarray) -> None:
-        """Reads elements [start, stop) in row-major order into `out`, 1-D and of the dtype."""
+LARGE_CHUNK = 64 << 20
+"""Bytes of a decoded chunk from which on one thread at a time decodes any."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Span:
-    """Elements [start, stop) of a parameter, in row-major order."""
+class Piece:
+    """Elements of a span that are worked on at once.
 
-    name: str
-    start: int
-    stop: int
+    Attributes:
+        span: The span.
+        first: The first of them, counted in the span.
+        size: How many there are.
+    """
 
-    @property
-    def size(self) -> int:
-        """How many they are."""
-        return self.stop - self.start
-
-
-def spans(sizes: Mapping[str, int], block: int) -> list[Span]:
-    """Cuts parameters into spans of at most `block` elements, the largest parameters first."""
-    return [
-        Span(name, start, min(start + block, sizes[name]))
-        for name in sorted(sizes, key=sizes.get, reverse=True)
-        for start in range(0, sizes[name], block)
-    ]
+    span: Span
+    first: int
+    size: int
 
 
 def padded(size: int, block: int) -> int:
-    """The length that a span of `size` elements is filled up to."""
+    """The length that a piece of `size` elements is filled up to."""
     return SHORT if size <= SHORT < block else block
 
 
@@ -72,19 +58,26 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def grid(sources: Sequence[Mapping[str, TensorReader]], name: str) -> tuple[int, ...] | None:
+    """The boxes in which a parameter is best read: those of the first source that has any."""
+    chunks = (source[name].chunk for source in sources if name in source)
+    return next((chunk for chunk in chunks if chunk is not None), None)
+
+
 class Buffers:
     """Memory of one thread that spans are read into, again and again."""
 
     def __init__(self) -> None:
-        self._arrays: dict[tuple, np.ndarray] = {}
+        self._arrays: dict[object, np.ndarray] = {}
 
     def take(self, key: object, length: int, dtype: np.dtype) -> np.ndarray:
         """The thread's array for `key`: of whole pages, so that JAX can use it without copying."""
-        found = self._arrays.get((key, length, dtype))
-        if found is None:
-            found = np.frombuffer(mmap.mmap(-1, length * dtype.itemsize), dtype)
-            self._arrays[key, length, dtype] = found
-        return found
+        nbytes = max(1, length * dtype.itemsize)
+        memory = self._arrays.get(key)
+        if memory is None or memory.nbytes < nbytes:
+            memory = np.frombuffer(mmap.mmap(-1, nbytes), np.uint8)
+            self._arrays[key] = memory
+        return memory[: length * dtype.itemsize].view(dtype)
 
 
 class Pass:
@@ -93,12 +86,22 @@ class Pass:
     Args:
         sources: Of each source the parameters by name.
         threads: How many.
+        block: The most elements of a piece.
+        at_once: The most elements of a parameter that is stored in chunks that are read at once.
     """
 
-    def __init__(self, sources: Sequence[Mapping[str, Stored]], threads: int):
-        self._sources, self._threads = sources, threads
+    def __init__(
+        self,
+        sources: Sequence[Mapping[str, TensorReader]],
+        threads: int,
+        block: int,
+        at_once: int,
+    ):
+        self.sources, self.block, self.at_once = sources, block, at_once
+        self._threads = threads
         self._local = threading.local()
         self._devices = jax.local_devices()
+        self._large = threading.Lock()
         self.pool = ThreadPoolExecutor(threads)
 
     def __enter__(self) -> "Pass":
@@ -113,40 +116,82 @@ class Pass:
             self._local.buffers = Buffers()
         return self._local.buffers
 
-    def read(self, span: Span, length: int) -> list[np.ndarray]:
+    def spans(self, names: Iterable[str], block: int | None = None) -> list[Span]:
+        """Cuts parameters into what is read at once: chunks, or else blocks."""
+        found = []
+        for name in names:
+            shape = next(source[name] for source in self.sources if name in source).shape
+            chunk = grid(self.sources, name)
+            found += cut(name, tuple(shape), chunk, self.at_once if chunk else block or self.block)
+        return found
+
+    def read(self, span: Span, block: int) -> list[np.ndarray]:
         """The span of every source, padded with zeros; valid until the thread's next call."""
         arrays = []
-        for index, source in enumerate(self._sources):
+        length = padded(span.size, block)
+        length = -(-span.size // length) * length
+        for index, source in enumerate(self.sources):
             stored = source[span.name]
             array = self.buffers().take(index, length, stored.dtype)
-            stored.read_into(span.start, span.stop, array[: span.size])
+            self.read_stored(stored, span, array[: span.size])
             array[span.size :] = 0
             arrays.append(array)
         return arrays
 
-    def run(
-        self, spans: Sequence[Span], act: Callable[[Span, list[np.ndarray]], T], block: int
-    ) -> Iterator[tuple[Span, T]]:
-        """Calls `act(span, arrays)` for each span in some thread; yields results in order.
+    def read_stored(self, stored: TensorReader, span: Span, out: np.ndarray) -> None:
+        """Reads a span of a parameter; of large chunks one at a time is in memory."""
+        nbytes = int(np.prod(stored.chunk or 0, dtype=np.int64)) * stored.dtype.itemsize
+        if nbytes < LARGE_CHUNK:
+            stored.read_span(span, out)
+        else:
+            with self._large:
+                stored.read_span(span, out)
 
-        The arrays are padded to `block`, or SHORT. They are NumPy arrays, the thread's buffers,
-        valid until its next span. Where there are several devices, what `act` compiles runs on one
-        of them in turn.
+    def pieces(
+        self, span: Span, block: int | None = None
+    ) -> Iterator[tuple[Piece, list[np.ndarray]]]:
+        """Reads a span and yields its pieces, padded to `block` or SHORT, of every source.
+
+        The arrays are NumPy arrays, the thread's buffers, valid until its next span.
+        """
+        block = block or self.block
+        arrays = self.read(span, block)
+        length = padded(span.size, block)
+        for first in range(0, span.size, length):
+            piece = Piece(span, first, min(length, span.size - first))
+            yield piece, [array[first : first + length] for array in arrays]
+
+    def run(
+        self,
+        spans: Sequence[Span],
+        act: Callable[[Piece, list[np.ndarray]], T],
+        block: int | None = None,
+    ) -> Iterator[tuple[Span, list[T]]]:
+        """Calls `act(piece, arrays)` for each piece of each span; yields results in order."""
+
+        def step(span: Span) -> list[T]:
+            return [act(piece, arrays) for piece, arrays in self.pieces(span, block)]
+
+        yield from self.map(step, spans)
+
+    def map(self, step: Callable[[S], T], items: Iterable[S]) -> Iterator[tuple[S, T]]:
+        """Calls `step(item)` for each item in some thread; yields results in order.
+
+        Where there are several devices, what `step` compiles runs on one of them in turn.
         """
 
-        def step(index: int, span: Span) -> T:
-            arrays = self.read(span, padded(span.size, block))
+        def on_device(index: int, item: S) -> T:
             if len(self._devices) == 1:
-                return act(span, arrays)
+                return step(item)
             with jax.default_device(self._devices[index % len(self._devices)]):
-                return act(span, arrays)
+                return step(item)
 
-        waiting: collections.deque[tuple[Span, Future[T]]] = collections.deque()
-        for index, span in enumerate(spans):
-            waiting.append((span, self.pool.submit(step, index, span)))
+        waiting: collections.deque[tuple[S, Future[T]]] = collections.deque()
+        for index, item in enumerate(items):
+            waiting.append((item, self.pool.submit(on_device, index, item)))
             if len(waiting) > 2 * self._threads:
-                span, future = waiting.popleft()
-                yield span, future.result()
+                item, future = waiting.popleft()
+                yield item, future.result()
         while waiting:
-            span, future = waiting.popleft()
-            yield span, future.result()
+            item, future = waiting.popleft()
+            yield item, future.result()

@@ -7,13 +7,19 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+from m2l.checkpoints import zarr
+from m2l.checkpoints.digest import is_digest
+from m2l.checkpoints.opening import Checkpoint, recorded_digest
+from m2l.checkpoints.spans import Span
 from m2l.errors import MergeError
-from m2l.merging.passes import BLOCK, SHORT, cores
-from m2l.merging.sources import Source, held
+from m2l.merging.passes import BLOCK, LARGE_CHUNK, SHORT, cores
+from m2l.merging.sources import memory_of
+
+K = TypeVar("K")
 
 DEFAULT_MEMORY = 1 << 30
 
@@ -64,8 +70,9 @@ class Plan:
         read: Bytes that this process reads, all readings together.
         write: Bytes that it writes.
         readings: How many times the inputs are read.
-        verified: Bytes of inputs whose digests are checked.
+        verified: Bytes of inputs that are read once more for their SHA-256.
         block: Elements of a block.
+        at_once: Elements of a chunk, or of a part of one, that are read at once.
         blocks: How many blocks this process merges.
         threads: How many threads work.
         memory: Bytes that the process will hold in memory at most.
@@ -82,6 +89,7 @@ class Plan:
     readings: int
     verified: int
     block: int
+    at_once: int
     blocks: int
     threads: int
     memory: int
@@ -120,7 +128,7 @@ class Plan:
 
 
 def make(
-    sources: Sequence[Source],
+    sources: Sequence[Checkpoint],
     sizes: Mapping[str, int],
     mine: Sequence[str],
     *,
@@ -131,7 +139,8 @@ def make(
     memory: int | None,
     block: int | None,
     whole: int,
-    out: Path,
+    to_orbax: bool,
+    out: Any,
 ) -> Plan:
     """Works out blocks and threads that keep to the memory limit.
 
@@ -146,6 +155,7 @@ def make(
         memory: The limit; None: 1 GiB, or what a process that holds much already needs.
         block: Elements of a block; None: chosen by the limit.
         whole: The most bytes that a parameter takes which is merged at once; 0: none is.
+        to_orbax: Whether the result is written by chunks.
         out: Where the result goes.
 
     Raises:
@@ -156,20 +166,39 @@ def make(
         raise MergeError(f"a block of {block:,} elements: it may have 1 to {BLOCK:,}")
     # A Gram checkpoint may have no parameters.
     widths = [max((p.dtype.itemsize for p in s.parameters.values()), default=0) for s in sources]
-    element = sum(widths) + 4 * len(sources) + 8
+    kernel = 4 * len(sources) + 8
+    chunks = _chunks(sources, sizes)
+    longest = max((length for length, _, _ in chunks), default=0)
+    # As it is stored, decoded, and as it is handed over.
+    decoded = 3 * max((length * width for length, width, _ in chunks), default=0)
     memory = memory or max(DEFAULT_MEMORY, resident() + (DEFAULT_MEMORY >> 1))
-    fixed = resident() + _OVERHEAD + states + sum(map(held, sources)) + whole
+    fixed = resident() + _OVERHEAD + states + sum(map(memory_of, sources)) + whole
     largest = max(sizes.values())
+    result_width = max((dtype.itemsize for _, dtype in described.values()), default=0)
 
-    def needs(block: int, threads: int) -> int:
-        return fixed + (threads + 1) * min(block, max(largest, SHORT)) * element
+    def needs(block: int, at_once: int, threads: int) -> int:
+        length = min(block, max(largest, SHORT))
+        read = max(length, at_once if longest else 0)
+        # Chunks of the result, and one more where they are not one piece of memory.
+        written = max(zarr.CHUNK_BYTES, result_width * at_once) + zarr.CHUNK_BYTES
+        a_thread = read * sum(widths) + min(written, 2 * result_width * largest) * to_orbax
+        at_a_time = threads if decoded < LARGE_CHUNK else 1
+        # One block more: what the threads' results leave for the next.
+        blocks = (threads + 1) * length * kernel + length * sum(widths)
+        return fixed + threads * a_thread + blocks + at_a_time * decoded
+
+    def cost(choice: tuple[int, int, int]) -> tuple[float, ...]:
+        size, at_once, threads = choice
+        decoding = sum(-(-length // at_once) * elements for length, _, elements in chunks)
+        return -size, decoding / min(threads, cores()), -threads
 
     choices = [
-        (size, threads)
+        (size, max(longest >> halved, size), threads)
         for size in ([block] if block else [BLOCK, BLOCK >> 2, _SMALLEST])
+        for halved in range(8 if longest else 1)
         for threads in (cores() + 1, cores(), 1)
     ]
-    fitting = [choice for choice in choices if needs(*choice) <= memory]
+    fitting = sorted((choice for choice in choices if needs(*choice) <= memory), key=cost)
     if not fitting:
         least = min(needs(*choice) for choice in choices)
         raise MergeError(
@@ -177,7 +206,7 @@ def make(
             f"that works ({len(sources)} models at once, and {spell(fixed)} for all else"
             + (f", {spell(whole)} of it for the largest kernel and its Grams)" if whole else ")")
         )
-    size, threads = fitting[0]
+    size, at_once, threads = fitting[0]
     size = min(size, max(largest, SHORT))
     share = sum(sizes[name] for name in mine)
     total = sum(sizes.values())
@@ -187,8 +216,16 @@ def make(
         for name in mine
         if name in source.parameters
     )
+    verified = sum(
+        source.parameters[name].size * source.parameters[name].dtype.itemsize
+        for source in sources
+        for name in mine
+        if verify and name in source.parameters
+        if (recorded := recorded_digest(source.parameters[name])) and not is_digest(recorded)
+    )
     result = sum(math.prod(shape) * dtype.itemsize for shape, dtype in described.values())
-    parent = next((p for p in (out, *out.parents) if p.is_dir()), None)
+    local = (out, *out.parents) if isinstance(out, Path) else ()
+    parent = next((p for p in local if p.is_dir()), None)
     status = None if parent is None else os.statvfs(parent)
     return Plan(
         parameters=total,
@@ -197,19 +234,26 @@ def make(
         read=stored * (readings + 1),
         write=result * share // max(1, total),
         readings=readings + 1,
-        verified=stored if verify else 0,
+        verified=verified,
         block=size,
+        at_once=at_once,
         blocks=sum(-(-sizes[name] // size) for name in mine),
         threads=threads,
-        memory=needs(size, threads),
+        memory=needs(size, at_once, threads),
         free=None if status is None else status.f_bavail * status.f_frsize,
         size=result,
         whole=whole,
     )
 
 
-def shares(sizes: Mapping[str, int], processes: int) -> list[list[str]]:
-    """Cuts parameters into consecutive parts of about equal size, one for each process."""
+def _chunks(sources: Sequence[Checkpoint], sizes: Mapping[str, int]) -> list[tuple[int, int, int]]:
+    """Of each parameter in chunks: elements of a chunk, bytes of an element, and its elements."""
+    stored = [s.parameters[name] for s in sources for name in sizes if name in s.parameters]
+    return [(math.prod(p.chunk), p.dtype.itemsize, p.size) for p in stored if p.chunk is not None]
+
+
+def shares(sizes: Mapping[K, int], processes: int) -> list[list[K]]:
+    """Cuts parameters, or units, into consecutive parts of about equal size, one a process."""
     total, parts, done = sum(sizes.values()), [[] for _ in range(processes)], 0
     for name, size in sizes.items():
         # By where its middle lies.
@@ -225,7 +269,8 @@ def measure_bandwidth(job: Any) -> float:
     for source in job.used:
         for stored in source.parameters.values():
             count = min(stored.size, buffer.nbytes // stored.dtype.itemsize)
-            stored.read_into(0, count, buffer.view(stored.dtype)[:count])
+            span = Span(stored.name, 0, count)
+            stored.read_span(span, buffer[: count * stored.dtype.itemsize].view(stored.dtype))
             read += count * stored.dtype.itemsize
             if read >= _MEASURED:
                 break

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from m2l.checkpoints import uint64
+from m2l.checkpoints.spans import Span
 from m2l.errors import MergeError
-from m2l.merging import uint64
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = np.uint32(0x1BD11BDA)
@@ -51,61 +52,92 @@ def threefry2x32(key: jax.Array, counter: tuple[jax.Array, jax.Array]) -> list[j
 
 
 def straight(start: int) -> np.ndarray:
-    """Where a part of a parameter begins, for `words`: at element `start`, in row-major order."""
-    return np.array([*uint64.split(start), 0, 1, _LAST], np.uint32)
+    """Returns the place of consecutive elements of a parameter, from `start` on: see `words`."""
+    return uint64.split(start)
+
+
+def boxed(span: Span, element: int = 0) -> np.ndarray:
+    """Returns the place of a span's elements from its element `element` on."""
+    if span.rows == 1:
+        return straight(span.start + element)
+    row, column = divmod(element, span.columns)
+    return _strided(span.start + row * span.stride, column, span.columns, span.stride, 1,
+                    span.rows * span.stride)  # fmt: skip
 
 
 def transposed(start: int, shape: Sequence[int]) -> np.ndarray:
-    """The same of a matrix that is stored transposed, [rows, columns].
+    """Returns the place of consecutive elements of a matrix that is stored transposed.
 
     The draws are those of the parameter as m2l stores it, so that it does not matter whose files it
     is merged from.
 
+    Args:
+        start: The first element, as the matrix is stored.
+        shape: [rows, columns], as it is stored. Of one axis: it is not transposed, and its place
+            has the same form, so that one compiled program does for both.
+
     Raises:
         MergeError: A side of the matrix is longer than a word counts.
     """
+    if len(shape) != 2:
+        return _strided(start, 0, _LAST, 0, 1, 0)
     if max(shape) > _LONGEST_SIDE:
         raise MergeError(
             f"a transposed matrix {list(shape)}: random drops need sides of at most "
             f"{_LONGEST_SIDE:,}; merge it as an m2l checkpoint (m2l convert)"
         )
-    place = [*divmod(start, shape[1]), *shape]
-    return np.array(place if math.prod(shape) > _LAST else [0, *place], np.uint32)
+    row, column = divmod(start, shape[1])
+    return _strided(row, column, shape[1], 1, shape[0], math.prod(shape))
+
+
+def _strided(
+    start: int, first: int, columns: int, down: int, across: int, largest: int
+) -> np.ndarray:
+    """Returns the place of elements of which the i-th is at start + r * down + c * across.
+
+    r and c are the quotient and remainder of first + i by `columns`. No sum exceeds `largest`.
+    """
+    strides = [down, across]
+    if largest > _LAST:
+        strides = [word for stride in strides for word in uint64.split(stride)]
+    return np.array([*uint64.split(start), first, columns, *strides], np.uint32)
 
 
 def words(keys: jax.Array, experts: int, shape: Sequence[int], place: jax.Array) -> list[jax.Array]:
-    """A random word for each entry and expert.
+    """Returns a random word for each entry and expert.
 
     Args:
         keys: Of the parameter, as `keys` gives them.
         experts: How many there are.
-        shape: Of the part of the parameter: consecutive elements as they are stored.
-        place: Where they begin, of `straight` or `transposed`: one program for both, and another
-            for transposed matrices of 2^32 elements or more. A part of so many is `straight`.
+        shape: Of the part of the parameter.
+        place: Where its entries are in the parameter as m2l stores it: of `straight`, `boxed` or
+            `transposed`. Each form of a place is a compiled program of its own: consecutive
+            elements, strided ones, and strided ones of 2^32 elements or more.
 
     Returns:
         A uint32 array of `shape` per expert.
     """
-    counter = _counters(shape, place)
+    counter = positions(shape, place)
     found = [word for key in keys for word in threefry2x32(key, counter)]
     return found[:experts]
 
 
-def _counters(shape: Sequence[int], place: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The index of each entry in its parameter, as m2l stores it: high word, low word."""
-    size = math.prod(shape)
+def positions(shape: Sequence[int], place: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the position of each entry in its parameter: high word, low word, uint32."""
+    start, size = place[:2], math.prod(shape)
     if size > _LAST:
-        return uint64.add(uint64.iota(shape), place[:2])
+        return uint64.add(uint64.iota(shape), start)
     step = jax.lax.iota(jnp.uint32, size).reshape(shape)
-    if len(place) == 4:
-        row, column, rows, columns = place
-        down, across = _divided(column + step, columns)
-        zero = jnp.uint32(0)
-        return uint64.add(uint64.multiply((zero, across), (zero, rows)), (zero, row + down))
-    high, row, column, rows, columns = place
-    down, across = _divided(column + step, columns)
-    low = across * rows + row + down
-    return high + (low < row).astype(jnp.uint32), low
+    if len(place) == 2:
+        high = jnp.zeros((), jnp.uint32)
+        return uint64.add((high, step), start)
+    row, column = _divided(place[2] + step, place[3])
+    if len(place) == 6:
+        return uint64.add((jnp.uint32(0), row * place[4] + column * place[5]), start)
+    zero = jnp.uint32(0)
+    down = uint64.multiply((zero, row), place[4:6])
+    across = uint64.multiply((zero, column), place[6:8])
+    return uint64.add(uint64.add(down, across), start)
 
 
 def _divided(number: jax.Array, by: jax.Array) -> tuple[jax.Array, jax.Array]:

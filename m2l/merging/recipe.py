@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from m2l import files
+from m2l import files, storage
 from m2l.errors import MergeError, UnknownNameError
-from m2l.files import check_local
 from m2l.merging.method import REQUIRED, Consensus
 from m2l.merging.methods import METHODS
 
@@ -286,7 +285,7 @@ class Recipe:
         Raises:
             MergeError: It cannot be read, or as `from_dict` says.
         """
-        check_local(file)
+        file = storage.path(file)
         advice = "if it was edited on purpose, remove its checksum"
         values = files.read_record(
             file, required=False, finite=True, error=MergeError, advice=advice

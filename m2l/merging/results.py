@@ -1,10 +1,16 @@
-"""What a merge writes: blocks into files of full size, in any order, and the description after."""
+"""What a merge writes, in units that are there whole or not at all, and the description after.
+
+A unit is one chunk of an Orbax result, or one file of a Hugging Face directory. Several processes
+share them; a merge that goes on takes those that are there.
+"""
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,73 +18,341 @@ import jax.numpy as jnp
 import numpy as np
 
 from m2l import checkpoints
-from m2l.checkpoints import Extents, Manifest, huggingface_directory, recorded, safetensors
+from m2l.checkpoints import Manifest, huggingface_directory, recorded, safetensors, saving, zarr
+from m2l.checkpoints.extents import reserve
+from m2l.checkpoints.opening import Checkpoint
+from m2l.checkpoints.pytrees import Tree
+from m2l.checkpoints.reading import PARAMS
+from m2l.checkpoints.safetensors import StoredTensor
+from m2l.checkpoints.spans import Span, boxes, cut, cut_box
 from m2l.checkpoints.tensor_kinds import is_buffer, is_float
-from m2l.errors import CheckpointError
+from m2l.checkpoints.zarr import TensorWriter
 from m2l.merging.compatibility import Roles
-from m2l.merging.passes import Span
-from m2l.merging.sources import HUGGINGFACE, Source
+
+ArraySpec = tuple[tuple[int, ...], np.dtype]
+Box = tuple[slice, ...]
 
 _READ = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
-class Result:
-    """The files of a merge, before they are published.
+class Unit:
+    """What is written whole or not at all.
 
     Attributes:
-        directory: Where they are.
-        format: "orbax" or "huggingface".
-        described: name -> (shape, dtype) of every parameter.
-        extents: Where its elements lie.
+        key: The name of a tensor and the number of a chunk, or a file.
+        size: How many elements are in it.
+        box: Of a chunk, what it is of the tensor.
     """
 
-    directory: Path
-    format: str
-    described: Mapping[str, tuple[tuple[int, ...], np.dtype]]
-    extents: Mapping[str, Extents]
+    key: tuple[str, int]
+    size: int
+    box: Box | None = None
 
-    def write(self, span: Span, block: np.ndarray) -> int:
-        """Writes the elements of a span; returns their checksum."""
-        self.extents[span.name].write_from(block, span.start)
-        return _checksum(block)
 
-    def verify(self, name: str, parts: Sequence[tuple[Span, int]]) -> str:
-        """Reads a parameter again and compares it with the checksums of its spans.
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A part of a tensor of the result that one thread makes.
 
-        Returns:
-            Its SHA-256, in hex.
+    Attributes:
+        name: The tensor's.
+        spans: What is read at once, in order; together they are the part.
+        units: What the part belongs to.
+        box: Of whole chunks, what they are of the tensor together.
+    """
 
-        Raises:
-            CheckpointError: The files do not hold what was written.
+    name: str
+    spans: tuple[Span, ...]
+    units: tuple[Unit, ...]
+    box: Box | None = None
+
+    @property
+    def size(self) -> int:
+        """How many elements it has."""
+        return sum(span.size for span in self.spans)
+
+    def view(self, part: np.ndarray, span: Span, shape: tuple[int, ...]) -> np.ndarray:
+        """The elements of a span in memory of the part, 1-D; of the span's size or its shape."""
+        if self.box is None:
+            first = span.start - self.spans[0].start
+            return part[first : first + span.size]
+        origin, sides = _origin(self.box), _sides(self.box)
+        if span.index is not None:
+            inside = (
+                slice(axis.start - o, axis.stop - o)
+                for axis, o in zip(span.index, origin, strict=True)
+            )
+            return part.reshape(sides)[tuple(inside)]
+        if not shape:
+            return part
+        place = np.subtract(np.unravel_index(span.start, shape), origin)
+        first = int(np.ravel_multi_index(tuple(place), sides))
+        return part[first : first + span.size]
+
+
+def _origin(box: Box) -> tuple[int, ...]:
+    return tuple(axis.start for axis in box)
+
+
+def _sides(box: Box) -> tuple[int, ...]:
+    return tuple(axis.stop - axis.start for axis in box)
+
+
+class OrbaxResult:
+    """The arrays of an m2l checkpoint, in chunks.
+
+    Args:
+        directory: The checkpoint's, a local or remote path.
+        described: name -> (shape, dtype) of every parameter.
+        grid: Returns the boxes in which a parameter is best read; None: rows.
+        tree: Orbax's description of the tree of parameters; None: nested dicts.
+    """
+
+    def __init__(
+        self,
+        directory: Any,
+        described: Mapping[str, ArraySpec],
+        grid: Callable[[str], tuple[int, ...] | None],
+        tree: Tree | None = None,
+    ):
+        self.directory, self.described = directory, described
+        self._grids = {name: grid(name) for name in described}
+        item = directory / PARAMS
+        self._writers = {
+            name: TensorWriter(
+                saving.array_directory(item, name, tree),
+                name,
+                shape,
+                dtype,
+                zarr.chunk_shape(shape, dtype.itemsize, self._grids[name]),
+            )
+            for name, (shape, dtype) in described.items()
+        }
+
+    def create(self) -> None:
+        """Writes what is beside the chunks."""
+        if isinstance(self.directory, Path):
+            self.directory.mkdir(parents=True, exist_ok=True)
+        for writer in self._writers.values():
+            writer.create()
+
+    def units(self) -> list[Unit]:
+        """Every chunk, in an order in which those of one box of the grid follow one another."""
+        units = []
+        for name, writer in self._writers.items():
+            chunks = [*boxes(writer.shape, writer.chunk)]
+            if (cells := self._grids[name]) is not None:
+                chunks.sort(key=lambda box, cells=cells: (_cell(box, cells), _origin(box)))
+            units += [
+                Unit((name, number), math.prod(_sides(box)), box)
+                for number, box in enumerate(chunks)
+            ]
+        return units
+
+    def finished(self) -> Callable[[Unit], bool]:
+        """Returns what tells whether a unit is there."""
+        keys = {name: writer.finished() for name, writer in self._writers.items()}
+        return lambda unit: self._writers[unit.key[0]].has(unit.box, keys[unit.key[0]])
+
+    def read(self, unit: Unit) -> Iterator[tuple[Span, np.ndarray]]:
+        """Yields the elements of a unit that is there, by spans, 1-D."""
+        part = np.ascontiguousarray(self._writers[unit.key[0]].read(unit.box)).reshape(-1)
+        yield from self.cut(Task(unit.key[0], (), (unit,), unit.box), unit, part)
+
+    def cut(self, task: Task, unit: Unit, part: np.ndarray) -> Iterator[tuple[Span, np.ndarray]]:
+        """Yields the elements of a unit, 1-D by spans, of what a task has made."""
+        shape = self.described[task.name][0]
+        for span in cut_box(task.name, shape, unit.box, max(1, unit.size)):
+            yield span, np.ascontiguousarray(task.view(part, span, shape)).reshape(-1)
+
+    def tasks(self, units: Sequence[Unit], block: int, at_once: int) -> Iterator[Task]:
+        """Cuts units into what one thread makes: whole chunks, and what is read together.
+
+        Args:
+            units: Of those of `units`, in order.
+            block: The most elements that are read at once of rows.
+            at_once: The same of boxes, which may be several chunks of the result.
         """
-        extents, digest = self.extents[name], hashlib.sha256()
-        buffer = np.empty(min(_READ, max(1, extents.size)), extents.dtype)
-        for span, wanted in parts:
-            found = 0
-            for start in range(span.start, span.stop, _READ):
-                part = buffer[: min(_READ, span.stop - start)]
-                extents.read_into(part, start)
-                found = (found + _checksum(part)) % 2**64
-                digest.update(part.view(np.uint8))
-            if found != wanted:
-                raise CheckpointError(
-                    f"{self.directory}: {name} was written but reads differently from {span.start} "
-                    "on: the disk is failing; choose another --out"
-                )
+        for name, group in itertools.groupby(units, key=lambda unit: unit.key[0]):
+            shape, cells = self.described[name][0], self._grids[name]
+            for chunks in _joined(list(group), cells, at_once):
+                box = _hull(chunks)
+                spans = [*self._spans(name, shape, cells, box, block, at_once)]
+                yield Task(name, tuple(spans), tuple(chunks), box)
+
+    def _spans(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        cells: tuple[int, ...] | None,
+        box: Box,
+        block: int,
+        at_once: int,
+    ) -> Iterator[Span]:
+        if cells is None:
+            yield from cut_box(name, shape, box, block)
+            return
+        ranges = [
+            range(axis.start // side, -(-axis.stop // side))
+            for axis, side in zip(box, cells, strict=True)
+        ]
+        for place in itertools.product(*ranges):
+            part = tuple(
+                slice(max(axis.start, i * side), min(axis.stop, (i + 1) * side))
+                for axis, i, side in zip(box, place, cells, strict=True)
+            )
+            yield from cut_box(name, shape, part, at_once)
+
+    def whole(self, units: Sequence[Unit], name: str) -> Task:
+        """Returns the task of a tensor that is made at once."""
+        shape = self.described[name][0]
+        box = tuple(slice(0, length) for length in shape)
+        span = Span(name, 0, math.prod(shape))
+        return Task(name, (span,), tuple(u for u in units if u.key[0] == name), box)
+
+    def write(self, task: Task, part: np.ndarray) -> None:
+        """Writes what a task has made, 1-D, row-major."""
+        origin, whole = _origin(task.box), part.reshape(_sides(task.box))
+        for unit in task.units:
+            inside = tuple(
+                slice(axis.start - o, axis.stop - o)
+                for axis, o in zip(unit.box, origin, strict=True)
+            )
+            self._writers[task.name].write(unit.box, whole[inside])
+
+
+def _cell(box: Box, cells: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(axis.start // side for axis, side in zip(box, cells, strict=True))
+
+
+def _hull(units: Sequence[Unit]) -> Box:
+    first, last = units[0].box, units[-1].box
+    return tuple(slice(a.start, b.stop) for a, b in zip(first, last, strict=True))
+
+
+def _joined(
+    units: Sequence[Unit], cells: tuple[int, ...] | None, at_once: int
+) -> Iterator[list[Unit]]:
+    """Joins chunks that are a box together, within one box of the grid."""
+    group: list[Unit] = []
+    for unit in units:
+        joins = group and cells is not None
+        if joins:
+            hull = _hull([*group, unit])
+            size = sum(each.size for each in group) + unit.size
+            joins = (
+                size <= at_once
+                and math.prod(_sides(hull)) == size
+                and _cell(unit.box, cells) == _cell(group[0].box, cells)
+            )
+        if group and not joins:
+            yield group
+            group = []
+        group.append(unit)
+    if group:
+        yield group
+
+
+class ShardedResult:
+    """The safetensors files of a Hugging Face directory.
+
+    Args:
+        directory: Where they are made.
+        described: name -> (shape, dtype) of every tensor.
+        shard_size: The most bytes of a file of several tensors.
+    """
+
+    def __init__(self, directory: Any, described: Mapping[str, ArraySpec], shard_size: int):
+        self.directory, self.described = directory, described
+        # Objects are written whole: the files of a bucket are made here, and uploaded one by one.
+        self._local: Any = directory
+        if not isinstance(directory, Path):
+            self._temporaries = tempfile.TemporaryDirectory(prefix="m2l-")
+            self._local = Path(self._temporaries.name)
+        shards = safetensors.plan_shards(described, shard_size)
+        self._layouts, self._index = safetensors.lay_out(described, shards)
+        self._tensors = {
+            name: StoredTensor(self._temporary(number), name, *described[name], offset)
+            for number, layout in enumerate(self._layouts)
+            for name, offset in layout.offsets.items()
+        }
+        self.files = {
+            name: number for number, layout in enumerate(self._layouts) for name in layout.offsets
+        }
+
+    def _temporary(self, number: int) -> Path:
+        return self._local / f".{self._layouts[number].file}.tmp"
+
+    def create(self) -> None:
+        """Writes what is beside the files of tensors."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        if self._index is not None:
+            zarr.put(self.directory / safetensors.INDEX, self._index)
+
+    def units(self) -> list[Unit]:
+        """Every file."""
+        return [
+            Unit((layout.file, number), sum(self._tensors[n].size for n in layout.offsets))
+            for number, layout in enumerate(self._layouts)
+        ]
+
+    def finished(self) -> Callable[[Unit], bool]:
+        """Returns what tells whether a unit is there."""
+        return lambda unit: (self.directory / unit.key[0]).is_file()
+
+    def tasks(self, units: Sequence[Unit], block: int, at_once: int) -> Iterator[Task]:
+        """Makes the files of units, and cuts these into blocks, as `OrbaxResult.tasks` does."""
+        for unit in units:
+            layout = self._layouts[unit.key[1]]
+            temporary = self._temporary(unit.key[1])
+            temporary.unlink(missing_ok=True)
+            reserve(temporary, layout.size, layout.header)
+            for name in layout.offsets:
+                for span in cut(name, self.described[name][0], None, block):
+                    yield Task(name, (span,), (unit,))
+
+    def whole(self, units: Sequence[Unit], name: str) -> Task:
+        """Returns the task of a tensor that is made at once."""
+        unit = next(unit for unit in units if unit.key[1] == self.files[name])
+        return Task(name, (Span(name, 0, self._tensors[name].size),), (unit,))
+
+    def write(self, task: Task, part: np.ndarray) -> None:
+        """Writes what a task has made."""
+        self._tensors[task.name].extents.write_from(part, task.spans[0].start)
+
+    def sha256(self, name: str, unit_is_there: bool) -> str:
+        """Returns the SHA-256, in hex, of a tensor's bytes as they are stored."""
+        tensor, digest = self._tensors[name], hashlib.sha256()
+        if unit_is_there:
+            file = self.directory / self._layouts[self.files[name]].file
+            tensor = dataclasses.replace(tensor, file=file)
+        buffer = np.empty(min(_READ, max(1, tensor.size)), tensor.dtype)
+        for start in range(0, tensor.size, _READ):
+            part = buffer[: min(_READ, tensor.size - start)]
+            tensor.read_into(start, start + part.size, part)
+            digest.update(part.view(np.uint8))
         return digest.hexdigest()
 
+    def tensors(self, unit: Unit) -> list[str]:
+        """The names of a file's tensors."""
+        return [*self._layouts[unit.key[1]].offsets]
 
-def _checksum(block: np.ndarray) -> int:
-    """The sum of a block's 64-bit words: fast, and tells bytes that are missing or elsewhere."""
-    data = block.view(np.uint8)
-    whole = data.size // 8 * 8
-    words = int(data[:whole].view(np.uint64).sum(dtype=np.uint64))
-    return (words + int.from_bytes(data[whole:].tobytes(), "little")) % 2**64
+    def finish(self, unit: Unit) -> None:
+        """Gives a file of which all is written its name, when it is on the disk."""
+        temporary, file = self._temporary(unit.key[1]), self.directory / unit.key[0]
+        if isinstance(file, Path):
+            checkpoints.publishing.sync(temporary)
+            temporary.rename(file)
+        else:
+            file.write_bytes(temporary.read_bytes())
+            temporary.unlink()
+
+
+Result = OrbaxResult | ShardedResult
 
 
 def described(
-    reference: Source, dtype: str, roles: Roles
+    reference: Checkpoint, dtype: str, roles: Roles
 ) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """name -> (shape, dtype) of the result's tensors.
 
@@ -87,7 +361,7 @@ def described(
     """
     real = np.dtype(jnp.dtype(dtype))
 
-    def copied_dtype(name: str, source: Source) -> np.dtype:
+    def copied_dtype(name: str, source: Checkpoint) -> np.dtype:
         stored = source.parameters[name]
         keeps = source.native and is_buffer(name, stored)
         return real if is_float(stored.dtype) and not keeps else stored.dtype
@@ -102,57 +376,49 @@ def described(
     return {name: (shapes[name], dtypes[name]) for name in dict.fromkeys(order)}
 
 
-def create(
-    directory: Path,
-    format: str,
-    described: Mapping[str, tuple[tuple[int, ...], np.dtype]],
-    shard_size: int,
-) -> Result:
-    """Makes the files in full size; made again, they keep what was written."""
-    directory.mkdir(parents=True, exist_ok=True)
-    if format == HUGGINGFACE:
-        shards = safetensors.plan_shards(described, shard_size)
-        extents = safetensors.create(directory, described, shards)
-    else:
-        extents = checkpoints.create(directory, described)
-    return Result(directory, format, described, extents)
-
-
 def nbytes(described: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> int:
     """The bytes of the elements."""
     return sum(math.prod(shape) * dtype.itemsize for shape, dtype in described.values())
 
 
 def describe_checkpoint(
-    result: Result,
-    final: Path,
+    result: OrbaxResult,
     digests: Mapping[str, str],
     *,
     model: Mapping[str, Any],
     vocabulary: Mapping[str, Any],
+    like: Checkpoint,
     made_by: Mapping[str, Any],
     parents: tuple[Mapping[str, str], ...],
 ) -> Manifest:
-    """Writes what makes an m2l checkpoint of the files."""
+    """Writes what makes an m2l checkpoint of the files; its tree is that of `like`."""
+    tree = {
+        name: node
+        for name, node in (like.tree or {}).items()
+        if name in result.described
+        or name in (like.strings or {})
+        or node["value_metadata"].get("skip_deserialize")
+    }
     return checkpoints.describe(
         result.directory,
-        final,
         result.described,
         digests,
         model=model,
         vocabulary=vocabulary,
         made_by=made_by,
         parents=parents,
+        tree=tree or None,
+        strings=like.strings,
     )
 
 
 def describe_directory(
-    result: Result,
+    result: ShardedResult,
     final: Path,
     digests: Mapping[str, str],
     *,
-    like: Source,
-    others: Sequence[Source],
+    like: Checkpoint,
+    others: Sequence[Checkpoint],
     dtype: str,
     made_by: Mapping[str, Any],
     parents: tuple[Mapping[str, str], ...],

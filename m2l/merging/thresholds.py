@@ -16,8 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from m2l.merging import uint64
-
 LARGEST = int(np.float32(np.finfo(np.float32).max).view(np.uint32))
 """The bits of the largest finite magnitude."""
 
@@ -25,7 +23,6 @@ LARGEST = int(np.float32(np.finfo(np.float32).max).view(np.uint32))
 # a third as many integers.
 BINS = 1 << 19
 _STANDARD_ERRORS = 8.0
-_WORD = 1 << 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,40 +247,3 @@ def unpacked(
         [Counts(i, int(a), b) for i, a, b in zip(row, above, bins, strict=True)]
         for row, above, bins in zip(intervals, part["above"], part["bins"], strict=True)
     ]
-
-
-def kth_largest(experts: Sequence[Sequence[jax.Array]], k: jax.Array) -> jax.Array:
-    """The k-th largest (from 1) of all entries of each expert's arrays, exactly.
-
-    For arrays in memory, wherever they are sharded: bit by bit, the largest number that at least k
-    entries reach; 31 counts, no sort and no copy. Jittable; no gradient flows through it.
-
-    Args:
-        experts: Per expert, non-negative float32 arrays of any shapes.
-        k: The rank, as `uint64.split` returns it.
-
-    Returns:
-        float32 [experts].
-    """
-    bits = [[jax.lax.bitcast_convert_type(a, jnp.uint32) for a in arrays] for arrays in experts]
-
-    def reached(arrays: Sequence[jax.Array], candidate: jax.Array) -> jax.Array:
-        counts = [_partial_counts(array >= candidate).reshape(-1) for array in arrays]
-        return uint64.at_least(uint64.total(jnp.concatenate(counts)), k)
-
-    def set_bit(step: jax.Array, found: jax.Array) -> jax.Array:
-        candidates = found | (jnp.uint32(1) << (30 - step).astype(jnp.uint32))
-        enough = jnp.stack([reached(*pair) for pair in zip(bits, candidates, strict=True)])
-        return jnp.where(enough, candidates, found)
-
-    found = jax.lax.fori_loop(0, 31, set_bit, jnp.zeros(len(bits), jnp.uint32))
-    return jax.lax.bitcast_convert_type(found, jnp.float32)
-
-
-def _partial_counts(mask: jax.Array) -> jax.Array:
-    """Counts along as many of the last axes as a uint32 counts for sure: the other axes remain."""
-    axis, size = mask.ndim, 1
-    while axis and size * mask.shape[axis - 1] < _WORD:
-        axis -= 1
-        size *= mask.shape[axis]
-    return jnp.sum(mask, axis=tuple(range(axis, mask.ndim)), dtype=jnp.uint32)

@@ -3,6 +3,8 @@
     python scripts/bench/merge.py speed [--mergekit MERGEKIT_YAML] [--models 125m,500m]
     python scripts/bench/merge.py memory [--models 125m,500m,1b,4b]
     python scripts/bench/merge.py processes
+    python scripts/bench/merge.py layouts [--models 125m,500m]
+    python scripts/bench/merge.py in_memory [--layers 8,32,80] [--experts 4]
 
 Random bfloat16 models in the shape of Llamas, as Hugging Face directories, in --folder (which is
 kept for the next run if given). The page cache is warm: each command runs once before it counts.
@@ -11,14 +13,22 @@ MERGEKIT_YAML is the command of an installation of mergekit; without it only our
 `speed`: seconds of the whole process; GB of experts a second; how often ours is as fast; and the
 limit: `cat` of all inputs to /dev/null and of one input to a file, what reading and writing cost
 without any merge. Ours trims TIES exactly over the whole model, mergekit per tensor. Thresholds
-that were found once are kept by m2l; here none are (M2L_CACHE is a new folder in every run).
+that were found once are kept by m2l; here none are. What files' contents are is kept: the first
+merge of a file, which does not count, reads it once more for that (0.7 CPU seconds a GB).
 `memory`: the peak resident memory of whole processes by the size of the model.
 `processes`: two processes on one merge write the same bytes as one.
+`layouts`: the same models as checkpoints of Orbax: m2l's layout (rows in chunks of 8 MB, not
+compressed), chunks of 8 MB as Orbax compresses them, and Orbax's default (an OCDBT, one compressed
+chunk for each array).
+`in_memory`: seconds of the first call of `merge_params`, which compiles, and of later ones, by the
+number of tiny parameters (nine a layer) sharded over a mesh of eight CPU devices.
 """
 
 import argparse
 import json
+import multiprocessing
 import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -137,9 +147,9 @@ def run(command: list[str], **environment: str) -> tuple[float, float, int]:
 def repeated(command: list[str], out: Path, times: int) -> tuple[float, float, int]:
     """Medians, after one run that does not count, unless there is only one."""
     found = []
-    for _ in range(times + (times > 1)):
-        subprocess.run(["rm", "-rf", str(out)], check=True)
-        with tempfile.TemporaryDirectory() as cache:
+    with tempfile.TemporaryDirectory() as cache:
+        for _ in range(times + (times > 1)):
+            subprocess.run(["rm", "-rf", str(out), f"{cache}/thresholds"], check=True)
             found.append(run(command, M2L_CACHE=cache))
     return tuple(statistics.median(column) for column in zip(*found[times > 1 :], strict=True))
 
@@ -247,9 +257,12 @@ def processes(folder: Path) -> None:
         subprocess.run(["rm", "-rf", str(out), str(alone)], check=True)
         run(ours(paths, method, alone), M2L_CACHE=str(folder / "cache_1"))
         started = time.perf_counter()
+        with socket.socket() as opened:
+            opened.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{opened.getsockname()[1]}"
         pair = [
             subprocess.Popen(
-                ours(paths, method, out, "--process", f"{i}/2"),
+                ours(paths, method, out, "--coordinator", address, "--process", f"{i}/2"),
                 env=os.environ | {"M2L_CACHE": str(folder / "cache_2")},
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -267,17 +280,125 @@ def processes(folder: Path) -> None:
         subprocess.run(["rm", "-rf", str(folder / "cache_1"), str(folder / "cache_2")], check=True)
 
 
+def in_memory(layers: list[int], experts: int, times: int) -> None:
+    """Prints the time of the first call of `merge_params`, and the median of later ones."""
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+    import jax
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from m2l.merging import METHODS, Recipe, merge_params
+
+    mesh = jax.make_mesh((8,), ("devices",))
+    kinds = {"q": (16, 16), "k": (16, 8), "v": (16, 8), "o": (16, 16)}
+    kinds |= {"wi_0": (16, 32), "wi_1": (16, 32), "wo": (32, 16), "norm_1": (16,), "norm_2": (16,)}
+    rng, sharding = np.random.default_rng(0), NamedSharding(mesh, PartitionSpec("devices"))
+
+    def parameters(count: int) -> list[dict[str, jax.Array]]:
+        return [
+            {
+                name: jax.device_put(rng.standard_normal(shape, np.float32), sharding)
+                for name, shape in kinds.items()
+            }
+            for _ in range(count)
+        ]
+
+    recipes = [
+        Recipe("average"),
+        Recipe("task_arithmetic"),
+        Recipe("ties"),
+        Recipe("ties", scope="tensor"),
+        Recipe("dare_ties", drop_rate=0.5, density=0.5),
+        Recipe("breadcrumbs"),
+        Recipe("model_stock"),
+    ]
+    for count in layers:
+        base, *trees = (parameters(count) for _ in range(experts + 1))
+        for recipe in recipes:
+            jax.clear_caches()
+            seconds = []
+            for _ in range(times + 1):
+                start = time.perf_counter()
+                needed = base if METHODS[recipe.method].needs_base else None
+                jax.block_until_ready(merge_params(needed, trees, recipe))
+                seconds.append(time.perf_counter() - start)
+            print(
+                f"{len(kinds) * count} parameters x {experts} {recipe.method} ({recipe.scope}): "
+                f"first {seconds[0]:.1f} s, then {statistics.median(seconds[1:]):.2f} s",
+                flush=True,
+            )
+
+
+def as_orbax(folder: Path, size: str, experts: int, layout: str) -> list[Path]:
+    """The models as checkpoints of Orbax, made if they are not there."""
+    import orbax.checkpoint as ocp
+
+    from m2l import merging
+    from m2l.checkpoints import safetensors
+
+    paths = []
+    for source in make(folder, size, experts):
+        path = folder / f"{size}_{layout}" / source.name
+        paths.append(path)
+        if path.exists():
+            continue
+        path.parent.mkdir(exist_ok=True)
+        if layout == "rows":
+            plain = as_orbax(folder, size, experts, "compressed")[len(paths) - 1]
+            recipe = merging.Recipe("average", dtype="bfloat16")
+            merging.merge(None, [plain], recipe, path, progress=False)
+            continue
+        arrays = {
+            name.replace(".", "_"): tensor.read().reshape(tensor.shape)
+            for name, tensor in safetensors.open_tensors(source).items()
+        }
+        if layout == "default":
+            with ocp.StandardCheckpointer() as checkpointer:
+                checkpointer.save(path, arrays)
+        else:
+            handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True)
+            chunks = {name: ocp.SaveArgs(chunk_byte_size=8 << 20) for name in arrays}
+            with ocp.Checkpointer(handler) as checkpointer:
+                checkpointer.save(path, ocp.args.PyTreeSave(arrays, save_args=chunks))
+    return paths
+
+
+def layouts(folder: Path, models: list[str], experts: int, times: int) -> None:
+    """Prints speeds by how Orbax has stored the models."""
+    start = started(times)
+    for size in models:
+        bytes_ = experts * sum(2 * int(np.prod(shape)) for shape in shapes(size).values())
+        for layout in ("rows", "compressed", "default"):
+            # Elsewhere: what this process holds would count as the commands' peak.
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                paths = pool.apply(as_orbax, (folder, size, experts, layout))
+            for method in ("average", "ties"):
+                out = folder / "out"
+                seconds, cpu, peak = repeated(ours(paths, method, out), out, times)
+                print(
+                    f"{size} x {experts} {layout} {method}: {seconds:.2f} s (CPU {cpu:.1f} s, "
+                    f"{peak / 2**20:.0f} MiB), {bytes_ / seconds / 1e9:.2f} GB/s; apart from "
+                    f"starting {bytes_ / (seconds - start) / 1e9:.2f} GB/s",
+                    flush=True,
+                )
+                subprocess.run(["rm", "-rf", str(out)], check=True)
+
+
 def main() -> None:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["speed", "memory", "processes"])
+    parser.add_argument("what", choices=["speed", "memory", "processes", "layouts", "in_memory"])
     parser.add_argument("--mergekit", help="The mergekit-yaml of an installation.")
     parser.add_argument("--models", default="125m,500m")
     parser.add_argument("--experts", default="4,8")
+    parser.add_argument("--layers", default="8,32,80")
     parser.add_argument("--runs", type=int, default=RUNS)
     parser.add_argument("--peer_runs", type=int, default=RUNS, help="1: without a first run.")
     parser.add_argument("--folder", type=Path, help="Where models are kept for the next run.")
     flags = parser.parse_args()
+    if flags.what == "in_memory":
+        layers = [int(count) for count in flags.layers.split(",")]
+        in_memory(layers, int(flags.experts.split(",")[0]), flags.runs)
+        return
     with tempfile.TemporaryDirectory() as temporary:
         folder = flags.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
@@ -286,6 +407,8 @@ def main() -> None:
             memory(folder, models, int(flags.experts.split(",")[0]))
         elif flags.what == "processes":
             processes(folder)
+        elif flags.what == "layouts":
+            layouts(folder, models, int(flags.experts.split(",")[0]), flags.runs)
         else:
             counts = [int(count) for count in flags.experts.split(",")]
             speed(folder, models, counts, flags.mergekit, flags.runs, flags.peer_runs)

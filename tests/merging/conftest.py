@@ -1,5 +1,7 @@
 """A base and three experts, in memory and as checkpoints."""
 
+import socket
+
 import numpy as np
 import pytest
 
@@ -53,6 +55,12 @@ def paths(models, tmp_path_factory):
     for index, expert in enumerate(experts):
         write(root / f"expert_{index}", expert)
     return root / "base", [root / f"expert_{index}" for index in range(3)]
+
+
+def free_port():
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        return opened.getsockname()[1]
 
 
 def whole(tree):

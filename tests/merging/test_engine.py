@@ -1,5 +1,6 @@
 """Merging checkpoints: the in-memory merge's bits, whatever the blocks, and what they should be."""
 
+import shutil
 import warnings
 
 import jax
@@ -8,10 +9,13 @@ import numpy as np
 import pytest
 
 from m2l import checkpoints
-from m2l.merging import Recipe, merge, merge_params
+from m2l.checkpoints import digest, saving, zarr
+from m2l.checkpoints.spans import boxes
+from m2l.errors import CheckpointError
+from m2l.merging import Recipe, analysis, merge, merge_params
 
 from . import oracles
-from .conftest import RECIPES, SHAPES, same_bits, whole, write
+from .conftest import MODEL, RECIPES, SHAPES, VOCABULARY, same_bits, whole, write
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.method)
@@ -32,6 +36,60 @@ def test_block_size_changes_no_bit(tmp_path, paths, recipe):
         found = merge(*paths, recipe, tmp_path / str(block), progress=False, block=block)
         digests.add(found.digest)
     assert len(digests) == 1
+
+
+def write_boxes(path, params, chunk):
+    """Writes a checkpoint whose arrays are stored in boxes, as of a sharded model."""
+    arrays = checkpoints.flatten(params)
+    for name, array in arrays.items():
+        sides = tuple(min(c, n) for c, n in zip(chunk[-array.ndim :], array.shape, strict=True))
+        directory = saving.array_directory(path / "params", name)
+        writer = zarr.TensorWriter(directory, name, array.shape, array.dtype, sides)
+        writer.create()
+        for box in boxes(array.shape, sides):
+            writer.write(box, array[box])
+    described = {name: (array.shape, array.dtype) for name, array in arrays.items()}
+    digests = {name: digest.to_hex(digest.of_numpy(array)) for name, array in arrays.items()}
+    about = {"model": MODEL, "vocabulary": VOCABULARY, "made_by": {"kind": "test"}}
+    checkpoints.describe(path, path, described, digests, **about)
+    return path
+
+
+@pytest.fixture(scope="module")
+def boxed(models, tmp_path_factory):
+    """The base, and each expert in boxes of its own."""
+    root, (base, experts) = tmp_path_factory.mktemp("boxed"), models
+    grids = ((3, 4), (50, 8), (8, 3))
+    return (
+        write_boxes(root / "base", base, (4, 16)),
+        [
+            write_boxes(root / str(index), expert, grid)
+            for index, (expert, grid) in enumerate(zip(experts, grids, strict=True))
+        ],
+    )
+
+
+@pytest.mark.parametrize("chunk_bytes", [40, 600, 8 << 20])
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.method)
+def test_the_layout_in_storage_changes_no_bit(
+    tmp_path, paths, boxed, recipe, chunk_bytes, monkeypatch
+):
+    wanted = merge(*paths, recipe, tmp_path / "rows", progress=False)
+    monkeypatch.setattr(zarr, "CHUNK_BYTES", chunk_bytes)
+    for name, inputs in (("boxes", boxed), ("mixed", (paths[0], boxed[1]))):
+        found = merge(*inputs, recipe, tmp_path / name, progress=False, block=50)
+        assert found.parameters == wanted.parameters
+        assert checkpoints.verify(tmp_path / name) == found
+
+
+def test_damage_in_a_box_is_found_while_it_is_merged(tmp_path, boxed):
+    shutil.copytree(boxed[1][0], tmp_path / "damaged")
+    file = sorted((tmp_path / "damaged").rglob("token_embedder/**/c*"))[-1]
+    data = bytearray(file.read_bytes())
+    data[5] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(CheckpointError, match="damaged: token_embedder is damaged"):
+        merge(boxed[0], [tmp_path / "damaged"], Recipe("average"), tmp_path / "out")
 
 
 def test_ties_trims_over_the_whole_model_by_default(tmp_path, models, paths):
@@ -185,3 +243,24 @@ def test_diagnostics_are_those_of_the_task_vectors(tmp_path, models, paths):
     np.testing.assert_allclose(
         groups["decoder/layers_00"]["norms"], [np.linalg.norm(tau) for tau in layer], rtol=1e-5
     )
+
+
+def test_samples_of_chunks_tell_what_samples_of_rows_tell(tmp_path, paths, boxed, monkeypatch):
+    found = []
+    for name, inputs in (("rows", paths), ("boxes", boxed)):
+        # As of a model of which a part is looked at, and where a sample says where to look.
+        monkeypatch.setattr(analysis, "SAMPLED", 500)
+        monkeypatch.setattr(analysis, "SKIPPED", 2)
+        monkeypatch.setattr(analysis, "RUNS", 16)
+        monkeypatch.setattr(analysis, "RUN", 8)
+        monkeypatch.setattr(analysis, "_CELL", 32)
+        monkeypatch.setenv("M2L_CACHE", str(tmp_path / "cache" / name))
+        recipe = Recipe("ties", density=0.3)
+        found.append(merge(*inputs, recipe, tmp_path / name, progress=False, block=50))
+    rows, boxes_ = found
+    assert rows.parameters == boxes_.parameters
+    one, two = (manifest.made_by["diagnostics"] for manifest in found)
+    assert one["density"] == two["density"]
+    assert one["parameters"] == two["parameters"]
+    assert 0.3 < two["share"] < 0.8
+    np.testing.assert_allclose(two["norms"], one["norms"], rtol=0.2)

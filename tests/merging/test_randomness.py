@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from m2l.checkpoints import uint64
 from m2l.errors import MergeError
-from m2l.merging import randomness, uint64
+from m2l.merging import randomness
 from m2l.merging.randomness import straight, transposed
 
 from . import oracles

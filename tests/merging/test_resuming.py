@@ -1,40 +1,52 @@
 """A merge that is killed anywhere goes on where it was; several processes write what one writes."""
 
-import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 
 from m2l import checkpoints
+from m2l.checkpoints import safetensors, zarr
 from m2l.errors import CheckpointError, MergeError
-from m2l.merging import Recipe, analysis, merge, prepare, results
-from m2l.merging.workplace import Journal, Workplace
+from m2l.merging import Recipe, analysis, engine, merge, prepare, results
+from m2l.merging.staging import staging
+
+from .conftest import free_port
 
 SHAPES = {"decoder/layers_00/wi": (40, 31), "decoder/layers_01/wi": (40, 31), "embedder": (64, 40)}
 BLOCK = 100
 
-# Kills itself in the middle of the n-th block that it writes, with every block before it committed.
+# Kills itself when so many chunks are written.
 KILLED = """
-import os, signal, sys, time
-from m2l.merging import Recipe, merge, results, workplace
-workplace._SECONDS_BETWEEN_COMMITS = 0.0
-write, left = results.Result.write, [int(sys.argv[1])]
-def dying(self, span, block):
-    time.sleep(0.02)
-    left[0] -= 1
+import os, signal, sys
+from m2l import distributed, storage
+from m2l.checkpoints import zarr
+from m2l.merging import Recipe, merge
+chunks, root, method, name, index, count, address = sys.argv[1:]
+zarr.CHUNK_BYTES = 400
+if int(count) > 1:
+    distributed.join(address, (int(index), int(count)), survive=True)
+write, left = storage.write_atomic, [int(chunks)]
+def dying(file, data):
+    left[0] -= file.name.startswith("c.")
     if left[0] < 0:
         os.kill(os.getpid(), signal.SIGKILL)
-    return write(self, span, block)
-results.Result.write = dying
-root, method = sys.argv[2], sys.argv[3]
+    write(file, data)
+if left[0] >= 0:
+    storage.write_atomic = dying
 recipe = Recipe(method, **({"drop_rate": 0.5} if method == "dare_ties" else {}))
-merge(f"{root}/base", [f"{root}/{i}" for i in range(3)], recipe, f"{root}/out_{sys.argv[4]}",
-      block=100, progress=False)
+try:
+    merge(f"{root}/base", [f"{root}/{i}" for i in range(3)], recipe, f"{root}/out_{name}",
+          block=100, progress=False)
+except Exception as error:
+    sys.stderr.write(f"{error}\\n")
+    sys.exit(2)
+finally:
+    distributed.leave()
 """
 
 
@@ -56,6 +68,20 @@ def root(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory):
+    """A base and two experts as Hugging Face directories, of a model that m2l does not know."""
+    root, rng = tmp_path_factory.mktemp("directories"), np.random.default_rng(1)
+    described = {f"{name}.weight": ((30, 40), np.dtype(np.float32)) for name in "abcd"}
+    for name in ("base", "one", "two"):
+        (root / name).mkdir()
+        (root / name / "config.json").write_text('{"model_type": "clip"}')
+        extents = safetensors.create(root / name, described, [[*described]])
+        for tensor in described:
+            extents[tensor].write_from(rng.standard_normal(1200).astype(np.float32))
+    return root / "base", [root / "one", root / "two"]
+
+
 def inputs(root):
     return root / "base", [root / str(index) for index in range(3)]
 
@@ -70,124 +96,147 @@ def run(arguments, **environment):
     )
 
 
-@pytest.mark.parametrize(("method", "blocks"), [("ties", 0), ("ties", 23), ("dare_ties", 49)])
-def test_a_killed_merge_goes_on_and_gives_the_same_bytes(root, method, blocks, monkeypatch):
-    name = f"{method}_{blocks}"
-    killed = run(["-c", KILLED, str(blocks), str(root), method, name])
-    assert killed.wait() == -signal.SIGKILL
+def killed(root, chunks, method, name, index=0, count=1, address=""):
+    arguments = map(str, (chunks, root, method, name, index, count, address))
+    return run(["-c", KILLED, *arguments])
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(zarr, "CHUNK_BYTES", 400)
+
+
+def chunks_of(folder):
+    return {file.name for file in folder.rglob("c.*")}
+
+
+@pytest.mark.parametrize(("method", "chunks"), [("ties", 0), ("ties", 23), ("dare_ties", 40)])
+def test_a_killed_merge_goes_on_and_gives_the_same_bytes(
+    root, method, chunks, monkeypatch, small_chunks
+):
+    name = f"{method}_{chunks}"
+    assert killed(root, chunks, method, name).wait() == -signal.SIGKILL
     out = root / f"out_{name}"
     assert not out.exists()
     (place,) = root.glob(f".out_{name}.merge-*")
-    written, write = [], results.Result.write
+    there = {file for file in place.rglob("c.*") if file.suffix != ".tmp"}
+    # Others of a few threads were being written.
+    assert chunks - 8 <= len(there) <= chunks
+    written, write = [], zarr.TensorWriter.write
 
-    def counted(self, span, block):
-        written.append(span)
-        return write(self, span, block)
+    def counted(self, box, block):
+        written.append(self._file(box))
+        return write(self, box, block)
 
-    monkeypatch.setattr(results.Result, "write", counted)
+    monkeypatch.setattr(zarr.TensorWriter, "write", counted)
     recipe = recipe_of(method)
     found = merge(*inputs(root), recipe, out, block=BLOCK, progress=False)
-    total = sum(-(-int(np.prod(shape)) // BLOCK) for shape in SHAPES.values())
-    # What was under way in other threads, or not yet committed, is done again.
-    assert total - blocks <= len(written) <= total - blocks + 16
+    assert there.isdisjoint(written)
     assert not place.exists()
     whole = merge(*inputs(root), recipe, root / f"whole_{name}", block=BLOCK, progress=False)
     assert found == whole
     assert checkpoints.verify(out) == found
 
 
+def test_a_finished_file_of_a_hugging_face_directory_is_not_made_again(
+    directories, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(engine, "SHARD_SIZE", 5000)
+    base, experts = directories
+    whole = merge(base, experts, Recipe("ties"), tmp_path / "whole", progress=False)
+    finish, left = results.ShardedResult.finish, [1]
+
+    def stopping(self, unit):
+        finish(self, unit)
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(results.ShardedResult, "finish", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            merge(base, experts, Recipe("ties"), tmp_path / "out", progress=False)
+    (place,) = tmp_path.glob(".out.merge-*/out")
+    assert len([*place.glob("*.safetensors")]) == 2
+    made, tasks = [], results.ShardedResult.tasks
+
+    def noted(self, units, *sizes):
+        made.extend(unit.key[0] for unit in units)
+        return tasks(self, units, *sizes)
+
+    monkeypatch.setattr(results.ShardedResult, "tasks", noted)
+    found = merge(base, experts, Recipe("ties"), tmp_path / "out", progress=False)
+    assert made == [f"model-{number:05}-of-00004.safetensors" for number in (3, 4)]
+    assert found.parameters == whole.parameters
+    for file in (tmp_path / "whole").glob("*.safetensors*"):
+        assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes()
+
+
 def test_another_merge_does_not_go_on_with_what_it_finds(root):
-    assert run(["-c", KILLED, "9", str(root), "ties", "other"]).wait() == -signal.SIGKILL
+    assert killed(root, 9, "ties", "other").wait() == -signal.SIGKILL
     (place,) = root.glob(".out_other.merge-*")
     found = merge(*inputs(root), Recipe("average"), root / "out_other", progress=False)
     assert not place.exists()
     assert found.parameters == merge(*inputs(root), Recipe("average"), root / "mean").parameters
 
 
-def test_a_merge_under_way_is_not_joined_by_a_second(root):
+def test_a_merge_in_progress_is_not_joined_by_a_second(root):
     job = prepare(*inputs(root), Recipe("average"), root / "busy")
-    with Workplace(job.out, job.key, (0, 1)) as work:
-        with pytest.raises(MergeError, match="busy: another process is making it right now"):
-            merge(*inputs(root), Recipe("average"), root / "busy")
-        work.remove()
-
-
-@pytest.mark.parametrize("damage", [b"[" * 100_000, b"{}", b'["a"]', b"[1.5]", b"null", b"\xff"])
-def test_a_damaged_line_of_a_journal_ends_what_is_taken_from_it(tmp_path, damage):
-    (tmp_path / "journal").write_bytes(b"[1, 2]\n" + damage + b"\n[4]\n")
-    with Journal(tmp_path / "journal") as journal:
-        assert journal.sums == [1, 2]
-
-
-@pytest.mark.parametrize("damage", [b"", b"x", "flipped", "cut"])
-def test_damaged_arrays_of_a_merge_under_way_are_refused_in_one_line(tmp_path, damage):
-    with Workplace(tmp_path / "out", "key", (0, 1)) as work:
-        made = {"a": np.arange(1000)}
-        assert work.mine("tag", lambda: made)["a"] is made["a"]
-        (file,) = work.path.glob("*.npz")
-        content = bytearray(file.read_bytes())
-        content[len(content) // 2] ^= 1
-        changed = {"flipped": bytes(content), "cut": bytes(content[:500])}
-        file.write_bytes(changed.get(damage, damage))
-        with pytest.raises(CheckpointError, match=r"npz: damaged .*run the same merge again"):
-            work.mine("tag", lambda: made)
-
-
-def test_a_result_that_reads_back_differently_is_refused(root, monkeypatch):
-    write = results.Result.write
-
-    def wrong(self, span, block):
-        checksum = write(self, span, block)
-        if span.name == "embedder" and span.start == 2 * BLOCK:
-            self.extents[span.name].write_from(block + 1, span.start)
-        return checksum
-
-    monkeypatch.setattr(results.Result, "write", wrong)
-    with pytest.raises(
-        CheckpointError, match="embedder was written but reads differently from 200"
+    with (
+        staging(job.out, job.key, first=True),
+        pytest.raises(MergeError, match="busy: another process is making it right now"),
     ):
-        merge(*inputs(root), Recipe("average"), root / "wrong", block=BLOCK, progress=False)
-    assert not list(root.glob("*wrong*"))
+        merge(*inputs(root), Recipe("average"), root / "busy")
 
 
-PART = """
-import sys
-from m2l.merging import Recipe, merge
-root, method, out, index, count = sys.argv[1:]
-recipe = Recipe(method, **({"drop_rate": 0.5} if method == "dare_ties" else {}))
-merge(f"{root}/base", [f"{root}/{i}" for i in range(3)], recipe, out, block=100, progress=False,
-      process=(int(index), int(count)))
-"""
+def test_an_input_that_was_merged_is_checked_while_it_is_merged(root, tmp_path, small_chunks):
+    base, experts = inputs(root)
+    merge(base, experts, Recipe("average"), tmp_path / "first", progress=False)
+    recipe = Recipe("ties", density=0.5)
+    merge(base, [tmp_path / "first", experts[0]], recipe, tmp_path / "sound", progress=False)
+    file = sorted((tmp_path / "first").rglob("c.*"))[7]
+    data = bytearray(file.read_bytes())
+    data[10] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"first: \S+ is damaged"):
+        merge(base, [tmp_path / "first", experts[0]], recipe, tmp_path / "out", progress=False)
+    assert not [*tmp_path.glob("*out*")]
+    merge(base, [tmp_path / "first", experts[0]], recipe, tmp_path / "out", verify=False)
 
 
-@pytest.mark.parametrize("method", ["ties", "dare_ties", "model_stock"])
-def test_two_processes_write_what_one_writes(root, method):
-    out = root / f"together_{method}"
-    parts = [run(["-c", PART, str(root), method, str(out), str(i), "2"]) for i in range(2)]
+def test_processes_of_which_one_is_killed_go_on_in_one_or_two(root, small_chunks):
+    address = f"127.0.0.1:{free_port()}"
+    parts = [killed(root, (-1, 5)[i], "ties", "halved", i, 2, address) for i in range(2)]
+    said = [part.communicate(timeout=120)[1] for part in parts]
+    assert parts[1].returncode == -signal.SIGKILL
+    assert parts[0].returncode == 2, said
+    assert "process 1 of 2 has stopped; the same command goes on" in said[0]
+    (place,) = root.glob(".out_halved.merge-*")
+    assert len(chunks_of(place)) >= 5
+    shutil.copytree(root, root.with_name("copy"))
+    address = f"127.0.0.1:{free_port()}"
+    parts = [killed(root, -1, "ties", "halved", i, 2, address) for i in range(2)]
     for part in parts:
-        _, errors = part.communicate()
+        _, errors = part.communicate(timeout=120)
         assert part.returncode == 0, errors
-    alone = merge(*inputs(root), recipe_of(method), root / f"alone_{method}", block=BLOCK)
-    together = checkpoints.verify(out)
-    assert together.parameters == alone.parameters
-    assert together.made_by["recipe"] == alone.made_by["recipe"]
+    alone = merge(*inputs(root), Recipe("ties"), root / "alone", block=BLOCK, progress=False)
+    copied = root.with_name("copy") / "out_halved"
+    # Of the same inputs by their digests, whatever their path.
+    one = merge(*inputs(root), Recipe("ties"), copied, block=BLOCK, progress=False)
+    two = checkpoints.verify(root / "out_halved")
+    assert two.parameters == one.parameters == alone.parameters
+    assert two.made_by["recipe"] == alone.made_by["recipe"]
 
 
-def test_a_process_that_stopped_is_not_waited_for(root, tmp_path):
-    out = root / "halved"
-    arguments = ["-c", PART, str(root), "ties", str(out), "1", "2"]
-    second = run(arguments, M2L_CACHE=str(tmp_path))
-    deadline = time.monotonic() + 120
-    while not list(root.glob(".halved.merge-*/cached-1.npz")):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    (place,) = root.glob(".halved.merge-*")
-    with open(place / "process-0.lock", "ab") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        time.sleep(0.5)
-    _, errors = second.communicate(timeout=60)
-    assert "process 0 of 2 has stopped; run all of them again" in errors
-    assert place.exists()
+def test_a_process_that_fails_is_named_with_its_reason(root, tmp_path):
+    address = f"127.0.0.1:{free_port()}"
+    code = KILLED.replace('recipe, f"{root}/out_', 'recipe, f"{root}/{index}_')
+    parts = [
+        run(["-c", code, "-1", str(root), "ties", "other", str(i), "2", address]) for i in range(2)
+    ]
+    said = [part.communicate(timeout=120)[1] for part in parts]
+    assert [part.returncode for part in parts] == [2, 2], said
+    assert all("process 1 merges something else than process 0" in text for text in said)
 
 
 def test_thresholds_that_were_found_once_are_not_counted_again(root, monkeypatch, tmp_path):

@@ -1,5 +1,6 @@
 """The k-th largest magnitude is found exactly, however the model is cut and sampled."""
 
+import functools
 import hashlib
 import json
 import warnings
@@ -11,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m2l.merging import Recipe, merge, thresholds, uint64
-from m2l.merging.thresholds import LARGEST, Counts, Interval, Trimming, kth_largest, select
+from m2l.checkpoints import uint64
+from m2l.merging import Recipe, kernel, merge, selection, thresholds
+from m2l.merging.thresholds import LARGEST, Counts, Interval, Trimming, select
 
 
 def magnitudes(kind, size=5000):
@@ -123,19 +125,34 @@ def test_a_few_bits_are_those_that_a_compiled_subtraction_gives(kind):
     )
 
 
-@pytest.mark.parametrize("rank", [1, 2, 1000, 4999, 5000])
 @pytest.mark.parametrize("word", [1 << 32, 8])
-def test_in_memory_the_kth_largest_is_that_of_a_sort(monkeypatch, rank, word):
+@pytest.mark.parametrize("traced", [False, True])
+def test_in_memory_the_kth_largest_is_that_of_a_sort(monkeypatch, word, traced):
     # Parts of so many elements are counted in several words.
-    monkeypatch.setattr(thresholds, "_WORD", word)
+    monkeypatch.setattr(selection, "_WORD", word)
     experts = [magnitudes(kind) for kind in KINDS]
     parts = [
-        [jnp.asarray(e[:37]), jnp.zeros((0, 4)), jnp.asarray(e[37:].reshape(2, 3, -1))]
-        for e in (expert[:4999] for expert in experts)
+        [e[:37] for e in experts],
+        [np.zeros((0, 4), np.float32) for _ in experts],
+        [e[37:4999].reshape(2, 3, -1) for e in experts],
+        [e[4999] for e in experts],
     ]
-    parts = [[*arrays, jnp.asarray(e[4999])] for arrays, e in zip(parts, experts, strict=True)]
-    found = jax.jit(lambda parts, rank: kth_largest(parts, rank))(parts, uint64.split(rank))
-    np.testing.assert_array_equal(found, [np.sort(expert)[-rank] for expert in experts])
+
+    @functools.partial(jax.jit, static_argnums=3)
+    def step(ranks, prefixes, shift, width):
+        bits = [[kernel.bits(array)[None] for array in part] for part in parts]
+        limits = selection.candidates(prefixes, shift, width)
+        counts = jnp.stack([selection.count_at_least(part, limits) for part in bits])
+        return selection.next_prefixes(uint64.sum_leading(counts), prefixes, ranks, shift)
+
+    def find(ranks):
+        shape = (1, len(KINDS))
+        return selection.kth_largest(functools.partial(step, ranks), shape, traced)
+
+    find = jax.jit(find) if traced else find
+    for rank in (1, 2, 1000, 4999, 5000):
+        result = find(uint64.split(rank)[None])
+        np.testing.assert_array_equal(result, [[np.sort(expert)[-rank] for expert in experts]])
 
 
 @settings(max_examples=40, deadline=None)
