@@ -17,8 +17,8 @@ from typing import Any
 import gin
 from gin import config_parser
 
+from m2l import storage
 from m2l.errors import ConfigError, M2LError, UnknownNameError
-from m2l.files import check_local
 from m2l.merging import Recipe
 from m2l.models import Config, LlamaConfig, T5Config
 from m2l.studies.scaling import ScalingStudy
@@ -176,18 +176,25 @@ def _check_statements(text: str, where: str) -> None:
                 "files of m2l set values and cannot import; remove the line"
             )
         if isinstance(statement, config_parser.IncludeStatement):
-            check_local(statement.filename)
+            storage.path(statement.filename)
         elif getattr(statement, "arg_name", True):  # Without, it is a macro's.
             _check_name(statement.selector)
 
 
 def _open_checked(path: str) -> io.StringIO:
     """A gin file, included ones too: the text that gin reads is the text that was checked."""
-    text = Path(path).read_text()
+    text = storage.path(path).read_text()
     _check_statements(text, path)
     file = io.StringIO(text)
     file.name = path
     return file
+
+
+def _is_file(path: str) -> bool:
+    # gin asks for an address behind its prefixes as well, which is neither one nor a file.
+    if path.startswith(("gs://", "s3://")):
+        return storage.path(path).is_file()
+    return os.path.isfile(path)
 
 
 @contextlib.contextmanager
@@ -199,7 +206,7 @@ def _file_search() -> Iterator[None]:
     """
     state = gin.config._LOCATION_PREFIXES, gin.config._FILE_READERS
     gin.config._LOCATION_PREFIXES = ["", str(directory())]
-    gin.config._FILE_READERS = [(_open_checked, os.path.isfile)]
+    gin.config._FILE_READERS = [(_open_checked, _is_file)]
     try:
         yield
     finally:
@@ -236,7 +243,7 @@ def load(name: str, files: Sequence[str], bindings: Sequence[str] = ()) -> tuple
     """
     gin.clear_config()
     for file in files:
-        check_local(file)
+        storage.path(file)
     try:
         with _quiet(), _file_search():
             gin.parse_config_files_and_bindings(list(files), [], finalize_config=False)

@@ -10,7 +10,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from m2l import storage
 from m2l.errors import ConfigError, DataError, M2LError
+from m2l.storage import AnyPath
 
 # A tokenizer's directory: what decides the ids, by precedence, and what is read beside it. Data
 # reads these and checkpoints carry them, and neither may ask the other.
@@ -74,28 +76,11 @@ def microworld_pieces() -> Path:
     return Path(folder) / "microworld" / "vocabulary.model"
 
 
-# Also as pathlib writes it, with one slash, and behind the working directory.
-_SCHEME = re.compile(r"(?:^|/)([A-Za-z][A-Za-z0-9+.-]+):/")
-
-
-def check_local(path: str | os.PathLike) -> None:
-    """Refuses a path that is an address of remote storage, such as gs://bucket/run.
-
-    Raises:
-        M2LError: It has a scheme.
-    """
-    if found := _SCHEME.search(os.fspath(path)):
-        raise M2LError(
-            f"{os.fspath(path)}: {found[1]}:// is not supported: expected a path of a local or "
-            "mounted file system; copy the files to one"
-        )
-
-
-def write(path: Path, text: str) -> None:
-    """Writes a text file under a temporary name and renames it."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    unfinished.write_text(text)
-    unfinished.rename(path)
+def cache_directory() -> Path:
+    """Returns the local directory of what can be computed or copied again: M2L_CACHE, or m2l's."""
+    if named := os.environ.get("M2L_CACHE"):
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "m2l"
 
 
 _REDO = "delete it and start again"
@@ -186,7 +171,7 @@ def _check_depth(value: Any) -> None:
 
 
 def read_json(
-    path: Path, *, error: type[M2LError] = DataError, advice: str = _REDO, **how: Any
+    path: AnyPath, *, error: type[M2LError] = DataError, advice: str = _REDO, **how: Any
 ) -> Any:
     """Returns the value in a JSON file; further arguments are those of `parse_json`.
 
@@ -195,14 +180,17 @@ def read_json(
             100 MB, or `parse_json` refuses it.
     """
     try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
-            raise error(f"{path}: cannot be read (not a regular file)")
-        if status.st_size > _MOST_BYTES:
-            raise error(
-                f"{path}: {status.st_size:,} bytes; at most {_MOST_BYTES:,} bytes of JSON are read"
-            )
-        content = Path(path).read_bytes()
+        path = storage.path(path)
+        if isinstance(path, Path):
+            status = path.stat()
+            if not stat.S_ISREG(status.st_mode):
+                raise error(f"{path}: cannot be read (not a regular file)")
+            if status.st_size > _MOST_BYTES:
+                raise error(
+                    f"{path}: {status.st_size:,} bytes; at most {_MOST_BYTES:,} bytes of JSON are "
+                    "read"
+                )
+        content = path.read_bytes()
     except OSError as cause:
         raise error(f"{path}: cannot be read ({cause.strerror})") from cause
     return parse_json(content, path, error=error, advice=advice, **how)
@@ -213,15 +201,15 @@ def checksum(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def write_record(path: Path, content: Mapping[str, Any]) -> None:
+def write_record(path: AnyPath, content: Mapping[str, Any]) -> None:
     """Writes a JSON object and its checksum; `read_record` reads it."""
     content = json.loads(json.dumps(content))
     text = json.dumps({**content, CHECKSUM: checksum(content)}, indent=1)
-    write(path, f"{text}\n")
+    storage.write_atomic(path, f"{text}\n")
 
 
 def read_record(
-    path: Path,
+    path: AnyPath,
     *,
     required: bool = True,
     error: type[M2LError] = DataError,
@@ -248,7 +236,7 @@ def read_record(
 
 
 def check_claim(
-    out: Path,
+    out: AnyPath,
     record: str,
     content: Mapping[str, Any],
     *,
@@ -268,9 +256,9 @@ def check_claim(
 
     Raises:
         ConfigError: the folder holds other content, or files but no record.
-        M2LError: `out` is not on a file system.
+        M2LError: `out` is an address of unknown storage.
     """
-    check_local(out)
+    out = storage.path(out)
     if not out.exists():
         return
     if not (out / record).exists():
@@ -287,7 +275,7 @@ def check_claim(
             )
 
 
-def claim(out: Path, record: str, content: Mapping[str, Any]) -> None:
+def claim(out: AnyPath, record: str, content: Mapping[str, Any]) -> None:
     """Makes `out` the folder of what `content` says; `check_claim` comes first."""
     out.mkdir(parents=True, exist_ok=True)
     write_record(out / record, content)

@@ -73,6 +73,22 @@ def make_mesh(
     return jax.make_mesh((data, fsdp, model), MESH_AXES, auto, devices=devices)
 
 
+def widest_mesh(spec: Mapping[str, Any], *, model: int = 1) -> Mesh:
+    """Returns the mesh over all devices that splits a model over as many of them as divide it.
+
+    Args:
+        spec: The model's parameters, as `models.spec` gives them.
+        model: How many devices split layers.
+    """
+    sizes = [
+        size
+        for param in jax.tree.leaves(spec)
+        for size, axis in zip(param.shape, param.axes, strict=True)
+        if RULES.get(axis) == "fsdp"
+    ]
+    return make_mesh(fsdp=math.gcd(jax.device_count() // model, *sizes), model=model)
+
+
 def shardings(
     spec: Mapping[str, Any], mesh: Mesh, rules: Mapping[str, str | None] = RULES
 ) -> dict[str, Any]:

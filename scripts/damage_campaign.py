@@ -434,9 +434,11 @@ def hostile(campaign: Campaign, root: Path, count: int, rng: random.Random) -> N
         elif kind == "manifest":
             shutil.rmtree(root / "hostile")
             shutil.copytree(root / "one", root / "hostile")
-            file = root / "hostile" / "manifest.json"
+            file = root / "hostile" / "_CHECKPOINT_METADATA"
             content = json.loads(file.read_text())
-            text = _hostile_manifest(content, rng)
+            entry = _hostile_manifest(content["custom_metadata"]["m2l"], rng)
+            content["custom_metadata"]["m2l"] = json.loads(entry)
+            text = json.dumps(content)
             file.write_text(text)
             command = rng.choice(("inspect hostile --verify", merge.replace("base_hf", "base")))
         elif kind == "gin":

@@ -105,7 +105,7 @@ def killed_run(
     wait(forked(lambda: train(whole, cache, steps)))
     metrics, began = out / "metrics.jsonl", []
     for _ in range(kills):
-        done = [int(path.name[5:]) for path in out.glob("checkpoints/step_*")]
+        done = [int(path.name) for path in out.glob("checkpoints/*") if path.name.isdigit()]
         began.append(max(done, default=0))
         until = max(began[-1], steps_in(metrics)) + chance.randint(1, max(1, 2 * steps // kills))
         process = forked(lambda: train(out, cache, steps))

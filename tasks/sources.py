@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from m2l import storage
 from m2l.data.origins import SPLITS, Hub, Part, Record, Splits
 from m2l.data.prompts import Dataset, Prompt
 from m2l.data.records import checked
 from m2l.errors import ConfigError, DataError, UnknownNameError
-from m2l.files import check_local
 from m2l.tasks import flan, skills, t0_held_in, t0_held_out
 
 KINDS = ("microworld", "hub", "p3", "tfds", "promptsource", "jsonl", "cache")
@@ -63,12 +63,16 @@ def parse(setting: str) -> Source:
     of_templates = setting.split("+")[0] == "promptsource"
     kind, plus, records = setting.partition("+") if of_templates else (setting, "", "")
     kind, colon, folder = kind.partition(":")
-    check_local(folder)
-    where = Path(folder).expanduser() if folder else None
+    where = storage.path(folder).expanduser() if folder else None
     if kind not in KINDS:
         raise UnknownNameError("source of records", kind, KINDS)
     if kind in ("jsonl", "cache") and where is None:
         raise ConfigError(f"source {setting!r}: name the folder, as {kind}:DIR")
+    if isinstance(where, storage.ObjectPath) and kind not in ("jsonl", "cache"):
+        raise ConfigError(
+            f"source {setting!r}: expected a local folder; copy it, or write its records to the "
+            "bucket by `m2l tasks cache` and use cache:DIR"
+        )
     if colon and (where is None or kind in ("microworld", "promptsource")):
         raise ConfigError(f"source {setting!r}: it takes no folder, or the folder's name is empty")
     if kind != "promptsource":

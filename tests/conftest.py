@@ -6,15 +6,20 @@ import os
 import socket
 import subprocess
 import sys
+import urllib.request
+import uuid
+from http import HTTPStatus
 from pathlib import Path
 
 # What a test compiles is compiled for it, not found in a cache of the person who runs it.
 os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
+# Orbax's files on gs:// go through gcsfs: TensorFlow's know no emulator. It is read once.
+os.environ["EPATH_USE_TF"] = "false"
 
 import jax
 import pytest
 
-from m2l import files, models, tasks
+from m2l import files, models, storage, tasks
 from m2l.evaluation import results
 from m2l.evaluation.runner import Result
 from m2l.merging import Recipe
@@ -37,6 +42,114 @@ def pytest_collection_modifyitems(items):
 def own_cache(tmp_path_factory):
     """Thresholds, too, are found for a test."""
     os.environ["M2L_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+def start_google() -> tuple[str, object]:
+    """Starts a server with an empty bucket called "bucket"; returns its address and the server."""
+    from gcp_storage_emulator import server
+    from gcp_storage_emulator import storage as emulated
+    from gcp_storage_emulator.exceptions import NotFound
+    from gcp_storage_emulator.handlers import objects
+
+    def insert(request, response, store):
+        """Honours ifGenerationMatch, which the emulator ignores, and takes empty objects."""
+        if request.query.get("uploadType") == ["media"] and request.data is None:
+            request._data = b""
+        # 0: there is no such object.
+        if (expected := request.query.get("ifGenerationMatch")) is not None:
+            bucket, name = request.params["bucket_name"], request.query["name"][0]
+            try:
+                generation = store.get_file_obj(bucket, name)["generation"]
+            except NotFound:
+                generation = 0
+            if expected != [str(generation)]:
+                response.status = HTTPStatus.PRECONDITION_FAILED
+                return
+        objects.insert(request, response, store)
+
+    def with_generation(read):
+        """Tells the generation of what is read, and honours ifGenerationNotMatch."""
+
+        def handle(request, response, store, *args, **kwargs):
+            read(request, response, store, *args, **kwargs)
+            if response.status in (HTTPStatus.OK, HTTPStatus.PARTIAL_CONTENT):
+                params = request.params["bucket_name"], request.params["object_id"]
+                generation = store.get_file_obj(*params)["generation"]
+                response["x-goog-generation"] = generation
+                if request.query.get("ifGenerationNotMatch") == [generation]:
+                    response.status = HTTPStatus.NOT_MODIFIED
+                    response.write_file(b"")
+
+        return handle
+
+    for _, methods in server.HANDLERS:
+        if methods.get(server.POST) is objects.insert:
+            methods[server.POST] = insert
+        if methods.get(server.GET) in (objects.get, objects.download):
+            methods[server.GET] = with_generation(methods[server.GET])
+    # What would let a server in memory be started again, written anew at every request.
+    emulated.Storage._write_config_to_file = lambda self: None
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    google = server.create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket")
+    google.start()
+    return f"http://127.0.0.1:{port}", google
+
+
+def start_amazon() -> tuple[str, object]:
+    """Starts a server with an empty bucket called "bucket"; returns its address and the server."""
+    from moto.server import ThreadedMotoServer
+
+    amazon = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    amazon.start()
+    host, port = amazon.get_host_and_port()
+    address = f"http://{host}:{port}"
+    urllib.request.urlopen(urllib.request.Request(f"{address}/bucket", method="PUT")).close()
+    return address, amazon
+
+
+@pytest.fixture(scope="session")
+def emulated_storage():
+    """Serves Google Cloud Storage and S3 in this process; no request leaves the machine."""
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        del os.environ[name]
+    google_address, google = start_google()
+    amazon_address, amazon = start_amazon()
+    # TensorStore reads these before its first request.
+    os.environ.update(
+        TENSORSTORE_GCS_HTTP_URL=google_address,
+        STORAGE_EMULATOR_HOST=google_address,
+        GCE_METADATA_ROOT="127.0.0.1:1",
+        AWS_ENDPOINT_URL=amazon_address,
+        AWS_REGION="us-east-1",
+        AWS_ACCESS_KEY_ID="test",
+        AWS_SECRET_ACCESS_KEY="test",
+        AWS_EC2_METADATA_DISABLED="true",
+    )
+    yield
+    google.stop()
+    amazon.stop()
+
+
+@pytest.fixture
+def gcs_bucket(emulated_storage):
+    """An empty folder, gs://bucket/NAME, on the emulator."""
+    return storage.path(f"gs://bucket/{uuid.uuid4().hex}")
+
+
+@pytest.fixture
+def s3_bucket(emulated_storage):
+    """An empty folder, s3://bucket/NAME, on the emulator."""
+    return storage.path(f"s3://bucket/{uuid.uuid4().hex}")
+
+
+@pytest.fixture(params=["local", "gs", "s3"])
+def folder(request, tmp_path):
+    """An empty folder of each kind of storage."""
+    if request.param == "local":
+        return tmp_path / "folder"
+    return request.getfixturevalue({"gs": "gcs_bucket", "s3": "s3_bucket"}[request.param])
 
 
 @pytest.fixture(scope="session")
@@ -122,7 +235,7 @@ def finished_study(study, tmp_path_factory):
     def nothing(stage, made, inputs):
         made.mkdir(parents=True, exist_ok=True)
         if stage.kind == "merge":
-            files.write(made / "recipes.json", json.dumps(stage.settings["recipes"]))
+            storage.write_atomic(made / "recipes.json", json.dumps(stage.settings["recipes"]))
 
     kinds = ("train", "merge", "evaluate", "choose")
     outcome = execute.execute(scaling.plan(study), out, dict.fromkeys(kinds, nothing))
@@ -242,7 +355,7 @@ def forge(tmp_path_factory):
     """Runs programs at once in processes of their own, which start in no time; see forge.py.
 
     Takes each as (code, *arguments), and the number of simulated devices that each has; returns
-    what each has printed.
+    what each has printed. `killed`: all of them have to end with an error.
     """
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
@@ -257,7 +370,7 @@ def forge(tmp_path_factory):
         text=True,
     )
 
-    def run(*programs, devices, stdin="", optimized=False):
+    def run(*programs, devices, stdin="", optimized=False, killed=False):
         folder = tmp_path_factory.mktemp("forge")
         # Compiled in half the time.
         level = "" if optimized else " --xla_backend_optimization_level=0"
@@ -275,7 +388,8 @@ def forge(tmp_path_factory):
         server.stdin.flush()
         codes = json.loads(server.stdout.readline())
         said = [(folder / f"{number}.err").read_text() for number in range(len(programs))]
-        assert not any(codes), "\n".join(text[-5000:] for text in said)
+        expected = all(codes) if killed else not any(codes)
+        assert expected, "\n".join([f"codes {codes}", *(text[-5000:] for text in said)])
         return [(folder / f"{number}.out").read_text() for number in range(len(programs))]
 
     yield run

@@ -98,7 +98,7 @@ def test_inspect_shows_and_draws_what_a_merge_measured(road, run_m2l, capsys, tm
         (("--method", "ties", "--scale_of", "x=1"), "scales 'x' matches no parameter"),
         (("--method", "ties", "--memory", "lots"), "'lots' is no amount of memory"),
         (("--method", "ties", "--process", "2"), "--process 2: expected I/N"),
-        (("--method", "ties", "--process", "2/2"), "process 2 of 2: counted from 0"),
+        (("--method", "ties", "--process", "2/2"), "--process 2/2: expected I/N"),
         (("--method", "ties", "--to", "gguf"), "a merge writes orbax or huggingface"),
         (("--method", "fisher"), "needs the fisher statistics of each expert"),
         ((), "--method is missing"),
@@ -165,3 +165,15 @@ def test_a_sweep_refuses_models_that_do_not_belong_together(road, run_m2l, swept
     assert run_m2l("sweep", *models(road), "--expert", tmp_path / "other", *flags) == 2
     assert "layer_norm_epsilon is 0.001 and not 1e-06" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_sweep_without_a_mixture_keeps_every_merge(road, run_m2l, tmp_path):
+    out = tmp_path / "out"
+    flags = ("--method", "task_arithmetic", "--scale", "0.2,0.4", "--out", out)
+    assert run_m2l("sweep", *models(road), *flags) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["scale=0.2", "scale=0.4"]
+    single = ("--method", "task_arithmetic", "--scale", 0.4, "--out", tmp_path / "single")
+    assert run_m2l("merge", *models(road), *single) == 0
+    digests = [checkpoints.verify(path).digest for path in (out / "scale=0.4", tmp_path / "single")]
+    assert digests[0] == digests[1]
+    assert run_m2l("sweep", *models(road), *flags) == 0

@@ -138,7 +138,7 @@ def test_a_vocabulary_left_out_is_the_checkpoints_own():
         ("scope/other.foreign.value = 1", "'other.foreign'"),
         ("foreign:\n  value = 1", "'foreign'"),
         ("include 'http://host/x.gin'", "http:// is not supported"),
-        ("include 's3:/bucket/x.gin'", "s3:// is not supported"),
+        ("include 's3:/bucket/x.gin'", "expected s3://BUCKET/PATH"),
     ],
 )
 @pytest.mark.parametrize("place", ["file", "included", "binding"])

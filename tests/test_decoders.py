@@ -199,11 +199,12 @@ def test_a_public_decoder_is_converted_trained_evaluated_and_converted_back(
 def test_a_folder_that_is_no_model_and_a_needless_conversion_are_refused(
     decoders, run_m2l, tmp_path, capsys
 ):
+    (tmp_path / "notes.txt").write_text("")
     assert run_m2l("convert", tmp_path, tmp_path / "out") == 2
-    assert "neither a Hugging Face directory" in capsys.readouterr().err
+    assert "no finished checkpoint" in capsys.readouterr().err
     assert run_m2l("convert", decoders / "base", tmp_path / "out", "--to", "orbax") == 2
     assert "one of the two must be orbax" in capsys.readouterr().err
-    (tmp_path / "checkpoint_3").mkdir()
+    (tmp_path / "checkpoint_3/state").mkdir(parents=True)
     assert run_m2l("convert", tmp_path, tmp_path / "out") == 2
     assert "--vocabulary" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

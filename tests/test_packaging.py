@@ -23,7 +23,8 @@ SOURCES = sorted([*(ROOT / "m2l").rglob("*.py"), *(ROOT / "tasks").rglob("*.py")
 ROWS = [
     {"__init__"},
     {"errors", "progress"},
-    {"files", "partitioning", "signals"},
+    {"distributed", "storage"},
+    {"files", "locks", "partitioning", "signals"},
     {"models"},
     {"checkpoints", "data"},
     {"training", "merging", "evaluation"},

@@ -74,9 +74,9 @@ def test_a_merge_of_other_inputs_and_a_damaged_result_are_refused(road, run_m2l,
 def test_a_manifest_that_is_edited_or_claims_the_key_of_another_is_refused(road, run_m2l, tmp_path):
     command = commands(road, tmp_path / "out")["merge"][0]
     assert run_m2l(*command) == 0
-    file = tmp_path / "out" / "manifest.json"
+    file = tmp_path / "out" / "_CHECKPOINT_METADATA"
     content = json.loads(file.read_text())
-    content["made_by"]["recipe"]["scale"] = 0.7
+    content["custom_metadata"]["m2l"]["made_by"]["recipe"]["scale"] = 0.7
     file.write_text(json.dumps(content))
     assert run_m2l(*command) == 2
     # An export of the merge is not the merge, whatever its manifest records.

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from m2l.cli.data import jsonl_files, origin, scored_tasks
-from m2l.cli.options import DIRECTORY, print_table, with_source
+from m2l.cli.options import DIRECTORY, print_table, with_mesh, with_source
 from m2l.errors import ConfigError, DataError, MergeError
 from m2l.progress import Progress
 
@@ -37,6 +37,7 @@ from m2l.progress import Progress
 @click.option("--input_length", type=click.IntRange(min=1), default=512, show_default=True)
 @click.option("--target_length", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--vocabulary", help="By default the base's own.")
+@with_mesh
 @with_source()
 def adamerging(
     base: Path | None,
@@ -54,13 +55,15 @@ def adamerging(
     input_length: int,
     target_length: int,
     vocabulary: str | None,
+    fsdp: int,
+    model: int,
     source: str,
 ) -> None:
     """Learn how much each expert counts in a merge, from examples without labels.
 
     Writes a recipe with the coefficients for m2l merge. Every step reads a batch of each task.
     """
-    from m2l import checkpoints
+    from m2l import checkpoints, models, partitioning
 
     files = jsonl_files(jsonl, mixture)
     mixture = "jsonl" if files else mixture
@@ -101,7 +104,9 @@ def adamerging(
         max_examples=max_examples,
         generative_score="likelihood",
     )
-    learned = _learn(paths, manifests[0].model, vocabulary, tasks, batch_size, settings)
+    mesh = partitioning.make_mesh(fsdp=fsdp, model=model)
+    config = models.from_dict(manifests[0].model)
+    learned = _learn(paths, config, mesh, vocabulary, tasks, batch_size, settings)
     scales = [[pattern, row] for pattern, row in learned.coefficients.items()]
     record = {
         "recipe": {"method": "task_arithmetic", "scales": scales},
@@ -147,18 +152,20 @@ def _check_alike(models_of: Sequence[tuple[Path, Any]]) -> None:
 
 def _learn(
     paths: Sequence[Path],
-    model: Mapping[str, Any],
+    config: Any,
+    mesh: Any,
     vocabulary: Any,
     tasks: Sequence[Any],
     batch_size: int,
     settings: Mapping[str, Any],
 ) -> Any:
-    from m2l import checkpoints, models
+    import jax
+
+    from m2l import checkpoints, models, partitioning
     from m2l.data import layouts
     from m2l.evaluation import batching, entropy
     from m2l.merging.adamerging import learn_coefficients
 
-    config = models.from_dict(model)
     layout = layouts.of(config, vocabulary)
     examples = [task.examples for task in tasks]
     shapes = batching.common_shapes(examples, batch_size, layout)
@@ -171,8 +178,9 @@ def _learn(
         for step in itertools.count():
             yield [batches[step % len(batches)] for batches in of_task]
 
-    base, *experts = (checkpoints.restore(path) for path in paths)
-    with Progress("adamerging", settings["steps"]) as progress:
+    placed = partitioning.shardings(models.spec(config), mesh)
+    base, *experts = (checkpoints.restore(path, shardings=placed) for path in paths)
+    with Progress("adamerging", settings["steps"]) as progress, jax.set_mesh(mesh):
         return learn_coefficients(
             base,
             experts,

@@ -7,8 +7,9 @@ from typing import Any
 
 import click
 
+from m2l import storage
 from m2l.cli import diagnostics
-from m2l.cli.options import DIRECTORY, print_table, with_gin
+from m2l.cli.options import DIRECTORY, print_table, with_gin, with_mesh
 from m2l.errors import CheckpointError, ConfigError
 
 FORMATS = ("huggingface", "t5x", "orbax")
@@ -18,7 +19,7 @@ FORMATS = ("huggingface", "t5x", "orbax")
 @click.argument("source", type=DIRECTORY)
 @click.argument("out", type=DIRECTORY)
 @click.option("--from", "kind", type=click.Choice(FORMATS), help="By default what SOURCE is.")
-@click.option("--to", "into", type=click.Choice(["orbax", "huggingface"]), help="The other one.")
+@click.option("--to", "into", type=click.Choice(FORMATS), help="By default orbax, or huggingface.")
 @click.option("--dtype", help="float32, bfloat16 or float16; by default the source's.")
 @click.option("--vocabulary", help="Where the tokenizer is, if SOURCE has none.")
 @click.option("--shard_size", type=float, default=5.0, show_default=True, help="GB, of an export.")
@@ -36,19 +37,22 @@ def convert(
     gin_files: tuple[str, ...],
     bindings: tuple[str, ...],
 ) -> None:
-    """Make a checkpoint of a Hugging Face or T5X one, or a Hugging Face directory of a checkpoint.
+    """Make a checkpoint of a Hugging Face or T5X one, or one of these of a checkpoint.
 
     The settings of a T5X model are read off its shapes; --gin_file models/NAME.gin overrides them.
     """
     from m2l import checkpoints
-    from m2l.checkpoints import huggingface, huggingface_directory, t5x
+    from m2l.checkpoints import huggingface, huggingface_directory, opening, t5x
 
-    kind = kind or _kind(source)
+    kind = kind or opening.kind(source)
     into = into or ("huggingface" if kind == "orbax" else "orbax")
     if (kind == "orbax") == (into == "orbax"):
         raise ConfigError(
             f"m2l convert: from {kind} to {into}: one of the two must be orbax, which is m2l's own"
         )
+    if into == "t5x":
+        click.echo(f"T5X checkpoint: {t5x.export_checkpoint(source, out, dtype=dtype)}")
+        return
     if kind == "orbax":
         found = sorted(results.glob("*.json")) if results else []
         size = int(shard_size * 1e9)
@@ -76,23 +80,6 @@ def convert(
     click.echo(f"checkpoint: {out}  digest {manifest.digest[:16]}")
 
 
-def _kind(source: Path) -> str:
-    """What a directory is, by its files."""
-    from m2l.checkpoints import tensor_kinds
-
-    if (source / "manifest.json").is_file() or (source / "checkpoints").is_dir():
-        return "orbax"
-    tensor_kinds.check_no_adapter(source)
-    if (source / "config.json").is_file():
-        return "huggingface"
-    if (source / "checkpoint").exists() or any(source.glob("checkpoint_*")):
-        return "t5x"
-    raise CheckpointError(
-        f"{source}: neither a Hugging Face directory (config.json), nor a T5X checkpoint "
-        "(checkpoint_N), nor one of m2l's (manifest.json); name its kind with --from"
-    )
-
-
 def _model(gin_files: tuple[str, ...], bindings: tuple[str, ...]) -> Any:
     from m2l import configuration
 
@@ -107,10 +94,17 @@ def _model(gin_files: tuple[str, ...], bindings: tuple[str, ...]) -> Any:
 @click.command()
 @click.argument("checkpoint", type=DIRECTORY)
 @click.option("--verify", is_flag=True, help="Compute every digest anew.")
-@click.option("--fsdp", type=click.IntRange(min=1), default=1, help="Show a mesh: its fsdp axis.")
-@click.option("--model", type=click.IntRange(min=1), default=1, help="And its model axis.")
+@click.option("--subtree", help="Of a pytree that Orbax stored, the part to show: params.")
+@with_mesh
 @click.option("--cosines", type=DIRECTORY, help="Draw a merge's task vectors: a .png, .svg, .pdf.")
-def inspect(checkpoint: Path, verify: bool, fsdp: int, model: int, cosines: Path | None) -> None:
+def inspect(
+    checkpoint: Path,
+    verify: bool,
+    subtree: str | None,
+    fsdp: int,
+    model: int,
+    cosines: Path | None,
+) -> None:
     """What is in a checkpoint and where it came from."""
     from jax import numpy as jnp
     from jax.sharding import AbstractMesh
@@ -119,6 +113,9 @@ def inspect(checkpoint: Path, verify: bool, fsdp: int, model: int, cosines: Path
     from m2l import checkpoints, models, partitioning
     from m2l.checkpoints import recorded
 
+    if (opened := _guest(checkpoint, subtree)) is not None:
+        _show_guest(opened)
+        return
     directory, manifest = _opened(checkpoint)
     rows = [
         (name, "x".join(map(str, p["shape"])), p["dtype"], p["digest"][:12])
@@ -155,6 +152,29 @@ def inspect(checkpoint: Path, verify: bool, fsdp: int, model: int, cosines: Path
         click.echo("every digest is right")
 
 
+def _guest(checkpoint: Path, subtree: str | None) -> Any:
+    """Opens what m2l did not write and has no manifest of; None: it has one."""
+    from m2l.checkpoints import opening, recorded
+
+    if subtree is None and (
+        (checkpoint / recorded.MANIFEST).is_file() or opening.has_manifest(checkpoint)
+    ):
+        return None
+    return opening.open(checkpoint, subtree=subtree, native=True, named=False)
+
+
+def _show_guest(opened: Any) -> None:
+    rows = [
+        (name, "x".join(map(str, tensor.shape)), tensor.dtype.name)
+        for name, tensor in opened.parameters.items()
+    ]
+    print_table(str(opened.path), ["parameter", "shape", "dtype"], rows)
+    size = sum(t.size * t.dtype.itemsize for t in opened.parameters.values())
+    count = sum(t.size for t in opened.parameters.values())
+    click.echo(f"parameters: {count:,}  {size / 2**20:,.1f} MiB  {opened.format}")
+    click.echo("without a manifest of m2l's: nothing tells where it came from, or its digests")
+
+
 def _opened(checkpoint: Path) -> tuple[Path, Any]:
     """A checkpoint, or a Hugging Face directory that m2l made, and its manifest."""
     from m2l import checkpoints
@@ -179,7 +199,7 @@ def _lineage(title: str, manifest: Any) -> Any:
         try:
             found = checkpoints.read_manifest(parent["path"])
         except CheckpointError:
-            there = Path(parent["path"]).exists()
+            there = storage.path(parent["path"]).exists()
             what = "no checkpoint of m2l" if there else "not there any more"
             tree.add(escape(f"{label}  digest {parent['digest'][:16]}, {what}"))
             continue

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from m2l import storage
 from m2l.cli.options import DIRECTORY, print_table, with_source
 from m2l.errors import ConfigError, DataError
-from m2l.files import check_local
 from m2l.progress import Progress
 
 if TYPE_CHECKING:
@@ -24,8 +24,7 @@ def jsonl_files(value: str | None, mixture: str | None) -> dict[str, Path]:
         split, found, path = part.partition("=")
         if not found or not split or not path:
             raise ConfigError(f"--jsonl {value}: expected train=FILE,validation=FILE")
-        check_local(path)
-        files[split] = Path(path)
+        files[split] = storage.path(path)
     return files
 
 
@@ -217,6 +216,7 @@ def tasks_cache(mixture: str, out: Path, source: str) -> None:
         done.append(split)
         progress.update(len(done))
 
-    with Progress("write", sum(len(d.splits) for d in datasets), "splits") as progress:
-        records = caches.write(datasets, source, out, on_split)
+    count = sum(len(dataset.splits) for dataset in datasets)
+    with Progress("write", count, "splits") as progress, storage.local_output(out) as local:
+        records = caches.write(datasets, source, local, on_split)
     click.echo(f"{records:,} records of {len(datasets)} datasets: use --source cache:{out}")

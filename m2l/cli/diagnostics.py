@@ -6,13 +6,14 @@ from typing import Any
 
 import click
 
+from m2l import storage
 from m2l.cli.options import print_table
 from m2l.errors import CheckpointError, ConfigError
 
 
 def names(paths: Sequence[str]) -> list[str]:
     """What to call models: their folders, of training runs the run's."""
-    folders = [Path(path) for path in paths]
+    folders = [storage.path(path) for path in paths]
     return [
         folder.parent.parent.name if folder.parent.name == "checkpoints" else folder.name
         for folder in folders
@@ -123,5 +124,6 @@ def draw(made_by: Mapping[str, Any], experts: Sequence[str], file: Path) -> None
         raise ConfigError(f"{file}: a picture is .png, .svg or .pdf")
     from m2l.reporting import merges
 
-    merges.cosines(found, experts).savefig(file, dpi=200)
+    with file.open("wb") as image:
+        merges.cosines(found, experts).savefig(image, format=file.suffix[1:], dpi=200)
     click.echo(f"cosines: {file}")

@@ -1,12 +1,13 @@
 """`m2l merge`."""
 
+import os
 import time
 from pathlib import Path
 from typing import Any
 
 import click
 
-from m2l.cli.options import DIRECTORY, print_table
+from m2l.cli.options import DIRECTORY, join, print_table, with_processes
 from m2l.errors import ConfigError
 
 _HYPER_PARAMETERS = (
@@ -52,13 +53,11 @@ def _with_hyper_parameters(command: Any) -> Any:
 @click.option(
     "--statistics", type=DIRECTORY, multiple=True, help="Of each expert: fisher, regmean need them."
 )
+@click.option("--subtree", help="Of pytrees that Orbax stored, the part to merge: params.")
 @click.option("--to", help="orbax or huggingface; by default what the inputs are.")
 @click.option("--vocabulary", help="The tokenizer, for an Orbax result of models that have none.")
 @click.option("--memory", default=None, help="The most the process may hold.  [default: 1GiB]")
-@click.option("--process", help="I/N: which of N processes on one file system, from 0/N.")
-@click.option(
-    "--distributed", is_flag=True, help="One process of a cluster's job; JAX finds which."
-)
+@with_processes
 @click.option("--diagnostics/--no-diagnostics", default=True, help="Measure the task vectors.")
 @click.option("--verify/--no-verify", default=True, help="Check the digests of the inputs.")
 @click.option(
@@ -81,11 +80,13 @@ def merge(
     out: Path | None,
     list_methods: bool,
     statistics: tuple[Path, ...],
+    subtree: str | None,
     to: str | None,
     vocabulary: str | None,
     memory: str | None,
-    process: str | None,
     distributed: bool,
+    coordinator: str | None,
+    process: str | None,
     diagnostics: bool,
     verify: bool,
     allow_differences: str | None,
@@ -95,7 +96,8 @@ def merge(
 ) -> None:
     """Merge experts' checkpoints into one.
 
-    Models are m2l's checkpoints and training runs, Hugging Face directories, T5X checkpoints.
+    Models are m2l's checkpoints and training runs, any pytrees that Orbax stored, Hugging Face
+    directories, T5X checkpoints.
     """
     if list_methods:
         _list()
@@ -122,16 +124,16 @@ def merge(
 
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     how = merging.Recipe.read(recipe, **given) if recipe else merging.Recipe(**given)
-    if distributed:
-        # It would take SIGTERM, for programs that save at it.
-        jax.config.update("jax_enable_preemption_service", False)
-        jax.distributed.initialize()
+    if (distributed or coordinator or process) and not os.environ.get("JAX_PLATFORMS"):
+        # Several processes of a host cannot share its accelerators, and reading is what costs.
+        jax.config.update("jax_platforms", "cpu")
+    join(distributed, coordinator, process, survive=True)
     options = {
         "statistics": statistics,
+        "subtree": subtree,
         "to": to,
         "vocabulary": _described(vocabulary),
         "memory": plan.parse_bytes(memory) if memory else None,
-        "process": _process(process),
         "diagnostics": diagnostics,
         "verify": verify,
         "allow_differences": allow_differences.split(",") if allow_differences else (),
@@ -188,16 +190,6 @@ def _described(vocabulary: str | None) -> Any:
     from m2l.data import tokenizer_files
 
     return tokenizer_files.describe(vocabulary)
-
-
-def _process(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    try:
-        index, count = map(int, text.split("/"))
-    except ValueError as error:
-        raise ConfigError(f"--process {text}: expected I/N, such as 0/2") from error
-    return index, count
 
 
 def numbers(flag: str, text: str) -> tuple[float, ...]:

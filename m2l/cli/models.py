@@ -10,7 +10,15 @@ from typing import Any
 import click
 
 from m2l.cli.data import jsonl_files, register, scored_tasks
-from m2l.cli.options import DIRECTORY, print_table, with_gin, with_source
+from m2l.cli.options import (
+    DIRECTORY,
+    join,
+    print_table,
+    with_gin,
+    with_mesh,
+    with_processes,
+    with_source,
+)
 from m2l.errors import ConfigError, DataError
 from m2l.evaluation.metrics import GENERATIVE_SCORES
 from m2l.files import read_json, split_name
@@ -30,11 +38,7 @@ _VOCABULARY = (
 @click.option("--steps", type=int, help="Optimizer steps in all.")
 @click.option("--jsonl", help="train=FILE[,validation=FILE]: your own data, as the task `jsonl`.")
 @click.option("--vocabulary", help=_VOCABULARY)
-@click.option(
-    "--distributed", is_flag=True, help="One of a cluster job's processes; JAX finds which."
-)
-@click.option("--coordinator", help="HOST:PORT of process 0, where no cluster says so.")
-@click.option("--process", help="I/N: which of N processes, with --coordinator, from 0/N.")
+@with_processes
 @click.option("--synthetic", is_flag=True, help="Feed one random batch: how fast without input?")
 @click.option("--profile", is_flag=True, help="Trace steps 5 to 10 to OUT/profile.")
 @click.option("--wandb", metavar="PROJECT", help="Log to Weights & Biases as well.")
@@ -59,10 +63,7 @@ def train(
     """Train a model, or go on where a stopped run left off."""
     from m2l import checkpoints, configuration, models
 
-    if distributed or coordinator or process:
-        from m2l.training import processes
-
-        click.echo(f"m2l: {processes.join(coordinator, _process(process))}", err=True)
+    join(distributed, coordinator, process)
     files = jsonl_files(jsonl, mixture)
     mixture = "jsonl" if files else mixture
     flags = [f"Train.mixture={mixture!r}"] if mixture else []
@@ -123,15 +124,6 @@ def train(
     click.echo(f"checkpoint: {last}")
 
 
-def _process(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    number, found, count = text.partition("/")
-    if not (found and number.isdecimal() and count.isdecimal() and int(number) < int(count)):
-        raise ConfigError(f"--process {text}: expected I/N, such as 0/2")
-    return int(number), int(count)
-
-
 @click.command("eval")
 @click.option("--checkpoint", type=DIRECTORY, help="What to evaluate; also a Hugging Face folder.")
 @click.option("--mixture", help="The task or mixture to evaluate by.")
@@ -161,11 +153,8 @@ def _process(text: str | None) -> tuple[int, int] | None:
 )
 @click.option("--examples", is_flag=True, help="Write what became of each example as well.")
 @click.option("--vocabulary", help=f"{_VOCABULARY} By default the checkpoint's own.")
-@click.option("--fsdp", type=click.IntRange(min=1), default=1, help="Devices to split models over.")
-@click.option(
-    "--model", type=click.IntRange(min=1), default=1, help="Devices to split layers over."
-)
-@click.option("--distributed", is_flag=True, help="One process of a job; JAX finds which.")
+@with_mesh
+@with_processes
 @click.option(
     "--compare",
     type=DIRECTORY,
@@ -191,6 +180,8 @@ def evaluate(
     fsdp: int,
     model: int,
     distributed: bool,
+    coordinator: str | None,
+    process: str | None,
     compare: tuple[Path, Path] | None,
     source: str,
 ) -> None:
@@ -207,11 +198,7 @@ def evaluate(
 
     import jax
 
-    if distributed:
-        # It would take SIGTERM, for programs that save at it.
-        jax.config.update("jax_enable_preemption_service", False)
-        jax.distributed.initialize()
-
+    join(distributed, coordinator, process, saves=False)
     from m2l import models, partitioning
     from m2l.evaluation.model import open_model
 
@@ -319,6 +306,7 @@ def _compare(one: Path, other: Path) -> None:
 )
 @click.option("--chat", is_flag=True, help="Each text is a message, in the tokenizer's template.")
 @click.option("--vocabulary", help=f"{_VOCABULARY} By default the checkpoint's own.")
+@with_mesh
 def generate(
     checkpoint: Path,
     texts: tuple[str, ...],
@@ -326,11 +314,14 @@ def generate(
     beams: int,
     chat: bool,
     vocabulary: str | None,
+    fsdp: int,
+    model: int,
 ) -> None:
     """What a checkpoint writes after each text (or line of the standard input)."""
     import jax
     import numpy as np
 
+    from m2l import models, partitioning
     from m2l.data import layouts, vocabularies
     from m2l.data.examples import GenerationExample
     from m2l.evaluation import generation
@@ -347,20 +338,23 @@ def generate(
     texts = texts or tuple(line for line in sys.stdin.read().splitlines() if line.strip())
     encoded = [np.array(loaded.encode(text), np.int32) for text in texts]
     nothing = np.empty(0, np.int32)
+    spec = models.spec(opened.config)
+    mesh = partitioning.make_mesh(fsdp=fsdp, model=model)
     how = {} if beams == 1 else {"beams": beams}
     decode = generation.greedy if beams == 1 else generation.beam_search
-    written = decode(
-        opened.config,
-        jax.device_put(opened.read(None)),
-        [
-            GenerationExample(ids, nothing, (), text, "", False)
-            for ids, text in zip(encoded, texts, strict=True)
-        ],
-        max_length=max_length,
-        layout=layouts.of(opened.config, loaded),
-        eos_id=loaded.eos_id,
-        batch_size=min(8, max(1, len(texts))),
-        **how,
-    )
+    with jax.set_mesh(mesh):
+        written = decode(
+            opened.config,
+            opened.read(partitioning.shardings(spec, mesh)),
+            [
+                GenerationExample(ids, nothing, (), text, "", False)
+                for ids, text in zip(encoded, texts, strict=True)
+            ],
+            max_length=max_length,
+            layout=layouts.of(opened.config, loaded),
+            eos_id=loaded.eos_id,
+            batch_size=min(8, max(1, len(texts))),
+            **how,
+        )
     for text, ids in zip(texts, written, strict=True):
         click.echo(f"{text}\n> {vocabularies.continuing(loaded).decode(ids.tolist())}")

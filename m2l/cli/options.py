@@ -2,24 +2,23 @@
 
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import click
 
-from m2l import files
+from m2l import storage
+from m2l.errors import ConfigError
 
 
 class _Directory(click.ParamType):
     name = "path"
 
-    def convert(self, value: Any, param: Any, ctx: Any) -> Path:
-        files.check_local(value)
-        return Path(value)
+    def convert(self, value: Any, param: Any, ctx: Any) -> storage.AnyPath:
+        return storage.path(value)
 
 
 DIRECTORY = _Directory()
-"""A path of a file or directory; addresses of remote storage are refused."""
+"""A path of a file or directory; gs://BUCKET/KEY and s3://BUCKET/KEY too."""
 
 
 def with_gin(command: Callable[..., None]) -> Callable[..., None]:
@@ -39,6 +38,55 @@ def with_source(default: str | None = "microworld") -> Callable[..., Any]:
         help="Of the records: microworld, hub[:DIR], p3[:DIR], tfds[:DIR], promptsource[+SOURCE], "
         "jsonl:DIR or cache:DIR.",
     )
+
+
+def with_mesh(command: Callable[..., None]) -> Callable[..., None]:
+    """Adds --fsdp and --model, the axes of the mesh that a command's models are placed on."""
+    command = click.option(
+        "--model", type=click.IntRange(min=1), default=1, help="Devices to split layers over."
+    )(command)
+    return click.option(
+        "--fsdp", type=click.IntRange(min=1), default=1, help="Devices to split models over."
+    )(command)
+
+
+def with_processes(command: Callable[..., None]) -> Callable[..., None]:
+    """Adds --distributed, --coordinator and --process, by which processes of one command join."""
+    for option in (
+        click.option("--process", help="I/N: which of N processes, with --coordinator, from 0/N."),
+        click.option("--coordinator", help="HOST:PORT of process 0, where no cluster says so."),
+        click.option("--distributed", is_flag=True, help="One of a job's processes; JAX finds it."),
+    ):
+        command = option(command)
+    return command
+
+
+def join(distributed: bool, coordinator: str | None, process: str | None, **options: Any) -> None:
+    """Joins the other processes of a command where its flags say so, and says what was joined.
+
+    Args:
+        distributed, coordinator, process: The values of the flags that `with_processes` adds.
+        options: As `distributed.join` takes them.
+    """
+    if not (distributed or coordinator or process):
+        return
+    from m2l import distributed as processes
+
+    click.echo(f"m2l: {processes.join(coordinator, _number(process), **options)}", err=True)
+
+
+def _number(text: str | None) -> tuple[int, int] | None:
+    """Returns the two numbers of "I/N", or None without a text.
+
+    Raises:
+        ConfigError: It is not that, or I is not below N.
+    """
+    if text is None:
+        return None
+    number, found, count = text.partition("/")
+    if not (found and number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+        raise ConfigError(f"--process {text}: expected I/N, such as 0/2")
+    return int(number), int(count)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from m2l import storage
 from m2l.cli.data import jsonl_files, origin
 from m2l.cli.merge import series
 from m2l.cli.options import DIRECTORY, print_table, with_gin, with_source
@@ -183,7 +184,7 @@ def _kept(keep: Sequence[str], split: str) -> tuple[str, dict[str, dict[str, Pat
     """The mixture of all that is to be kept, and the files of those tasks that are files."""
     names, files = [], {}
     for one in keep:
-        path = Path(one)
+        path = storage.path(one)
         if path.suffix in (".jsonl", ".gz") or path.is_file():
             one = re.sub(r"\W", "_", path.name.partition(".")[0])
             files[one] = {split: path}

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from m2l.cli.data import jsonl_files, register
-from m2l.cli.options import DIRECTORY, print_table, with_source
+from m2l.cli.options import DIRECTORY, print_table, with_mesh, with_source
 from m2l.errors import ConfigError
 
 
@@ -27,6 +27,7 @@ from m2l.errors import ConfigError
 @click.option("--target_length", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the examples' order.")
 @click.option("--vocabulary", help="By default the checkpoint's own.")
+@with_mesh
 @with_source()
 def statistics(
     checkpoint: Path,
@@ -41,6 +42,8 @@ def statistics(
     target_length: int,
     seed: int,
     vocabulary: str | None,
+    fsdp: int,
+    model: int,
     source: str,
 ) -> None:
     """Gather what Fisher merging or RegMean needs to know of an expert on its own data."""
@@ -53,12 +56,12 @@ def statistics(
     manifest = checkpoints.read_manifest(checkpoint)
 
     from m2l.data import vocabularies
-    from m2l.training import statistics as room
+    from m2l.training import statistics as gathering
 
     name = vocabulary or manifest.vocabulary["name"]
     described = vocabularies.describe(vocabularies.load(name), name)
     data = register(name, source, files)
-    made = room.gather(
+    made = gathering.gather(
         checkpoint,
         out,
         kind=kind,
@@ -71,6 +74,8 @@ def statistics(
         input_length=input_length,
         target_length=target_length,
         seed=seed,
+        fsdp=fsdp,
+        model=model,
     )
     rows = [(name, "x".join(map(str, p["shape"]))) for name, p in made.parameters.items()]
     print_table(f"{kind} of {examples} examples", ["parameter", "shape"], rows)

@@ -94,7 +94,7 @@ def _planned(
     gin_files: Sequence[str], bindings: Sequence[str], out: Path, update: bool, claim: bool = True
 ) -> Any:
     """The study's plan; its folder is made, unless it is not to be claimed."""
-    from m2l import configuration, files
+    from m2l import configuration, files, storage
     from m2l.studies import records
 
     if not gin_files:
@@ -108,7 +108,7 @@ def _planned(
         mend = "redo what changes with m2l study --update"
         files.check_claim(out, "study.json", content, what="study", update=update, mend=mend)
         files.claim(out, "study.json", content)
-        files.write(out / "config.gin", resolved)
+        storage.write_atomic(out / "config.gin", resolved)
     return plan
 
 

@@ -9,7 +9,7 @@ import click
 
 from m2l.cli.data import jsonl_files, scored_tasks
 from m2l.cli.merge import series
-from m2l.cli.options import DIRECTORY, print_table, with_source
+from m2l.cli.options import DIRECTORY, print_table, with_mesh, with_source
 from m2l.errors import ConfigError
 
 _SWEPT = ("scale", "density", "drop_rate", "epsilon", "gamma", "t", "floor", "nondiagonal_scale")
@@ -29,7 +29,8 @@ def _with_swept(command: Any) -> Any:
 @click.option("--preset", help="How another codebase does it; see m2l merge --list.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of what is drawn.")
 @click.option("--statistics", type=DIRECTORY, multiple=True, help="Of each expert.")
-@click.option("--mixture", help="The held-in tasks to choose by.")
+@click.option("--subtree", help="Of pytrees that Orbax stored, the part to merge: params.")
+@click.option("--mixture", help="The held-in tasks to choose by; by default all merges are kept.")
 @click.option("--jsonl", help="validation=FILE: your own data, as the task `jsonl`.")
 @click.option("--split", default="validation", show_default=True)
 @click.option("--max_examples", type=click.IntRange(min=1), help="Examples of each task at most.")
@@ -37,6 +38,7 @@ def _with_swept(command: Any) -> Any:
 @click.option("--input_length", type=click.IntRange(min=1), default=512, show_default=True)
 @click.option("--target_length", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--vocabulary", help="By default the experts' own.")
+@with_mesh
 @with_source()
 @click.option("--out", type=DIRECTORY, required=True, help="The curve, its picture, the recipe.")
 def sweep(
@@ -46,6 +48,7 @@ def sweep(
     preset: str | None,
     seed: int,
     statistics: tuple[Path, ...],
+    subtree: str | None,
     mixture: str | None,
     jsonl: str | None,
     split: str,
@@ -54,15 +57,20 @@ def sweep(
     input_length: int,
     target_length: int,
     vocabulary: str | None,
+    fsdp: int,
+    model: int,
     source: str,
     out: Path,
     **values: str | None,
 ) -> None:
     """Merge by many recipes in memory, and find the best on validation data.
 
-    OUT gets curve.json with every score, curve.png, and recipe.json for m2l merge --recipe.
+    OUT gets curve.json with every score, curve.png, and recipe.json for m2l merge --recipe. Without
+    --mixture nothing is evaluated, and OUT gets every merged checkpoint, as scale=0.2.
     """
-    from m2l import checkpoints, files, merging, models
+    import jax
+
+    from m2l import checkpoints, files, merging, models, partitioning, storage
     from m2l.evaluation import runner
     from m2l.merging import compatibility, sources
 
@@ -72,7 +80,6 @@ def sweep(
     for flag, missing in (
         ("--method", not method),
         ("--expert", not experts),
-        ("--mixture", not mixture),
         ("a setting to sweep, such as --scale", not swept),
     ):
         if missing:
@@ -83,6 +90,11 @@ def sweep(
     if merging.METHODS.get(method) and merging.METHODS[method].draws:
         fixed["seed"] = seed
     recipes = merging.grid(fixed, swept)
+    if not mixture:
+        _merge_all(recipes, list(swept), base, experts, statistics, subtree, out)
+        return
+    if subtree:
+        raise ConfigError("m2l sweep: --subtree is of merges that are not evaluated, no --mixture")
     content = {
         "recipes": [recipe.to_dict() for recipe in recipes],
         "base": None if base is None else checkpoints.read_manifest(base).digest,
@@ -112,9 +124,15 @@ def sweep(
         max_examples=max_examples,
     )
     files.claim(out, "sweep.json", content)
-    trees = [checkpoints.restore(path) for path in experts]
-    of_base = None if base is None else checkpoints.restore(base)
-    beside = [checkpoints.restore(path) for path in statistics]
+    mesh = partitioning.make_mesh(fsdp=fsdp, model=model)
+    placed = partitioning.shardings(models.spec(config), mesh)
+    whole = merging.METHODS[method].whole
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    trees = [checkpoints.restore(path, shardings=placed) for path in experts]
+    base_tree = None if base is None else checkpoints.restore(base, shardings=placed)
+    gathered = [
+        checkpoints.restore(path, shardings=everywhere if whole else placed) for path in statistics
+    ]
     curve: list[dict[str, Any]] = []
 
     def score(params: Any, recipe: merging.Recipe) -> float:
@@ -135,9 +153,10 @@ def sweep(
         curve.append({"settings": settings, "score": mean, "tasks": by_task})
         return mean
 
-    points = merging.sweep(of_base, trees, recipes, score, beside)
+    with jax.set_mesh(mesh):
+        points = merging.sweep(base_tree, trees, recipes, score, gathered)
     chosen = merging.best(points)
-    files.write(out / "curve.json", json.dumps(curve, indent=1) + "\n")
+    storage.write_atomic(out / "curve.json", json.dumps(curve, indent=1) + "\n")
     record = {"recipe": chosen.recipe.to_dict(), "score": chosen.score} | content["data"]
     files.write_record(out / "recipe.json", record)
     _draw(curve, mixture, out / "curve.png")
@@ -147,8 +166,28 @@ def sweep(
     click.echo(f"best: {settings} ({chosen.score:.2f} %); m2l merge --recipe {out}/recipe.json")
 
 
+def _merge_all(
+    recipes: Sequence[Any],
+    swept: Sequence[str],
+    base: Path | None,
+    experts: Sequence[Path],
+    statistics: Sequence[Path],
+    subtree: str | None,
+    out: Path,
+) -> None:
+    """Makes the checkpoint of every recipe; those that are there already are left as they are."""
+    from m2l import merging
+
+    for recipe in recipes:
+        name = ",".join(f"{setting}={getattr(recipe, setting):g}" for setting in swept)
+        options = {"statistics": statistics, "subtree": subtree}
+        manifest = merging.merge(base, experts, recipe, out / name, **options)
+        click.echo(f"merged checkpoint: {out / name}  digest {manifest.digest[:16]}")
+
+
 def _draw(curve: Sequence[dict[str, Any]], mixture: str, file: Path) -> None:
     from m2l.reporting import merges
 
     points = [(point["settings"], point["score"]) for point in curve]
-    merges.curve(points, f"score on {mixture} (%)").savefig(file, dpi=200)
+    with file.open("wb") as image:
+        merges.curve(points, f"score on {mixture} (%)").savefig(image, format="png", dpi=200)

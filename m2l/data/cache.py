@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from m2l import files
+from m2l import files, storage
 from m2l.data.origins import Record
 from m2l.data.prompts import FieldType, kind_of
 from m2l.data.records import checked
@@ -132,7 +132,7 @@ def write_index(root: Path, about: Mapping[str, Any]) -> str:
                 raise DataError(f"{root / name} is missing; write the cache again")
     content = {"format": FORMAT, **about}
     digest = _digest_of(content)
-    files.write(root / INDEX, json.dumps({**content, "digest": digest}, indent=1) + "\n")
+    storage.write_atomic(root / INDEX, json.dumps({**content, "digest": digest}, indent=1) + "\n")
     return digest
 
 
@@ -216,8 +216,8 @@ def read(root: Path, index: Mapping[str, Any], name: str, split: str) -> Iterato
                 f"{', '.join(there) or 'none'}"
             )
     for file, digest in sorted(index["datasets"][name][split]["files"].items()):
-        path = root / file
-        where = f"dataset {name!r}, split {split!r}: {path}"
+        path = storage.download(root / file)
+        where = f"dataset {name!r}, split {split!r}: {root / file}"
         try:
             if _digest(path) != digest:
                 raise DataError(f"{where} is damaged; write the cache again")

@@ -1,5 +1,6 @@
 """Your own data, a JSON object a line: written-out examples, or raw records of a dataset."""
 
+import contextlib
 import difflib
 import gzip
 import zlib
@@ -8,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from m2l import storage
 from m2l.errors import DataError
 from m2l.files import parse_json
 
@@ -31,7 +33,7 @@ def read(path: str | Path) -> list[dict[str, Any]]:
     """
     examples: list[dict[str, Any]] = []
     first = 0
-    for number, line in _lines(Path(path)):
+    for number, line in _lines(storage.path(path)):
         where = f"{path}:{number}"
         example = _example(_object(line, where), where)
         if examples and len(example) != len(examples[0]):
@@ -54,7 +56,7 @@ def records(path: str | Path) -> Iterator[dict[str, Any]]:
     Raises:
         DataError: `FILE:LINE: what is wrong with it`.
     """
-    for number, line in _lines(Path(path)):
+    for number, line in _lines(storage.path(path)):
         yield _object(line, f"{path}:{number}")
 
 
@@ -62,7 +64,10 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Every line that is not blank, and its number from 1."""
     number, found = 0, False
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        with contextlib.ExitStack() as exits:
+            file = exits.enter_context(path.open("rb"))
+            if path.suffix == ".gz":
+                file = exits.enter_context(gzip.open(file))
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     found = True

@@ -221,7 +221,9 @@ def _differing_ids(one: Tokenizer, other: Tokenizer) -> Iterator[tuple[str, Any,
         # pieces says nothing of the tokens that are added.
         shared = [t for t in one.ids if t in other.ids and t not in added and _is_piece(t)]
         offset = other.ids[shared[-1]] - one.ids[shared[-1]] if shared else 0
-    for token in sorted(one.ids.keys() | other.ids.keys(), key=lambda t: one.ids.get(t, -1)):
+    for token in sorted(
+        one.ids.keys() | other.ids.keys(), key=lambda t: (one.ids.get(t, -1), other.ids.get(t, -1))
+    ):
         first, second = one.ids.get(token), other.ids.get(token)
         if mixed and (token in added or not _is_piece(token)):
             continue

@@ -11,7 +11,7 @@ from typing import Any
 import tokenizers
 from sentencepiece import SentencePieceProcessor
 
-from m2l import files
+from m2l import files, storage
 from m2l.errors import DataError
 from m2l.files import (
     BYTES,
@@ -22,7 +22,6 @@ from m2l.files import (
     TOKENIZER_JSON,
     TOKENIZER_MODEL,
     TOKENIZER_SETTINGS,
-    check_local,
     microworld_pieces,
     split_name,
 )
@@ -174,7 +173,8 @@ def absolute(name: str) -> str:
     prefixes, plain = split_name(name)
     if plain in (BYTES, MICROWORLD):
         return name
-    return prefixes + os.path.abspath(Path(plain).expanduser())
+    path = storage.path(plain).expanduser()
+    return f"{prefixes}{os.path.abspath(path) if isinstance(path, Path) else path}"
 
 
 def describe(name: str, files: Files | None = None) -> dict[str, Any]:
@@ -204,9 +204,8 @@ def main_file(name: str) -> Path:
     Raises:
         DataError: there is no such file or directory, or the directory holds no tokenizer.
     """
-    check_local(split_name(name)[1])
     # Links are not followed: Hugging Face's cache gives files their names by them.
-    path = Path(split_name(absolute(name))[1])
+    path = storage.download(storage.path(split_name(absolute(name))[1]))
     if path.is_file():
         return path
     if not path.is_dir():

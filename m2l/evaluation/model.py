@@ -1,7 +1,6 @@
 """A model to evaluate: a checkpoint of m2l's, or a Hugging Face directory read as it is."""
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,12 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from m2l import checkpoints, models
-from m2l.checkpoints import huggingface, safetensors
+from m2l import checkpoints, models, storage
+from m2l.checkpoints import huggingface, identity, opening
 from m2l.data import tokenizer_files
-
-# Of these, a Hugging Face directory has at least one; without the first it is a damaged one.
-_FILES = ("config.json", safetensors.SINGLE, safetensors.INDEX)
+from m2l.errors import CheckpointError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,12 +45,17 @@ def open_model(path: str | Path, vocabulary: str | None = None) -> Model:
             has more ids than its embedding rows.
         DataError: a Hugging Face directory without a tokenizer.
     """
-    path = Path(path)
-    ours = (path / "manifest.json").is_file() or (path / "checkpoints").is_dir()
-    if not ours and any((path / name).is_file() for name in _FILES):
+    path = storage.path(path)
+    if opening.kind(path) == opening.HUGGINGFACE:
         return _of_huggingface(path, vocabulary)
     directory = checkpoints.resolve(path)
     manifest = checkpoints.read_manifest(directory)
+    if not manifest.model:
+        raise CheckpointError(
+            f"{directory}: it does not say which model it is of, as it was made of checkpoints "
+            "that are not m2l's; it can be merged and inspected, and restored by Orbax, but "
+            "evaluation needs a checkpoint that m2l trained or converted"
+        )
 
     def read(shardings: Any) -> dict[str, Any]:
         return checkpoints.restore(directory, shardings=shardings)
@@ -82,8 +84,5 @@ def _of_huggingface(directory: Path, vocabulary: str | None) -> Model:
 
         return jax.tree.map(place, params, jax.tree.broadcast(shardings, params))
 
-    digest = hashlib.sha256()
-    for file in (directory / "config.json", *sorted(directory.glob("*.safetensors"))):
-        with file.open("rb") as content:
-            digest.update(hashlib.file_digest(content, "sha256").digest())
-    return Model(directory, layout.config, described, digest.hexdigest(), read)
+    files = [directory / "config.json", *sorted(directory.glob("*.safetensors"))]
+    return Model(directory, layout.config, described, identity.content_digest(files), read)

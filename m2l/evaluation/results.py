@@ -2,15 +2,15 @@
 
 import dataclasses
 import gzip
+import io
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import m2l
-from m2l import files
+from m2l import files, storage
 from m2l.errors import EvaluationError
 from m2l.evaluation import metrics
 from m2l.evaluation.task_data import TaskData
@@ -163,7 +163,7 @@ def read_results(directory: Path) -> dict[str, Result]:
     Raises:
         EvaluationError: there are none, or one is damaged or of another version.
     """
-    found = [read_result(path) for path in sorted(Path(directory).glob("*.json"))]
+    found = [read_result(path) for path in sorted(storage.path(directory).glob("*.json"))]
     if not found:
         raise EvaluationError(f"{directory}: no results of `m2l eval`")
     return {result.task: result for result in found}
@@ -206,12 +206,12 @@ def finished(out: Path, model_digest: str, task: TaskData, examples: bool) -> Re
 def write_examples(out: Path, task: str, lines: Sequence[Mapping[str, Any]]) -> None:
     """Writes what became of each example as compressed JSON lines, whole or not at all."""
     path = out / (task + EXAMPLES)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    packed = io.BytesIO()
     # No time and no name in it: the same examples give the same bytes.
-    with unfinished.open("wb") as file, gzip.GzipFile("", "wb", fileobj=file, mtime=0) as packed:
+    with gzip.GzipFile("", "wb", fileobj=packed, mtime=0) as file:
         for line in lines:
-            packed.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
-    unfinished.rename(path)
+            file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+    storage.write_atomic(path, packed.getvalue())
 
 
 def read_examples(out: Path, task: str) -> list[dict[str, Any]]:
@@ -222,7 +222,7 @@ def read_examples(out: Path, task: str) -> list[dict[str, Any]]:
     """
     path = out / (task + EXAMPLES)
     try:
-        with gzip.open(path, "rt", encoding="utf-8") as file:
+        with path.open("rb") as packed, gzip.open(packed, "rt", encoding="utf-8") as file:
             return [
                 files.parse_json(line, f"{path}:{number}", kind=dict, error=EvaluationError)
                 for number, line in enumerate(file, start=1)

@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from m2l import storage
+from m2l.checkpoints.manifest import ORBAX_METADATA
 from m2l.data import layouts, vocabularies
 from m2l.errors import ConfigError, UnknownNameError
 from m2l.evaluation import batching, bootstrap, generation, likelihood, metrics, ranking
@@ -22,7 +24,6 @@ from m2l.evaluation.results import (
     write_result,
 )
 from m2l.evaluation.task_data import TaskData, load_tasks
-from m2l.files import check_local
 from m2l.progress import Progress
 
 __all__ = [
@@ -162,9 +163,8 @@ class Evaluator:
         Returns:
             A result for each task, in their order.
         """
-        check_local(out)
-        out, writes = Path(out), jax.process_index() == 0
-        for record in ("run.json", "study.json", "manifest.json"):
+        out, writes = storage.path(out), jax.process_index() == 0
+        for record in ("run.json", "study.json", ORBAX_METADATA, "manifest.json"):
             if (out / record).exists():
                 raise ConfigError(f"{out} holds something else ({record}); choose another --out")
         out.mkdir(parents=True, exist_ok=True)

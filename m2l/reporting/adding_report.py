@@ -11,7 +11,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from m2l import files
+from m2l import storage
 from m2l.evaluation.bootstrap import Difference
 from m2l.reporting import figures, style
 from m2l.studies.adding import Added, Adding
@@ -134,19 +134,19 @@ def _time(seconds: float) -> str:
 def write(added: Added, adding: Adding, out: Path) -> None:
     """Writes curve.json, .svg, .pdf and .png, and table.md, .csv and .json."""
     described = curve(added, adding)
-    files.write(out / "curve.json", json.dumps(described, indent=1) + "\n")
+    storage.write_atomic(out / "curve.json", json.dumps(described, indent=1) + "\n")
     figures.write(draw(described), out, "curve")
     found = rows(added)
     text = answer(added, adding.tolerance)
-    files.write(out / "table.md", f"{text}\n\n{markdown(found)}")
+    storage.write_atomic(out / "table.md", f"{text}\n\n{markdown(found)}")
     lines = [_plain(row) for row in found]
     held = io.StringIO()
     writer = csv.DictWriter(held, list(lines[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)
-    files.write(out / "table.csv", held.getvalue())
+    storage.write_atomic(out / "table.csv", held.getvalue())
     record = {"answer": text, "weight": added.choice.point.weight, "rows": lines}
-    files.write(out / "table.json", json.dumps(record, indent=1) + "\n")
+    storage.write_atomic(out / "table.json", json.dumps(record, indent=1) + "\n")
 
 
 def curve(added: Added, adding: Adding) -> dict[str, Any]:

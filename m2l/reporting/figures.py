@@ -391,5 +391,7 @@ def write(figure: Figure, directory: Path, name: str) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     (directory / f"{name}.svg").write_text(svg(figure))
     with matplotlib.rc_context(style.RC):
-        figure.savefig(directory / f"{name}.pdf", metadata={"CreationDate": None})
-        figure.savefig(directory / f"{name}.png", dpi=200)
+        with (directory / f"{name}.pdf").open("wb") as file:
+            figure.savefig(file, format="pdf", metadata={"CreationDate": None})
+        with (directory / f"{name}.png").open("wb") as file:
+            figure.savefig(file, format="png", dpi=200)

@@ -7,7 +7,7 @@ from pathlib import Path
 import jinja2
 
 import m2l
-from m2l import files
+from m2l import storage
 from m2l.reporting import figures, scaling_report, skills_report, tables
 from m2l.reporting.blocks import Report
 from m2l.studies import records
@@ -21,7 +21,7 @@ def collect(out: Path) -> Report:
         DataError: `out` holds no study, or one that is not finished.
         EvaluationError: results cannot be compared.
     """
-    found = records.load(Path(out))
+    found = records.load(storage.path(out))
     kind = scaling_report if isinstance(found.study, ScalingStudy) else skills_report
     return kind.report(kind.collect(found))
 
@@ -41,7 +41,7 @@ def write(out: Path, report: Report | None = None) -> Path:
         DataError: `out` holds no study, or one that is not finished.
         EvaluationError: results cannot be compared.
     """
-    out = Path(out)
+    out = storage.path(out)
     report = report or collect(out)
     folder = out / "report"
     for name, frame in report.tables.items():
@@ -51,7 +51,7 @@ def write(out: Path, report: Report | None = None) -> Path:
     known = ("study.json", "config.gin", "records.json", "results.parquet", "results")
     beside = [name for name in known if (out / name).exists()]
     path = folder / "index.html"
-    files.write(path, render(report, beside))
+    storage.write_atomic(path, render(report, beside))
     return path
 
 

@@ -152,6 +152,6 @@ def latex(frame: pd.DataFrame) -> str:
 def write(frame: pd.DataFrame, directory: Path, name: str) -> None:
     """Writes NAME.csv (full precision), NAME.md and NAME.tex."""
     directory.mkdir(parents=True, exist_ok=True)
-    _flat(frame).to_csv(directory / f"{name}.csv", index=False)
+    (directory / f"{name}.csv").write_text(_flat(frame).to_csv(index=False))
     (directory / f"{name}.md").write_text(markdown(frame))
     (directory / f"{name}.tex").write_text(latex(frame))

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import seqio
 
-from m2l import checkpoints, files, models, tasks
+from m2l import checkpoints, files, models, storage, tasks
 from m2l.checkpoints import Manifest
 from m2l.data import pipeline, vocabularies
 from m2l.errors import ConfigError, DataError, UnknownNameError
@@ -150,7 +150,7 @@ def add(adding: Adding, out: Path, *, resolved_config: str | None = None) -> Add
         M2LError: something does not fit, and is named, before anything is written.
         Stopped: after SIGINT or SIGTERM in training, when the state was saved.
     """
-    out = Path(out).absolute()
+    out = storage.path(out).absolute()
 
     # --- everything that can be refused ---
     found = opened(adding.general, adding.base, adding.trained)
@@ -193,7 +193,7 @@ def add(adding: Adding, out: Path, *, resolved_config: str | None = None) -> Add
     pool = Pool(found["base"], found["general"], alone, adding.method, adding.density)
     ends = {"general": pool.general, "alone": alone}
     weights = sorted({*adding.weights, *([] if zero is None else [zero])})
-    with clock.running("choosing"):
+    with clock.running("choosing"), jax.set_mesh(pool.mesh):
         by_ends = {
             name: judge.scores(name, model.manifest.digest, pool.reader(model), True)
             for name, model in ends.items()
@@ -210,7 +210,7 @@ def add(adding: Adding, out: Path, *, resolved_config: str | None = None) -> Add
         merged = pool.write(choice.point.weight, out / "merged")
 
     # --- before and after, by the half to judge by ---
-    with clock.running("judging"):
+    with clock.running("judging"), jax.set_mesh(pool.mesh):
         judged = {
             name: judge.scores(name, model.manifest.digest, pool.reader(model), False)
             for name, model in {**ends, "merged": merged}.items()

@@ -5,9 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from m2l import checkpoints, merging
+from m2l import checkpoints, merging, models, partitioning
 from m2l.checkpoints import Manifest
 from m2l.errors import CheckpointError
 from m2l.merging import Recipe, compatibility, sources
@@ -72,6 +70,9 @@ class Pool:
     def __init__(self, base: Model, general: Model, alone: Model, method: str, density: float):
         self.base, self.general, self._alone = base, general, alone
         self._method, self._density = method, density
+        spec = models.spec(models.from_dict(base.manifest.model))
+        self.mesh = partitioning.widest_mesh(spec)
+        self._placed = partitioning.shardings(spec, self.mesh)
         self._held: dict[Path, Any] = {}
 
     def recipe(self, weight: float) -> Recipe:
@@ -83,8 +84,11 @@ class Pool:
 
     def _params(self, model: Model) -> Any:
         if model.path not in self._held:
-            self._held[model.path] = jax.device_put(checkpoints.restore(model.path))
+            self._held[model.path] = self._read(model)
         return self._held[model.path]
+
+    def _read(self, model: Model) -> Any:
+        return checkpoints.restore(model.path, shardings=self._placed)
 
     def digest(self, weight: float) -> str:
         """What identifies the merge."""
@@ -97,7 +101,7 @@ class Pool:
         """Gives a model's parameters; those that are merged stay in memory."""
         if model in (self.general, self._alone):
             return lambda: self._params(model)
-        return lambda: jax.device_put(checkpoints.restore(model.path))
+        return lambda: self._read(model)
 
     def merger(self, weight: float) -> Callable[[], Any]:
         """Gives the parameters of the merge."""

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from m2l import checkpoints, models, tasks
@@ -84,7 +83,7 @@ def _config(stage: Stage, plan: Plan) -> models.Config:
     made = plan[next(iter(stage.inputs.values()))]
     if made.kind == "train":
         return models.from_dict(made.settings["model"])
-    return models.from_dict(checkpoints.read_manifest(Path(made.settings["checkpoint"])).model)
+    return models.from_dict(checkpoints.read_manifest(made.settings["checkpoint"]).model)
 
 
 def of_plan(plan: Plan) -> dict[str, Cost]:

@@ -2,10 +2,7 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
-import os
-import shutil
 import sys
 import time
 import traceback
@@ -13,8 +10,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from m2l import files
+from m2l import files, storage
 from m2l.errors import DataError, M2LError, Stopped, one_line
+from m2l.locks import Lock
 from m2l.studies.plan import Plan, Stage
 
 Run = Callable[[Stage, Path, Mapping[str, Path]], None]
@@ -148,23 +146,17 @@ def discard_damaged(plan: Plan, out: Path) -> None:
             except DataError as error:
                 if alone:
                     print(f"m2l: {one_line(str(error))}", file=sys.stderr, flush=True)
-                    shutil.rmtree(folder(out, stage.name))
+                    storage.remove_tree(folder(out, stage.name))
                     _write_mark(_mark(out, stage.name), plan.digest(stage.name), finished=False)
 
 
 @contextlib.contextmanager
 def _alone(out: Path, name: str) -> Iterator[bool]:
-    """Whether no other process is at the stage; the system frees it when this one ends."""
-    lock = _mark(out, name).with_suffix(".lock")
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield True
-    except BlockingIOError:
-        yield False
-    finally:
-        os.close(descriptor)
+    """Yields whether no other process is at the stage; see `locks.Lock`."""
+    file = _mark(out, name).with_suffix(".lock")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with Lock(file) as lock:
+        yield lock.acquire()
 
 
 def run_stage(plan: Plan, out: Path, name: str, runners: Mapping[str, Run]) -> bool:
@@ -184,7 +176,7 @@ def run_stage(plan: Plan, out: Path, name: str, runners: Mapping[str, Run]) -> b
         print(f"m2l: {_mark(out, name)}: damaged; {_REDONE}", file=sys.stderr, flush=True)
     output, mark = folder(out, name), _mark(out, name)
     if found == "outdated" and (output.exists() or output.is_symlink()):
-        output.unlink() if output.is_symlink() else shutil.rmtree(output)
+        output.unlink() if output.is_symlink() else storage.remove_tree(output)
     _write_mark(mark, plan.digest(name), finished=False)
     inputs = {role: folder(out, of) for role, of in stage.inputs.items()}
     start = time.monotonic()

@@ -100,6 +100,11 @@ def by_slurm(plan: Plan, out: Path, settings: Mapping[str, Any], at_once: int) -
     Raises:
         ConfigError: submitit is not installed, or there is no Slurm here.
     """
+    if not isinstance(out, Path):
+        raise ConfigError(
+            f"--executor slurm: {out} is not on a file system that all nodes share, where jobs and "
+            "their output are; run m2l study in jobs of your own, several at one --out"
+        )
     try:
         submitit = importlib.import_module("submitit")  # an extra
     except ImportError as error:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import io
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from m2l import files, models
+from m2l import files, models, storage
 from m2l.errors import DataError, EvaluationError, UnknownNameError
 from m2l.evaluation.results import Result, checked_result, read_result
 from m2l.studies import execute, scaling, skills
@@ -93,7 +94,7 @@ def read_study(out: Path) -> Study:
         DataError: `out` holds no study.
         UnknownNameError: it holds a study of a kind that is not known.
     """
-    record = Path(out) / "study.json"
+    record = storage.path(out) / "study.json"
     if not record.exists():
         raise DataError(f"{out}: holds no study (study.json is missing); run `m2l study` first")
     fields = files.read_record(record, required=False, finite=True)
@@ -112,7 +113,7 @@ def load(out: Path) -> Records:
     Raises:
         DataError: `out` holds no study, or one that is not finished.
     """
-    out = Path(out)
+    out = storage.path(out)
     study = read_study(out)
     records = _published(study, out) if (out / RESULTS).exists() else _collected(study, out)
     _check_alike(records.results, out)
@@ -202,9 +203,10 @@ def publish(records: Records, to: Path) -> None:
     frame = pd.DataFrame(rows)
     for column in _OBJECTS:
         frame[column] = frame[column].map(json.dumps)
-    frame.to_parquet(to / RESULTS, compression="zstd", index=False)
+    packed = frame.to_parquet(None, compression="zstd", index=False)
+    storage.write_atomic(to / RESULTS, packed)
     recorded = {name: getattr(records, name) for name in _RECORDED}
-    digest = hashlib.sha256((to / RESULTS).read_bytes()).hexdigest()
+    digest = hashlib.sha256(packed).hexdigest()
     files.write_record(to / RECORDS, {**recorded, "results": digest})
 
 
@@ -220,7 +222,7 @@ def _published(study: Study, out: Path) -> Records:
     if digest is not None and hashlib.sha256(file.read_bytes()).hexdigest() != digest:
         raise DataError(f"{file}: damaged, its digest is not that of {RECORDS}; {_AGAIN}")
     try:
-        rows = pd.read_parquet(file).to_dict("records")
+        rows = pd.read_parquet(io.BytesIO(file.read_bytes())).to_dict("records")
     except (OSError, ValueError) as error:
         raise DataError(f"{file}: damaged, not a Parquet file ({error}); {_AGAIN}") from error
     results: dict[str, dict[str, Result]] = {}

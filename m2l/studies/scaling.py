@@ -6,7 +6,6 @@ Source: Yadav et al., "What Matters for Model Merging at Scale?", sections 3 and
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -253,7 +252,7 @@ def _trained(study: ScalingStudy) -> Iterator[Stage]:
 
         def train(name: str, settings: TrainSettings, init: str | None = None) -> Stage:
             if name in study.given:
-                directory = checkpoints.resolve(Path(study.given[name]))
+                directory = checkpoints.resolve(study.given[name])
                 digest = checkpoints.read_manifest(directory).digest
                 return Stage(name, "given", {"checkpoint": str(directory), "digest": digest})
             decided_by = {

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from m2l import checkpoints, files, merging, models, tasks
+from m2l import checkpoints, files, merging, models, partitioning, storage, tasks
 from m2l.data import vocabularies
 from m2l.errors import CheckpointError
 from m2l.evaluation import runner
@@ -41,17 +41,21 @@ def run_train(stage: Stage, out: Path, inputs: Mapping[str, Path]) -> None:
 
 
 def run_given(stage: Stage, out: Path, inputs: Mapping[str, Path]) -> None:
-    """Links a checkpoint that somebody else trained to the stage's place.
+    """Links a checkpoint that somebody else trained to the stage's place; buckets get a copy.
 
     Raises:
         CheckpointError: it is another one by now.
     """
-    directory = Path(stage.settings["checkpoint"])
+    directory = storage.path(stage.settings["checkpoint"])
     if checkpoints.read_manifest(directory).digest != stage.settings["digest"]:
         raise CheckpointError(f"{directory}: changed since the study was planned; start it again")
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.unlink(missing_ok=True)
-    out.symlink_to(directory, target_is_directory=True)
+    if isinstance(out, Path) and isinstance(directory, Path):
+        out.unlink(missing_ok=True)
+        out.symlink_to(directory, target_is_directory=True)
+    else:
+        storage.remove_tree(out)
+        storage.upload(directory, out)
 
 
 # --- evaluation ---
@@ -136,8 +140,17 @@ def run_evaluate(stage: Stage, out: Path, inputs: Mapping[str, Path]) -> None:
     directory = checkpoints.resolve(inputs["model"])
     manifest = checkpoints.read_manifest(directory)
     judge = _Judge(stage.settings, manifest.model, choosing=False)
-    params = jax.device_put(checkpoints.restore(directory))
-    judge.write(params, stage.settings["categories"], out, manifest.digest)
+    mesh, placed = _placement(manifest.model)
+    with jax.set_mesh(mesh):
+        params = checkpoints.restore(directory, shardings=placed)
+        judge.write(params, stage.settings["categories"], out, manifest.digest)
+
+
+def _placement(model: Mapping[str, Any]) -> tuple[jax.sharding.Mesh, Any]:
+    """The mesh that splits a model over as many devices as it can be, and where parameters go."""
+    spec = models.spec(models.from_dict(model))
+    mesh = partitioning.widest_mesh(spec)
+    return mesh, partitioning.shardings(spec, mesh)
 
 
 # --- merges ---
@@ -155,8 +168,9 @@ class _Experts:
         manifests = {name: checkpoints.read_manifest(path) for name, path in self.paths.items()}
         self.model = manifests["base"].model
         self._digests = {name: manifest.digest for name, manifest in manifests.items()}
+        self.mesh, placed = _placement(self.model)
         self._params = {
-            name: jax.device_put(checkpoints.restore(path)) for name, path in self.paths.items()
+            name: checkpoints.restore(path, shardings=placed) for name, path in self.paths.items()
         }
 
     def expert(self, category: str) -> Any:
@@ -183,11 +197,23 @@ def run_choose(stage: Stage, out: Path, inputs: Mapping[str, Path]) -> None:
     the sets of constituents, by examples that no model is judged by.
     """
     out.mkdir(parents=True, exist_ok=True)
-    left = [m for m in stage.settings["candidates"] if not (out / f"{m}.json").exists()]
-    if not left:
+    remaining = [m for m in stage.settings["candidates"] if not (out / f"{m}.json").exists()]
+    if not remaining:
         return
     experts, sets = _Experts(inputs), stage.settings["sets"]
     judge = _Judge(stage.settings, experts.model, choosing=True)
+    with jax.set_mesh(experts.mesh):
+        _choose(stage, out, remaining, experts, sets, judge)
+
+
+def _choose(
+    stage: Stage,
+    out: Path,
+    methods: Sequence[str],
+    experts: _Experts,
+    sets: Sequence[Sequence[str]],
+    judge: _Judge,
+) -> None:
     reference = {
         result.task: result
         for category in dict.fromkeys(category for one in sets for category in one)
@@ -201,7 +227,7 @@ def run_choose(stage: Stage, out: Path, inputs: Mapping[str, Path]) -> None:
             for one in sets
         ]
 
-    for method in left:
+    for method in methods:
         recipes = [Recipe.from_dict(r) for r in stage.settings["candidates"][method]]
         points = []
         for recipe in recipes:
@@ -231,17 +257,19 @@ def run_merge(stage: Stage, out: Path, inputs: Mapping[str, Path]) -> None:
             kept = _beside(out, name)
             if not kept.exists():
                 experts.keep(recipe, categories, kept)
-        params, digest = experts.merged(recipe, categories)
-        judge.write(params, stage.settings["categories"], out / name, digest)
+        with jax.set_mesh(experts.mesh):
+            params, digest = experts.merged(recipe, categories)
+            judge.write(params, stage.settings["categories"], out / name, digest)
     recipes = {name: recipe.to_dict() for name, recipe in chosen.items()}
-    files.write(out / RECIPES, json.dumps(recipes, indent=1) + "\n")
+    storage.write_atomic(out / RECIPES, json.dumps(recipes, indent=1) + "\n")
 
 
 def _beside(results: Path, name: str) -> Path:
     """Where the checkpoint of a merge lies whose results lie under results/."""
-    parts = list(results.parts)
-    del parts[parts.index("results")]
-    return Path(*parts) / name
+    inside = results
+    while inside.name != "results":
+        inside = inside.parent
+    return inside.parent / results.relative_to(inside) / name
 
 
 def _as_chosen(recipe: Recipe, choice: Path | None) -> Recipe:

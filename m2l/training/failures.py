@@ -1,5 +1,6 @@
 """What is left of a run whose loss is not finite: the batch, and the examples in it."""
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,16 +8,17 @@ import jax
 import numpy as np
 import seqio
 
-from m2l import files
+from m2l import files, storage
 from m2l.data import pipeline
+from m2l.training.feed import Feed, Positions
 
 
 def keep_batch(
     out: Path,
     step: int,
     mixture: str,
-    read_from: Callable[[bytes | None], pipeline.Batches],
-    anchor: tuple[int, bytes | None],
+    read_from: Callable[[Positions | None], Feed],
+    anchor: tuple[int, Positions],
 ) -> str:
     """Reads the batch of a step again, and writes it to `out`.
 
@@ -27,20 +29,22 @@ def keep_batch(
         out: The run's folder.
         step: The step, counted from 1.
         mixture: What is trained on.
-        read_from: Gives the batches from a position on.
-        anchor: A number of steps done, and the position in the data there.
+        read_from: Opens the batches at positions in the data.
+        anchor: A number of steps done, and the positions there.
 
     Returns:
         A sentence that names the files and the examples.
     """
-    done, position = anchor
-    batches = read_from(position)
+    done, positions = anchor
+    batches = read_from(positions)
     for _ in range(done, step - 1):
         next(batches)
-    before, batch, after = batches.state(), next(batches), batches.state()
+    before, batch, after = batches.positions(), next(batches), batches.positions()
     several = f"_process_{jax.process_index()}" if jax.process_count() > 1 else ""
     name = f"failed_step_{step}{several}"
-    np.savez(out / f"{name}.npz", **batch)
+    packed = io.BytesIO()
+    np.savez(packed, **batch)
+    storage.write_atomic(out / f"{name}.npz", packed.getvalue())
     ids = _examples(mixture, before, after)
     named = "\n".join(f"{task}: {first} to {last}" for task, first, last in ids)
     (out / f"{name}.txt").write_text(f"{named}\n\n{_texts(mixture, batch)}")
@@ -50,11 +54,11 @@ def keep_batch(
     return f"its batch is in {out / name}.npz and, as text, .txt{examples}"
 
 
-def _examples(mixture: str, before: bytes, after: bytes) -> list[tuple[str, int, int]]:
-    """(task, first, last) of the examples between two positions, counted from 0 per task."""
+def _examples(mixture: str, before: Positions, after: Positions) -> list[tuple[str, int, int]]:
+    """(task, first, last) of the examples between two positions of this process's first stream."""
     counts = []
-    for state in (before, after):
-        position = state.partition(b"\n")[2]
+    for positions in (before, after):
+        position = next(each for each in positions if each).partition(b"\n")[2]
         if not position.startswith(b"{"):
             return []  # a pipeline of its own, whose position is TensorFlow's
         counts.append(files.parse_json(position, "the position in the data")["counts"])

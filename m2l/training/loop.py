@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from m2l import checkpoints, files, models, partitioning
-from m2l.errors import DataError, M2LError, Stopped
+from m2l import checkpoints, files, models, partitioning, storage
+from m2l.errors import ConfigError, DataError, M2LError, Stopped
+from m2l.locks import Lock
 from m2l.progress import Progress
+from m2l.storage import AnyPath
 from m2l.training import (
     failures,
     flops,
@@ -26,9 +28,10 @@ from m2l.training import (
     starting,
     state,
 )
+from m2l.training.feed import Positions
 from m2l.training.meter import Meter
 from m2l.training.metrics import Log, MetricsWriter
-from m2l.training.saves import Lock, Saves
+from m2l.training.saves import Saves
 from m2l.training.settings import TrainSettings
 from m2l.training.stopping import Stopping
 from m2l.training.validation import Validation, place
@@ -73,7 +76,7 @@ def train(
         M2LError: The loss is not finite.
         Stopped: After SIGINT or SIGTERM, when the state was saved.
     """
-    out = Path(out).absolute()
+    out = storage.path(out).absolute()
 
     # --- what it is ---
     parents = []
@@ -112,10 +115,10 @@ def train(
 
     with contextlib.ExitStack() as exits:
         # --- one trainer a folder, and what it has already ---
-        lock = exits.enter_context(Lock(out))
+        lock = exits.enter_context(Lock(out / ".run.json.lock"))
         with processes.failing_together():
             if processes.is_first():
-                lock.take()
+                _acquire(lock)
         saves = exits.enter_context(Saves(out, settings.keep))
         if (finished := saves.finished()) is not None:
             saves.prune(finished if settings.keep_best else None)
@@ -127,7 +130,7 @@ def train(
         read_from = starting.reader(config, settings, share, synthetic)
 
         # --- restore: the newest whole checkpoint, else init, else a random model ---
-        resumed = starting.resumed(saves, config, settings, placed, read_from, share)
+        resumed = starting.resumed(saves, config, settings, placed, read_from)
         if resumed is not None:
             newest, current, batches, stopping = resumed
             over = stopping.is_over(settings.patience)
@@ -150,33 +153,28 @@ def train(
         with processes.failing_together():
             if processes.is_first():
                 out.mkdir(parents=True, exist_ok=True)
-                lock.take()
+                _acquire(lock)
                 files.claim(out, "run.json", run)
                 if resolved_config is not None:
-                    files.write(out / "config.gin", resolved_config)
+                    storage.write_atomic(out / "config.gin", resolved_config)
                 record.write(out, config, mesh, needed)
                 saves.directory.mkdir(exist_ok=True)
-                checkpoints.clean(saves.directory)
 
         def save(step: int) -> Path:
-            position = processes.gather_positions(batches.state(), share)
-            held = processes.on_host((current.params, current.opt_state))
             so_far = made_by | {"validation": dataclasses.asdict(stopping)}
-
-            def write(directory: Path) -> None:
-                checkpoints.save(
-                    directory,
-                    held[0],
-                    model=models.to_dict(config),
-                    vocabulary=vocabulary,
-                    made_by=so_far if settings.validation else made_by,
-                    parents=parents,
-                    step=step,
-                    opt_state=held[1],
-                    data_state=position,
-                )
-
-            return saves.start(step, write, _best(settings, stopping))
+            with processes.failing_together():
+                saves.check_space(step, current.params, current.opt_state)
+            return saves.save(
+                step,
+                current.params,
+                current.opt_state,
+                best=_best(settings, stopping),
+                model=models.to_dict(config),
+                vocabulary=vocabulary,
+                made_by=so_far if settings.validation else made_by,
+                parents=parents,
+                data_state=processes.gather_positions(batches.positions()),
+            )
 
         def read(step: int, metrics: state.Metrics) -> dict[str, float]:
             figures = {name: float(value) for name, value in jax.device_get(metrics).items()}
@@ -201,12 +199,15 @@ def train(
         exits.enter_context(jax.set_mesh(mesh))
         writer = exits.enter_context(_writer(out, first, log))
         progress = exits.enter_context(_progress(settings, first))
+        tracing = exits.enter_context(contextlib.ExitStack())
         pending: tuple[int, state.Metrics] | None = None
-        anchor = first, batches.state()
+        anchor = first, batches.positions()
         last_saved, stopped, over = newest, False, False
         for step in range(first, settings.steps):
-            if profile and step - first in (4, 10):
-                _trace(out / "profile", start=step - first == 4)
+            if profile and step == first + 4:
+                tracing.enter_context(_trace(out / "profile"))
+            if profile and step == first + 10:
+                tracing.close()
             asked = time.perf_counter()
             batch = next(batches)
             meter.fed(batch, time.perf_counter() - asked)
@@ -228,6 +229,7 @@ def train(
                 cut = processes.sum_over_shares(batches.cut, share)
                 with processes.failing_together():
                     saves.check()
+                    lock.check()
                     if processes.is_first():
                         writer.write(done, figures | {"learning_rate": rate} | speed | cut)
                 _show_speed(progress, speed)
@@ -258,14 +260,13 @@ def train(
                     saves.wait()
                     if processes.is_first():
                         writer.flush()
-                last_saved, anchor = save(done), (done, batches.state())
+                last_saved, anchor = save(done), (done, batches.positions())
                 meter.run()
             if ending:
                 break
 
         # --- the end of the run, or of this part of it ---
-        if profile and step - first in range(4, 10):
-            _trace(out / "profile", start=False)
+        tracing.close()
         with processes.failing_together():
             saves.wait()
             if processes.is_first():
@@ -329,7 +330,7 @@ def _kept_batch(
     step: int,
     settings: TrainSettings,
     read_from: starting.Reader,
-    anchor: tuple[int, bytes | None],
+    anchor: tuple[int, Positions],
 ) -> str:
     try:
         return "; " + failures.keep_batch(out, step, settings.mixture, read_from, anchor)
@@ -361,8 +362,22 @@ def _show_cut(progress: Progress, cut: Mapping[str, int]) -> None:
         progress.update(**{"targets cut": f"{cut['targets_cut'] / cut['examples']:.2%}"})
 
 
-def _trace(directory: Path, start: bool) -> None:
-    if start:
-        jax.profiler.start_trace(str(directory))
-    else:
-        jax.profiler.stop_trace()
+@contextlib.contextmanager
+def _trace(directory: AnyPath) -> Iterator[None]:
+    with storage.local_output(directory) as local, jax.profiler.trace(str(local)):
+        yield
+
+
+def _acquire(lock: Lock) -> None:
+    """Locks the run's directory, once it exists.
+
+    Raises:
+        ConfigError: Another trainer has the lock.
+    """
+    if lock.acquired or (isinstance(lock.file, Path) and not lock.file.parent.is_dir()):
+        return
+    if not lock.acquire(wait=True):
+        raise ConfigError(
+            f"{lock.file.parent}: another trainer ({lock.owner() or 'of unknown number'}) is at "
+            "this run; wait for it, or choose another --out"
+        )

@@ -5,6 +5,7 @@ import hashlib
 import importlib
 import json
 import os
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -16,14 +17,15 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from m2l import files
+from m2l import files, storage
 from m2l.errors import ConfigError, DataError, Stopped
+from m2l.storage import AnyPath
 
 Log = Callable[[int, Mapping[str, float]], None]
 FIGURES = "metrics.jsonl"
 
 
-def read_figures(directory: Path) -> list[dict[str, float]]:
+def read_figures(directory: AnyPath) -> list[dict[str, float]]:
     """Returns the lines of a run's metrics.jsonl: {"step": steps done, name: figure, ...} each.
 
     A line that a kill cut short is left out; a damaged one as well, with a warning.
@@ -76,6 +78,8 @@ def wandb_log(project: str, directory: Path, run: Mapping[str, Any]) -> Iterator
 class MetricsWriter:
     """Appends figures to `DIRECTORY/metrics.jsonl` and `DIRECTORY/tensorboard/`.
 
+    In a bucket they are those of the last `flush` or of the end.
+
     Args:
         directory: The run's directory.
         after: The step a resumed run goes on from: lines of later steps, written before the run
@@ -83,14 +87,22 @@ class MetricsWriter:
         also: Given (step, figures by part/name) as well, such as `wandb_log`'s.
     """
 
-    def __init__(self, directory: Path, *, after: int, also: Log | None = None):
+    def __init__(self, directory: AnyPath, *, after: int, also: Log | None = None):
         self._also = also
-        path = directory / FIGURES
-        if path.exists():
+        self._directory = directory
+        self._exits = contextlib.ExitStack()
+        # Nothing can be appended to an object: files grow here, and are uploaded whole.
+        self._local = (
+            directory
+            if isinstance(directory, Path)
+            else Path(self._exits.enter_context(tempfile.TemporaryDirectory(prefix="m2l-")))
+        )
+        path = self._local / FIGURES
+        if (directory / FIGURES).exists():
             rows = [row for row in read_figures(directory) if row["step"] <= after]
-            files.write(path, "".join(json.dumps(row) + "\n" for row in rows))
+            storage.write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
         self._file = path.open("a")
-        events = directory / "tensorboard"
+        events = self._local / "tensorboard"
         events.mkdir(exist_ok=True)
         # Not SummaryWriter: its thread dies of a full disk, and the run then hangs on its queue.
         self._events = EventsWriter(str(events / "events"))
@@ -118,10 +130,15 @@ class MetricsWriter:
         self._events.flush()
 
     def flush(self) -> None:
-        """Puts everything written so far on the disk."""
+        """Puts everything written so far on the disk, or into the bucket."""
         self._file.flush()
         os.fsync(self._file.fileno())
         self._events.flush()
+        self._upload()
+
+    def _upload(self) -> None:
+        if self._local != self._directory:
+            storage.upload(self._local, self._directory)
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -132,7 +149,9 @@ class MetricsWriter:
         error: BaseException | None,
         at: TracebackType | None,
     ) -> None:
-        try:
-            self._file.close()
-        finally:
-            self._events.close()
+        with self._exits:
+            try:
+                self._file.close()
+            finally:
+                self._events.close()
+            self._upload()

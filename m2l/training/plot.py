@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from m2l import files
+from m2l import storage
 from m2l.training.metrics import read_figures
 
 _WIDTH, _HEIGHT, _LEFT, _BELOW = 640, 360, 56, 40
@@ -24,7 +24,7 @@ def draw(out: Path, title: str) -> None:
                 curve.append((figures["step"], figures[name]))
     curves = {name: curve for name, curve in curves.items() if curve}
     if curves:
-        files.write(out / "loss.svg", svg(curves, title))
+        storage.write_atomic(out / "loss.svg", svg(curves, title))
 
 
 def svg(curves: dict[str, Curve], title: str) -> str:

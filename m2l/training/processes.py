@@ -1,54 +1,22 @@
-"""Several processes of one run: joining, each one's share of the rows, and stopping together.
+"""Several processes of one run: each one's share of the rows, and stopping together.
 
-One program runs in every process; process 0 alone writes. Every process must see the run's folder.
+One program runs in every process. Each writes its own shards of a checkpoint; all other files are
+written by process 0. Every process must see the run's directory.
 """
 
 import contextlib
 import json
 import signal
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from m2l import files, partitioning, signals
-from m2l.errors import CheckpointError, ConfigError, M2LError
-
-# A pod's hosts do not all come up at once.
-_SECONDS_TO_START = 1800
-
-
-def join(coordinator: str | None = None, process: tuple[int, int] | None = None) -> str:
-    """Makes this process one of those that run the program together.
-
-    Args:
-        coordinator: HOST:PORT of process 0; None asks the cluster (Slurm, Open MPI, GKE, a TPU
-            pod), as JAX detects it.
-        process: (this process's number, how many there are); None asks the cluster.
-
-    Returns:
-        What was joined, in words.
-
-    Raises:
-        ConfigError: No cluster is detected, or process 0 is not reached.
-    """
-    number, count = process or (None, None)
-    try:
-        jax.distributed.initialize(
-            coordinator, count, number, initialization_timeout=_SECONDS_TO_START
-        )
-    except (ValueError, RuntimeError) as error:
-        raise ConfigError(
-            f"--distributed: {str(error).splitlines()[0]}; run it under Slurm, Open MPI, on GKE or "
-            "a TPU pod, or name --coordinator HOST:PORT and --process I/N"
-        ) from error
-    return (
-        f"process {jax.process_index()} of {jax.process_count()}, "
-        f"{jax.local_device_count()} of {jax.device_count()} devices"
-    )
+from m2l import partitioning, signals
+from m2l.errors import ConfigError, M2LError
+from m2l.training.feed import Positions, merged
 
 
 def is_first() -> bool:
@@ -114,40 +82,22 @@ def failing_together() -> Iterator[None]:
         raise failure
 
 
-def on_host(tree: Any) -> Any:
-    """Copies of a pytree's arrays as NumPy arrays, whole, in process 0; elsewhere None.
+def gather_positions(positions: Positions) -> list[bytes]:
+    """Returns the position in every stream of the data; every process must call it.
 
-    Every process must call it, and may change or donate the arrays afterwards.
+    Args:
+        positions: Those that this process knows, as `Feed.positions` returns them.
     """
-
-    def fetch(leaf: jax.Array) -> np.ndarray | None:
-        if leaf.is_fully_addressable:
-            return np.array(leaf)
-        if leaf.is_fully_replicated:
-            return np.array(leaf.addressable_data(0))
-        whole = multihost_utils.process_allgather(leaf, tiled=True)
-        return np.asarray(whole) if is_first() else None
-
-    return jax.tree.map(fetch, tree)
-
-
-def gather_positions(position: bytes, of_share: tuple[int, int]) -> bytes:
-    """The positions in the data of all shares as one; of one share, its own as it is."""
-    number, count = of_share
-    if jax.process_count() == 1 or count == 1:
-        return position
-    text = np.frombuffer(position, np.uint8)
+    if jax.process_count() == 1:
+        return merged([positions])
+    content = json.dumps([None if each is None else each.hex() for each in positions])
+    text = np.frombuffer(content.encode(), np.uint8)
     longest = int(np.max(multihost_utils.process_allgather(np.array([len(text)], np.int32))))
-    padded = np.zeros(longest, np.uint8)
+    padded = np.full(longest, ord(" "), np.uint8)
     padded[: len(text)] = text
-    numbers, lengths, texts = (
-        np.asarray(multihost_utils.process_allgather(value))
-        for value in (np.int32(number), np.int32(len(text)), padded)
-    )
-    found = {
-        int(n): texts[i, : lengths[i]].tobytes().hex() for i, n in enumerate(numbers.reshape(-1))
-    }
-    return json.dumps({"shares": [found[n] for n in range(count)]}).encode()
+    rows = np.asarray(multihost_utils.process_allgather(padded)).reshape(-1, longest)
+    parts = [json.loads(row.tobytes()) for row in rows]
+    return merged([[each and bytes.fromhex(each) for each in part] for part in parts])
 
 
 def sum_over_shares(counts: Mapping[str, int] | None, of_share: tuple[int, int]) -> dict[str, int]:
@@ -169,24 +119,6 @@ def sum_over_shares(counts: Mapping[str, int] | None, of_share: tuple[int, int])
     by_share = {int(row[0]): row[1:] for row in gathered.reshape(-1, len(row))}
     sums = np.sum(list(by_share.values()), axis=0)
     return dict(zip(counts, (sums[::2] * 2**31 + sums[1::2]).tolist(), strict=True))
-
-
-def own_position(saved: bytes, of_share: tuple[int, int]) -> bytes:
-    """This share's part of what `gather_positions` gave.
-
-    Raises:
-        CheckpointError: It was saved by another number of shares.
-    """
-    number, count = of_share
-    shares = [saved.hex()]
-    if saved.startswith(b'{"shares"'):
-        shares = files.parse_json(saved, "the position in the data")["shares"]
-    if len(shares) != count:
-        raise CheckpointError(
-            f"the run was fed in {len(shares)} shares and is now fed in {count}: go on with as "
-            "many processes as before, or start a new run with --init"
-        )
-    return bytes.fromhex(shares[number])
 
 
 @contextlib.contextmanager

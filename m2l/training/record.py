@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh
 
-from m2l import checkpoints, files, models, partitioning
+from m2l import checkpoints, models, partitioning, storage
 from m2l.checkpoints.manifest import versions
 from m2l.training import memory
 
@@ -26,7 +26,7 @@ def write(out: Path, config: Any, mesh: Mesh, needed: memory.Need) -> None:
     ]
     count = sum(int(np.prod(row.shape)) for row in rows)
     lines.append(f"\n{count:,} parameters; GiB a device: {memory.describe(needed)}\n")
-    files.write(out / "model.txt", "\n".join(lines))
+    storage.write_atomic(out / "model.txt", "\n".join(lines))
     device = jax.devices()[0]
     environment = {
         "versions": versions(),
@@ -34,7 +34,7 @@ def write(out: Path, config: Any, mesh: Mesh, needed: memory.Need) -> None:
         "processes": jax.process_count(),
         "mesh": dict(mesh.shape),
     }
-    files.write(out / "environment.json", json.dumps(environment, indent=1) + "\n")
+    storage.write_atomic(out / "environment.json", json.dumps(environment, indent=1) + "\n")
 
 
 def export(checkpoint: Path, out: Path, dtype: str) -> None:

@@ -14,11 +14,12 @@ from m2l.checkpoints.model_fields import differing, normalized
 from m2l.data import layouts, pipeline
 from m2l.errors import CheckpointError, ConfigError
 from m2l.training import processes, record, state
+from m2l.training.feed import Feed, Positions
 from m2l.training.saves import Saves
 from m2l.training.settings import TrainSettings
 from m2l.training.stopping import Stopping
 
-Reader = Callable[[bytes | None], Any]
+Reader = Callable[[Positions | None], Any]
 
 
 def check_rows(settings: TrainSettings, mesh: Mesh) -> None:
@@ -57,7 +58,7 @@ def reader(
     synthetic: bool,
     validation: str = "",
 ) -> Reader:
-    """A function that opens this process's batches at a position; None: at their beginning.
+    """A function that opens this process's batches at positions; None: at their beginning.
 
     Args:
         config: The model's configuration.
@@ -67,12 +68,12 @@ def reader(
         validation: The mixture whose validation split is read; "": the run's own, to train on.
     """
     lengths = {"inputs": settings.input_length, "targets": settings.target_length}
-    rows = settings.batch_size // share[1]
-    if synthetic:
-        return lambda position: record.Synthetic(config, lengths, rows)
     mixture = validation or settings.mixture
 
-    def read_from(position: bytes | None) -> pipeline.Batches:
+    def open_stream(stream: tuple[int, int], position: bytes | None) -> Any:
+        rows = settings.batch_size // stream[1]
+        if synthetic:
+            return record.Synthetic(config, lengths, rows)
         return pipeline.training_batches(
             mixture,
             lengths=lengths,
@@ -80,12 +81,12 @@ def reader(
             seed=settings.seed,
             pack=settings.pack,
             split="validation" if validation else "train",
-            shard=share,
+            shard=stream,
             layout=layouts.of(config, pipeline.vocabulary_of(mixture)),
             state=position,
         )
 
-    return read_from
+    return lambda positions: Feed(open_stream, settings.batch_size, share, positions)
 
 
 def resumed(
@@ -94,28 +95,27 @@ def resumed(
     settings: TrainSettings,
     placed: state.TrainState,
     read_from: Reader,
-    share: tuple[int, int],
 ) -> tuple[Path, state.TrainState, Any, Stopping] | None:
     """The newest checkpoint that is not damaged, as (directory, state, batches, stopping).
 
     Raises:
         CheckpointError: There are some, and all are damaged.
     """
-    damaged: list[Path] = []
-    for directory in reversed(saves.whole()):
+    damaged: list[int] = []
+    for step, directory in reversed(saves.finished_steps().items()):
         try:
             manifest = checkpoints.read_manifest(directory)
-            saved = checkpoints.restore_data_state(directory)
-            found = _restored(directory, config, settings, placed)
+            positions = checkpoints.restore_data_state(directory)
+            current = _restored(directory, config, settings, placed)
         except CheckpointError as error:
             print(f"m2l: warning: {error}; going on from the one before", file=sys.stderr)
-            damaged.append(directory)
+            damaged.append(step)
             continue
-        batches = read_from(processes.own_position(saved, share))
+        batches = read_from(positions)
         processes.wait_for_all("restored")
         for other in damaged:
-            saves.set_aside(other)
-        return directory, found, batches, Stopping(**manifest.made_by.get("validation", {}))
+            saves.quarantine(other)
+        return directory, current, batches, Stopping(**manifest.made_by.get("validation", {}))
     if damaged:
         raise CheckpointError(
             f"{saves.directory}: every checkpoint of this run is damaged; delete the run's folder "
@@ -127,17 +127,17 @@ def resumed(
 def _restored(
     directory: Path, config: Any, settings: TrainSettings, placed: state.TrainState
 ) -> state.TrainState:
-    like = state.abstract(config, settings.optimization())
-
-    def put(leaf: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
-        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
-
+    abstract = state.abstract(config, settings.optimization())
+    like = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        abstract.opt_state,
+        placed.opt_state,
+    )
+    step = np.asarray(checkpoints.read_manifest(directory).step, np.int32)
     return state.TrainState(
-        put(np.asarray(checkpoints.read_manifest(directory).step, np.int32), placed.step),
+        jax.make_array_from_callback((), placed.step, lambda index: step[index]),
         checkpoints.restore(directory, shardings=placed.params),
-        jax.tree.map(
-            put, checkpoints.restore_opt_state(directory, like.opt_state), placed.opt_state
-        ),
+        checkpoints.restore_opt_state(directory, like),
     )
 
 

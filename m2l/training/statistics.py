@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from m2l import checkpoints, models
+from m2l import checkpoints, models, partitioning
 from m2l.checkpoints import identity
 from m2l.data import layouts, pipeline
 from m2l.errors import CheckpointError, ConfigError, M2LError, UnknownNameError
@@ -174,6 +174,8 @@ def gather(
     input_length: int = 512,
     target_length: int = 64,
     seed: int = 0,
+    fsdp: int = 1,
+    model: int = 1,
 ) -> checkpoints.Manifest:
     """Gathers a statistic of an expert over data and keeps it as a checkpoint.
 
@@ -195,6 +197,8 @@ def gather(
         input_length: Tokens kept of an example's inputs.
         target_length: Tokens kept of its targets.
         seed: Of the order of the examples.
+        fsdp, model: The axes of the mesh on which the expert and its statistic are placed; each
+            decides nothing but how sums are rounded.
 
     Raises:
         UnknownNameError: there is no such kind, task or mixture.
@@ -243,9 +247,12 @@ def gather(
         split=split,
         layout=layouts.of(config, pipeline.vocabulary_of(mixture, split)),
     )
-    params = jax.device_put(checkpoints.restore(directory))
-    statistic = {"fisher": fisher, "gram": gram}[kind](config, params, batches, examples)
-    _check_finite(directory, kind, statistic)
+    mesh = partitioning.make_mesh(fsdp=fsdp, model=model)
+    placed = partitioning.shardings(models.spec(config), mesh)
+    with jax.set_mesh(mesh):
+        params = checkpoints.restore(directory, shardings=placed)
+        statistic = {"fisher": fisher, "gram": gram}[kind](config, params, batches, examples)
+        _check_finite(directory, kind, statistic)
     return checkpoints.save(
         out,
         statistic,

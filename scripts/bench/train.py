@@ -10,8 +10,8 @@ waited for, and MFU, with random tokens and with the microworld's packed ones. P
 interpreter that has torch and transformers: their step of the same dimensions, in three modes, is
 measured beside it.
 
-`saving`: the same run with a checkpoint every ten steps: for how long one holds training up, what
-share that is at one every 500 steps, and how long it is written beside it.
+`saving`: the same run with a checkpoint every ten steps: for how long one holds training up, and
+what share that is at one every 500 steps. checkpoints.py measures saves by themselves.
 
 `memory`: what T5 XXL and a decoder of 64B need on each of 64, 256 and 1,024 devices with a row of
 2,048 + 512 tokens at a time on each, from shapes and the sharding table: nothing is allocated.
@@ -25,7 +25,6 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +32,11 @@ import jax
 import models as bare
 from jax.sharding import AbstractMesh
 
-from m2l import checkpoints, configuration, partitioning, tasks
+from m2l import configuration, partitioning, tasks
+from m2l.checkpoints.training import RunCheckpoints
 from m2l.data import vocabularies
 from m2l.models import LlamaConfig, T5Config
-from m2l.training import loop, memory, processes
-from m2l.training.saves import Saves
+from m2l.training import loop, memory
 from m2l.training.settings import TrainSettings
 
 STEPS = 12
@@ -127,28 +126,21 @@ def speed(root: Path, torch_python: str | None) -> None:
 def saving(root: Path) -> None:
     """Prints what saving costs."""
     blocked: list[float] = []
-    written: list[float] = []
+    save = RunCheckpoints.save
 
-    def timed(function: Callable[..., Any], into: list[float]) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                into.append(time.perf_counter() - start)
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return save(*args, **kwargs)
+        finally:
+            blocked.append(time.perf_counter() - start)
 
-        return run
-
-    starting: list[float] = []
-    processes.on_host = timed(processes.on_host, blocked)
-    Saves.start = timed(Saves.start, starting)
-    checkpoints.save = timed(checkpoints.save, written)
+    RunCheckpoints.save = timed
     lines = trained(root / "saving", synthetic=True, settings=settings(steps=30, save_every=10))
     step = 16 * (256 + 64) / median(lines, "tokens_per_second")
-    held_up = statistics.median(a + b for a, b in zip(blocked, starting, strict=True))
+    held_up = statistics.median(blocked)
     print(
-        f"a save holds training up for {held_up:.3f} s and is written in "
-        f"{statistics.median(written):.2f} s beside it; a step takes {step:.2f} s: "
+        f"a save holds training up for {held_up:.3f} s; a step takes {step:.2f} s: "
         f"{held_up / (500 * step):.3%} at one every 500 steps"
     )
 

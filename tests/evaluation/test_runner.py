@@ -111,9 +111,9 @@ def test_an_unknown_score_proposes_the_nearest(infos):
         load(infos["free"], generative_score="likelyhood")
 
 
-def test_what_became_of_each_example_adds_up_to_the_result(infos, evaluate, tmp_path):
+def test_what_became_of_each_example_adds_up_to_the_result(infos, evaluate, tmp_path, gcs_bucket):
     for name, score in (("choices", "decoding"), ("free", "decoding"), ("free", "likelihood")):
-        task, out = load(infos[name], generative_score=score), tmp_path / f"{name}_{score}"
+        task, out = load(infos[name], generative_score=score), gcs_bucket / f"{name}_{score}"
         result = evaluate(task, out, examples=True)
         lines = results.read_examples(out, task.info.name)
         assert [line["inputs"] for line in lines] == [e.inputs_text for e in task.examples]

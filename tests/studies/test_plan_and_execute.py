@@ -66,18 +66,18 @@ def run(of, out):
     return recorder.ran
 
 
-def test_finished_stages_are_not_run_again(tmp_path):
-    assert run(plan(), tmp_path) == ["base", "expert", "merged", "other"]
-    assert run(plan(), tmp_path) == []
+def test_finished_stages_are_not_run_again(folder):
+    assert run(plan(), folder) == ["base", "expert", "merged", "other"]
+    assert run(plan(), folder) == []
 
 
-def test_a_changed_setting_reruns_only_what_depends_on_it(tmp_path):
-    run(plan(), tmp_path)
-    assert run(plan(steps=4), tmp_path) == ["base", "expert", "merged"]
-    assert (tmp_path / "base" / "made").read_text() == json.dumps([{"steps": 4}, {}])
+def test_a_changed_setting_reruns_only_what_depends_on_it(folder):
+    run(plan(), folder)
+    assert run(plan(steps=4), folder) == ["base", "expert", "merged"]
+    assert (folder / "base" / "made").read_text() == json.dumps([{"steps": 4}, {}])
 
 
-def test_a_stage_that_broke_off_is_run_again_over_what_it_left(tmp_path):
+def test_a_stage_that_broke_off_is_run_again_over_what_it_left(folder):
     class Broken(Recorder):
         def __call__(self, stage, out, inputs):
             if stage.name == "expert":
@@ -88,12 +88,12 @@ def test_a_stage_that_broke_off_is_run_again_over_what_it_left(tmp_path):
 
     broken = Broken()
     with pytest.raises(KeyboardInterrupt):
-        execute.execute(plan(), tmp_path, {"train": broken, "merge": broken})
-    assert execute.state(plan(), tmp_path, "base") == "done"
-    assert execute.state(plan(), tmp_path, "expert") == "begun"
-    assert execute.state(plan(), tmp_path, "merged") == "missing"
-    assert run(plan(), tmp_path) == ["expert", "merged", "other"]
-    assert (tmp_path / "expert" / "half").exists()
+        execute.execute(plan(), folder, {"train": broken, "merge": broken})
+    assert execute.state(plan(), folder, "base") == "done"
+    assert execute.state(plan(), folder, "expert") == "begun"
+    assert execute.state(plan(), folder, "merged") == "missing"
+    assert run(plan(), folder) == ["expert", "merged", "other"]
+    assert (folder / "expert" / "half").exists()
 
 
 class Failing(Recorder):

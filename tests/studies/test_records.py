@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from m2l.errors import DataError, M2LError
 from m2l.evaluation import results
+from m2l.reporting import page
 from m2l.studies import execute, records, scaling
 
 
@@ -159,3 +161,12 @@ def test_a_published_study_without_digests_is_refused_where_it_contradicts_itsel
     with pytest.raises(M2LError, match=message) as caught:
         records.load(published)
     assert "\n" not in str(caught.value)
+
+
+def test_a_study_is_published_loaded_and_reported_in_a_bucket(finished_study, gcs_bucket):
+    records.publish(records.load(finished_study), gcs_bucket)
+    assert records.load(gcs_bucket) == records.load(finished_study)
+    path = page.write(gcs_bucket)
+    assert path == gcs_bucket / "report" / "index.html"
+    for link in set(re.findall(r'href="((?:figures|tables)/[^"#]+)"', path.read_text())):
+        assert (path.parent / link).read_bytes(), link

@@ -93,7 +93,7 @@ def test_a_study_killed_at_a_random_moment_ends_with_the_same_results(undisturbe
         [*command, *ARGUMENTS, "--out", out], stderr=subprocess.PIPE, env=environment
     ) as process:
         # From the first checkpoint on, at a moment that differs from run to run of this test.
-        while not list(out.glob("bases/*/*/checkpoints/step_*")) and process.poll() is None:
+        while not list(out.glob("bases/*/*/checkpoints/[0-9]*")) and process.poll() is None:
             time.sleep(0.05)
         time.sleep(random.uniform(0, 5))
         assert process.poll() is None, process.stderr.read()

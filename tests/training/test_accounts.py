@@ -10,8 +10,8 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from m2l import models, partitioning
-from m2l.errors import CheckpointError, ConfigError
-from m2l.training import flops, memory, meter, plot, processes
+from m2l.errors import ConfigError
+from m2l.training import feed, flops, memory, meter, plot
 
 from .conftest import SETTINGS
 
@@ -115,9 +115,46 @@ def test_the_curve_is_a_picture_with_every_point():
     plot.svg({"loss": [(1, 2.0)]}, "one point")
 
 
-def test_a_run_goes_on_with_as_many_shares_as_it_began_with():
-    assert processes.own_position(b"alone", (0, 1)) == b"alone"
-    saved = b'{"shares": ["6161", "6262"]}'
-    assert processes.own_position(saved, (1, 2)) == b"bb"
-    with pytest.raises(CheckpointError, match="fed in 2 shares and is now fed in 1"):
-        processes.own_position(saved, (0, 1))
+class Stream:
+    """Rows (number of the stream, number of the row), and how many were handed out."""
+
+    def __init__(self, number, rows, position):
+        self.number, self.rows, self.done = number, rows, int(position or 0)
+
+    def __next__(self):
+        first, self.done = self.done, self.done + self.rows
+        return {"a": np.array([(self.number, first + row) for row in range(self.rows)])}
+
+    def state(self):
+        return str(self.done).encode()
+
+    @property
+    def cut(self):
+        return {"examples": self.done}
+
+
+def feeds(shares, positions=None):
+    def open_stream(stream, position):
+        return Stream(stream[0], 12 // stream[1], position)
+
+    return [feed.Feed(open_stream, 12, (number, shares), positions) for number in range(shares)]
+
+
+@pytest.mark.parametrize("before", [1, 2, 3, 4])
+@pytest.mark.parametrize("after", [1, 2, 3, 6, 12])
+def test_a_run_reads_the_same_batches_whatever_the_number_of_shares(before, after):
+    whole = feeds(before)
+    expected = [np.concatenate([next(f)["a"] for f in whole]) for _ in range(5)]
+    first = feeds(before)
+    found = [np.concatenate([next(f)["a"] for f in first]) for _ in range(2)]
+    second = feeds(after, feed.merged([f.positions() for f in first]))
+    found += [np.concatenate([next(f)["a"] for f in second]) for _ in range(3)]
+    np.testing.assert_array_equal(np.stack(found), np.stack(expected))
+    assert sum(f.cut["examples"] for f in second) == 5 * 12
+    ends = [feed.merged([f.positions() for f in feeds_]) for feeds_ in (whole, second)]
+    assert ends[0] == ends[1] == [str(5 * 12 // before).encode()] * before
+
+
+def test_rows_that_do_not_divide_into_the_streams_of_a_run_are_refused():
+    with pytest.raises(ConfigError, match=r"batch_size 12 .* into 5 streams of data and 1 shares"):
+        feeds(1, [None] * 5)

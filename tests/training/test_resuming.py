@@ -16,8 +16,8 @@ import pytest
 from m2l import checkpoints
 from m2l.checkpoints import publishing
 from m2l.errors import CheckpointError, ConfigError, M2LError, Stopped
+from m2l.locks import Lock
 from m2l.training import optimizers
-from m2l.training.saves import Lock
 
 from .conftest import SETTINGS
 
@@ -38,7 +38,8 @@ def names(run):
 
 
 def damage(checkpoint):
-    file = max((checkpoint / "params").rglob("c.*"), key=lambda file: file.stat().st_size)
+    files = [file for file in (checkpoint / "params").rglob("*") if file.is_file()]
+    file = max(files, key=lambda file: file.stat().st_size)
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
@@ -70,11 +71,11 @@ def test_a_damaged_newest_checkpoint_is_left_for_the_one_before(train, whole, un
     assert f"{newest}" in said
     assert "damaged" in said
     assert "going on from the one before" in said
-    assert names(unfinished)[0] == "damaged_step_00000006"
+    assert "6.damaged" in names(unfinished)
 
 
 def test_a_truncated_manifest_counts_as_damage(train, whole, unfinished):
-    manifest = unfinished / "checkpoints" / whole.name / "manifest.json"
+    manifest = unfinished / "checkpoints" / whole.name / "_CHECKPOINT_METADATA"
     manifest.write_text(manifest.read_text()[:100])
     assert digest(train(unfinished)) == digest(whole)
 
@@ -88,9 +89,11 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(train, unfini
 
 def test_a_second_trainer_of_a_folder_is_refused(train, unfinished):
     before = names(unfinished)
-    with Lock(unfinished) as lock:
-        lock.take()
-        with pytest.raises(ConfigError, match=r"another trainer \(process \d+\) is at this run"):
+    with Lock(unfinished / ".run.json.lock") as lock:
+        assert lock.acquire()
+        with pytest.raises(
+            ConfigError, match=r"another trainer \(process \d+ of \S+\) is at this run"
+        ):
             train(unfinished)
     assert names(unfinished) == before
     train(unfinished)
@@ -100,12 +103,12 @@ def test_a_full_disk_stops_the_run_and_the_last_save_stays(train, whole, tmp_pat
     out, usage = tmp_path / "run", shutil.disk_usage
     with monkeypatch.context() as patch:
         full = lambda path: (  # noqa: E731
-            SimpleNamespace(free=0) if (out / "checkpoints/step_00000002").exists() else usage(path)
+            SimpleNamespace(free=0) if (out / "checkpoints/2").exists() else usage(path)
         )
         patch.setattr(publishing.shutil, "disk_usage", full)
         with pytest.raises(CheckpointError, match="no space left"):
             train(out)
-    assert names(out) == ["step_00000002"]
+    assert names(out) == ["2"]
     assert digest(train(out)) == digest(whole)
 
 
@@ -113,7 +116,7 @@ def test_a_run_stops_when_validation_no_longer_improves(train, tmp_path):
     out = tmp_path / "run"
     settings = dataclasses.replace(NEVER_BETTER, patience=2)
     last = train(out, settings)
-    assert last.name == "step_00000003"
+    assert last.name == "3"
     assert json.loads((out / "finished.json").read_text())["why"] == "early stopping"
     lines = [json.loads(line) for line in (out / "metrics.jsonl").open()]
     assert [line["step"] for line in lines if "validation_loss" in line] == [1, 2, 3]
@@ -138,7 +141,7 @@ def test_a_stopped_run_remembers_how_validation_went(train, tmp_path, monkeypatc
         with pytest.raises(Stopped, match="stopped at step 3"):
             train(tmp_path / "run", settings)
     last = train(tmp_path / "run", settings)
-    assert last.name == expected.name == "step_00000004"
+    assert last.name == expected.name == "4"
     assert digest(last) == digest(expected)
 
 
@@ -146,7 +149,7 @@ def test_a_run_that_keeps_its_best_is_left_with_it_alone(train, tmp_path):
     out = tmp_path / "run"
     settings = dataclasses.replace(NEVER_BETTER, keep_best=True, export_dtype="bfloat16")
     best = train(out, settings)
-    assert names(out) == [best.name] == ["step_00000001"]
+    assert names(out) == [best.name] == ["1"]
     assert checkpoints.resolve(out) == best
     assert train(out, settings) == best
 
@@ -162,7 +165,7 @@ def test_a_run_that_keeps_its_best_is_left_with_it_alone(train, tmp_path):
 def test_a_run_that_improves_keeps_its_newest_checkpoints(train, whole, tmp_path):
     settings = dataclasses.replace(VALIDATED, learning_rate=1e-3, patience=1, keep_best=True)
     best = train(tmp_path / "run", settings)
-    assert best.name == "step_00000006"
+    assert best.name == "6"
 
 
 def test_a_loss_that_is_not_finite_leaves_its_batch_and_names_the_examples(train, tmp_path):

@@ -6,7 +6,6 @@ import re
 import pytest
 
 from m2l import checkpoints
-from m2l.training import processes
 
 # Forks both processes of four runs: one that is asked to stop, the same gone on with, one in one
 # go, and one whose disk is full at its second save.
@@ -15,7 +14,7 @@ import dataclasses, json, os, shutil, signal, sys, time, traceback
 from pathlib import Path
 
 import jax
-from m2l import models, partitioning, tasks
+from m2l import distributed, models, partitioning, tasks
 from m2l.data import vocabularies
 from m2l.errors import M2LError, Stopped
 from m2l.training import loop, processes
@@ -41,7 +40,7 @@ def work(out, number, port):
         "SLURM_PROCID": str(number), "SLURM_LOCALID": str(number), "SLURM_STEP_NUM_NODES": "1",
         "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
     }
-    joined, share = processes.join(), processes.share(partitioning.make_mesh(fsdp=2), 8)
+    joined, share = distributed.join(), processes.share(partitioning.make_mesh(fsdp=2), 8)
     os.write(1, f"{joined} {share}\\n".encode())
     jax.config.update("jax_enable_compilation_cache", True)
     jax.config.update("jax_compilation_cache_dir", str(root / "cache"))
@@ -50,7 +49,8 @@ def work(out, number, port):
     settings = SETTINGS
     if out.name == "full":
         settings = dataclasses.replace(SETTINGS, save_every=1)
-        fill_the_disk_after(out / "checkpoints/step_00000001")
+        if number == 0:
+            fill_the_disk_after(out / "checkpoints/1")
     try:
         loop.train(
             out, config=CONFIG, settings=settings, data={"source": "microworld"},
@@ -132,9 +132,8 @@ def test_going_on_ends_in_the_bits_of_never_having_stopped(runs):
 def test_what_was_cut_is_the_sum_over_the_processes(runs):
     root, _ = runs
     record = json.loads((root / "whole" / "finished.json").read_text())
-    saved = checkpoints.restore_data_state(root / "whole" / "checkpoints" / record["checkpoint"])
-    shares = [processes.own_position(saved, (number, 2)) for number in range(2)]
-    positions = [json.loads(share.partition(b"\n")[2]) for share in shares]
+    streams = checkpoints.restore_data_state(root / "whole" / "checkpoints" / record["checkpoint"])
+    positions = [json.loads(stream.partition(b"\n")[2]) for stream in streams]
     counted = [(one["examples"], *one["cut"]) for one in positions]
     assert all(examples > 0 for examples, *_ in counted)
     sums = tuple(map(sum, zip(*counted, strict=True)))
@@ -144,7 +143,7 @@ def test_what_was_cut_is_the_sum_over_the_processes(runs):
 
 def test_a_save_that_fails_in_process_0_stops_both_with_its_reason(runs):
     root, said = runs
-    reason = r"\S+/step_00000002: no space left: .+"
+    reason = r"\S+/2: no space left: .+"
     alone = re.search(rf"process 0 ends: ({reason})", said)
     assert f"process 1 ends: process 0 has failed: {alone[1]}\n" in said
-    assert [path.name for path in (root / "full" / "checkpoints").iterdir()] == ["step_00000001"]
+    assert [path.name for path in (root / "full" / "checkpoints").iterdir()] == ["1"]
