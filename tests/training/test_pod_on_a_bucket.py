@@ -17,8 +17,8 @@ os.environ |= arguments["environment"]
 import jax
 from m2l import distributed
 if arguments["processes"] > 1:
-    number = arguments["number"]
-    distributed.join(f"127.0.0.1:{arguments['port']}", (number, arguments["processes"]))
+    joined = (arguments["number"], arguments["processes"])
+    distributed.join(f"127.0.0.1:{arguments['port']}", joined, survive=arguments["merges"])
 """
 
 TRAIN = (
@@ -94,6 +94,7 @@ def run(forge, free_port, environment):
 
     def run(program, processes, **arguments):
         common = {"environment": environment, "processes": processes, "port": free_port()}
+        common["merges"] = program == MERGE
         texts = [json.dumps(common | arguments | {"number": number}) for number in range(processes)]
         programs = [(program, text) for text in texts]
         killed = arguments.get("dies", False)
