@@ -22,7 +22,7 @@ SOURCES = sorted([*(ROOT / "m2l").rglob("*.py"), *(ROOT / "tasks").rglob("*.py")
 # A room may import from the rows above its own, and from nothing beside or below itself.
 ROWS = [
     {"__init__"},
-    {"errors", "progress"},
+    {"errors", "progress", "typing"},
     {"distributed", "storage"},
     {"files", "locks", "partitioning", "signals"},
     {"models"},
