@@ -18,8 +18,8 @@ from pathlib import Path
 import tensorflow as tf
 
 from m2l import tasks
+from m2l.data.preprocessors import renderer
 from m2l.data.prompts import Dataset, Prompt, Reference, parse
-from m2l.data.rendering import renderer
 from m2l.tasks import microworld, registry, skills, sources
 
 ROOT = Path(__file__).parents[1]

@@ -17,8 +17,8 @@ from pathlib import Path
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
-from m2l.data.rendering import renderer
-from m2l.data.sources import RecordSource
+from m2l.data.preprocessors import renderer
+from m2l.data.record_source import RecordSource
 from m2l.data.vocabularies import EOS, MICROWORLD_EXTRA_IDS, PAD, UNKNOWN
 from m2l.tasks import datasets, microworld, registry, skills
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from m2l.checkpoints.identity import files_digest, key_of
-from m2l.data import cache
-from m2l.data.origins import Record
-from m2l.data.prompts import Dataset, kind_of, written_out
+from m2l.data import parquet_cache
+from m2l.data.prompts import Dataset, written_out
+from m2l.data.raw_records import Record, kind_of
 from m2l.errors import DataError
 from m2l.tasks import flan, sources
 
@@ -38,7 +38,7 @@ def write(
     if sources.parse(source).kind == "cache":
         raise DataError(f"source {source!r} is a cache already; copy its folder")
     datasets = tuple(datasets)
-    if (out / cache.INDEX).exists():
+    if (out / parquet_cache.INDEX).exists():
         return _finished(out, _key(datasets, source))
     if out.exists() and (
         others := {path.name for path in out.iterdir()} - {d.name for d in datasets}
@@ -49,15 +49,15 @@ def write(
         written[dataset.name] = {}
         for split in sources.splits(source, dataset):
             records = sources.read(source, dataset, split)
-            made = cache.write(out, dataset.name, split, records, dataset.fields)
+            made = parquet_cache.write(out, dataset.name, split, records, dataset.fields)
             written[dataset.name][split] = made
             on_split(dataset.name, split, made["records"])
     about = {"source": source, "key": _key(datasets, source), "datasets": written}
     if sources.parse(source).kind == "promptsource":
-        from m2l.tasks import promptsource
+        from m2l.tasks import t0_templates
 
-        about["declared"] = [_to_dict(dataset) for dataset in promptsource.datasets()]
-    cache.write_index(out, about)
+        about["declared"] = [_to_dict(dataset) for dataset in t0_templates.datasets()]
+    parquet_cache.write_index(out, about)
     return sum(made["records"] for splits in written.values() for made in splits.values())
 
 
@@ -77,12 +77,12 @@ def _key(datasets: Sequence[Dataset], source: str) -> str:
 
 def _finished(out: Path, key: str) -> int:
     """The records of a cache that is already there, if it is of the same key and whole."""
-    index = cache.read_index(out)
+    index = parquet_cache.read_index(out)
     if index.get("key") != key:
         raise DataError(f"{out} holds a finished cache; choose another --out, or delete it")
     for dataset, splits in index["datasets"].items():
         for split in splits:
-            for _ in cache.read(out, index, dataset, split):
+            for _ in parquet_cache.read(out, index, dataset, split):
                 pass
     print(f"m2l: {out}: already there, written from the same source", file=sys.stderr)
     return sum(made["records"] for splits in index["datasets"].values() for made in splits.values())
@@ -103,13 +103,13 @@ def _to_dict(dataset: Dataset) -> dict[str, Any]:
 
 
 def _index(root: Path) -> Mapping[str, Any]:
-    path = root / cache.INDEX
+    path = root / parquet_cache.INDEX
     return _index_of(root, path.stat().st_mtime_ns if path.exists() else 0)
 
 
 @functools.lru_cache(maxsize=8)
 def _index_of(root: Path, modified: int) -> Mapping[str, Any]:
-    return cache.read_index(root)
+    return parquet_cache.read_index(root)
 
 
 def datasets(root: Path) -> tuple[Dataset, ...]:
@@ -148,4 +148,4 @@ def read(root: Path, dataset: Dataset, split: str) -> Iterator[Record]:
     Raises:
         DataError: the cache lacks the dataset or the split, or a file of it is damaged.
     """
-    return cache.read(root, _index(root), dataset.name, split)
+    return parquet_cache.read(root, _index(root), dataset.name, split)

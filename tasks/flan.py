@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from m2l.data.origins import Hub, Record, held_back
 from m2l.data.prompts import Dataset, written_out
+from m2l.data.raw_records import Hub, Record, held_back
 from m2l.errors import DataError, UnknownNameError
 
 MIXTURE = "flan_without_t0"

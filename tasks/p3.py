@@ -10,8 +10,8 @@ import dataclasses
 import functools
 from pathlib import Path
 
-from m2l.data.origins import Hub, Part, Record, Splits
 from m2l.data.prompts import Dataset, written_out
+from m2l.data.raw_records import Hub, Part, Record, Splits
 from m2l.errors import UnknownNameError
 from m2l.tasks import t0_held_in, t0_held_out
 

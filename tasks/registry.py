@@ -9,12 +9,11 @@ import seqio
 import t5.data.postprocessors
 
 from m2l.data import vocabularies
-from m2l.data.origins import Record
 from m2l.data.pipeline import SCORE_EVAL
-from m2l.data.preprocessors import append_eos, rank_rows, span_corruption, tokenize
+from m2l.data.preprocessors import append_eos, rank_rows, renderer, span_corruption, tokenize
 from m2l.data.prompts import Dataset, Prompt, parse
-from m2l.data.rendering import renderer
-from m2l.data.sources import Records, RecordSource
+from m2l.data.raw_records import Record
+from m2l.data.record_source import Records, RecordSource
 from m2l.errors import DataError
 from m2l.evaluation import metrics, seqio_metrics
 from m2l.files import split_name

@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from m2l import storage
-from m2l.data.origins import SPLITS, Hub, Part, Record, Splits
 from m2l.data.prompts import Dataset, Prompt
-from m2l.data.records import checked
+from m2l.data.raw_records import SPLITS, Hub, Part, Record, Splits, checked
 from m2l.errors import ConfigError, DataError, UnknownNameError
 from m2l.tasks import flan, skills, t0_held_in, t0_held_out
 
@@ -107,9 +106,9 @@ def datasets(setting: str) -> tuple[Dataset, ...]:
 
         return (*p3.datasets(), *flan.datasets(flan_of(setting)))
     if source.kind == "promptsource":
-        from m2l.tasks import promptsource
+        from m2l.tasks import t0_templates
 
-        return (*promptsource.datasets(), *flan.datasets(flan_of(setting)))
+        return (*t0_templates.datasets(), *flan.datasets(flan_of(setting)))
     return (*T0, *flan.datasets(source.kind), *skills.datasets(source.kind))
 
 
@@ -275,14 +274,14 @@ def _jsonl(source: Source, dataset: Dataset) -> Reader:
 
 
 def _promptsource(source: Source, dataset: Dataset) -> Reader:
-    from m2l.tasks import promptsource
+    from m2l.tasks import t0_templates
 
     under = source.records
     if dataset is CORPUS or dataset.category == flan.MIXTURE:
         return _READERS[under.kind](under, dataset)
-    base, render = promptsource.template(dataset)
+    base, render = t0_templates.template(dataset)
     # A template may name columns that are not declared; only the Hub is asked for single ones.
-    more = {"fields": promptsource.columns(dataset)} if under.kind == "hub" else {}
+    more = {"fields": t0_templates.columns(dataset)} if under.kind == "hub" else {}
     theirs_of, records = _READERS[under.kind](under, base, **more)
 
     def read(split: str) -> Iterator[Record]:

@@ -11,7 +11,7 @@ import seqio
 import tensorflow as tf
 
 from m2l.data.pipeline import SCORE_EVAL, as_written, find, unusable
-from m2l.data.sources import RecordSource
+from m2l.data.record_source import RecordSource
 from m2l.errors import DataError
 
 _ROWS_AT_ONCE = 512

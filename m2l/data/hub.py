@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from m2l.data import yaml_text
-from m2l.data.origins import Hub, Record
+from m2l.data.raw_records import Hub, Record
 from m2l.errors import DataError
 
 if TYPE_CHECKING:

@@ -14,16 +14,16 @@ import tensorflow as tf
 from tensorflow.python.ops import cond_v2
 
 from m2l import files
-from m2l.data import packing
-from m2l.data.draws import Draws
+from m2l.data import layouts
 from m2l.data.layouts import EncoderDecoder, Layout
 from m2l.data.preprocessors import append_eos, tokenize
-from m2l.data.sources import RecordSource
+from m2l.data.record_source import RecordSource
 from m2l.errors import DataError, UnknownNameError
 
 SCORE_EVAL = "_score_eval"
 
 _BATCHES_AHEAD = 2
+DRAWS_CHUNK = 4096  # draws that are computed at a time
 _CHUNK = 128  # examples that are handed to NumPy at a time
 _CHUNKS_AHEAD = 8
 _CALLS = min(os.cpu_count() or 1, 16)
@@ -85,6 +85,74 @@ def unusable(name: str, error: tf.errors.OpError) -> str:
     return f"{name!r}: a record cannot be made into an example: {error.message.splitlines()[0]}"
 
 
+class MixtureSampler:
+    """An endless random sequence of tasks, each drawn in proportion to its rate.
+
+    Source: Philox (Salmon et al., 2011) keyed by the seeds, at the number of the draw.
+
+    Args:
+        rates: One positive number a task.
+        seeds: Two integers: other seeds, another sequence.
+    """
+
+    def __init__(self, rates: Sequence[float], seeds: tuple[int, int]):
+        self._ends = np.cumsum(np.asarray(rates, np.float64))
+        self._ends /= self._ends[-1]
+        self._key = np.array([seed % 2**64 for seed in seeds], np.uint64)
+        self._counted = 0, np.zeros(len(rates), np.int64)
+
+    def _chunk(self, number: int) -> np.ndarray:
+        """Tasks int32 [DRAWS_CHUNK] of the draws from DRAWS_CHUNK * number on."""
+        # Philox gives four words at each count.
+        bits = np.random.Philox(key=self._key, counter=number * DRAWS_CHUNK // 4).random_raw(
+            DRAWS_CHUNK
+        )
+        shares = (bits >> np.uint64(11)) * 2.0**-53
+        return np.searchsorted(self._ends, shares, side="right").astype(np.int32)
+
+    def move(self, position: int, counts: Sequence[int]) -> None:
+        """Takes over what `counts(position)` gave, to spare counting again.
+
+        Raises:
+            ValueError: these are not the counts of a position.
+        """
+        if len(counts) != len(self._ends) or sum(counts) != position or min(counts) < 0:
+            raise ValueError(f"counts {counts!r:.80} do not add up to {position}")
+        self._counted = position, np.asarray(counts, np.int64)
+
+    def counts(self, position: int) -> np.ndarray:
+        """How often each task is drawn before a position: int64 [tasks]."""
+        start, counts = self._counted
+        if position < start:
+            start, counts = 0, np.zeros_like(counts)
+        counts = counts.copy()
+        for number in range(start // DRAWS_CHUNK, -(-position // DRAWS_CHUNK)):
+            first = max(start - number * DRAWS_CHUNK, 0)
+            drawn = self._chunk(number)[first : position - number * DRAWS_CHUNK]
+            counts += np.bincount(drawn, minlength=len(counts))
+        self._counted = position, counts
+        return counts.copy()
+
+    def pairs(self, position: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The draws from a position on, in chunks, endlessly.
+
+        Yields:
+            Tasks int32 [n], and how often each had been drawn before, int64 [n].
+        """
+        counts = self.counts(position)
+        while True:
+            number, first = divmod(position, DRAWS_CHUNK)
+            tasks = self._chunk(number)[first:]
+            order = np.argsort(tasks, kind="stable")
+            drawn = np.bincount(tasks, minlength=len(counts))
+            ranks = np.arange(len(tasks)) - np.repeat(np.cumsum(drawn) - drawn, drawn)
+            before = np.empty(len(tasks), np.int64)
+            before[order] = counts[tasks[order]] + ranks
+            counts += drawn
+            position += len(tasks)
+            yield tasks, before
+
+
 class Batches(Iterator[dict[str, np.ndarray]]):
     """Endless training batches, and the position behind the last one handed out.
 
@@ -95,7 +163,7 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         made_from: What decides them, as JSON values.
     """
 
-    def __init__(self, stream: "_Drawn | _Piped", made_from: Mapping[str, Any]):
+    def __init__(self, stream: "_SampledExamples | TfDataIterator", made_from: Mapping[str, Any]):
         self._stream, self._made_from = stream, dict(made_from)
 
     def __next__(self) -> dict[str, np.ndarray]:
@@ -143,7 +211,7 @@ class Batches(Iterator[dict[str, np.ndarray]]):
             raise DataError(f"the saved position in the data is damaged: {first}") from error
 
 
-class _Drawn(Iterator[dict[str, np.ndarray]]):
+class _SampledExamples(Iterator[dict[str, np.ndarray]]):
     """Batches of tasks whose records become one example each.
 
     What is drawn are (task, count) pairs, count being how often the task was drawn before: they
@@ -154,11 +222,11 @@ class _Drawn(Iterator[dict[str, np.ndarray]]):
 
     def __init__(
         self,
-        draws: Draws,
+        sampler: MixtureSampler,
         example: Callable[[tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor, tf.Tensor]],
         batched: Callable[[Iterator[Any]], Iterator[tuple[dict[str, np.ndarray], int]]],
     ):
-        self._draws, self._example, self._batched = draws, example, batched
+        self._sampler, self._example, self._batched = sampler, example, batched
         self._done = 0
         # Of the examples done, how many had their inputs and their targets cut.
         self._cut: np.ndarray | None = np.zeros(2, np.int64)
@@ -191,7 +259,7 @@ class _Drawn(Iterator[dict[str, np.ndarray]]):
 
     def _examples(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         pairs = tf.data.Dataset.from_generator(
-            functools.partial(self._draws.pairs, self._done),
+            functools.partial(self._sampler.pairs, self._done),
             output_signature=(tf.TensorSpec([None], tf.int32), tf.TensorSpec([None], tf.int64)),
         )
         made = pairs.unbatch().map(self._example, num_parallel_calls=_CALLS)
@@ -203,13 +271,13 @@ class _Drawn(Iterator[dict[str, np.ndarray]]):
                 yield of_inputs, of_targets
 
     def position(self) -> bytes:
-        counts = self._draws.counts(self._done).tolist()
+        counts = self._sampler.counts(self._done).tolist()
         cut = None if self._cut is None else self._cut.tolist()
         return json.dumps({"examples": self._done, "counts": counts, "cut": cut}).encode()
 
     def move(self, position: bytes) -> None:
         saved = files.parse_json(position, "the saved position in the data", kind=dict)
-        self._draws.move(int(saved["examples"]), saved["counts"])
+        self._sampler.move(int(saved["examples"]), saved["counts"])
         self._done, self._batches = int(saved["examples"]), None
         # An older m2l did not count.
         cut = saved.get("cut")
@@ -225,7 +293,7 @@ def _sequences(ragged: tf.RaggedTensor) -> list[np.ndarray]:
     return np.split(ragged.values.numpy(), ragged.row_splits.numpy()[1:-1])
 
 
-class _Piped(Iterator[dict[str, np.ndarray]]):
+class TfDataIterator(Iterator[dict[str, np.ndarray]]):
     """Batches of a dataset that keeps its position itself, as its sources' cursors."""
 
     cut = None
@@ -307,7 +375,7 @@ def training_batches(
         for task in tasks
     ):
         how = (batch_size, pack, split, seed, shard, layout)
-        stream = _drawn(provider, tasks, lengths, *how)
+        stream = _sampled(provider, tasks, lengths, *how)
     elif not isinstance(layout, EncoderDecoder):
         raise DataError(
             f"{mixture!r} makes inputs and targets of tokens, not of texts: a decoder cannot be "
@@ -329,7 +397,9 @@ def training_batches(
         rows = seqio.EncDecFeatureConverter(pack=pack, bos_id=layout.start_id)(
             examples, dict(lengths)
         )
-        stream = _Piped(rows.batch(batch_size, drop_remainder=True).prefetch(_BATCHES_AHEAD))
+        stream = TfDataIterator(
+            rows.batch(batch_size, drop_remainder=True).prefetch(_BATCHES_AHEAD)
+        )
     batches = Batches(stream, made_from)
     if state is not None:
         batches.restore(state)
@@ -340,7 +410,7 @@ def _only(names: Collection[str]) -> Callable[[dict[str, tf.Tensor]], dict[str, 
     return tf.autograph.experimental.do_not_convert(lambda row: {name: row[name] for name in names})
 
 
-def _drawn(
+def _sampled(
     provider: seqio.Task | seqio.Mixture,
     tasks: Sequence[seqio.Task],
     lengths: Mapping[str, int],
@@ -350,7 +420,7 @@ def _drawn(
     seed: int,
     shard: tuple[int, int],
     layout: Layout,
-) -> _Drawn:
+) -> _SampledExamples:
     of_task = [task.source.endless(split, seed, shard, only=lengths) for task in tasks]
     rates = [provider.get_rate(task) for task in tasks] if len(tasks) > 1 else [1.0]
     features = tasks[0].output_features
@@ -377,9 +447,9 @@ def _drawn(
         return inputs, targets, tf.cast(tf.stack([inputs_cut, targets_cut]), tf.int32)
 
     def batched(examples: Iterator[Any]) -> Iterator[tuple[dict[str, np.ndarray], int]]:
-        return packing.batches(examples, lengths, batch_size, pack, layout)
+        return layouts.batches(examples, lengths, batch_size, pack, layout)
 
-    return _Drawn(Draws(rates, (seed, shard[0])), example, batched)
+    return _SampledExamples(MixtureSampler(rates, (seed, shard[0])), example, batched)
 
 
 def _identity(task: seqio.Task, split: str) -> list[int | None]:

@@ -1,12 +1,13 @@
 """Declarations: what a dataset's records hold, and the prompts that turn a record into text."""
 
+import itertools
 import re
 import string
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from m2l.data.origins import SPLITS, Hub, Splits, Tfds
+from m2l.data.raw_records import SPLITS, FieldType, Hub, Splits, Tfds, kind_of
 from m2l.errors import DataError, UnknownNameError
 
 CHOICE_METRICS = ("accuracy", "f1", "spearman")
@@ -17,10 +18,6 @@ TEXT_METRICS = (
 KINDS = ("string", "int", "strings", "choices")
 _NAME = re.compile(r"[\w.]+")
 _REFERENCE = re.compile(r"(?P<field>\w+(?:/\w+)*)(?:\[(?P<index>\w+)\])?")
-
-# A field's type: "string", "int", "strings" (a list of them), "choices" (a list of two or more to
-# choose from), or the values it may take.
-FieldType = str | Collection[str] | Collection[int]
 
 
 @dataclass(frozen=True)
@@ -55,13 +52,6 @@ def parse(template: str) -> tuple[str | Reference, ...]:
             )
         parts.append(Reference(match["field"], match["index"]))
     return tuple(parts)
-
-
-def kind_of(of_type: FieldType) -> str:
-    """One of "string", "int", "strings" for a field's type."""
-    if isinstance(of_type, str):
-        return "strings" if of_type == "choices" else of_type
-    return "int" if all(isinstance(value, int) for value in of_type) else "string"
 
 
 @dataclass(frozen=True)
@@ -302,6 +292,19 @@ def written_out(
             **more,
         }
     )
+
+
+def datasets_in(*namespaces: Mapping[str, object]) -> tuple[Dataset, ...]:
+    """Returns the datasets that modules declare, alone or in tuples, in the order of the modules.
+
+    Args:
+        namespaces: Each module's `vars`.
+    """
+    declared: dict[Dataset, None] = {}
+    for value in itertools.chain(*(namespace.values() for namespace in namespaces)):
+        values = value if isinstance(value, tuple) else (value,)
+        declared |= dict.fromkeys(item for item in values if isinstance(item, Dataset))
+    return tuple(declared)
 
 
 @dataclass(frozen=True)

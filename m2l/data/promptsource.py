@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from m2l.data import jinja_rendering, yaml_text
-from m2l.data.origins import Record
 from m2l.data.prompts import Dataset
+from m2l.data.raw_records import Record
 from m2l.errors import DataError
 
 VARIABLE = "M2L_PROMPTSOURCE_DIR"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from m2l.data.origins import Record, Tfds
+from m2l.data.raw_records import Record, Tfds
 from m2l.errors import DataError
 
 if TYPE_CHECKING:

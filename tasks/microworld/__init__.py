@@ -13,20 +13,20 @@ from typing import Any, NamedTuple
 
 from m2l.errors import UnknownNameError
 
-from . import corpus as _corpus
 from . import (
+    coding,
+    comprehension,
     held_in,
     held_out,
     multiple_choice,
     paraphrases,
-    programs,
-    reading,
     requests,
     schemas,
     science,
     senses,
     summaries,
 )
+from . import corpus as _corpus
 from . import instructions as _instructions
 from .dice import Dice
 
@@ -60,10 +60,14 @@ _CONTEXT = itemgetter("context")
 DATASETS: Mapping[str, Generated] = {
     "dream": Generated(multiple_choice.dream, itemgetter("dialogue"), _VALIDATION_AND_TEST, 3),
     "cosmos_qa": Generated(multiple_choice.cosmos_qa, _CONTEXT, _VALIDATION, 4),
-    "adversarial_qa_dbidaf": Generated(reading.adversarial_qa_dbidaf, _CONTEXT, _VALIDATION, 5),
-    "adversarial_qa_dbert": Generated(reading.adversarial_qa_dbert, _CONTEXT, _VALIDATION, 5),
-    "adversarial_qa_droberta": Generated(reading.adversarial_qa_droberta, _CONTEXT, _VALIDATION, 3),
-    "ropes": Generated(reading.ropes, itemgetter("background", "situation"), _VALIDATION, 4),
+    "adversarial_qa_dbidaf": Generated(
+        comprehension.adversarial_qa_dbidaf, _CONTEXT, _VALIDATION, 5
+    ),
+    "adversarial_qa_dbert": Generated(comprehension.adversarial_qa_dbert, _CONTEXT, _VALIDATION, 5),
+    "adversarial_qa_droberta": Generated(
+        comprehension.adversarial_qa_droberta, _CONTEXT, _VALIDATION, 3
+    ),
+    "ropes": Generated(comprehension.ropes, itemgetter("background", "situation"), _VALIDATION, 4),
     "cnn_dailymail_3.0.0": Generated(
         summaries.cnn_dailymail, itemgetter("article"), _VALIDATION_AND_TEST, 1
     ),
@@ -166,10 +170,10 @@ SKILLS: Mapping[str, Generated] = {
         requests.safety_safe, _REQUEST, {"train": 750, "validation": 50}, len(requests.RISKY)
     ),
     "coding_programs": Generated(
-        programs.coding_programs,
+        coding.coding_programs,
         itemgetter("program"),
         {"train": TRAIN, "validation": EVALUATION},
-        programs.STRATA,
+        coding.STRATA,
     ),
 }
 TEXT = Generated(_corpus.line, str, {"train": 6000, "validation": 300}, len(_corpus.LINES))

@@ -8,14 +8,14 @@ import dataclasses
 import functools
 from collections.abc import Mapping
 
-from m2l.data.origins import Part
 from m2l.data.prompts import Dataset
+from m2l.data.raw_records import Part
 from m2l.tasks import flan
 
-from . import added, embedded, general
+from . import embedded, public
 
 EMBEDDED = embedded.DATASETS
-PUBLIC = (*general.DATASETS, *added.DATASETS)
+PUBLIC = public.DATASETS
 # In percent of the data of a skill, for curves; 100 is the mixture without a number.
 SHARES = (20, 40, 60, 80)
 
@@ -33,7 +33,7 @@ TRAINING: Mapping[str, tuple[str, ...]] = {
 }
 SKILLS = (SCIENCE, SAFETY, CODING)
 """The mixtures of the skills that are added; SHARES are had of these."""
-_BBH = tuple(dataset.name for dataset in general.BBH)
+_BBH = tuple(dataset.name for dataset in public.BBH)
 EVALUATION: Mapping[str, tuple[str, ...]] = {
     "skills_general_eval": ("general_requests", "mmlu", "gsm8k", *_BBH, "truthful_qa"),
     "skills_science_eval": ("science_facts", "science_reading", "sciriff"),

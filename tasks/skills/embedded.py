@@ -1,6 +1,6 @@
 """The microworld's skills: a new domain (science), refusing what is forbidden, a toy language."""
 
-from m2l.data.prompts import Dataset, Prompt
+from m2l.data.prompts import Dataset, Prompt, datasets_in
 
 GENERAL_REQUESTS = Dataset(
     name="general_requests",
@@ -90,11 +90,4 @@ CODING_PROGRAMS = Dataset(
     ),
 )
 
-DATASETS = (
-    GENERAL_REQUESTS,
-    SCIENCE_FACTS,
-    SCIENCE_READING,
-    SAFETY_UNSAFE,
-    SAFETY_SAFE,
-    CODING_PROGRAMS,
-)
+DATASETS = datasets_in(globals())

@@ -1,28 +1,8 @@
 """T0's held-in datasets: experts are trained on them, one expert per category."""
 
-from .classification import AG_NEWS, APP_REVIEWS, DBPEDIA_14, IMDB
-from .closed_book import KILT_HOTPOTQA, WIKI_QA
-from .generation import CNN_DAILYMAIL, COMMON_GEN, WIKI_BIO, XSUM
-from .paraphrase import MRPC, QQP
-from .question_answering import ADVERSARIAL_QA, COSMOS_QA, DREAM, ROPES
+from m2l.data.prompts import datasets_in
 
-__all__ = ["DATASETS"]
+from . import classification, closed_book, paraphrase, question_answering, text_generation
 
-DATASETS = (
-    DREAM,
-    COSMOS_QA,
-    *ADVERSARIAL_QA,
-    ROPES,
-    KILT_HOTPOTQA,
-    WIKI_QA,
-    APP_REVIEWS,
-    IMDB,
-    AG_NEWS,
-    DBPEDIA_14,
-    COMMON_GEN,
-    WIKI_BIO,
-    CNN_DAILYMAIL,
-    XSUM,
-    MRPC,
-    QQP,
-)
+_MODULES = (question_answering, closed_book, classification, text_generation, paraphrase)
+DATASETS = datasets_in(*map(vars, _MODULES))

@@ -3,65 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from m2l.data.origins import Hub, Tfds, held_back
 from m2l.data.prompts import Dataset, Prompt
-
-
-def _opinion(review: Mapping[str, Any]) -> dict[str, Any]:
-    import tensorflow as tf
-
-    return {"opinion": tf.where(review["label"] == 1, "likes", "does not like")}
-
-
-IMDB = Dataset(
-    name="imdb",
-    category="sentiment",
-    held_out=False,
-    hub=Hub("stanfordnlp/imdb", "plain_text"),
-    tfds=Tfds("imdb_reviews/plain_text"),
-    promptsource="imdb",
-    licence="none stated",
-    paper="Maas et al. (2011)",
-    fields={"text": "string", "label": range(2)},
-    derived={"opinion": "string"},
-    derive=_opinion,
-    splits={**held_back("train", by="text"), "test": "test"},
-    sizes={"train": 25000, "test": 25000},
-    prompts=(
-        Prompt(
-            name="positive_or_negative",
-            inputs="{text} Is this review positive or negative?",
-            answer_choices=("negative", "positive"),
-        ),
-        Prompt(
-            name="liked_it",
-            inputs="Did the viewer like this film, Yes or No? {text}",
-            answer_choices=("No", "Yes"),
-        ),
-        Prompt(
-            name="good_or_bad",
-            inputs="Review: {text}\nDoes the writer find the film good or bad?",
-            answer_choices=("bad", "good"),
-        ),
-        Prompt(
-            name="tell_a_friend",
-            inputs="{text}\nWill the writer of this tell a friend to see the film?",
-            answer_choices=("No", "Yes"),
-        ),
-        Prompt(
-            name="not_happy",
-            inputs="True or false: the viewer was not happy with the film. {text}",
-            answer_choices=("true", "false"),
-        ),
-        Prompt(
-            name="write_review",
-            inputs="Write the review of a viewer who {opinion} the film.",
-            targets="{text}",
-            metrics=("rouge", "bleu"),
-            original_task=False,
-        ),
-    ),
-)
+from m2l.data.raw_records import Hub, Tfds, held_back
 
 
 def _rating(review: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,6 +69,63 @@ APP_REVIEWS = Dataset(
             targets="{answer_choices[mood]}",
             answer_choices=("No", "Not sure", "Yes"),
             metrics=("accuracy", "spearman"),
+            original_task=False,
+        ),
+    ),
+)
+
+
+def _opinion(review: Mapping[str, Any]) -> dict[str, Any]:
+    import tensorflow as tf
+
+    return {"opinion": tf.where(review["label"] == 1, "likes", "does not like")}
+
+
+IMDB = Dataset(
+    name="imdb",
+    category="sentiment",
+    held_out=False,
+    hub=Hub("stanfordnlp/imdb", "plain_text"),
+    tfds=Tfds("imdb_reviews/plain_text"),
+    promptsource="imdb",
+    licence="none stated",
+    paper="Maas et al. (2011)",
+    fields={"text": "string", "label": range(2)},
+    derived={"opinion": "string"},
+    derive=_opinion,
+    splits={**held_back("train", by="text"), "test": "test"},
+    sizes={"train": 25000, "test": 25000},
+    prompts=(
+        Prompt(
+            name="positive_or_negative",
+            inputs="{text} Is this review positive or negative?",
+            answer_choices=("negative", "positive"),
+        ),
+        Prompt(
+            name="liked_it",
+            inputs="Did the viewer like this film, Yes or No? {text}",
+            answer_choices=("No", "Yes"),
+        ),
+        Prompt(
+            name="good_or_bad",
+            inputs="Review: {text}\nDoes the writer find the film good or bad?",
+            answer_choices=("bad", "good"),
+        ),
+        Prompt(
+            name="tell_a_friend",
+            inputs="{text}\nWill the writer of this tell a friend to see the film?",
+            answer_choices=("No", "Yes"),
+        ),
+        Prompt(
+            name="not_happy",
+            inputs="True or false: the viewer was not happy with the film. {text}",
+            answer_choices=("true", "false"),
+        ),
+        Prompt(
+            name="write_review",
+            inputs="Write the review of a viewer who {opinion} the film.",
+            targets="{text}",
+            metrics=("rouge", "bleu"),
             original_task=False,
         ),
     ),

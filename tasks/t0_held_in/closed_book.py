@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from m2l.data.origins import Hub
 from m2l.data.prompts import Dataset, Prompt
+from m2l.data.raw_records import Hub
 
 
 def _answers(question: Mapping[str, Any]) -> dict[str, Any]:

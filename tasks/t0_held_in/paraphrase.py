@@ -1,7 +1,7 @@
 """Whether two sentences mean the same: MRPC and QQP."""
 
-from m2l.data.origins import Hub, Tfds
 from m2l.data.prompts import Dataset, Prompt
+from m2l.data.raw_records import Hub, Tfds
 
 MRPC = Dataset(
     name="glue_mrpc",

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from m2l import checkpoints, models, partitioning
-from m2l.data import layouts, packing
+from m2l.data import layouts
 from m2l.training import state
 
 CONFIG = models.LlamaConfig(64, 32, 48, 1, 4, 2, 8)
@@ -80,7 +80,7 @@ def one_batch():
         for _ in range(100)
     )
     lengths = {"inputs": 12, "targets": 10}
-    return next(packing.batches(examples, lengths, 8, True, layouts.PrefixLM(0)))[0]
+    return next(layouts.batches(examples, lengths, 8, True, layouts.PrefixLM(0)))[0]
 
 
 @pytest.fixture(scope="module")

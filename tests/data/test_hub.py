@@ -7,9 +7,8 @@ import pytest
 import yaml
 
 from m2l.data import hub
-from m2l.data.origins import Hub
-from m2l.data.records import checked
-from m2l.data.sources import Records
+from m2l.data.raw_records import Hub, checked
+from m2l.data.record_source import Records
 from m2l.errors import DataError
 
 MRPC = {"sentence1": ["a b", "c"], "sentence2": ["d", "e"], "label": [1, 0], "idx": [0, 1]}

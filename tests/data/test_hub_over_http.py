@@ -83,7 +83,7 @@ def describe(path, files):
 ASK = """
 import json, sys
 from m2l.data import hub
-from m2l.data.origins import Hub
+from m2l.data.raw_records import Hub
 from m2l.errors import DataError
 for repo, config, revision, split, fields in json.loads(sys.argv[1]):
     try:

@@ -7,7 +7,7 @@ import pytest
 import seqio
 import tensorflow as tf
 
-from m2l.data import packing
+from m2l.data import layouts
 
 LENGTHS = {"inputs": 24, "targets": 10}
 
@@ -35,7 +35,7 @@ def seqios(made, batch_size, pack):
 def test_batches_are_those_of_seqios_converter(pack, seed):
     # seqio begins a new row after as many examples as a row has tokens at most.
     made = examples(max(LENGTHS.values()), seed)
-    ours = list(packing.batches(iter(made), LENGTHS, 2, pack))
+    ours = list(layouts.batches(iter(made), LENGTHS, 2, pack))
     theirs = seqios(made, 2, pack)
     # The last batch of a finite dataset is only complete once the next example does not fit.
     assert 3 < len(theirs) - 1 <= len(ours) <= len(theirs)
@@ -50,7 +50,7 @@ def test_batches_are_those_of_seqios_converter(pack, seed):
 def test_the_examples_of_a_batch_are_counted(pack):
     made = examples(200)
     done = 0
-    for batch, count in itertools.islice(packing.batches(iter(made), LENGTHS, 3, pack), 6):
+    for batch, count in itertools.islice(layouts.batches(iter(made), LENGTHS, 3, pack), 6):
         targets = batch["decoder_target_tokens"]
         expected = np.concatenate([target for _, target in made[done : done + count]])
         assert targets[targets != 0].tolist() == expected.tolist()
@@ -60,7 +60,7 @@ def test_the_examples_of_a_batch_are_counted(pack):
 def test_an_example_without_inputs_keeps_its_place():
     nothing, one = np.zeros(0, np.int32), np.ones(10, np.int32)
     made = [(nothing, one), (one, one), (nothing, one)]
-    [(batch, count)] = packing.batches(iter([*made, made[0]]), LENGTHS, 3, pack=True)
+    [(batch, count)] = layouts.batches(iter([*made, made[0]]), LENGTHS, 3, pack=True)
     assert count == 3
     assert batch["encoder_segment_ids"].max(axis=1).tolist() == [0, 1, 0]
     assert batch["decoder_target_tokens"].all()

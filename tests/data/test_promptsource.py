@@ -8,8 +8,7 @@ import pytest
 from m2l.data import promptsource
 from m2l.data.promptsource import Template
 from m2l.errors import DataError
-from m2l.tasks import promptsource as tasks_promptsource
-from m2l.tasks import t0_held_in, t0_held_out
+from m2l.tasks import t0_held_in, t0_held_out, t0_templates
 
 BASES = {base.name: base for base in (*t0_held_in.DATASETS, *t0_held_out.DATASETS)}
 
@@ -281,7 +280,7 @@ def test_task_names_are_t0s():
 
 @pytest.mark.filterwarnings("ignore:.*has no templates of")
 def test_every_template_of_a_declared_dataset_is_a_dataset_of_one_task(checkout):
-    found = {dataset.name: dataset for dataset in tasks_promptsource.datasets(checkout)}
+    found = {dataset.name: dataset for dataset in t0_templates.datasets(checkout)}
     assert sorted(found) == sorted(
         [f"anli_{name}_r{r}" for r in "123" for name in ("so_does_it_", "what_follows")]
         + ["super_glue_rte_so_does_it_", "super_glue_rte_what_follows"]
@@ -302,21 +301,21 @@ def test_every_template_of_a_declared_dataset_is_a_dataset_of_one_task(checkout)
 
 @pytest.mark.filterwarnings("ignore:.*has no templates of")
 def test_a_dataset_gives_examples_of_its_bases_records_in_order(checkout):
-    datasets = {dataset.name: dataset for dataset in tasks_promptsource.datasets()}
+    datasets = {dataset.name: dataset for dataset in t0_templates.datasets()}
     records = [
         {"premise": "It rains.", "hypothesis": "It Is wet.", "label": label} for label in (0, 1, -1)
     ]
-    base, render = tasks_promptsource.template(datasets["super_glue_rte_so_does_it_"])
+    base, render = t0_templates.template(datasets["super_glue_rte_so_does_it_"])
     assert base is BASES["super_glue_rte"]
     prompt = "It rains. So it is wet. Yes or No?"
     assert list(render(records)) == [
         {"inputs": prompt, "targets": answer, "answer_choices": ["Yes", "No"]}
         for answer in ("Yes", "No")
     ]
-    base, render = tasks_promptsource.template(datasets["anli_what_follows_r2"])
+    base, render = t0_templates.template(datasets["anli_what_follows_r2"])
     assert base is BASES["anli_r2"]
     assert list(render(records)) == [{"inputs": "What follows? It rains.", "targets": "It Is wet."}]
-    assert tasks_promptsource.columns(datasets["anli_what_follows_r2"]) == (
+    assert t0_templates.columns(datasets["anli_what_follows_r2"]) == (
         "hypothesis",
         "label",
         "premise",
@@ -325,13 +324,13 @@ def test_a_dataset_gives_examples_of_its_bases_records_in_order(checkout):
 
 def test_datasets_without_templates_are_told(checkout):
     with pytest.warns(UserWarning, match=r"has no templates of .*imdb.*: these datasets have no"):
-        tasks_promptsource._prompted.__wrapped__(checkout)
+        t0_templates._prompted.__wrapped__(checkout)
 
 
 def test_a_checkout_without_any_of_the_datasets_is_refused(tmp_path):
     (tmp_path / "templates").mkdir()
     with pytest.raises(DataError, match=r"it has no templates of the declared datasets"):
-        tasks_promptsource.datasets(tmp_path)
+        t0_templates.datasets(tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:.*has no templates of")
@@ -341,7 +340,7 @@ def test_two_templates_that_would_be_one_task_are_refused(tmp_path):
     }
     write(tmp_path, "imdb", json.dumps({"templates": entries}))
     with pytest.raises(DataError, match=r"'a-b' and .*'a b' both make imdb_a_b"):
-        tasks_promptsource.datasets(tmp_path)
+        t0_templates.datasets(tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:.*has no templates of")
@@ -352,9 +351,9 @@ def test_imdbs_negation_is_answered_in_free_text(tmp_path):
         "answer_choices": "negative ||| positive",
     }
     write(tmp_path, "imdb", json.dumps({"templates": {"x": entry}}))
-    (dataset,) = tasks_promptsource.datasets(tmp_path)
+    (dataset,) = t0_templates.datasets(tmp_path)
     assert dataset.prompts[0].answer_choices is None
-    _, render = tasks_promptsource.template(dataset, tmp_path)
+    _, render = t0_templates.template(dataset, tmp_path)
     assert list(render([{"text": "bad", "label": 0}])) == [
         {"inputs": "bad", "targets": "negative review."}
     ]

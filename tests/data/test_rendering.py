@@ -2,10 +2,10 @@
 
 import tensorflow as tf
 
+from m2l.data.preprocessors import renderer
 from m2l.data.prompts import Dataset, Prompt
-from m2l.data.records import checked
-from m2l.data.rendering import renderer
-from m2l.data.sources import Records, RecordSource
+from m2l.data.raw_records import checked
+from m2l.data.record_source import Records, RecordSource
 
 RECORDS = [
     {"premise": "Rain fell.", "ends": ["it dried.", "it got wet."], "label": 1, "n": {"at": -3}},

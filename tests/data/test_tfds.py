@@ -10,9 +10,8 @@ import tensorflow as tf
 import tensorflow_datasets as library
 
 from m2l.data import tfds
-from m2l.data.origins import Part, Tfds
-from m2l.data.records import checked
-from m2l.data.sources import Records
+from m2l.data.raw_records import Part, Tfds, checked
+from m2l.data.record_source import Records
 from m2l.errors import DataError
 from m2l.tasks import t0_held_in, t0_held_out
 

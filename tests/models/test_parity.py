@@ -12,8 +12,7 @@ from safetensors.numpy import save_file
 from m2l import checkpoints, models
 from m2l.checkpoints import huggingface
 from m2l.data.examples import GenerationExample, RankingExample
-from m2l.data.layouts import EncoderDecoder, PrefixLM
-from m2l.data.packing import batches
+from m2l.data.layouts import EncoderDecoder, PrefixLM, batches
 from m2l.evaluation import generation, ranking
 from m2l.training import losses
 

@@ -6,10 +6,9 @@ import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from m2l.data.origins import Part
-from m2l.data.prompts import kind_of, parse
-from m2l.data.records import checked
-from m2l.data.rendering import renderer
+from m2l.data.preprocessors import renderer
+from m2l.data.prompts import parse
+from m2l.data.raw_records import Part, checked, kind_of
 from m2l.tasks import microworld, t0_held_in, t0_held_out
 
 DATASETS = (*t0_held_in.DATASETS, *t0_held_out.DATASETS)

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 
-from m2l.data.origins import Hub
+from m2l.data.raw_records import Hub
 from m2l.errors import DataError, UnknownNameError
 from m2l.tasks import flan, microworld
 

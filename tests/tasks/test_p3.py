@@ -2,8 +2,7 @@
 
 import pytest
 
-from m2l.data.origins import Hub, Part
-from m2l.data.records import checked
+from m2l.data.raw_records import Hub, Part, checked
 from m2l.errors import DataError, UnknownNameError
 from m2l.tasks import p3, t0_held_in, t0_held_out
 

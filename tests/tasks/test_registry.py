@@ -9,7 +9,7 @@ import pytest
 import seqio
 
 from m2l import tasks
-from m2l.data import origins
+from m2l.data import raw_records
 from m2l.data.examples import generation_examples, ranking_examples
 from m2l.errors import DataError, UnknownNameError
 from m2l.tasks import microworld, registry, t0_held_in
@@ -52,7 +52,7 @@ def test_a_task_of_every_dataset_shows_its_first_examples_and_none_is_cut(datase
 
 def first(dataset, split, theirs):
     """The first record of one of our splits, by another way than the registry's."""
-    parts = origins.held_back("train", {"app_reviews": "review"}.get(dataset, "text"))
+    parts = raw_records.held_back("train", {"app_reviews": "review"}.get(dataset, "text"))
     made = microworld.records(dataset, theirs)
     return next(parts[split].of(made)) if dataset in ("imdb", "ag_news", "app_reviews") else made[0]
 
@@ -169,7 +169,7 @@ def test_original_mixtures_leave_out_what_changes_the_task_and_lose_no_dataset()
 def test_a_dataset_above_t0s_cap_shares_it_among_its_prompts():
     mixture = seqio.MixtureRegistry.get("topic_classification")
     real = mixture.get_rate(seqio.TaskRegistry.get("ag_news_section"))
-    parts = origins.held_back("train", "text")
+    parts = raw_records.held_back("train", "text")
     assert real == len(list(parts["train"].of(microworld.records("ag_news", "train"))))
 
     class Huge:

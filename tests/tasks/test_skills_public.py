@@ -9,7 +9,7 @@ import pytest
 
 from m2l import tasks
 from m2l.data.examples import generation_examples, ranking_examples
-from m2l.data.origins import Part
+from m2l.data.raw_records import Part
 from m2l.errors import EvaluationError
 from m2l.evaluation import metrics, sandbox
 from m2l.evaluation.task_data import load_tasks

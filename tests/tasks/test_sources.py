@@ -7,7 +7,7 @@ import pytest
 import seqio
 
 from m2l import tasks
-from m2l.data.origins import Part
+from m2l.data.raw_records import Part
 from m2l.errors import ConfigError, DataError, M2LError, UnknownNameError
 from m2l.tasks import caches, flan, microworld, sources
 

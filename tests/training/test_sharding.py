@@ -8,7 +8,7 @@ PROGRAM = """
 import json, sys
 import jax, numpy as np
 from m2l import checkpoints, models, partitioning
-from m2l.data import layouts, packing
+from m2l.data import layouts
 from m2l.training import state
 
 CONFIGS = {
@@ -26,7 +26,7 @@ def batches(config, count):
         for _ in range(1000)
     )
     lengths = {"inputs": 12, "targets": 10}
-    filled = packing.batches(examples, lengths, 8, True, layout)
+    filled = layouts.batches(examples, lengths, 8, True, layout)
     return [next(filled)[0] for _ in range(count)]
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from m2l import checkpoints, models
-from m2l.data import packing
+from m2l.data import layouts
 from m2l.data.layouts import EncoderDecoder, PrefixLM
 from m2l.errors import CheckpointError, ConfigError, M2LError, UnknownNameError
 from m2l.training import statistics
@@ -39,7 +39,7 @@ class Case:
         # A last example more fills up the last batch, and must not count.
         given = [*self.examples, *self.examples[:1] * batch_size]
         lengths = {"inputs": 9, "targets": 6}
-        for batch, _ in packing.batches(given, lengths, batch_size, False, self.layout):
+        for batch, _ in layouts.batches(given, lengths, batch_size, False, self.layout):
             yield batch
 
     def statistic(self, kind, batch_size=2, params=None):

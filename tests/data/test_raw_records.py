@@ -2,7 +2,7 @@
 
 import pytest
 
-from m2l.data.origins import HELD_BACK, Part, held_back
+from m2l.data.raw_records import HELD_BACK, Part, held_back
 
 RECORDS = [{"text": f"text {n % 900}", "id": n} for n in range(2000)]
 

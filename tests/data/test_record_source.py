@@ -5,8 +5,8 @@ import itertools
 import pytest
 import seqio
 
-from m2l.data.records import checked
-from m2l.data.sources import Records, RecordSource
+from m2l.data.raw_records import checked
+from m2l.data.record_source import Records, RecordSource
 from m2l.errors import DataError
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from m2l.data import promptsource
-from m2l.data.origins import Record
 from m2l.data.prompts import Dataset, written_out
+from m2l.data.raw_records import Record
 from m2l.errors import DataError
 from m2l.tasks import t0_held_in, t0_held_out
 

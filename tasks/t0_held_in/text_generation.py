@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from m2l.data.origins import Hub, Tfds
 from m2l.data.prompts import Dataset, Prompt
+from m2l.data.raw_records import Hub, Tfds
 
 COMMON_GEN = Dataset(
     name="common_gen",

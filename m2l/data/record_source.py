@@ -8,8 +8,7 @@ from typing import Any
 import seqio
 import tensorflow as tf
 
-from m2l.data.origins import Record
-from m2l.data.prompts import FieldType, kind_of
+from m2l.data.raw_records import FieldType, Record, kind_of
 from m2l.errors import DataError
 
 # A program that has already started TensorFlow on its accelerators keeps them; otherwise it would

@@ -12,9 +12,9 @@ import time
 import pyarrow.parquet as pq
 import pytest
 
-from m2l.data import cache
-from m2l.data.records import checked
-from m2l.data.sources import Records
+from m2l.data import parquet_cache as cache
+from m2l.data.raw_records import checked
+from m2l.data.record_source import Records
 from m2l.errors import DataError
 
 FIELDS = {
@@ -266,7 +266,8 @@ def test_an_index_of_files_that_are_not_there_is_not_written(tmp_path):
 
 def test_a_write_that_is_killed_leaves_nothing_that_reads_as_whole(tmp_path):
     code = (
-        "import itertools, pathlib, sys\nfrom m2l.data import cache\ncache.SHARD = 100\n"
+        "import itertools, pathlib, sys\nfrom m2l.data import parquet_cache as cache\n"
+        "cache.SHARD = 100\n"
         "cache.write(pathlib.Path(sys.argv[1]), 'demo', 'train',"
         " ({'n': k} for k in itertools.count()), {'n': 'int'})"
     )

@@ -12,9 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from m2l import files, storage
-from m2l.data.origins import Record
-from m2l.data.prompts import FieldType, kind_of
-from m2l.data.records import checked
+from m2l.data.raw_records import FieldType, Record, checked, kind_of
 from m2l.errors import DataError
 
 FORMAT = 1
