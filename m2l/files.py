@@ -1,12 +1,15 @@
-"""Small files that appear whole or not at all, and folders that belong to one run or study."""
+"""JSON files that appear whole or not at all, digests of files, and folders of one run or study."""
 
+import contextlib
 import hashlib
 import importlib.util
+import io
 import json
 import os
 import re
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +93,11 @@ _MOST_DEPTH = 100
 _HALF_OF_A_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")
 # In a record, of its other fields.
 CHECKSUM = "checksum"
+_HEAD = 1 << 16
+_BLOB = re.compile("[0-9a-f]{64}")
+_ARRAY_METADATA = (
+    "_METADATA", "_CHECKPOINT_METADATA", "zarr.json", ".zarray", "manifest.ocdbt",
+)  # fmt: skip
 
 Pairs = list[tuple[str, Any]]
 
@@ -279,3 +287,60 @@ def claim(out: AnyPath, record: str, content: Mapping[str, Any]) -> None:
     """Makes `out` the folder of what `content` says; `check_claim` comes first."""
     out.mkdir(parents=True, exist_ok=True)
     write_record(out / record, content)
+
+
+def sha256(file: AnyPath) -> str:
+    """Returns the SHA-256, in hex, of a file's content."""
+    with open(file, "rb") if isinstance(file, Path) else io.BytesIO(file.read_bytes()) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def directory_digest(directory: AnyPath) -> str:
+    """Returns the SHA-256, in hex, of the names, sizes, times and first 64 KiB of all files in it.
+
+    Of objects in a bucket, of their names, and of the content of Orbax's and zarr's metadata.
+    """
+    digest = hashlib.sha256()
+    for file in storage.list_files(directory):
+        digest.update(f"{file.relative_to(directory)}\0".encode())
+        if isinstance(file, Path):
+            status = file.stat()
+            digest.update(f"{status.st_size} {status.st_mtime_ns}\n".encode())
+            with open(file, "rb") as stream:
+                digest.update(stream.read(_HEAD))
+        elif file.name in _ARRAY_METADATA:
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def content_digest(paths: Sequence[AnyPath]) -> str:
+    """Returns the SHA-256, in hex, of the names and the content of files.
+
+    That of each local file is stored in m2l's cache, by its path, size, time and inode.
+    """
+    with ThreadPoolExecutor() as pool:
+        parts = zip(paths, pool.map(_cached_sha256, paths), strict=True)
+    return checksum([[path.name, part] for path, part in parts])
+
+
+def _cached_sha256(file: AnyPath) -> str:
+    if not isinstance(file, Path):
+        return sha256(file)
+    file = file.resolve()
+    if _BLOB.fullmatch(file.name):
+        return file.name  # As the Hugging Face Hub's cache names a file by its content.
+    status = file.stat()
+    version = [str(file), status.st_size, status.st_mtime_ns, status.st_ino]
+    entry = cache_directory() / "files" / f"{checksum(version)}.json"
+    if entry.is_file():
+        try:
+            known = read_record(entry)
+        except DataError:
+            known = {}  # It is computed again.
+        if known.get("file") == version:
+            return str(known["sha256"])
+    digest = sha256(file)
+    with contextlib.suppress(OSError):  # What cannot be stored is computed again.
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        write_record(entry, {"file": version, "sha256": digest})
+    return digest

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from m2l.checkpoints.identity import files_digest, key_of
 from m2l.data import parquet_cache
 from m2l.data.prompts import Dataset, written_out
 from m2l.data.raw_records import Record, kind_of
 from m2l.errors import DataError
+from m2l.files import checksum, directory_digest
 from m2l.tasks import flan, sources
 
 
@@ -66,13 +66,13 @@ def _key(datasets: Sequence[Dataset], source: str) -> str:
     folders = []
     parsed = sources.parse(source)
     while parsed is not None:
-        folders += [] if parsed.where is None else [files_digest(parsed.where)]
+        folders += [] if parsed.where is None else [directory_digest(parsed.where)]
         parsed = parsed.records
     declared = {
         dataset.name: [[name, str(kind_of(of))] for name, of in dataset.fields.items()]
         for dataset in datasets
     }
-    return key_of({"source": source, "folders": folders, "datasets": declared})
+    return checksum({"source": source, "folders": folders, "datasets": declared})
 
 
 def _finished(out: Path, key: str) -> int:

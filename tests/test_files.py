@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from m2l import checkpoints, configuration, files, merging
-from m2l.checkpoints import safetensors, t5x_files
+from m2l.checkpoints import safetensors, t5x
 from m2l.data import tokenizer_files
 from m2l.errors import ConfigError, DataError, M2LError, MergeError
 from m2l.evaluation.model import open_model
@@ -63,7 +63,7 @@ TRAIN = "train --gin_file models/t5_tiny.gin --mixture imdb --steps 1 --out out"
         checkpoints.check_absent,
         checkpoints.read_manifest,
         safetensors.open_tensors,
-        t5x_files.resolve,
+        t5x.resolve,
         lambda path: tokenizer_files.describe(str(path)),
         lambda path: tokenizer_files.describe(f"chat:{path}"),
         lambda path: sources.parse(f"jsonl:{path}"),

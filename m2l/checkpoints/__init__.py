@@ -1,9 +1,9 @@
 """Checkpoints: directories that are whole or absent, and say what they are and where from."""
 
-from m2l.checkpoints.extents import Extents
 from m2l.checkpoints.manifest import Manifest, check_vocabulary, is_checkpoint
 from m2l.checkpoints.opening import Checkpoint, open
 from m2l.checkpoints.publishing import Flusher, check_absent, clean, publish, remove
+from m2l.checkpoints.pytrees import flatten, unflatten
 from m2l.checkpoints.reading import (
     STEPS,
     open_parameters,
@@ -15,8 +15,8 @@ from m2l.checkpoints.reading import (
     verify,
 )
 from m2l.checkpoints.saving import Writer, describe, save, writing
+from m2l.checkpoints.spans import Extents
 from m2l.checkpoints.tokenizer import check_tokenizer
-from m2l.checkpoints.trees import flatten, unflatten
 
 __all__ = [
     "STEPS",

@@ -6,16 +6,15 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from m2l import models, signals, storage
-from m2l.checkpoints import recorded, safetensors, tokenizer
-from m2l.checkpoints.huggingface_card import special_tokens, write_card
+from m2l import files, models, signals, storage
+from m2l.checkpoints import huggingface_directory, safetensors, tokenizer
 from m2l.checkpoints.huggingface_config import (
     CONFIG,
     read_settings,
@@ -23,8 +22,6 @@ from m2l.checkpoints.huggingface_config import (
     writes_output,
 )
 from m2l.checkpoints.huggingface_directory import open_directory
-from m2l.checkpoints.huggingface_fields import read_json
-from m2l.checkpoints.identity import EXPORTED, finished
 from m2l.checkpoints.importing import (
     Origin,
     Tensor,
@@ -34,13 +31,15 @@ from m2l.checkpoints.importing import (
     parameter_shapes,
 )
 from m2l.checkpoints.manifest import Manifest
+from m2l.checkpoints.model_fields import read_json
 from m2l.checkpoints.publishing import Flusher, publishing
-from m2l.checkpoints.reading import open_parameters, resolve
+from m2l.checkpoints.reading import EXPORTED, existing_result, open_parameters, resolve
 from m2l.checkpoints.safetensors import StoredTensor
-from m2l.checkpoints.streaming import WORKERS, blocks, in_parallel
+from m2l.checkpoints.spans import WORKERS, blocks, in_parallel
 from m2l.checkpoints.tensor_kinds import is_buffer, same_elements
 from m2l.checkpoints.tokenizer import write_shipped
 from m2l.errors import CheckpointError, UnsupportedModelError
+from m2l.files import GENERATION
 from m2l.models import Config, LlamaConfig, T5Config
 from m2l.progress import Progress
 
@@ -322,7 +321,7 @@ def export_checkpoint(
         fields = ("digest", "made_by", "parents", "tokenizer", "step")
         return all(_json(getattr(other, f)) == _json(getattr(exported, f)) for f in fields)
 
-    if finished(out, is_same, recorded.MANIFEST) is not None:
+    if existing_result(out, is_same, huggingface_directory.MANIFEST) is not None:
         return out
     if not isinstance(out, Path):
         with storage.local_output(out) as local:
@@ -408,4 +407,154 @@ def _export(
         ):
             # The largest first, or a thread would be left alone with one at the end.
             in_parallel(write, sorted(extents, key=lambda name: -extents[name].size), advance)
-        recorded.write(temporary, exported, digests)
+        huggingface_directory.write(temporary, exported, digests)
+
+
+_TOKENS = ("bos", "eos", "pad")
+_SHOWN = {"merge": "merged", "train": "trained", "convert": "converted"}
+
+
+def special_tokens(checkpoint: Path, manifest: Manifest) -> dict[str, Any]:
+    """bos_token_id, eos_token_id and pad_token_id, as far as a checkpoint knows them.
+
+    From the tokenizer that it carries or, if it was imported, from what config.json said there.
+    """
+    directory = checkpoint
+    if manifest.tokenizer is not None:
+        directory = tokenizer.local_copy(checkpoint, manifest.tokenizer)
+    ids = dict(_carried_ids(directory))
+    known = [_content(directory / GENERATION)]
+    spelled = [
+        _content(directory / f) for f in ("tokenizer_config.json", "special_tokens_map.json")
+    ]
+    named = {}
+    for token in _TOKENS:
+        for settings in spelled:
+            text = settings.get(f"{token}_token")
+            text = text.get("content") if isinstance(text, Mapping) else text
+            if isinstance(text, str) and text in ids:
+                named.setdefault(f"{token}_token_id", ids[text])
+    known.append(named)
+    if isinstance(imported := manifest.made_by.get("config"), Mapping):
+        known.append(dict(imported))
+    found = {}
+    for name in (f"{token}_token_id" for token in _TOKENS):
+        values = [values[name] for values in known if values.get(name) is not None]
+        if values:
+            found[name] = values[0]
+    return found
+
+
+def _content(file: Path) -> dict[str, Any]:
+    return read_json(file) if file.is_file() else {}
+
+
+def _carried_ids(directory: Path) -> Iterator[tuple[str, int]]:
+    """The text of each token that stands apart from the vocabulary, and its id."""
+    for token in _content(directory / "tokenizer.json").get("added_tokens") or []:
+        match token:
+            case {"content": str(content), "id": int(number)}:
+                yield content, number
+    added = _content(directory / "tokenizer_config.json").get("added_tokens_decoder") or {}
+    for number, token in added.items() if isinstance(added, dict) else ():
+        match token:
+            case {"content": str(content)} if number.isdecimal():
+                yield content, int(number)
+
+
+def write_card(
+    directory: Path,
+    name: str,
+    model_type: str,
+    manifest: Manifest,
+    dtype: str,
+    *,
+    generates: bool | None,
+    results: Sequence[Path] = (),
+) -> None:
+    """Writes README.md.
+
+    Args:
+        directory: Where.
+        name: What the model is called.
+        model_type: The kind of model, as config.json calls it.
+        manifest: What it was made by and from.
+        dtype: Of its weights here.
+        generates: Whether it is a decoder alone; None if that is not known.
+        results: JSON files of `m2l eval`.
+
+    Raises:
+        CheckpointError: A result cannot be read, or is another model's.
+    """
+    count = sum(math.prod(record["shape"]) for record in manifest.parameters.values())
+    made_by = dict(manifest.made_by)
+    kind = made_by.pop("kind", None)
+    made_by.pop("config", None)
+    tasks = {True: "text-generation", False: "text2text-generation"}
+    pipeline = [f"pipeline_tag: {tasks[generates]}"] if generates is not None else []
+    tags = ["m2l", *(["merge"] if kind == "merge" else [])]
+    lines = [
+        "---",
+        "library_name: transformers",
+        *pipeline,
+        "tags:",
+        *(f"- {tag}" for tag in tags),
+        "---",
+        "",
+        f"# {name}",
+        "",
+        f"A {model_type} model of {count:,} parameters in {dtype}, "
+        f"{_SHOWN.get(kind, 'made')} with m2l {manifest.versions.get('m2l', '')}".rstrip()
+        + ".",
+        f"Its digest is `{manifest.digest}`; m2l_manifest.json holds that of each parameter.",
+        "",
+        "## How it was made",
+        "",
+        *_table(("setting", "value"), _settings(made_by)),
+    ]
+    if manifest.parents:
+        rows = [(p["role"], p["path"], f"`{p['digest'][:16]}`") for p in manifest.parents]
+        lines += ["", "## What it was made from", "", *_table(("role", "path", "digest"), rows)]
+    if results:
+        rows = [_result(file, manifest.digest) for file in results]
+        columns = ("task", "dataset", "held out", "metric", "score (%)", "examples")
+        lines += ["", "## Results", "", *_table(columns, sorted(rows))]
+    (directory / "README.md").write_text("\n".join(lines) + "\n")
+
+
+def _settings(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested settings as rows, named as in "recipe.method"."""
+    rows = []
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            rows += _settings(value, f"{prefix}{name}.")
+        else:
+            rows.append((prefix + name, value if isinstance(value, str) else json.dumps(value)))
+    return rows
+
+
+def _result(file: Path, digest: str) -> tuple[str, ...]:
+    advice = "evaluate again"
+    result = files.read_record(
+        file, required=False, finite=True, error=CheckpointError, advice=advice
+    )
+    try:
+        if result["model_digest"] != digest:
+            raise CheckpointError(
+                f"{file}: a result of another model: expected the digest {digest[:16]}, found "
+                f"{str(result['model_digest'])[:16]}"
+            )
+        held_out = "yes" if result["held_out"] else "no"
+        names = result["task"], result["dataset"], held_out, result["metric"]
+        if not all(isinstance(name, str) for name in names) or not 0 <= result["score"] <= 100:
+            raise ValueError
+        return (*names, f"{result['score']:.2f}", f"{result['count']:,}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{file}: no result of m2l eval") from error
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    yield "| " + " | ".join(columns) + " |"
+    yield "|" + "---|" * len(columns)
+    for row in rows:
+        yield "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |"

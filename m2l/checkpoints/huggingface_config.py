@@ -5,11 +5,12 @@ transformers 4 wrote are read as it read them.
 """
 
 import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from m2l.checkpoints.huggingface_fields import LLAMA_FIELDS, T5_FIELDS, Fields, read_json
+from m2l.checkpoints.model_fields import HARMLESS, read_json, words
 from m2l.errors import CheckpointError, M2LError, UnknownNameError, UnsupportedModelError
 from m2l.files import GENERATION
 from m2l.models import Config, LlamaConfig, T5Config
@@ -64,6 +65,79 @@ _ROPE_KEYS: Mapping[str, tuple[str, ...]] = {
     ),
 }
 _SLIDES, _SEES_ALL = "sliding_attention", "full_attention"
+
+
+# Fields that decide something which is not in the networks here, unless they are one of these.
+_MUST_BE: Mapping[str, tuple[Any, ...]] = {
+    "add_cross_attention": (None, False),
+    "compression_config": (None,),
+    "mlp_bias": (None, False),
+    "partial_rotary_factor": (None, 1),
+    "per_layer_config": (None, {}),
+    "pruned_heads": (None, {}, []),
+    "quantization_config": (None,),
+    "rope_interleaved": (None, False),
+    "tie_encoder_decoder": (None, False),
+    "use_bidirectional_attention": (None, False),
+    "use_mrope": (None, False),
+}
+T5_FIELDS = words(
+    """
+    vocab_size d_model d_kv d_ff num_layers num_decoder_layers num_heads
+    relative_attention_num_buckets relative_attention_max_distance feed_forward_proj
+    layer_norm_epsilon tie_word_embeddings scale_decoder_outputs
+    """
+)
+LLAMA_FIELDS = words(
+    """
+    vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
+    num_key_value_heads head_dim hidden_act hidden_activation max_position_embeddings rms_norm_eps
+    tie_word_embeddings attention_bias sliding_window sliding_window_size use_sliding_window
+    max_window_layers layer_types rope_theta rope_scaling rope_parameters
+    original_max_position_embeddings query_pre_attn_scalar attn_logit_softcapping
+    final_logit_softcapping
+    """
+)
+
+
+class Fields:
+    """What a config.json holds; what is wrong with a field is said with its name and the file's."""
+
+    def __init__(self, file: Path, values: Mapping[str, Any]):
+        self._file, self._values = file, values
+
+    def completed(self, defaults: Mapping[str, Any]) -> "Fields":
+        """The same, with defaults for what is absent."""
+        return Fields(self._file, {**defaults, **self._values})
+
+    def refuse(self, what: str) -> NoReturn:
+        raise CheckpointError(f"{self._file}: {what}")
+
+    def unsupported(self, what: str) -> NoReturn:
+        """Refuses what the networks here do not have; the model itself may be sound."""
+        raise UnsupportedModelError(f"{self._file}: {what}")
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._values:
+            self.unsupported(f"the field {name!r} is missing")
+        return self._values[name]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self._values.get(name, default)
+
+    def check(self, known: frozenset[str]) -> None:
+        """Refuses what cannot be honoured, and warns once of what is not known."""
+        for name, allowed in _MUST_BE.items():
+            if self.get(name) not in allowed:
+                shown = str(self.get(name))
+                shown = shown if len(shown) <= 60 else shown[:57] + "..."
+                self.unsupported(f"{name} = {shown} is not supported")
+        unknown = sorted(set(self._values) - known - HARMLESS - set(_MUST_BE))
+        if unknown:
+            warnings.warn(
+                f"{self._file}: unknown fields, taken to decide nothing: {', '.join(unknown)}",
+                stacklevel=3,
+            )
 
 
 def read_settings(directory: Path, *, tied: bool | None) -> Config:

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from m2l import models, signals
-from m2l.checkpoints.identity import KEY, files_digest, finished, key_of
 from m2l.checkpoints.manifest import Manifest, check_vocabulary
+from m2l.checkpoints.pytrees import flatten
+from m2l.checkpoints.reading import KEY, existing_result
 from m2l.checkpoints.saving import writing
-from m2l.checkpoints.streaming import FLOATS, WORKERS, blocks, in_parallel
-from m2l.checkpoints.trees import flatten
+from m2l.checkpoints.spans import FLOATS, WORKERS, blocks, in_parallel
 from m2l.errors import CheckpointError, UnknownNameError
+from m2l.files import checksum, directory_digest
 from m2l.progress import Progress
 
 
@@ -98,14 +99,14 @@ def import_tensors(
         UnknownNameError: There is no such dtype.
     """
     content = {
-        "source": files_digest(source),
+        "source": directory_digest(source),
         "made_by": made_by,
         "model": models.to_dict(config),
         "vocabulary": vocabulary,
         "dtype": dtype if dtype is None else float_dtype(dtype).name,
     }
-    made_by = {**made_by, KEY: key_of(content)}
-    same = finished(out, lambda manifest: manifest.made_by.get(KEY) == made_by[KEY])
+    made_by = {**made_by, KEY: checksum(content)}
+    same = existing_result(out, lambda manifest: manifest.made_by.get(KEY) == made_by[KEY])
     if same is not None:
         return same
     check_vocabulary(vocabulary, config.vocab_size, source)

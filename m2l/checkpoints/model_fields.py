@@ -7,20 +7,44 @@ value: defaults are filled in, renamed values and the spellings of rotary positi
 
 import math
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
-from m2l.checkpoints.huggingface_fields import HARMLESS
+from m2l import files
+from m2l.errors import CheckpointError
 
 Description = Mapping[str, Any]
 
 _LARGEST = {"sizes": 2**31, "layers": 10**5}
 
 
-def _words(text: str) -> frozenset[str]:
+def words(text: str) -> frozenset[str]:
+    """Splits a list of fields."""
     return frozenset(text.split())
 
 
-_SIZES = _words(
+# Fields that decide nothing: names, training, generation, and what follows from other fields.
+HARMLESS = words(
+    """
+    _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path architectures
+    attention_dropout attn_implementation bad_words_ids begin_suppress_tokens bos_token_id
+    cache_implementation chunk_size_feed_forward classifier_dropout cls_token_id
+    cross_attention_hidden_size decoder_start_token_id dense_act_fn diversity_penalty do_sample
+    dropout_rate dtype early_stopping encoder_no_repeat_ngram_size eos_token_id
+    exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id
+    gradient_checkpointing id2label initializer_factor initializer_range is_decoder
+    is_encoder_decoder is_gated_act is_llama_config label2id length_penalty mask_token_id max_length
+    min_length model_type n_positions name_or_path no_repeat_ngram_size num_beam_groups num_beams
+    num_labels num_return_sequences output_attentions output_hidden_states output_past
+    output_scores pad_token_id prefix pretraining_tp problem_type remove_invalid_values
+    repetition_penalty return_dict return_dict_in_generate sep_token_id suppress_tokens
+    task_specific_params temperature tf_legacy_loss tokenizer_class top_k top_p torch_dtype
+    torchscript transformers.js_config transformers_version typical_p unsloth_fixed
+    unsloth_version use_bfloat16 use_cache use_return_dict
+    """
+)
+
+_SIZES = words(
     """
     vocab_size hidden_size d_model n_embd n_embed dim embed_dim intermediate_size d_ff ffn_dim
     encoder_ffn_dim decoder_ffn_dim n_inner ffn_hidden_size hidden_dim moe_intermediate_size
@@ -29,7 +53,7 @@ _SIZES = _words(
     num_local_experts num_experts n_routed_experts n_shared_experts
     """
 )
-_LAYERS = _words(
+_LAYERS = words(
     """
     num_hidden_layers num_layers n_layer n_layers num_encoder_layers num_decoder_layers
     encoder_layers decoder_layers
@@ -38,7 +62,7 @@ _LAYERS = _words(
 DECIDING = (
     _SIZES
     | _LAYERS
-    | _words(
+    | words(
         # Heads and attention.
         """
         model_type multi_query qk_nope_head_dim qk_rope_head_dim qk_head_dim v_head_dim q_lora_rank
@@ -100,7 +124,7 @@ DECIDING = (
 # config.json, the fields that decide nothing.
 _IGNORED = (
     HARMLESS
-    | _words(
+    | words(
         """
     max_position_embeddings n_ctx max_seq_len max_sequence_length seq_length model_max_length
     max_target_positions max_source_positions activation_dropout attn_dropout attn_pdrop dropout
@@ -119,7 +143,7 @@ _IGNORED = (
 _PARTS = ("encoder", "decoder", "text_encoder", "audio_encoder")
 _NO_PARTS = ("quantization_config", "compression_config", "per_layer_config")
 
-_ACTIVATION_FIELDS = _words(
+_ACTIVATION_FIELDS = words(
     """
     hidden_act hidden_activation activation_function activation feed_forward_proj mlp_hidden_act
     """
@@ -133,7 +157,7 @@ _ACTIVATIONS = {
 }
 # Renamed; "axial" is what transformers 5 calls the only kind that the image encoders have.
 _ROPE_NAMES = {"su": "longrope", "mrope": "default", "axial": "default"}
-_ROPE_FIELDS = _words(
+_ROPE_FIELDS = words(
     """
     rope_theta rope_scaling rope_parameters rope_local_base_freq rotary_emb_base rotary_pct
     rotary_dim partial_rotary_factor rotary_base global_rope_theta local_rope_theta
@@ -142,10 +166,10 @@ _ROPE_FIELDS = _words(
 _ROTATED_SHARES = ("partial_rotary_factor", "rotary_pct", "rotary_dim")
 # What each kind of scaling reads, of what may be written beside it; other kinds read all.
 _ROPE_READS: Mapping[str, frozenset[str]] = {
-    "default": _words("mrope_section"),
-    "linear": _words("factor mrope_section"),
-    "llama3": _words("factor low_freq_factor high_freq_factor original_max_position_embeddings"),
-    "yarn": _words(
+    "default": words("mrope_section"),
+    "linear": words("factor mrope_section"),
+    "llama3": words("factor low_freq_factor high_freq_factor original_max_position_embeddings"),
+    "yarn": words(
         """
         factor original_max_position_embeddings beta_fast beta_slow attention_factor mscale
         mscale_all_dim truncate
@@ -158,7 +182,7 @@ _THETA = 10000.0
 _OPTIONAL = (
     _SIZES
     | _LAYERS
-    | _words(
+    | words(
         """
         model_type layer_types decoder_start_token_id id2label qk_head_dim is_decoder
         use_bidirectional_attention no_rope_layer_interval global_attn_every_n_layers
@@ -189,6 +213,15 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
     "t5": _T5 | {"feed_forward_proj": "relu", "tie_word_embeddings": True},
 }
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON file that holds an object.
+
+    Raises:
+        CheckpointError: It is missing or damaged.
+    """
+    return files.read_json(file, kind=dict, error=CheckpointError, advice="download it again")
 
 
 def parts(config: Description) -> dict[str, Description]:

@@ -18,7 +18,6 @@ import numpy as np
 from m2l import storage
 from m2l.checkpoints import (
     huggingface_directory,
-    identity,
     model_fields,
     pytrees,
     reading,
@@ -77,8 +76,8 @@ class Checkpoint:
             files = {tensor.file for tensor in self.parameters.values() if tensor.file is not None}
             directory = _directory(self.path)
             config = directory / huggingface_directory.CONFIG
-            return identity.content_digest([*sorted(files), *([config] * config.is_file())])
-        return identity.files_digest(self.path)
+            return files.content_digest([*sorted(files), *([config] * config.is_file())])
+        return files.directory_digest(self.path)
 
     @property
     def has_digests(self) -> bool:
@@ -299,10 +298,10 @@ def _open_turned(path: Any) -> Checkpoint:
 
 def _open_t5x(path: Any) -> Checkpoint:
     from m2l import models
-    from m2l.checkpoints import t5x, t5x_files
+    from m2l.checkpoints import t5x
     from m2l.checkpoints.importing import check_origins, parameter_shapes
 
-    directory = t5x_files.resolve(path)
+    directory = t5x.resolve(path)
     tensors = t5x.read(directory)
     config = t5x.infer_config(tensors)
     origins, shapes = t5x.origins(config, tensors), parameter_shapes(config)

@@ -17,13 +17,13 @@ import psutil
 
 from m2l import files, storage
 from m2l.checkpoints import digest
-from m2l.checkpoints.extents import Extents, Piece, is_array_shape
 from m2l.checkpoints.publishing import UNFINISHED
-from m2l.checkpoints.spans import Span, run_indices
+from m2l.checkpoints.spans import Extents, Piece, Span, is_array_shape, run_indices
 from m2l.errors import CheckpointError
 
 if TYPE_CHECKING:
     import tensorstore as ts
+
 
 METADATA = "_METADATA"
 STRINGS = "_strings.json"
@@ -535,4 +535,42 @@ def _node(keys: Sequence[tuple[str, int]], kind: str = _ARRAY) -> dict[str, Any]
     return {
         "key_metadata": [{"key": key, "key_type": number} for key, number in keys],
         "value_metadata": {"value_type": kind, "skip_deserialize": kind != _ARRAY},
+    }
+
+
+def flatten(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Turns a nested dict into {"a/b/c": leaf}, in the nested dict's order.
+
+    Raises:
+        CheckpointError: A key is no string, is empty, or contains "/" or "." (Orbax joins by it).
+    """
+    flat = {}
+    for key, value in params.items():
+        if not isinstance(key, str) or not key or "/" in key or "." in key:
+            raise CheckpointError(f"{key!r} cannot name a parameter: use a string without / and .")
+        if isinstance(value, Mapping):
+            flat |= {f"{key}/{name}": leaf for name, leaf in flatten(value).items()}
+        else:
+            flat[key] = value
+    return flat
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Turns {"a/b/c": leaf} back into a nested dict."""
+    nested: dict[str, Any] = {}
+    for name, leaf in flat.items():
+        *groups, last = name.split("/")
+        group = nested
+        for key in groups:
+            group = group.setdefault(key, {})
+        group[last] = leaf
+    return nested
+
+
+def flatten_state(tree: Any) -> dict[str, Any]:
+    """Turns any pytree into {"key/path": leaf}; NamedTuple fields and indices become keys."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/") or "value": leaf
+        for path, leaf in leaves
     }

@@ -6,7 +6,8 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,27 @@ import jax
 import numpy as np
 
 from m2l import files, storage
-from m2l.checkpoints import digest, tokenizer
+from m2l.checkpoints import digest, huggingface_directory, tokenizer
 from m2l.checkpoints.manifest import Manifest, is_checkpoint
-from m2l.checkpoints.pytrees import Pytree, StoredArray, open_pytree
-from m2l.checkpoints.streaming import in_parallel
-from m2l.checkpoints.trees import flatten, flatten_state, unflatten
+from m2l.checkpoints.publishing import check_absent
+from m2l.checkpoints.pytrees import (
+    Pytree,
+    StoredArray,
+    flatten,
+    flatten_state,
+    open_pytree,
+    unflatten,
+)
+from m2l.checkpoints.spans import in_parallel
 from m2l.errors import CheckpointError
 
 PARAMS, OPT_STATE, DATA_STATE = "params", "opt_state", "data_state"
+
+KEY = "key"
+"""In a manifest's made_by: the digest of all that decides the bytes of a result."""
+
+EXPORTED = "exported"
+"""In the manifest of an exported checkpoint, in made_by: the options of the export."""
 
 STEPS = "checkpoints"
 """Of a training run, the directory with a checkpoint for each step."""
@@ -265,3 +279,46 @@ def verify(path: str | os.PathLike) -> Manifest:
     if manifest.tokenizer is not None:
         tokenizer.verify(directory, manifest.tokenizer)
     return manifest
+
+
+def existing_result(
+    directory: str | os.PathLike, is_same: Callable[[Manifest], bool], file: str | None = None
+) -> Manifest | None:
+    """Returns the manifest of a result that need not be made again, and says so on stderr.
+
+    Its digests are checked first.
+
+    Args:
+        directory: What is to be made.
+        is_same: Returns whether a manifest is of the same inputs and options.
+        file: The manifest's name in a Hugging Face directory; None: it is a checkpoint of m2l's.
+
+    Returns:
+        None: there is nothing.
+
+    Raises:
+        CheckpointError: Something else is there, or the result is damaged.
+    """
+    directory = storage.path(directory)
+    manifest = _manifest(directory, file)
+    if manifest is None or not is_same(manifest):
+        check_absent(directory)
+        return None
+    if file is None:
+        verify(directory)
+    else:
+        huggingface_directory.verify(directory)
+    print(
+        f"m2l: {directory}: already there, made from the same inputs with the same options",
+        file=sys.stderr,
+    )
+    return manifest
+
+
+def _manifest(directory: Any, file: str | None) -> Manifest | None:
+    try:
+        if not (is_checkpoint(directory) if file is None else (directory / file).is_file()):
+            return None
+        return Manifest.read(directory, file)
+    except CheckpointError:
+        return None  # What it belongs to is then not known, and refused.

@@ -20,15 +20,16 @@ import ml_dtypes
 import numpy as np
 
 from m2l import files, storage
-from m2l.checkpoints.extents import (
+from m2l.checkpoints.spans import (
     Extents,
     Piece,
+    Span,
     is_array_shape,
     opening,
+    read_rows,
     remote_bytes,
     reserve,
 )
-from m2l.checkpoints.spans import Span, read_rows
 from m2l.errors import CheckpointError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -111,7 +111,7 @@ def inspect(
     from rich.console import Console
 
     from m2l import checkpoints, models, partitioning
-    from m2l.checkpoints import recorded
+    from m2l.checkpoints import huggingface_directory
 
     if (opened := _guest(checkpoint, subtree)) is not None:
         _show_guest(opened)
@@ -147,17 +147,17 @@ def inspect(
     if manifest.parents:
         Console(width=200, highlight=False).print(_lineage(str(directory), manifest))
     if verify:
-        exported = (directory / recorded.MANIFEST).is_file()
-        (recorded if exported else checkpoints).verify(directory)
+        exported = (directory / huggingface_directory.MANIFEST).is_file()
+        (huggingface_directory if exported else checkpoints).verify(directory)
         click.echo("every digest is right")
 
 
 def _guest(checkpoint: Path, subtree: str | None) -> Any:
     """Opens what m2l did not write and has no manifest of; None: it has one."""
-    from m2l.checkpoints import opening, recorded
+    from m2l.checkpoints import huggingface_directory, opening
 
     if subtree is None and (
-        (checkpoint / recorded.MANIFEST).is_file() or opening.has_manifest(checkpoint)
+        (checkpoint / huggingface_directory.MANIFEST).is_file() or opening.has_manifest(checkpoint)
     ):
         return None
     return opening.open(checkpoint, subtree=subtree, native=True, named=False)
@@ -178,10 +178,10 @@ def _show_guest(opened: Any) -> None:
 def _opened(checkpoint: Path) -> tuple[Path, Any]:
     """A checkpoint, or a Hugging Face directory that m2l made, and its manifest."""
     from m2l import checkpoints
-    from m2l.checkpoints import recorded
+    from m2l.checkpoints import huggingface_directory
 
-    if (checkpoint / recorded.MANIFEST).is_file():
-        return checkpoint, recorded.read_manifest(checkpoint)
+    if (checkpoint / huggingface_directory.MANIFEST).is_file():
+        return checkpoint, huggingface_directory.read_manifest(checkpoint)
     directory = checkpoints.resolve(checkpoint)
     return directory, checkpoints.read_manifest(directory)
 

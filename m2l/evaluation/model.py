@@ -9,9 +9,10 @@ import jax
 import numpy as np
 
 from m2l import checkpoints, models, storage
-from m2l.checkpoints import huggingface, identity, opening
+from m2l.checkpoints import huggingface, opening
 from m2l.data import tokenizer_files
 from m2l.errors import CheckpointError
+from m2l.files import content_digest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,4 +86,4 @@ def _of_huggingface(directory: Path, vocabulary: str | None) -> Model:
         return jax.tree.map(place, params, jax.tree.broadcast(shardings, params))
 
     files = [directory / "config.json", *sorted(directory.glob("*.safetensors"))]
-    return Model(directory, layout.config, described, identity.content_digest(files), read)
+    return Model(directory, layout.config, described, content_digest(files), read)

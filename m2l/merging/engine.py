@@ -18,9 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from m2l import checkpoints, storage
-from m2l.checkpoints import Manifest, digest, huggingface_directory, identity, opening
+from m2l.checkpoints import Manifest, digest, huggingface_directory, opening
 from m2l.checkpoints.digest import WIDE
 from m2l.checkpoints.opening import HUGGINGFACE, ORBAX, Checkpoint
+from m2l.checkpoints.reading import KEY
 from m2l.checkpoints.spans import Span
 from m2l.distributed import Processes
 from m2l.errors import CheckpointError, MergeError
@@ -542,7 +543,7 @@ class _Merge:
 
     def _publish(self, stored: Mapping[str, str]) -> Manifest:
         job, result = self.job, self.result
-        made_by = {"kind": "merge", "recipe": job.recipe.to_dict(), identity.KEY: job.identity}
+        made_by = {"kind": "merge", "recipe": job.recipe.to_dict(), KEY: job.identity}
         if job.allowed:
             made_by["allowed_differences"] = list(job.allowed)
         if job.diagnostics:

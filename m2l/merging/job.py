@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from m2l import __version__, checkpoints, storage
-from m2l.checkpoints import Manifest, identity, recorded
+from m2l import __version__, checkpoints, files, storage
+from m2l.checkpoints import Manifest, huggingface_directory
 from m2l.checkpoints.opening import HUGGINGFACE, ORBAX, Checkpoint
+from m2l.checkpoints.reading import EXPORTED, KEY, existing_result
 from m2l.distributed import rank
 from m2l.errors import MergeError
 from m2l.merging import compatibility, data_driven, plan, results, sources
@@ -87,8 +88,8 @@ class Job:
         if self.to == HUGGINGFACE:
             # The result has this model's tokenizer and settings as well.
             path = self.roles.files.path
-            content["files"] = identity.files_digest(path if path.is_dir() else path.parent)
-        return identity.key_of(content)
+            content["files"] = files.directory_digest(path if path.is_dir() else path.parent)
+        return files.checksum(content)
 
     def finished(self, exported: Mapping[str, Any] | None = None) -> Manifest | None:
         """Returns the manifest of `out` if this very merge made it; None if there is nothing.
@@ -102,12 +103,12 @@ class Job:
 
         def is_same(manifest: Manifest) -> bool:
             made_by = manifest.made_by
-            key, options = made_by.get(identity.KEY), made_by.get(identity.EXPORTED)
+            key, options = made_by.get(KEY), made_by.get(EXPORTED)
             return (key, options) == (self.identity, exported)
 
         is_directory = exported is not None or self.to == HUGGINGFACE
-        name = recorded.MANIFEST if is_directory else None
-        return identity.finished(self.out, is_same, name)
+        name = huggingface_directory.MANIFEST if is_directory else None
+        return existing_result(self.out, is_same, name)
 
     @property
     def used(self) -> list[Checkpoint]:

@@ -18,13 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from m2l import checkpoints
-from m2l.checkpoints import Manifest, huggingface_directory, recorded, safetensors, saving, zarr
-from m2l.checkpoints.extents import reserve
+from m2l.checkpoints import Manifest, huggingface_directory, safetensors, saving, zarr
 from m2l.checkpoints.opening import Checkpoint
 from m2l.checkpoints.pytrees import Tree
 from m2l.checkpoints.reading import PARAMS
 from m2l.checkpoints.safetensors import StoredTensor
-from m2l.checkpoints.spans import Span, boxes, cut, cut_box
+from m2l.checkpoints.spans import Span, boxes, cut, cut_box, reserve
 from m2l.checkpoints.tensor_kinds import is_buffer, is_float
 from m2l.checkpoints.zarr import TensorWriter
 from m2l.merging.compatibility import Roles
@@ -427,7 +426,7 @@ def describe_directory(
 
     All but weights is `like`'s, and of what it lacks the first of the others' that has it.
     """
-    from m2l.checkpoints.huggingface_card import write_card
+    from m2l.checkpoints.huggingface import write_card
 
     huggingface_directory.copy_companions(
         [like.path, *(source.path for source in others)], result.directory
@@ -450,7 +449,7 @@ def describe_directory(
             for name, (shape, found) in result.described.items()
         },
     )
-    manifest = recorded.write(result.directory, manifest, digests)
+    manifest = huggingface_directory.write(result.directory, manifest, digests)
     kinds = " ".join(model.get("architectures") or ())
     known = "ForCausalLM" in kinds or "ForConditionalGeneration" in kinds
     write_card(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from m2l import checkpoints, files
-from m2l.checkpoints.training import RunCheckpoints
+from m2l.checkpoints.saving import RunCheckpoints
 from m2l.errors import DataError
 from m2l.training import processes
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from m2l import checkpoints, models, partitioning
-from m2l.checkpoints import identity
+from m2l.checkpoints.reading import existing_result
 from m2l.data import layouts, pipeline
 from m2l.errors import CheckpointError, ConfigError, M2LError, UnknownNameError
 from m2l.progress import Progress
@@ -235,7 +235,7 @@ def gather(
     }
     made_by = {"kind": "statistics", "statistic": kind, "of": manifest.digest}
     made_by |= {"examples": examples, "settings": settings, "data": dict(data)}
-    same = identity.finished(out, lambda other: other.made_by == json.loads(json.dumps(made_by)))
+    same = existing_result(out, lambda other: other.made_by == json.loads(json.dumps(made_by)))
     if same is not None:
         return same
     batches = pipeline.training_batches(

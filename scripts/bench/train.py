@@ -33,7 +33,7 @@ import models as bare
 from jax.sharding import AbstractMesh
 
 from m2l import configuration, partitioning, tasks
-from m2l.checkpoints.training import RunCheckpoints
+from m2l.checkpoints.saving import RunCheckpoints
 from m2l.data import vocabularies
 from m2l.models import LlamaConfig, T5Config
 from m2l.training import loop, memory

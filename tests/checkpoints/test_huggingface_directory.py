@@ -9,7 +9,7 @@ import pytest
 from safetensors import numpy as official
 
 from m2l import checkpoints, merging, models, storage
-from m2l.checkpoints import huggingface, recorded
+from m2l.checkpoints import huggingface, huggingface_directory
 from m2l.errors import CheckpointError
 from m2l.evaluation.model import open_model
 
@@ -61,14 +61,14 @@ def merge_to_orbax(directory, out):
 
 
 def verify(directory, _):
-    recorded.verify(directory)
+    huggingface_directory.verify(directory)
 
 
 READERS = (evaluate, convert, merge, merge_to_orbax, verify)
 
 
 def flip(directory, name):
-    tensor = recorded.open_tensors(directory)[name]
+    tensor = huggingface_directory.open_tensors(directory)[name]
     content = bytearray(tensor.file.read_bytes())
     content[tensor.offset + tensor.nbytes // 2] ^= 1
     tensor.file.write_bytes(content)
@@ -140,7 +140,7 @@ def test_a_cast_export_is_checked_by_what_is_stored(written, tmp_path):
     assert (directory / "model.safetensors.index.json").is_file()
     flip(directory, SQUARE)
     with pytest.raises(CheckpointError, match=SQUARE):
-        recorded.verify(directory)
+        huggingface_directory.verify(directory)
 
 
 def test_without_the_record_a_changed_directory_is_read_as_anybodys(written, tmp_path):
@@ -156,7 +156,7 @@ def test_the_record_of_an_older_version_is_said_to_lack_digests(written, tmp_pat
     ours = json.loads((written / "ours/_CHECKPOINT_METADATA").read_text())
     (directory / "m2l_manifest.json").write_text(json.dumps(ours["custom_metadata"]["m2l"]))
     with pytest.raises(CheckpointError, match="older m2l, without the digests"):
-        recorded.verify(directory)
+        huggingface_directory.verify(directory)
     for read in READERS[:-1]:
         read(directory, tmp_path)
 
@@ -200,9 +200,9 @@ def test_directories_in_a_bucket_are_read_and_written_as_local_ones(written, fol
         assert files.keys() == expected.keys()
         for name in files:
             # These two name the inputs by their paths, or the directory itself.
-            if name not in ("README.md", recorded.MANIFEST):
+            if name not in ("README.md", huggingface_directory.MANIFEST):
                 assert files[name] == expected[name]
-        recorded.verify(folder / made)
+        huggingface_directory.verify(folder / made)
     for directory in (folder / "cast", folder / "merge"):
         params = checkpoints.flatten(open_model(directory, "bytes").read(None))
         imported = huggingface.import_checkpoint(
