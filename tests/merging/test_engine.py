@@ -51,7 +51,7 @@ def write_boxes(path, params, chunk):
     described = {name: (array.shape, array.dtype) for name, array in arrays.items()}
     digests = {name: digest.to_hex(digest.of_numpy(array)) for name, array in arrays.items()}
     about = {"model": MODEL, "vocabulary": VOCABULARY, "made_by": {"kind": "test"}}
-    checkpoints.describe(path, path, described, digests, **about)
+    checkpoints.describe(path, described, digests, **about)
     return path
 
 
