@@ -65,7 +65,7 @@ class Manifest:
         tokenizer: SHA-256 of each of the vocabulary's files that the checkpoint carries, by name;
             None where it carries none. The vocabulary's name is then the path of a local copy of
             them, and "tokenizer" in storage.
-        directory: Of a Hugging Face directory, as `recorded.write` gives it; else None.
+        directory: Of a Hugging Face directory, as `huggingface_directory.write` returns it.
         versions: The versions it was written with.
         format_version: The layout of the directory and of this file.
     """

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from m2l import storage
+from m2l import files, storage
 from m2l.checkpoints import (
     huggingface_directory,
     model_fields,
@@ -73,10 +73,11 @@ class Checkpoint:
         if self.manifest is not None:
             return self.manifest.digest
         if self.format == HUGGINGFACE:
-            files = {tensor.file for tensor in self.parameters.values() if tensor.file is not None}
-            directory = _directory(self.path)
-            config = directory / huggingface_directory.CONFIG
-            return files.content_digest([*sorted(files), *([config] * config.is_file())])
+            weights = {
+                tensor.file for tensor in self.parameters.values() if tensor.file is not None
+            }
+            config = _directory(self.path) / huggingface_directory.CONFIG
+            return files.content_digest([*sorted(weights), *([config] * config.is_file())])
         return files.directory_digest(self.path)
 
     @property

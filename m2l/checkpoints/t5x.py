@@ -2,7 +2,7 @@
 
 T5X has two T5s. `examples/t5` is the published one. `examples/scalable_t5` stacks its layers along
 axis 1 ("encoder/encoder/..."), keeps the heads of attention kernels apart, and gives every layer a
-table of position biases of its own. `t5x_files` reads the files.
+table of position biases of its own.
 """
 
 import contextlib
