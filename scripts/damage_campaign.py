@@ -33,13 +33,14 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from m2l import checkpoints, models
 from m2l.checkpoints import huggingface
+from m2l.data import tokenizer_files
+from m2l.typing import Json
 
 LIMIT = 20.0
 """Seconds of processor time that a refusal may take, the command's start included."""
@@ -57,13 +58,13 @@ class Campaign:
         self.tried: collections.Counter[str] = collections.Counter()
         self.failed: collections.Counter[str] = collections.Counter()
 
-    def count(self, kind: str, what: str, problem: str | None) -> None:
+    def count(self, kind: str, trial: str, problem: str | None) -> None:
         """Counts a trial; `problem` says what went wrong, None that nothing did."""
         self.tried[kind] += 1
         print(f"{self.tried.total()}", end=" ", flush=True)
         if problem is not None:
             self.failed[kind] += 1
-            print(f"FAILED {kind}: {what}: {problem}", flush=True)
+            print(f"FAILED {kind}: {trial}: {problem}", flush=True)
 
 
 def run(
@@ -85,7 +86,7 @@ def run(
 
 
 def said(error: str) -> list[str]:
-    """The lines of stderr that are no progress and no warning."""
+    """Returns the lines of stderr that are no progress and no warning."""
     lines = error.replace("\r", "\n").splitlines()
     quiet = ("plan: ", "m2l: warning: ", "m2l: copied ")
     return [
@@ -100,7 +101,7 @@ def _is_progress(line: str) -> bool:
 
 
 def contents(path: Path) -> dict[str, str]:
-    """Digests of a directory's files of parameters and records, by name."""
+    """Computes the digests of a directory's files of parameters and records, by name."""
     return {
         str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest()
         for file in sorted(path.rglob("*"))
@@ -118,7 +119,11 @@ def make_inputs(root: Path, config: models.Config, seed: int) -> None:
         name: rng.standard_normal(spec.shape).astype(np.float32)
         for name, spec in checkpoints.flatten(models.spec(config)).items()
     }
-    vocabulary = {"name": "bytes", "size": 384, "fingerprint": _fingerprint()}
+    vocabulary = {
+        "name": "bytes",
+        "size": 384,
+        "fingerprint": tokenizer_files.read("bytes").fingerprint,
+    }
     for name in ("base", "one", "two"):
         params = {
             n: jnp.asarray(a + 0.1 * rng.standard_normal(a.shape).astype(np.float32))
@@ -134,14 +139,8 @@ def make_inputs(root: Path, config: models.Config, seed: int) -> None:
         huggingface.export_checkpoint(root / name, root / f"{name}_hf")
 
 
-def _fingerprint() -> str:
-    from m2l.data import tokenizer_files
-
-    return tokenizer_files.read("bytes").fingerprint
-
-
 def flip(data: bytes, rng: random.Random) -> bytes:
-    """One bit changed."""
+    """Changes one bit."""
     if not data:
         return b"\0"
     place = rng.randrange(len(data))
@@ -149,7 +148,7 @@ def flip(data: bytes, rng: random.Random) -> bytes:
 
 
 def digit(data: bytes, rng: random.Random) -> bytes:
-    """One decimal digit changed, as long as there is one."""
+    """Changes one decimal digit, or a bit where there is none."""
     places = [place for place, byte in enumerate(data[: 1 << 16]) if 48 <= byte < 58]
     if not places:
         return flip(data, rng)
@@ -176,8 +175,8 @@ def damage(file: Path, kind: str, rng: random.Random) -> bool:
     """Damages a file; returns whether that changed anything."""
     before = file.read_bytes()
     if kind == "swap":
-        others = [f for f in file.parent.parent.rglob("*") if f.is_file() and f != file]
-        after: bytes | None = rng.choice(others).read_bytes() if others else before
+        files = [f for f in file.parent.parent.rglob("*") if f.is_file() and f != file]
+        after: bytes | None = rng.choice(files).read_bytes() if files else before
     else:
         after = DAMAGES[kind](before, rng)
     if after is None:
@@ -231,7 +230,7 @@ def damages(campaign: Campaign, root: Path, count: int, rng: random.Random) -> N
         code, _, error = run(command.split(), root, environment)
         if code:
             raise SystemExit(f"the campaign cannot begin: {command}: {error}")
-    expected: dict[str, tuple[int, str, dict[str, Any]]] = {}
+    expected: dict[str, tuple[int, str, dict[str, Json]]] = {}
     kinds = sorted(READERS)
     for _ in range(count):
         kind = rng.choice(kinds)
@@ -243,17 +242,17 @@ def damages(campaign: Campaign, root: Path, count: int, rng: random.Random) -> N
         files = sorted(f for f in (root / target).rglob("*") if f.is_file())
         # What no command computes with may be edited by people.
         files = [f for f in files if f.name not in ("README.md", ".lock")]
-        file, how = rng.choice(files), rng.choice([*DAMAGES, "swap"])
+        file, change = rng.choice(files), rng.choice([*DAMAGES, "swap"])
         shutil.copytree(root / target, root / "whole")
         try:
-            if not damage(file, how, rng):
+            if not damage(file, change, rng):
                 continue
-            code, shown, found = _outcome(command, root, environment)
+            code, shown, written = _outcome(command, root, environment)
             wanted = expected[command]
             problem = None
             if code == 0 and command.startswith("inspect"):
                 problem = "inspect --verify sees nothing"
-            elif code == 0 and found != wanted[2]:
+            elif code == 0 and written != wanted[2]:
                 problem = f"another result, without a word: {shown[-200:]!r}"
             elif code == 0 and command.startswith("tasks") and shown != wanted[1]:
                 problem = "other examples, without a word"
@@ -263,7 +262,7 @@ def damages(campaign: Campaign, root: Path, count: int, rng: random.Random) -> N
                 problem = f"not one line: {shown!r}"
             campaign.count(
                 f"damage: {kind}",
-                f"{how} of {file.relative_to(root)}, m2l {command}",
+                f"{change} of {file.relative_to(root)}, m2l {command}",
                 problem,
             )
         finally:
@@ -273,13 +272,13 @@ def damages(campaign: Campaign, root: Path, count: int, rng: random.Random) -> N
 
 def _outcome(
     command: str, root: Path, environment: Mapping[str, str]
-) -> tuple[int, str, dict[str, Any]]:
-    """Exit code, what was said, and the digests or scores of what was written; nothing stays."""
+) -> tuple[int, str, dict[str, Json]]:
+    """Returns exit code, messages, and the digests or scores of the output, which is removed."""
     verb, out = command.split()[0], root / "OUT"
     flags = ["--out", "OUT"] if verb in ("merge", "eval") else []
     try:
         code, shown, error = run([*command.split(), *flags], root, environment)
-        written: dict[str, Any] = {}
+        written: dict[str, Json] = {}
         if out.is_dir() and verb == "eval":
             written = {f.name: json.loads(f.read_text())["score"] for f in out.glob("*.json")}
         elif out.is_dir():
@@ -355,7 +354,7 @@ _WRONG = ("-1", '"8"', "1e400", "NaN", "null", "[]", "{}", "true", str(2**60), '
 
 
 def _hostile_json(text: str, rng: random.Random) -> str:
-    """A JSON object with one value, or all of it, that no honest program writes."""
+    """Returns a JSON object with one value, or all of it, that no honest program writes."""
     if rng.random() < 0.2:
         return rng.choice(_WRONG)
     content = json.loads(text)
@@ -483,7 +482,7 @@ def hostile(campaign: Campaign, root: Path, count: int, rng: random.Random) -> N
 
 
 def _hostile_manifest(content: dict, rng: random.Random) -> str:
-    """A manifest with a right checksum, and one value that is not what it should be."""
+    """Returns a manifest with a right checksum and one wrong value."""
     from m2l.checkpoints import manifest
 
     content.pop("checksum")

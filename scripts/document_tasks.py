@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
+    """Returns a Markdown table."""
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
@@ -38,12 +38,12 @@ def _size(dataset: Dataset, split: str) -> str:
 
 
 def summary() -> str:
-    """README's table: categories and their datasets."""
+    """Returns README's table: categories and their datasets."""
     rows = []
-    for (held_out, category), of_category in groupby(
+    for (held_out, category), group in groupby(
         sources.T0, key=lambda dataset: (dataset.held_out, dataset.category)
     ):
-        datasets = list(of_category)
+        datasets = list(group)
         names = dict.fromkeys(dataset.part_of or dataset.name for dataset in datasets)
         prompts = sum(len(dataset.prompts) for dataset in datasets)
         rows.append(
@@ -58,7 +58,7 @@ def summary() -> str:
 
 
 def datasets() -> str:
-    """docs/tasks.md's first table: a row for each dataset."""
+    """Returns docs/tasks.md's first table: a row for each dataset."""
     return table(
         ["dataset", "category", "train", "validation", "test", "prompts (original)", "metrics"],
         [
@@ -75,7 +75,7 @@ def datasets() -> str:
 
 
 def origins() -> str:
-    """docs/tasks.md's second table: where each dataset comes from, and under which licence."""
+    """Returns docs/tasks.md's second table: each dataset's source and licence."""
     return table(
         ["dataset", "Hugging Face Hub", "TFDS", "licence", "to cite"],
         [
@@ -97,7 +97,7 @@ def _mixtures(dataset: Dataset) -> str:
 
 
 def skills_embedded() -> str:
-    """docs/skills.md's first table: the microworld's tasks of paper 2."""
+    """Returns docs/skills.md's first table: the microworld's tasks of paper 2."""
     rows = []
     for dataset in skills.EMBEDDED:
         sizes = microworld.SKILLS[dataset.name].splits
@@ -116,10 +116,10 @@ def skills_embedded() -> str:
 
 
 def skills_public() -> str:
-    """docs/skills.md's second table: the public sets of paper 2, BBH's 27 as one."""
+    """Returns docs/skills.md's second table: the public sets of paper 2, BBH's 27 as one."""
     rows = []
-    for name, of_name in groupby(skills.PUBLIC, key=lambda d: d.part_of or d.name):
-        parts = list(of_name)
+    for name, group in groupby(skills.PUBLIC, key=lambda d: d.part_of or d.name):
+        parts = list(group)
         first = parts[0]
         splits = {split: sum(d.sizes.get(split, 0) for d in parts) for split in first.splits}
         rows.append(
@@ -147,7 +147,7 @@ TABLES = {
 
 
 def filled(text: str) -> str:
-    """A page with its tables as they are now: `<!-- table: NAME -->` to `<!-- end -->`."""
+    """Returns a page with its tables, `<!-- table: NAME -->` to `<!-- end -->`, filled anew."""
     return re.sub(
         r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)",
         lambda match: f"{match[1]}{TABLES[match[2]]()}\n{match[3]}",
@@ -157,17 +157,17 @@ def filled(text: str) -> str:
 
 
 def _branches(dataset: Dataset, prompt: Prompt) -> list[dict[str, tf.Tensor]]:
-    """The first validation record, and of each other wording that the prompt derives, the first."""
+    """Returns the first validation record of each wording that the prompt derives."""
     read = registry.records_of("microworld", dataset).reader("validation")
     used = {part.field for part in parse(prompt.inputs) if isinstance(part, Reference)}
-    chosen = sorted(used & {name for name, of in dataset.derived.items() if of == "string"})
-    found: dict[tuple[bytes, ...], dict[str, tf.Tensor]] = {}
+    chosen = sorted(used & {name for name, kind in dataset.derived.items() if kind == "string"})
+    records: dict[tuple[bytes, ...], dict[str, tf.Tensor]] = {}
     for number in range(30):
         record = read(tf.constant(number))
         derived = dataset.derive(record) if chosen else {}
-        found.setdefault(tuple(derived[name].numpy() for name in chosen), record)
+        records.setdefault(tuple(derived[name].numpy() for name in chosen), record)
     # A field with a text of its own for nearly every record is no choice of wordings.
-    return list(found.values()) if len(found) <= 4 else [read(tf.constant(0))]
+    return list(records.values()) if len(records) <= 4 else [read(tf.constant(0))]
 
 
 def _shown(dataset: Dataset, prompt: Prompt, record: dict[str, tf.Tensor]) -> str:
@@ -177,13 +177,13 @@ def _shown(dataset: Dataset, prompt: Prompt, record: dict[str, tf.Tensor]) -> st
         choices = [choice.decode() for choice in texts["answer_choices"].numpy()]
         answers = [f"  {'*' if choice == target else '-'} {choice}" for choice in choices]
     else:
-        others = [text.decode() for text in texts["references"].numpy()]
-        answers = [f"  = {text}" for text in dict.fromkeys([target, *others])]
+        references = [text.decode() for text in texts["references"].numpy()]
+        answers = [f"  = {text}" for text in dict.fromkeys([target, *references])]
     return "\n".join(["```", inputs, *answers, "```"])
 
 
 def prompts() -> str:
-    """docs/prompts.md: every prompt of every dataset on its first validation record."""
+    """Returns docs/prompts.md: every prompt of every dataset on its first validation record."""
     lines = [
         "# Every prompt, rendered",
         "",
@@ -201,10 +201,10 @@ def prompts() -> str:
 
 
 def pages() -> dict[Path, str]:
-    """Every page that is written here, as it should be."""
+    """Returns every page that is written here, as it should be."""
     pages = [ROOT / name for name in ("README.md", "docs/tasks.md", "docs/skills.md")]
-    made = {path: filled(path.read_text()) for path in pages}
-    return {**made, ROOT / "docs/prompts.md": prompts()}
+    filled_pages = {path: filled(path.read_text()) for path in pages}
+    return {**filled_pages, ROOT / "docs/prompts.md": prompts()}
 
 
 def main() -> int:

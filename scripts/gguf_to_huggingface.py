@@ -41,7 +41,7 @@ Get = Callable[..., Any]
 
 
 def tensors(reader: GGUFReader, heads: int, groups: int) -> Iterator[tuple[str, np.ndarray]]:
-    """Hugging Face's name of each tensor, and its values in float32."""
+    """Yields Hugging Face's name of each tensor, and its values in float32."""
     for tensor in reader.tensors:
         *block, part, kind = tensor.name.split(".")
         if part not in NAMES or kind != "weight":
@@ -57,25 +57,25 @@ def tensors(reader: GGUFReader, heads: int, groups: int) -> Iterator[tuple[str, 
         yield f"{layer}{NAMES[part]}.weight", values
 
 
-def write_safetensors(file: Path, found: dict[str, np.ndarray], dtype: str) -> None:
+def write_safetensors(file: Path, arrays: dict[str, np.ndarray], dtype: str) -> None:
     """Writes tensors in float32, or rounded to the nearest bfloat16, ties to even."""
     code, width = ("F32", 4) if dtype == "float32" else ("BF16", 2)
     header, end = {"__metadata__": {"format": "pt"}}, 0
-    for name, values in found.items():
+    for name, values in arrays.items():
         start, end = end, end + values.size * width
         header[name] = {"dtype": code, "shape": values.shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with file.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
-        for values in found.values():
+        for values in arrays.values():
             bits = np.ascontiguousarray(values, "<f4").view("<u4")
             rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
             stream.write(bits.tobytes() if width == 4 else rounded.astype("<u2").tobytes())
 
 
-def model_config(get: Get, tied: bool, dtype: str) -> dict[str, Any]:
-    """config.json, as transformers reads it."""
+def model_config(get: Get, tied: bool, dtype: str) -> dict[str, object]:
+    """Returns config.json, as transformers reads it."""
     hidden, heads = get("llama.embedding_length"), get("llama.attention.head_count")
     if get("llama.rope.scaling.type", "none") != "none":
         sys.exit("the model's rotary positions are scaled; that is not supported")
@@ -101,8 +101,8 @@ def model_config(get: Get, tied: bool, dtype: str) -> dict[str, Any]:
     }
 
 
-def tokenizer_files(get: Get) -> dict[str, dict[str, Any]]:
-    """tokenizer.json and tokenizer_config.json."""
+def tokenizer_files(get: Get) -> dict[str, dict[str, object]]:
+    """Returns tokenizer.json and tokenizer_config.json."""
     model, split = get("tokenizer.ggml.model"), get("tokenizer.ggml.pre", "default")
     if (model, split) != ("gpt2", "smollm"):
         sys.exit(f"tokenizer {model!r}, split as {split!r}: only 'gpt2', 'smollm' is supported")
@@ -151,7 +151,7 @@ def main() -> None:
         sys.exit(f"{flags.out}: is there already; remove it or name another")
     reader = GGUFReader(flags.source)
 
-    def get(key: str, *default: Any) -> Any:
+    def get(key: str, *default: object) -> Any:
         if key not in reader.fields:
             return default[0] if default else sys.exit(f"{flags.source}: {key} is missing")
         return reader.fields[key].contents()
@@ -162,12 +162,12 @@ def main() -> None:
     config = model_config(get, tied, flags.dtype)
     files = {"config.json": config, **tokenizer_files(get)}
     heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
-    found = dict(tensors(reader, heads, groups))
+    arrays = dict(tensors(reader, heads, groups))
     flags.out.mkdir(parents=True)
     for name, content in files.items():
         (flags.out / name).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    write_safetensors(flags.out / "model.safetensors", found, flags.dtype)
-    count = sum(values.size for values in found.values())
+    write_safetensors(flags.out / "model.safetensors", arrays, flags.dtype)
+    count = sum(values.size for values in arrays.values())
     print(f"{flags.out}: {count:,} parameters in {flags.dtype}")
 
 

@@ -74,7 +74,7 @@ def forked(work: Callable[[], None]) -> int:
 
 
 def steps_in(metrics: Path) -> int:
-    """The last step that is whole in a run's metrics; 0 for none."""
+    """Returns the last complete step in a run's metrics; 0 for none."""
     lines = metrics.read_text().split("\n")[:-1] if metrics.exists() else []
     return json.loads(lines[-1])["step"] if lines else 0
 

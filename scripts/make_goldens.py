@@ -10,7 +10,6 @@ import json
 import sys
 import zlib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -57,7 +56,7 @@ _LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
-CASES: dict[str, dict[str, Any]] = {
+CASES: dict[str, dict[str, object]] = {
     "t5_v10_tied_relu": _T5,
     "t5_v11_untied_gated_gelu": _T5 | _V11,
     "t5_v11_tied_unscaled": _T5
@@ -97,7 +96,7 @@ GREEDY = 8
 
 
 def weight(name: str, shape: tuple[int, ...], model_type: str) -> np.ndarray:
-    """The weight of that name, float32, of a size at which every part of a network matters."""
+    """Draws the weight of that name, float32, of a size at which every part matters."""
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     if "norm" in name:
         middle = 0.0 if model_type == "gemma2" else 1.0
@@ -109,7 +108,7 @@ def weight(name: str, shape: tuple[int, ...], model_type: str) -> np.ndarray:
 
 
 def texts(seed: int, vocab_size: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Inputs and targets, int32."""
+    """Draws inputs and targets, int32."""
     rng = np.random.default_rng(seed)
     return tuple(
         [rng.integers(3, vocab_size, n).astype(np.int32) for n in lengths]
@@ -117,19 +116,19 @@ def texts(seed: int, vocab_size: int) -> tuple[list[np.ndarray], list[np.ndarray
     )
 
 
-def compute(config: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Logits of every target token, loss, gradients and greedy decodings of one case."""
+def compute(config: dict[str, object]) -> dict[str, np.ndarray]:
+    """Computes logits of every target token, loss, gradients and greedy decodings of one case."""
     import torch
     import transformers
 
     torch.manual_seed(0)
     kind = config["model_type"]
     encoder_decoder = kind in ("t5", "mt5")
-    made = transformers.AutoConfig.for_model(**config, attn_implementation="eager")
+    settings = transformers.AutoConfig.for_model(**config, attn_implementation="eager")
     automatic = (
         transformers.AutoModelForSeq2SeqLM if encoder_decoder else transformers.AutoModelForCausalLM
     )
-    model = automatic.from_config(made, attn_implementation="eager").eval().float()
+    model = automatic.from_config(settings, attn_implementation="eager").eval().float()
     tied = config.get("tie_word_embeddings", True)
     if encoder_decoder and not tied:
         # transformers 5 ties every fresh T5.
@@ -140,8 +139,8 @@ def compute(config: dict[str, Any]) -> dict[str, np.ndarray]:
             parameter.copy_(torch.from_numpy(weight(name, tuple(parameter.shape), kind)))
     inputs, targets = texts(0, config["vocab_size"])
 
-    def logits_of(source: np.ndarray, target: np.ndarray) -> Any:
-        """Logits of each token of a target."""
+    def logits_of(source: np.ndarray, target: np.ndarray) -> torch.Tensor:
+        """Computes the logits of each token of a target."""
         source, target = (torch.from_numpy(x.astype(np.int64))[None] for x in (source, target))
         if encoder_decoder:
             start = torch.full((1, 1), config["decoder_start_token_id"])
@@ -150,20 +149,20 @@ def compute(config: dict[str, Any]) -> dict[str, np.ndarray]:
         row = torch.cat([source, target], 1)[:, :-1]
         return model(input_ids=row, use_cache=False).logits[0, source.shape[1] - 1 :]
 
-    found = {}
+    arrays = {}
     total, count = 0.0, 0
     for i, (source, target) in enumerate(zip(inputs, targets, strict=True)):
         logits = logits_of(source, target)
-        found[f"logits_{i}"] = logits.detach().numpy()
+        arrays[f"logits_{i}"] = logits.detach().numpy()
         wanted = torch.from_numpy(target.astype(np.int64))
         total = total + torch.nn.functional.cross_entropy(logits, wanted, reduction="sum")
         count += len(target)
     loss = total / count
     loss.backward()
-    found["loss"] = loss.detach().numpy()
+    arrays["loss"] = loss.detach().numpy()
     for name, parameter in parameters.items():
         gradient = parameter.grad.numpy()
-        found[f"gradient {name}"] = np.array(
+        arrays[f"gradient {name}"] = np.array(
             [np.linalg.norm(gradient), *gradient.reshape(-1)[:: max(1, gradient.size // 5)][:5]]
         )
     with torch.no_grad():
@@ -172,19 +171,19 @@ def compute(config: dict[str, Any]) -> dict[str, np.ndarray]:
             for _ in range(GREEDY):
                 following = logits_of(source, np.append(so_far, np.int32(0)))[-1].argmax()
                 so_far = np.append(so_far, np.int32(following))
-            found[f"greedy_{i}"] = so_far
+            arrays[f"greedy_{i}"] = so_far
     shapes = {name: list(parameter.shape) for name, parameter in parameters.items()}
-    found["shapes"] = np.frombuffer(json.dumps(shapes).encode(), np.uint8)
-    return found
+    arrays["shapes"] = np.frombuffer(json.dumps(shapes).encode(), np.uint8)
+    return arrays
 
 
 def main() -> None:
     """Writes the cases named on the command line, or all."""
     GOLDENS.mkdir(parents=True, exist_ok=True)
     for case in sys.argv[1:] or CASES:
-        found = compute(CASES[case])
-        np.savez_compressed(GOLDENS / f"{case}.npz", **found)
-        print(f"{case}: loss {float(found['loss']):.4f}")
+        arrays = compute(CASES[case])
+        np.savez_compressed(GOLDENS / f"{case}.npz", **arrays)
+        print(f"{case}: loss {float(arrays['loss']):.4f}")
 
 
 if __name__ == "__main__":

@@ -37,9 +37,12 @@ import tempfile
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import torch
 
 DATA = Path(__file__).parents[1] / "tests" / "data"
 ARRAYS, CASES_FILE = DATA / "merge_goldens.npz", DATA / "merge_goldens.json"
@@ -73,14 +76,14 @@ CONFIG = {"architectures": ["Tiny"], "model_type": "t5"}
 
 
 def to_bfloat16(values: np.ndarray) -> np.ndarray:
-    """The nearest bfloat16, ties to even, as float32. Finite values."""
+    """Rounds finite values to the nearest bfloat16, ties to even, as float32."""
     bits = np.asarray(values, np.float32).view(np.uint32).astype(np.uint64)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 << 16
     return rounded.astype(np.uint32).view(np.float32)
 
 
 def drawn_models(seed: int) -> list[Model]:
-    """A base and its experts: normal, float32."""
+    """Draws a base and its experts: normal, float32."""
     rng = np.random.default_rng(seed)
     base = {
         name: (np.float32("norm" in name) + rng.normal(0, 0.5, shape)).astype(np.float32)
@@ -96,7 +99,7 @@ def drawn_models(seed: int) -> list[Model]:
 
 
 def rounded_models(models: list[Model]) -> list[Model]:
-    """Models in bfloat16 whose task vectors are a few units in the last place, so often alike."""
+    """Returns models in bfloat16 whose task vectors are a few units in the last place."""
     base = models[0]
     return [
         {name: to_bfloat16(16 * base[name] + 4 * (value - base[name])) for name, value in m.items()}
@@ -105,7 +108,7 @@ def rounded_models(models: list[Model]) -> list[Model]:
 
 
 def cancelling_models(seed: int) -> list[Model]:
-    """Models on a grid of 1/64, whose task vectors often sum to exactly nothing."""
+    """Draws models on a grid of 1/64, whose task vectors often sum to exactly nothing."""
     rng = np.random.default_rng(seed)
     base = {name: rng.integers(-99, 100, shape) for name, (shape, _) in TINY.items()}
     steps = [
@@ -119,7 +122,7 @@ def cancelling_models(seed: int) -> list[Model]:
 
 
 def balanced_models(seed: int) -> list[Model]:
-    """Models on a grid of 1/64; each task vector is a vector and then its negative."""
+    """Draws models on a grid of 1/64; each task vector is a vector and then its negative."""
     rng = np.random.default_rng(seed)
     sizes = [int(np.prod(shape)) for shape, _ in TINY.values()]
     half = sum(sizes) // 2
@@ -142,7 +145,7 @@ def balanced_models(seed: int) -> list[Model]:
 
 
 def all_inputs() -> dict[str, list[Model]]:
-    """Every set of inputs: the base, then the experts."""
+    """Returns every set of inputs: the base, then the experts."""
     plain = drawn_models(1)
     return {
         "inputs": plain,
@@ -156,32 +159,32 @@ def all_inputs() -> dict[str, list[Model]]:
 
 
 def joined(model: Model) -> np.ndarray:
-    """All entries of a model, one vector."""
+    """Returns all entries of a model, one vector."""
     return np.concatenate([model[name].reshape(-1) for name in sorted(model)])
 
 
 def split(vector: np.ndarray, like: Model) -> Model:
-    """The inverse of `joined`."""
+    """Inverts `joined`."""
     names = sorted(like)
     parts = np.split(vector, np.cumsum([like[name].size for name in names])[:-1])
     return {name: part.reshape(like[name].shape) for name, part in zip(names, parts, strict=True)}
 
 
 def over_model(formula: Callable) -> Callable:
-    """A formula of the whole model's vectors, as one of models."""
+    """Makes a formula of the whole model's vectors one of models."""
 
-    def of_models(base: Model, experts: list[Model], parameters: dict, given: dict) -> Model:
-        given = {kind: [joined(model) for model in models] for kind, models in given.items()}
-        found = formula(joined(base), np.stack([*map(joined, experts)]), parameters, given)
-        return split(found, base)
+    def merge(base: Model, experts: list[Model], parameters: dict, extras: dict) -> Model:
+        extras = {kind: [joined(model) for model in models] for kind, models in extras.items()}
+        result = formula(joined(base), np.stack([*map(joined, experts)]), parameters, extras)
+        return split(result, base)
 
-    return of_models
+    return merge
 
 
 def per_tensor(formula: Callable) -> Callable:
-    """A formula of one tensor, as one of models."""
+    """Makes a formula of one tensor one of models."""
 
-    def of_models(base: Model, experts: list[Model], parameters: dict, given: dict) -> Model:
+    def merge(base: Model, experts: list[Model], parameters: dict, extras: dict) -> Model:
         return {
             name: formula(
                 base[name],
@@ -189,23 +192,23 @@ def per_tensor(formula: Callable) -> Callable:
                 parameters,
                 {
                     kind: [model.get(name) for model in models]
-                    for kind, models in given.items()
+                    for kind, models in extras.items()
                     if name in models[0]
                 },
             )
             for name in base
         }
 
-    return of_models
+    return merge
 
 
 def task_vectors(base: np.ndarray, experts: np.ndarray) -> np.ndarray:
-    """Differences, rounded to float32 as every peer does."""
+    """Computes differences, rounded to float32 as every peer does."""
     return np.float64(experts - base)
 
 
 def elected_merge(taus: np.ndarray, merge: str, zero_agrees: str) -> np.ndarray:
-    """Signs by mass, cancelled ones to the majority; then mean, sum or max of what agrees.
+    """Elects signs by mass, cancelled ones by majority; merges what agrees by mean, sum or max.
 
     zero_agrees says what agrees with a majority that is itself 0: "negative" ones, or "none".
     """
@@ -214,58 +217,58 @@ def elected_merge(taus: np.ndarray, merge: str, zero_agrees: str) -> np.ndarray:
     agreeing = np.where(signs > 0, taus > 0, taus < 0)
     if zero_agrees == "none":
         agreeing &= signs != 0
-    kept = np.where(agreeing, taus, 0)
+    agreed = np.where(agreeing, taus, 0)
     if merge == "mean":
-        return kept.sum(0) / np.maximum(agreeing.sum(0), 1)
-    return kept.sum(0) if merge == "sum" else np.abs(kept).max(0) * signs
+        return agreed.sum(0) / np.maximum(agreeing.sum(0), 1)
+    return agreed.sum(0) if merge == "sum" else np.abs(agreed).max(0) * signs
 
 
 def from_rank(taus: np.ndarray, rank: int) -> np.ndarray:
-    """Of each row, the entries whose magnitude is at least the rank-th smallest (from 1)."""
+    """Keeps of each row the entries whose magnitude is at least the rank-th smallest (from 1)."""
     thresholds = np.sort(np.abs(taus), axis=1)[:, rank - 1, None]
     return np.where(np.abs(taus) >= thresholds, taus, 0)
 
 
 def top_percent(taus: np.ndarray, percent: float) -> np.ndarray:
-    """ties-merging's and FusionBench's trim."""
+    """Trims as ties-merging and FusionBench do."""
     size = taus.shape[1]
     return from_rank(taus, size - int(size * (percent / 100)))
 
 
 @over_model
-def average(base: Array, experts: Array, parameters: dict, given: dict) -> Array:
-    """The mean of the experts."""
+def average(base: Array, experts: Array, parameters: dict, extras: dict) -> Array:
+    """Computes the mean of the experts."""
     return np.float64(experts).mean(0)
 
 
 @over_model
-def task_arithmetic(base: Array, experts: Array, parameters: dict, given: dict) -> Array:
-    """The base plus lambda times the sum of the task vectors."""
+def task_arithmetic(base: Array, experts: Array, parameters: dict, extras: dict) -> Array:
+    """Computes the base plus lambda times the sum of the task vectors."""
     return base + parameters["lambda"] * task_vectors(base, experts).sum(0)
 
 
 @over_model
-def ties(base: Array, experts: Array, parameters: dict, given: dict) -> Array:
-    """TIES of ties-merging and FusionBench."""
+def ties(base: Array, experts: Array, parameters: dict, extras: dict) -> Array:
+    """Computes TIES of ties-merging and FusionBench."""
     taus = top_percent(task_vectors(base, experts), parameters["percent"])
     merged = elected_merge(taus, parameters["merge"], "negative")
     return base + parameters["lambda"] * merged
 
 
 @over_model
-def weighted_average(base: Array, experts: Array, parameters: dict, given: dict) -> Array:
-    """The experts, weighted."""
+def weighted_average(base: Array, experts: Array, parameters: dict, extras: dict) -> Array:
+    """Computes the weighted mean or sum of the experts."""
     weights = np.array(parameters["weights"])
     total = weights.sum() if parameters["normalize"] else 1
     return np.einsum("n,n...->...", weights, np.float64(experts)) / total
 
 
 @over_model
-def fusion_bench_dare(base: Array, experts: Array, parameters: dict, given: dict) -> Array:
-    """DARE, then task arithmetic or TIES with its trim."""
+def fusion_bench_dare(base: Array, experts: Array, parameters: dict, extras: dict) -> Array:
+    """Computes DARE, then task arithmetic or TIES with its trim."""
     rescale = np.float32(1 - parameters["drop_rate"])
     taus = task_vectors(base, experts)
-    for tau, mask in zip(taus, given["mask"], strict=True):
+    for tau, mask in zip(taus, extras["mask"], strict=True):
         # Tensors without a mask are left as they are; `joined` needs all of them.
         tau[:] = np.where(mask == 2, tau, np.float32(tau) * (mask == 1) / rescale)
     if "percent" in parameters:
@@ -278,19 +281,19 @@ def fusion_bench_dare(base: Array, experts: Array, parameters: dict, given: dict
 
 
 @over_model
-def mergelm_ties(base: Array, experts: Array, parameters: dict, given: dict) -> Array:
-    """MergeLM's TIES: trims from the int(rate d)-th smallest magnitude on."""
+def mergelm_ties(base: Array, experts: Array, parameters: dict, extras: dict) -> Array:
+    """Computes MergeLM's TIES: trims from the int(rate d)-th smallest magnitude on."""
     taus = task_vectors(base, experts)
     taus = from_rank(taus, int(taus.shape[1] * parameters["param_value_mask_rate"]))
     return base + parameters["scaling_coefficient"] * elected_merge(taus, "mean", "none")
 
 
 @over_model
-def mergelm_dare(base: Array, experts: Array, parameters: dict, given: dict) -> Array:
-    """MergeLM's DARE, which passes through float32 models, then the method it is applied to."""
+def mergelm_dare(base: Array, experts: Array, parameters: dict, extras: dict) -> Array:
+    """Computes MergeLM's DARE through float32 models, then the method it is applied to."""
     models = []
     for expert, mask, rate in zip(
-        experts, given["mask"], parameters["weight_mask_rates"], strict=True
+        experts, extras["mask"], parameters["weight_mask_rates"], strict=True
     ):
         tau = (expert - base) * mask
         if parameters["use_weight_rescale"]:
@@ -309,8 +312,8 @@ def mergelm_dare(base: Array, experts: Array, parameters: dict, given: dict) -> 
 
 
 @per_tensor
-def mergelm_magnitude(base: Array, experts: Array, parameters: dict, given: dict) -> Array:
-    """MergeLM's magnitude pruning, per tensor; a tensor of one entry is excluded in the case."""
+def mergelm_magnitude(base: Array, experts: Array, parameters: dict, extras: dict) -> Array:
+    """Computes MergeLM's magnitude pruning, per tensor; the case excludes tensors of one entry."""
     if base.size == 1:
         return np.float64(base)
     total = np.zeros(base.shape)
@@ -321,9 +324,9 @@ def mergelm_magnitude(base: Array, experts: Array, parameters: dict, given: dict
 
 
 @over_model
-def fisher(base: Array, experts: Array, parameters: dict, given: dict) -> Array:
-    """Fisher-weighted mean; normalised, each expert's Fisher is divided by its norm."""
-    fishers, least = np.float64(given["fisher"]), parameters["minimal_fisher_weight"]
+def fisher(base: Array, experts: Array, parameters: dict, extras: dict) -> Array:
+    """Computes the Fisher-weighted mean; normalised: each Fisher is divided by its norm."""
+    fishers, least = np.float64(extras["fisher"]), parameters["minimal_fisher_weight"]
     scales = np.ones(len(experts))
     if parameters["normalize_fisher_weight"]:
         scales = 1 / (np.linalg.norm(fishers, axis=1) + least)
@@ -332,11 +335,11 @@ def fisher(base: Array, experts: Array, parameters: dict, given: dict) -> Array:
 
 
 @per_tensor
-def regmean(base: Array, experts: Array, parameters: dict, given: dict) -> Array:
-    """Least squares for linear layers of [out, in], the mean for the rest."""
-    if "gram" not in given:
+def regmean(base: Array, experts: Array, parameters: dict, extras: dict) -> Array:
+    """Computes least squares for linear layers of [out, in], the mean for the rest."""
+    if "gram" not in extras:
         return np.float64(experts).mean(0)
-    grams = np.float64(given["gram"])
+    grams = np.float64(extras["gram"])
     diagonal = np.eye(grams.shape[-1], dtype=bool)
     grams = np.where(diagonal, grams, grams * parameters["reduce_non_diagonal_ratio"])
     right = np.einsum("nij,noj->io", grams, np.float64(experts))
@@ -344,7 +347,7 @@ def regmean(base: Array, experts: Array, parameters: dict, given: dict) -> Array
 
 
 def slerp_coefficients(t: float, first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
-    """sin((1 - t) phi) / sin phi and sin(t phi) / sin phi; linear ones if nearly collinear."""
+    """Computes sin((1 - t) phi) / sin phi, sin(t phi) / sin phi; 1 - t, t if nearly collinear."""
     first, second = np.float64(first).ravel(), np.float64(second).ravel()
     cosine = first @ second / (np.linalg.norm(first) * np.linalg.norm(second))
     if abs(cosine) > 0.9995:
@@ -354,22 +357,22 @@ def slerp_coefficients(t: float, first: np.ndarray, second: np.ndarray) -> tuple
 
 
 @per_tensor
-def slerp(base: Array, experts: Array, parameters: dict, given: dict) -> Array:
-    """From the first of the pair to the second, each tensor as one vector."""
+def slerp(base: Array, experts: Array, parameters: dict, extras: dict) -> Array:
+    """Computes slerp from the first of the pair to the second, each tensor as one vector."""
     models = [base, *experts]
     first, second = (models[number] for number in parameters["pair"])
-    of_first, of_second = slerp_coefficients(parameters["t"], first, second)
-    return of_first * np.float64(first) + of_second * np.float64(second)
+    first_share, second_share = slerp_coefficients(parameters["t"], first, second)
+    return first_share * np.float64(first) + second_share * np.float64(second)
 
 
 def pairs(taus: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Every two task vectors."""
+    """Returns every two task vectors."""
     return [(a, b) for number, a in enumerate(taus) for b in taus[number + 1 :]]
 
 
 @per_tensor
-def fusion_bench_model_stock(base: Array, experts: Array, parameters: dict, given: dict) -> Array:
-    """Model Stock with the mean of the angles; a tensor of one entry is ignored in the case."""
+def fusion_bench_model_stock(base: Array, experts: Array, parameters: dict, extras: dict) -> Array:
+    """Computes Model Stock with the mean of the angles; the case ignores tensors of one entry."""
     if base.size == 1:
         return np.float64(experts).mean(0)
     taus = task_vectors(base, experts)
@@ -382,8 +385,8 @@ def fusion_bench_model_stock(base: Array, experts: Array, parameters: dict, give
 
 
 @per_tensor
-def mergekit_model_stock(base: Array, experts: Array, parameters: dict, given: dict) -> Array:
-    """Model Stock with the mean of the cosines, per tensor or per row."""
+def mergekit_model_stock(base: Array, experts: Array, parameters: dict, extras: dict) -> Array:
+    """Computes Model Stock with the mean of the cosines, per tensor or per row."""
     taus = task_vectors(base, experts)
     rows = parameters["filter_wise"] and base.ndim > 1
     flat = taus.reshape(len(taus), *(base.shape if rows else (1, -1)))
@@ -401,17 +404,17 @@ def mergekit_model_stock(base: Array, experts: Array, parameters: dict, given: d
 
 
 @per_tensor
-def mergekit_linear(base: Array, experts: Array, parameters: dict, given: dict) -> Array:
-    """The experts, weighted."""
+def mergekit_linear(base: Array, experts: Array, parameters: dict, extras: dict) -> Array:
+    """Computes the weighted mean or sum of the experts."""
     weights = np.array(parameters["weight"])
     total = weights.sum() if parameters["normalize"] else 1
     return np.einsum("n,n...->...", weights, np.float64(experts)) / total
 
 
-def mergekit_kept(tau: np.ndarray, number: int, parameters: dict, given: dict) -> np.ndarray:
-    """What mergekit's sparsification keeps of one expert's tensor: drawn, or by magnitude."""
-    if "mask" in given:
-        return given["mask"][number]
+def mergekit_mask(tau: np.ndarray, number: int, parameters: dict, extras: dict) -> np.ndarray:
+    """Returns the mask of mergekit's sparsification of a tensor: drawn, or by magnitude."""
+    if "mask" in extras:
+        return extras["mask"][number]
     density, gamma = parameters.get("density", 1.0), parameters.get("gamma", 0.0)
     if density >= 1:
         return np.ones(tau.shape, bool)
@@ -421,13 +424,13 @@ def mergekit_kept(tau: np.ndarray, number: int, parameters: dict, given: dict) -
     start = max(0, tau.size - keep - int(gamma * tau.size))
     if "gamma" not in parameters:
         start = tau.size - keep
-    kept = np.zeros(tau.size, bool)
-    kept[np.argsort(np.abs(tau), axis=None)[start : start + keep]] = True
-    return kept.reshape(tau.shape)
+    mask = np.zeros(tau.size, bool)
+    mask[np.argsort(np.abs(tau), axis=None)[start : start + keep]] = True
+    return mask.reshape(tau.shape)
 
 
 def della_odds(tau: Array, density: float, epsilon: float) -> Array:
-    """The odds of being kept: they rise with the rank of the magnitude along axis 1."""
+    """Computes the odds of being kept, which rise with the magnitude's rank along axis 1."""
     rows = np.abs(tau if tau.ndim > 1 else tau[None])
     ranks = rows.argsort(1).argsort(1)
     odds = density - epsilon + 2 * epsilon * ranks / (rows.shape[1] - 1)
@@ -435,20 +438,20 @@ def della_odds(tau: Array, density: float, epsilon: float) -> Array:
 
 
 @per_tensor
-def mergekit(base: Array, experts: Array, parameters: dict, given: dict) -> Array:
-    """mergekit's generalised task arithmetic."""
+def mergekit(base: Array, experts: Array, parameters: dict, extras: dict) -> Array:
+    """Computes mergekit's generalised task arithmetic."""
     weights = np.array(parameters["weight"])
     weights = weights.reshape(-1, *[1] * base.ndim)
     taus = task_vectors(base, experts)
     for number, tau in enumerate(taus):
-        if "p" in given and not (given["p"][number] == 1).all():
+        if "p" in extras and not (extras["p"][number] == 1).all():
             odds = della_odds(tau, parameters["drawn_density"], parameters["epsilon"])
-            np.testing.assert_allclose(given["p"][number], odds, atol=1e-6)
-        kept = tau * mergekit_kept(tau, number, parameters, given)
+            np.testing.assert_allclose(extras["p"][number], odds, atol=1e-6)
+        sparse = tau * mergekit_mask(tau, number, parameters, extras)
         if parameters["rescale"]:
-            before, after = np.abs(tau).sum(), np.abs(kept).sum()
-            kept *= before / after if min(before, after) >= 1e-7 else 1
-        tau[:] = kept
+            before, after = np.abs(tau).sum(), np.abs(sparse).sum()
+            sparse *= before / after if min(before, after) >= 1e-7 else 1
+        tau[:] = sparse
     taus = taus * weights
     agreeing = np.ones(taus.shape, bool)
     if parameters["elects"]:
@@ -463,9 +466,9 @@ def mergekit(base: Array, experts: Array, parameters: dict, given: dict) -> Arra
 
 @per_tensor
 def mergekit_bfloat16_arithmetic(
-    base: Array, experts: Array, parameters: dict, given: dict
+    base: Array, experts: Array, parameters: dict, extras: dict
 ) -> Array:
-    """mergekit's task arithmetic when every step is rounded to bfloat16."""
+    """Computes mergekit's task arithmetic when every step is rounded to bfloat16."""
     total = np.zeros(base.shape, np.float32)
     for expert, weight in zip(experts, parameters["weight"], strict=True):
         total = total + to_bfloat16(to_bfloat16(expert - base) * to_bfloat16(np.float32(weight)))
@@ -486,7 +489,7 @@ class Case:
         call: What is called, in the peer's words.
         parameters: As the peer's code takes them.
         formula: What it computes, in one line.
-        oracle: The same in NumPy: (base, experts, settings, given) to a model.
+        oracle: The same in NumPy: (base, experts, settings, extras) to a model.
         settings: What the oracle reads in place of the parameters, where words differ.
         output: The dtype of the peer's output.
     """
@@ -494,10 +497,10 @@ class Case:
     peer: str
     inputs: str
     call: str
-    parameters: dict[str, Any]
+    parameters: dict[str, object]
     formula: str
     oracle: Callable
-    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    settings: dict[str, object] = dataclasses.field(default_factory=dict)
     output: str = "float32"
 
 
@@ -517,7 +520,7 @@ _ELECT = (
 
 
 def _official_ties(merge: str, inputs: str = "inputs") -> Case:
-    """ties-merging, topk20_mass_dis-<merge>_1."""
+    """Returns a case of ties-merging, topk20_mass_dis-<merge>_1."""
     result = {
         "mean": "m = sum_A u_i / max(1, |A|)",
         "sum": "m = sum_A u_i",
@@ -541,7 +544,7 @@ def _official_ties(merge: str, inputs: str = "inputs") -> Case:
 
 
 def _fusion_bench_ties(merge: str, scale: float, inputs: str = "inputs") -> Case:
-    """FusionBench's TIES."""
+    """Returns a case of FusionBench's TIES."""
     result = {"mean": "m = sum_A u_i / max(1, |A|)", "sum": "m = sum_A u_i"}[merge]
     return Case(
         peer="fusion_bench",
@@ -578,7 +581,7 @@ _MERGELM_TIES = (
 def _mergelm_dare(
     method: str, rate: float, rescale: bool, scale: float, formula: str, strategy: str = "random"
 ) -> Case:
-    """MergeLM's mask_merging."""
+    """Returns a case of MergeLM's mask_merging."""
     drop = _MERGELM_DROP.format(rescale="/ (1 - p) " if rescale else "", rate=rate)
     return Case(
         peer="mergelm",
@@ -615,8 +618,8 @@ _MERGEKIT_METHODS = {
 }
 
 
-def _mergekit(method: str, inputs: str = "inputs", **parameters: Any) -> Case:
-    """One of mergekit's task arithmetics; `weight`, `density`, ... as in its YAML."""
+def _mergekit(method: str, inputs: str = "inputs", **parameters: object) -> Case:
+    """Returns a case of mergekit's task arithmetics; `weight`, `density`, ... as in its YAML."""
     elects, normalizes, rescales = _MERGEKIT_METHODS[method]
     dtype, out_dtype = parameters.pop("dtype", "float32"), parameters.pop("out_dtype", None)
     parameters = {"weight": _WEIGHTS} | parameters
@@ -635,30 +638,30 @@ def _mergekit(method: str, inputs: str = "inputs", **parameters: Any) -> Case:
             {"value": density},
         ]
     if method == "task_arithmetic" or density == 1:
-        kept = "v_i = tau_i"
+        sparsified = "v_i = tau_i"
     elif method == "ties":
-        kept = (
+        sparsified = (
             f"v_i = tau_i of the k largest |tau_i| of each tensor, k = max(1, int({density} "
             "numel)), exactly k: equal magnitudes by a sort that is not stable"
         )
     elif "dare" in method:
-        kept = f"v_i = tau_i k_i, k_i = bernoulli({density}) (mask_i = k_i)"
+        sparsified = f"v_i = tau_i k_i, k_i = bernoulli({density}) (mask_i = k_i)"
     elif "breadcrumbs" in method:
-        kept = (
+        sparsified = (
             "v_i = tau_i of ranks b to b + k of |tau_i|, ascending, of each tensor (from 0, end "
             f"excluded), k = int({density} numel), b = max(0, numel - k - "
             f"int({parameters['gamma']} numel))"
         )
     else:
         epsilon = parameters["epsilon"]
-        kept = (
+        sparsified = (
             "v_i = tau_i k_i, k_i = bernoulli(p_i) (mask_i = k_i), "
             f"p_i = {density} - {epsilon} + 2 {epsilon} (r - 1) / (c - 1), r = the rank of "
             "|tau_i| along axis 1, of c entries, ascending from 1 (a vector is one row); gate and "
             "odd, of density 1: v_i = tau_i"
         )
     if settings["rescale"]:
-        kept += (
+        sparsified += (
             "; v_i *= sum |tau_i| / sum |v_i| over the tensor, unless one of the sums is below 1e-7"
         )
     if elects:
@@ -668,7 +671,7 @@ def _mergekit(method: str, inputs: str = "inputs", **parameters: Any) -> Case:
         mixed, total, divisor = "u_i = w_i v_i", "sum_i u_i", "sum_i w_i"
     if settings["normalize"]:
         total += f" / {divisor} (a divisor of 0 becomes 1)"
-    formula = f"{kept}; {mixed}; x_0 + {settings['lambda']} {total}"
+    formula = f"{sparsified}; {mixed}; x_0 + {settings['lambda']} {total}"
     oracle = mergekit
     if dtype == "bfloat16":
         formula += "; every operation is rounded to bfloat16, the sum over i once"
@@ -687,8 +690,8 @@ def _mergekit(method: str, inputs: str = "inputs", **parameters: Any) -> Case:
     )
 
 
-def _mergekit_other(method: str, formula: str, oracle: Callable, **parameters: Any) -> Case:
-    """Another of mergekit's methods."""
+def _mergekit_other(method: str, formula: str, oracle: Callable, **parameters: object) -> Case:
+    """Returns a case of another of mergekit's methods."""
     return Case(
         peer="mergekit",
         inputs="inputs",
@@ -998,11 +1001,11 @@ CASES: dict[str, Case] = {
 
 
 @contextlib.contextmanager
-def recording(module: Any, name: str) -> Iterator[list[tuple[tuple, Any]]]:
-    """The calls of module.name meanwhile: positional arguments and result."""
+def recording(module: types.ModuleType, name: str) -> Iterator[list[tuple[tuple, "torch.Tensor"]]]:
+    """Yields the list of calls of module.name meanwhile: positional arguments and result."""
     calls, original = [], getattr(module, name)
 
-    def recorded(*args: Any, **kwargs: Any) -> Any:
+    def recorded(*args: object, **kwargs: object) -> object:
         result = original(*args, **kwargs)
         calls.append((args, result))
         return result
@@ -1014,8 +1017,8 @@ def recording(module: Any, name: str) -> Iterator[list[tuple[tuple, Any]]]:
         setattr(module, name, original)
 
 
-def network(model: Model) -> Any:
-    """The tiny model as a torch module, with what MergeLM asks of one to find its statistics."""
+def network(model: Model) -> "torch.nn.Module":
+    """Returns the tiny model as a torch module, from which MergeLM can get its statistics."""
     import torch
     from torch import nn
 
@@ -1031,8 +1034,10 @@ def network(model: Model) -> Any:
             self.gate = nn.Parameter(torch.zeros(TINY["gate"][0]))
             self.odd = nn.Parameter(torch.zeros(TINY["odd"][0]))
 
-        def forward(self, slopes: Any = None, activations: Any = None) -> Any:
-            """A loss with these gradients, or linear layers run on these activations."""
+        def forward(
+            self, slopes: dict | None = None, activations: dict | None = None
+        ) -> types.SimpleNamespace | None:
+            """Computes a loss with these gradients, or runs linear layers on these activations."""
             if activations is not None:
                 self.up(activations["up"])
                 self.down(activations["down"])
@@ -1040,18 +1045,18 @@ def network(model: Model) -> Any:
             loss = sum((p * slopes[name]).sum() for name, p in self.named_parameters())
             return types.SimpleNamespace(logits=torch.zeros(1, 1), loss=loss)
 
-    made = Tiny()
-    made.load_state_dict({name: torch.from_numpy(value.copy()) for name, value in model.items()})
-    return made
+    module = Tiny()
+    module.load_state_dict({name: torch.from_numpy(value.copy()) for name, value in model.items()})
+    return module
 
 
-def as_model(tensors: Any) -> Model:
-    """Torch tensors by name, as float32 arrays."""
+def as_model(tensors: dict[str, "torch.Tensor"]) -> Model:
+    """Returns torch tensors by name as float32 arrays."""
     return {name: value.detach().float().numpy().copy() for name, value in tensors.items()}
 
 
 def kept_by_draw(masks: list, networks: list, names: list[str]) -> dict[str, list[Model]]:
-    """Masks in the order they were drawn, by expert and name."""
+    """Returns masks, which come in the order they were drawn, by expert and name."""
     assert len(masks) == len(networks) * len(names), (len(masks), names)
     masks = [mask.bool().numpy() for mask in masks]
     return {
@@ -1063,7 +1068,7 @@ def kept_by_draw(masks: list, networks: list, names: list[str]) -> dict[str, lis
 
 
 def run_official(case: Case, models: list[Model]) -> tuple[Model, dict]:
-    """ties-merging."""
+    """Runs ties-merging."""
     import torch
     from src.utils import merge_utils
 
@@ -1079,12 +1084,12 @@ def run_official(case: Case, models: list[Model]) -> tuple[Model, dict]:
         merged = merge_utils.merge_methods(reset_type, flat - flat_base, **parameters)
     else:
         merged = merge_utils.tv_merging(flat - flat_base)
-    found = merge_utils.vector_to_state_dict(flat_base + scale * merged, base)
-    return as_model(found), {}
+    result = merge_utils.vector_to_state_dict(flat_base + scale * merged, base)
+    return as_model(result), {}
 
 
 def run_fusion_bench(case: Case, models: list[Model]) -> tuple[Model, dict]:
-    """FusionBench."""
+    """Runs FusionBench."""
     import torch
     from fusion_bench import BaseModelPool, method
     from fusion_bench.method import dare, model_stock
@@ -1109,21 +1114,21 @@ def run_fusion_bench(case: Case, models: list[Model]) -> tuple[Model, dict]:
 
 
 def run_mergelm(case: Case, models: list[Model]) -> tuple[Model, dict]:
-    """MergeLM."""
+    """Runs MergeLM."""
     import torch
     from model_merging_methods.merging_methods import MergingMethod
 
     base, *experts = map(network, models)
     names = [name for name, _ in base.named_parameters()]
     method = case.call.split("'")[1]
-    parameters, given = dict(case.parameters), {}
+    parameters, extras = dict(case.parameters), {}
     rng = np.random.default_rng(5)
     if method == "fisher_merging":
         slopes = [
             {n: rng.normal(0, 1 + i, TINY[n][0]).astype(np.float32) for n in names}
             for i in range(EXPERTS)
         ]
-        given["fisher"] = [{n: v**2 for n, v in s.items() if n != "odd"} for s in slopes]
+        extras["fisher"] = [{n: v**2 for n, v in s.items() if n != "odd"} for s in slopes]
         batches = [{"slopes": {n: torch.from_numpy(v) for n, v in s.items()}} for s in slopes]
     elif method == "regmean_merging":
         batches = [
@@ -1135,11 +1140,11 @@ def run_mergelm(case: Case, models: list[Model]) -> tuple[Model, dict]:
             }
             for _ in range(EXPERTS)
         ]
-        given["gram"] = [
+        extras["gram"] = [
             {f"{layer}.weight": (x.T @ x / len(x)).numpy() for layer, x in b["activations"].items()}
             for b in batches
         ]
-    if given:
+    if extras:
         count = parameters.get("nums_fisher_examples", parameters.get("nums_regmean_examples"))
         parameters["trainers"] = [
             types.SimpleNamespace(
@@ -1151,17 +1156,17 @@ def run_mergelm(case: Case, models: list[Model]) -> tuple[Model, dict]:
         ]
     torch.manual_seed(SEED)
     with recording(torch, "bernoulli") as calls:
-        found = MergingMethod(method).merging_models(
+        result = MergingMethod(method).merging_models(
             merged_model=base, models_to_merge=experts, **parameters
         )
     if calls:
-        given = kept_by_draw([1 - drawn for _, drawn in calls], experts, names)
+        extras = kept_by_draw([1 - drawn for _, drawn in calls], experts, names)
     # What is excluded, MergeLM leaves as it is in the merged model, the base.
-    return as_model(dict(base.named_parameters()) | found), given
+    return as_model(dict(base.named_parameters()) | result), extras
 
 
-def mergekit_configuration(case: Case) -> dict[str, Any]:
-    """The case's YAML, with base, expert_0, ... for the paths of the models."""
+def mergekit_configuration(case: Case) -> dict[str, object]:
+    """Returns the case's YAML, with base, expert_0, ... for the paths of the models."""
     parameters = dict(case.parameters)
     top = {name: parameters.pop(name) for name in ("merge_method", "dtype", "out_dtype")}
     pair = parameters.pop("pair", None)
@@ -1181,7 +1186,7 @@ def mergekit_configuration(case: Case) -> dict[str, Any]:
 
 
 def run_mergekit(case: Case, models: list[Model]) -> tuple[Model, dict]:
-    """mergekit, on directories of safetensors."""
+    """Runs mergekit on directories of safetensors."""
     import torch
     from mergekit import sparsify
     from mergekit.config import MergeConfiguration
@@ -1196,7 +1201,7 @@ def run_mergekit(case: Case, models: list[Model]) -> tuple[Model, dict]:
     method = case.parameters["merge_method"]
     drawing = "dare" in method or "della" in method
     breaks_ties = method == "ties" and case.inputs == "bf16" and case.parameters["density"] < 1
-    given = {kind: [{} for _ in range(EXPERTS)] for kind in ("mask", "p")}
+    extras = {kind: [{} for _ in range(EXPERTS)] for kind in ("mask", "p")}
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         for name, model in zip(names, models, strict=True):
@@ -1214,7 +1219,9 @@ def run_mergekit(case: Case, models: list[Model]) -> tuple[Model, dict]:
         sparsified = stack.enter_context(recording(sparsify, "rescaled_masked_tensor"))
         merge_group = GeneralizedTaskArithmeticMerge.merge_group
 
-        def merge_and_record(self: Any, group: Any, /, **parameters: Any) -> Any:
+        def merge_and_record(
+            self: GeneralizedTaskArithmeticMerge, group: object, /, **parameters: object
+        ) -> torch.Tensor:
             draws.clear()
             sparsified.clear()
             result = merge_group(self, group, **parameters)
@@ -1225,9 +1232,9 @@ def run_mergekit(case: Case, models: list[Model]) -> tuple[Model, dict]:
             masks, odds = (kind or [torch.ones(shape)] * EXPERTS for kind in (masks, odds))
             for number in range(EXPERTS):
                 if drawing or breaks_ties:
-                    given["mask"][number][name] = masks[number].reshape(shape).bool().numpy()
+                    extras["mask"][number][name] = masks[number].reshape(shape).bool().numpy()
                 if "della" in self.method_name:
-                    given["p"][number][name] = odds[number].reshape(shape).float().numpy()
+                    extras["p"][number][name] = odds[number].reshape(shape).float().numpy()
             return result
 
         GeneralizedTaskArithmeticMerge.merge_group = merge_and_record
@@ -1241,7 +1248,7 @@ def run_mergekit(case: Case, models: list[Model]) -> tuple[Model, dict]:
         )
         merged = load_file(folder / "merged" / "model.safetensors")
     assert {str(value.dtype) for value in merged.values()} == {f"torch.{case.output}"}
-    return as_model(merged), {kind: found for kind, found in given.items() if found[0]}
+    return as_model(merged), {kind: result for kind, result in extras.items() if result[0]}
 
 
 RUNNERS = {
@@ -1256,7 +1263,7 @@ RUNNERS = {
 
 
 def collinear_tensors(case: Case, models: list[Model]) -> list[str]:
-    """Which tensors slerp interpolates linearly."""
+    """Returns the tensors that slerp interpolates linearly."""
     first, second = (models[number] for number in case.parameters["pair"])
     return [
         name
@@ -1265,8 +1272,8 @@ def collinear_tensors(case: Case, models: list[Model]) -> list[str]:
     ]
 
 
-def record_of(case: Case, models: list[Model], saved: dict[str, str]) -> dict[str, Any]:
-    """What merge_goldens.json says of a case."""
+def record_of(case: Case, models: list[Model], saved: dict[str, str]) -> dict[str, object]:
+    """Returns what merge_goldens.json says of a case."""
     record = {
         "peer": case.peer,
         "version": PEERS[case.peer],
@@ -1284,7 +1291,7 @@ def record_of(case: Case, models: list[Model], saved: dict[str, str]) -> dict[st
 
 
 def same(arrays: Model, case: str, kind: str, own: Model) -> bool:
-    """Whether a case has saved these very arrays of a kind."""
+    """Returns whether a case has saved these very arrays of a kind."""
     theirs = {k: v for k, v in under(arrays, case).items() if k.startswith(f"{kind}_")}
     return theirs.keys() == own.keys() and all(np.array_equal(theirs[k], own[k]) for k in own)
 
@@ -1302,14 +1309,14 @@ def write() -> None:
     records = {}
     for name, case in CASES.items():
         models = inputs[case.inputs]
-        found, given = RUNNERS[case.peer](case, models)
-        assert {n: v.shape for n, v in found.items()} == {n: v.shape for n, v in models[0].items()}
-        arrays |= {f"{name}/{tensor}": value for tensor, value in found.items()}
+        result, extras = RUNNERS[case.peer](case, models)
+        assert {n: v.shape for n, v in result.items()} == {n: v.shape for n, v in models[0].items()}
+        arrays |= {f"{name}/{tensor}": value for tensor, value in result.items()}
         saved = {}
-        for kind, of_experts in given.items():
+        for kind, models_by_expert in extras.items():
             own = {
                 f"{kind}_{number}/{tensor}": value
-                for number, model in enumerate(of_experts)
+                for number, model in enumerate(models_by_expert)
                 for tensor, value in model.items()
             }
             saved[kind] = next((other for other in records if same(arrays, other, kind, own)), name)
@@ -1338,12 +1345,12 @@ def check() -> None:
             under(arrays, f"{case.inputs}/{role}")
             for role in ["base"] + [f"expert_{number}" for number in range(EXPERTS)]
         )
-        given = {
+        extras = {
             kind: [under(arrays, f"{place}/{kind}_{number}") for number in range(EXPERTS)]
             for kind, place in records[name].get("saved", {}).items()
         }
         golden = {tensor: arrays[f"{name}/{tensor}"] for tensor in base}
-        wanted = expected(case, base, experts, given)
+        wanted = expected(case, base, experts, extras)
         worst = 0.0
         for tensor, value in golden.items():
             allowed = 1e-6 * np.maximum(1, np.abs(wanted[tensor]))
@@ -1358,34 +1365,34 @@ def check() -> None:
 
 
 def under(arrays: Model, prefix: str) -> Model:
-    """The arrays whose names begin so, without the prefix."""
+    """Returns the arrays whose names begin so, without the prefix."""
     return {
         k.removeprefix(prefix + "/"): v for k, v in arrays.items() if k.startswith(prefix + "/")
     }
 
 
-def expected(case: Case, base: Model, experts: list[Model], given: dict) -> Model:
-    """The case's formula, in float64."""
-    if case.peer == "fusion_bench" and given:
+def expected(case: Case, base: Model, experts: list[Model], extras: dict) -> Model:
+    """Computes the case's formula, in float64."""
+    if case.peer == "fusion_bench" and extras:
         # A tensor that was not masked is marked, for `joined` needs all of them.
-        given = {
+        extras = {
             "mask": [
                 {n: m[n].astype(int) if n in m else np.full(v.shape, 2) for n, v in base.items()}
-                for m in given["mask"]
+                for m in extras["mask"]
             ]
         }
     if case.oracle is fisher:
         # An excluded tensor stays the base's.
         excluded = case.parameters["exclude_param_names_regex"]
         inside = [n for n in base if n not in excluded]
-        found = case.oracle(
+        result = case.oracle(
             {n: base[n] for n in inside},
             [{n: expert[n] for n in inside} for expert in experts],
             case.parameters,
-            given,
+            extras,
         )
-        return base | found
-    return case.oracle(base, experts, case.settings or case.parameters, given)
+        return base | result
+    return case.oracle(base, experts, case.settings or case.parameters, extras)
 
 
 def main() -> None:

@@ -15,13 +15,13 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from m2l import checkpoints
 from m2l.studies import execute, records, stages
 from m2l.studies.plan import Plan, Stage
+from m2l.typing import Json
 
 
 def main() -> int:
@@ -37,10 +37,10 @@ def main() -> int:
     differing, start = 0, time.monotonic()
     chosen = sample(plan, asked.share, asked.seed)
     for stage in chosen:
-        made = execute.folder(out / "results" / "again", stage.name)
-        inputs = {role: execute.folder(asked.study, of) for role, of in stage.inputs.items()}
-        stages.RUNNERS[stage.kind](stage, made, inputs)
-        same = content(stage, made) == content(stage, execute.folder(asked.study, stage.name))
+        again = execute.folder(out / "results" / "again", stage.name)
+        inputs = {role: execute.folder(asked.study, name) for role, name in stage.inputs.items()}
+        stages.RUNNERS[stage.kind](stage, again, inputs)
+        same = content(stage, again) == content(stage, execute.folder(asked.study, stage.name))
         differing += not same
         print(f"{'equal ' if same else 'DIFFER'}  {stage.name}", flush=True)
     seconds = time.monotonic() - start
@@ -51,24 +51,24 @@ def main() -> int:
 
 
 def sample(plan: Plan, share: float, seed: int) -> list[Stage]:
-    """That share of the stages of each kind, drawn at random, in their order."""
+    """Draws that share of the stages of each kind at random; returns them in their order."""
     draws, names = random.Random(seed), set()
     for kind in dict.fromkeys(stage.kind for stage in plan):
-        of_kind = [stage.name for stage in plan if stage.kind == kind]
-        names |= set(draws.sample(of_kind, max(1, round(share * len(of_kind)))))
+        candidates = [stage.name for stage in plan if stage.kind == kind]
+        names |= set(draws.sample(candidates, max(1, round(share * len(candidates)))))
     return [stage for stage in plan if stage.name in names]
 
 
-def content(stage: Stage, folder: Path) -> Any:
-    """What a stage made, by value."""
+def content(stage: Stage, folder: Path) -> Json:
+    """Returns the output of a stage, by value."""
     if stage.kind in ("train", "given"):
         return checkpoints.read_manifest(checkpoints.resolve(folder)).digest
-    found = {}
+    result = {}
     for path in sorted(folder.rglob("*.json")):
         values = json.loads(path.read_text())
         values.pop("seconds", None)
-        found[str(path.relative_to(folder))] = values
-    return found
+        result[str(path.relative_to(folder))] = values
+    return result
 
 
 if __name__ == "__main__":

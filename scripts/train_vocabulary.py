@@ -29,7 +29,7 @@ MODEL = Path(microworld.__file__).with_name("vocabulary.model")
 
 
 def texts() -> Iterator[str]:
-    """The corpus, and the rendered inputs and answers of every prompt and instruction."""
+    """Yields the corpus, and the rendered inputs and answers of every prompt and instruction."""
     yield from microworld.corpus("train")
     for dataset in datasets():
         if skills.is_skill(dataset):  # it must not change when these do
@@ -45,7 +45,7 @@ def texts() -> Iterator[str]:
 
 
 def train(sentences: Iterable[str], size: int) -> bytes:
-    """A SentencePiece unigram model whose decoding gives back any text exactly.
+    """Trains a SentencePiece unigram model whose decoding gives back any text exactly.
 
     The one exception is U+2581, SentencePiece's own sign for a space, which becomes a space. It is
     also the only rule of normalisation: without any, every tokenizer says so on standard error.

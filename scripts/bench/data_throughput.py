@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import seqio
@@ -29,30 +29,34 @@ from m2l.data import pipeline, vocabularies
 from m2l.data.prompts import Dataset, Prompt, Reference, parse
 from m2l.data.vocabularies import EOS, UNKNOWN
 from m2l.tasks import caches, registry
+from m2l.typing import Json
+
+if TYPE_CHECKING:
+    import tokenizers
 
 LENGTHS = {"inputs": 512, "targets": 128}
 BATCH = 32
 STEPS_BEFORE_STOP = 100_000
 
 
-def _held(batch: dict[str, np.ndarray]) -> tuple[int, int]:
-    """How many examples and tokens a packed batch holds."""
+def _count(batch: dict[str, np.ndarray]) -> tuple[int, int]:
+    """Returns how many examples and tokens a packed batch holds."""
     examples = int(batch["decoder_segment_ids"].max(axis=1).sum())
     return examples, int(np.sum(batch["encoder_input_tokens"] != 0))
 
 
 def ours(mixture: str, examples: int, source: str) -> dict[str, float]:
-    """One pass over so many examples from a source, its first reading included."""
+    """Measures one pass over so many examples from a source, its first reading included."""
     start = time.perf_counter()
     tasks.register(source=source)
     registered = time.perf_counter()
     batches = pipeline.training_batches(mixture, lengths=LENGTHS, batch_size=BATCH, seed=0)
     first = next(batches)
     ready = time.perf_counter()
-    seen, tokens = _held(first)
+    seen, tokens = _count(first)
     began_with = seen
     while seen < examples:
-        more = _held(next(batches))
+        more = _count(next(batches))
         seen, tokens = seen + more[0], tokens + more[1]
     done = time.perf_counter()
     return {
@@ -65,23 +69,23 @@ def ours(mixture: str, examples: int, source: str) -> dict[str, float]:
 
 
 def resumed(mixture: str) -> tuple[float, float, bool]:
-    """Seconds to the first batch at step 0 and at step 100,000, and whether it is the right one."""
-    how = {"lengths": LENGTHS, "batch_size": 1, "seed": 0, "pack": False}
+    """Returns seconds to the first batch at steps 0 and 100,000, and whether that is right."""
+    options = {"lengths": LENGTHS, "batch_size": 1, "seed": 0, "pack": False}
     start = time.perf_counter()
-    batches = pipeline.training_batches(mixture, **how)
+    batches = pipeline.training_batches(mixture, **options)
     next(batches)
     at_0 = time.perf_counter() - start
     for _ in range(STEPS_BEFORE_STOP - 1):
         next(batches)
     state, following = batches.state(), next(batches)
     start = time.perf_counter()
-    found = next(pipeline.training_batches(mixture, **how, state=state))
+    first = next(pipeline.training_batches(mixture, **options, state=state))
     at_100_000 = time.perf_counter() - start
-    same = all(np.array_equal(found[name], following[name]) for name in following)
+    same = all(np.array_equal(first[name], following[name]) for name in following)
     return at_0, at_100_000, same
 
 
-def _fill(template: str, record: dict[str, Any]) -> str:
+def _fill(template: str, record: dict[str, Json]) -> str:
     parts = []
     for part in parse(template):
         if isinstance(part, Reference):
@@ -94,7 +98,7 @@ def _fill(template: str, record: dict[str, Any]) -> str:
 
 
 def _written(dataset: Dataset, prompt: Prompt, records: dict[str, list]) -> dict[str, list]:
-    """`datasets.map`'s batched function: records to inputs and targets."""
+    """Renders records as inputs and targets: the batched function of `datasets.map`."""
     texts: dict[str, list] = {"inputs": [], "targets": []}
     for values in zip(*records.values(), strict=True):
         record = dict(zip(records, values, strict=True))
@@ -108,7 +112,7 @@ def _written(dataset: Dataset, prompt: Prompt, records: dict[str, list]) -> dict
 
 
 def _packed(rows: Iterator[dict[str, list[int]]]) -> Iterator[dict[str, np.ndarray]]:
-    """A collator that fills rows greedily, in the names of seqio's feature converter."""
+    """Fills rows greedily, in the names of seqio's feature converter."""
     shapes = {
         "encoder_input_tokens": "inputs",
         "encoder_segment_ids": "inputs",
@@ -119,7 +123,9 @@ def _packed(rows: Iterator[dict[str, list[int]]]) -> Iterator[dict[str, np.ndarr
         "decoder_positions": "targets",
         "decoder_loss_weights": "targets",
     }
-    batch = {name: np.zeros((BATCH, LENGTHS[of]), np.int32) for name, of in shapes.items()}
+    batch = {
+        name: np.zeros((BATCH, LENGTHS[feature]), np.int32) for name, feature in shapes.items()
+    }
     row = segment = at = end = 0
     for example in rows:
         inputs, targets = example["inputs"][: LENGTHS["inputs"]], example["targets"]
@@ -144,7 +150,7 @@ def _packed(rows: Iterator[dict[str, list[int]]]) -> Iterator[dict[str, np.ndarr
 
 
 def peer(mixture: str, examples: int) -> dict[str, float]:
-    """The same work with Hugging Face's tools: shuffle, write out, tokenise, pack."""
+    """Does the same work with Hugging Face's tools: shuffle, write out, tokenise, pack."""
     import datasets as hf
 
     hf.disable_progress_bars()
@@ -175,17 +181,17 @@ def peer(mixture: str, examples: int) -> dict[str, float]:
     together = together.select(i % len(together) for i in range(examples))
     tokenised = together.map(tokenize, batched=True, num_proc=cores)
     rows = (row for part in tokenised.iter(1000) for row in _rows(part))
-    held = [_held(batch) for batch in _packed(rows)]
+    counts = [_count(batch) for batch in _packed(rows)]
     done = time.perf_counter()
     return {
         "examples_per_s": examples / (done - start),
-        "tokens_per_example": sum(tokens for _, tokens in held) / sum(n for n, _ in held),
+        "tokens_per_example": sum(tokens for _, tokens in counts) / sum(n for n, _ in counts),
         "total_s": done - start,
     }
 
 
-def _tokenizer() -> Any:
-    """Hugging Face's tokenizer with the pieces of the microworld's vocabulary."""
+def _tokenizer() -> "tokenizers.Tokenizer":
+    """Makes Hugging Face's tokenizer of the pieces of the microworld's vocabulary."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     model = sentencepiece_model_pb2.ModelProto.FromString(
@@ -197,8 +203,8 @@ def _tokenizer() -> Any:
     return tokenizer
 
 
-def _with_derived(dataset: Dataset) -> list[dict[str, Any]]:
-    """The records with their derived fields, which the peer gets for nothing."""
+def _with_derived(dataset: Dataset) -> list[dict[str, Json]]:
+    """Returns the records with their derived fields, which the peer gets for nothing."""
     records = registry.records_of("microworld", dataset)
     numbers = tf.data.Dataset.range(records.size("train"))
     read, derive = records.reader("train"), dataset.derive or (lambda record: {})
@@ -208,7 +214,7 @@ def _with_derived(dataset: Dataset) -> list[dict[str, Any]]:
     ]
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: bytes | np.ndarray) -> str | list[str] | int:
     if isinstance(value, bytes):
         return value.decode()
     return [item.decode() for item in value] if value.ndim else int(value)
@@ -220,17 +226,17 @@ def _rows(part: dict[str, list]) -> Iterator[dict[str, list[int]]]:
 
 
 def _shared(mixture: str) -> tuple[int, int, bool]:
-    """Records of an epoch, how many of them two processes read together, whether each once."""
+    """Returns the records of an epoch, how many two processes read together, whether each once."""
     task = tasks.tasks_in(mixture)[0]
     epoch = pipeline.training_batches(task, lengths=LENGTHS, batch_size=1, seed=0, pack=False)
     size = seqio.TaskRegistry.get(task).num_input_examples("train")
     seen: list[bytes] = []
     for shard in range(2):
-        of_one = pipeline.training_batches(
+        local = pipeline.training_batches(
             task, lengths=LENGTHS, batch_size=1, seed=0, pack=False, shard=(shard, 2)
         )
         part = size // 2 + (shard < size % 2)
-        seen += [row["encoder_input_tokens"].tobytes() for row in itertools.islice(of_one, part)]
+        seen += [row["encoder_input_tokens"].tobytes() for row in itertools.islice(local, part)]
     whole = [row["encoder_input_tokens"].tobytes() for row in itertools.islice(epoch, size)]
     return size, len(seen), sorted(seen) == sorted(whole)
 

@@ -1,4 +1,4 @@
-"""Evaluation's speed, beside Hugging Face with torch on the same questions.
+"""Evaluation's speed, compared with Hugging Face on torch on the same questions.
 
     python scripts/bench/evaluate.py [--torch PYTHON] [--torch_only]
 
@@ -12,40 +12,20 @@ values that the decoder reads of it, once for all choices of an example. Each at
 and with set_float32_matmul_precision("medium").
 
 Prints medians, what another model's parameters cost, and how much was compiled for them. Nothing
-else should run beside it.
+else should run.
 """
 
 import argparse
 import json
 import statistics
-import subprocess
 import time
-from collections.abc import Callable
 
-T5 = {
-    "vocab_size": 32128,
-    "d_model": 512,
-    "d_kv": 64,
-    "d_ff": 2048,
-    "num_layers": 6,
-    "num_heads": 8,
-    "decoder_start_token_id": 0,
-}
+from models import T5, by_torch, median_of, t5_small
+
 EXAMPLES, CHOICES, INPUTS, TARGETS = 64, 4, 128, 8
 DECODED, NEW = 16, 32
 # Each choice a pass of its own: a part of the examples will do.
 APART = 8
-
-
-def median_of(run: Callable[[], object], times: int) -> float:
-    """Seconds, after one run that does not count."""
-    run()
-    taken = []
-    for _ in range(times):
-        start = time.perf_counter()
-        run()
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken)
 
 
 def ours() -> None:
@@ -56,17 +36,8 @@ def ours() -> None:
     from m2l import models
     from m2l.data.examples import GenerationExample, RankingExample
     from m2l.evaluation import batching, generation, ranking
-    from m2l.models import T5Config
 
-    names = {"num_layers", "decoder_start_token_id"}
-    config = T5Config(
-        **{name: value for name, value in T5.items() if name not in names},
-        num_encoder_layers=T5["num_layers"],
-        num_decoder_layers=T5["num_layers"],
-        feed_forward_proj="relu",
-        tie_word_embeddings=True,
-        scale_decoder_outputs=True,
-    )
+    config = t5_small()
     params = models.init(config, jax.random.key(0))
     rng = np.random.default_rng(0)
 
@@ -88,9 +59,11 @@ def ours() -> None:
     seconds = median_of(score, 5)
     print(f"m2l ranks {EXAMPLES / seconds:.1f} examples/s", flush=True)
     compiled = ranking.scorer(config, "float32")._cache_size()
-    others = [jax.tree.map(lambda leaf, s=s: np.asarray(leaf) * s, params) for s in (0.9, 1.1, 1.2)]
+    changed = [
+        jax.tree.map(lambda leaf, s=s: np.asarray(leaf) * s, params) for s in (0.9, 1.1, 1.2)
+    ]
     swaps = []
-    for other in others:
+    for other in changed:
         start = time.perf_counter()
         score(jax.device_put(other))
         swaps.append(time.perf_counter() - start - seconds)
@@ -99,13 +72,13 @@ def ours() -> None:
 
     texts = [GenerationExample(ids(INPUTS), ids(1), ("",), "", "", False) for _ in range(DECODED)]
     parts_of_texts = list(batching.batches(texts, DECODED, ranking.layouts.of(config)))
-    how = {"max_length": NEW, "eos_id": -1, "parts": parts_of_texts}
-    seconds = median_of(lambda: generation.greedy(config, params, texts, **how), 5)
+    options = {"max_length": NEW, "eos_id": -1, "parts": parts_of_texts}
+    seconds = median_of(lambda: generation.greedy(config, params, texts, **options), 5)
     print(f"m2l decodes {DECODED * NEW / seconds:.0f} new tokens/s", flush=True)
 
 
 def peer() -> dict[str, float]:
-    """Rates of Hugging Face's T5, by what it does and torch's precision. Runs where torch is."""
+    """Returns the rates of Hugging Face's T5, by task and torch's precision; needs torch."""
     import torch
     from transformers import T5Config, T5ForConditionalGeneration
     from transformers.cache_utils import DynamicCache, EncoderDecoderCache
@@ -155,19 +128,19 @@ def peer() -> dict[str, float]:
             parts.append(summed(model.lm_head(hidden * T5["d_model"] ** -0.5), labels))
         return torch.cat(parts).reshape(-1, CHOICES)
 
-    found = {}
-    how = {"do_sample": False, "max_new_tokens": NEW, "min_new_tokens": NEW}
+    rates = {}
+    options = {"do_sample": False, "max_new_tokens": NEW, "min_new_tokens": NEW}
     with torch.inference_mode():
         difference = (apart(inputs[:2], choices[:2]) - shared(inputs[:2], choices[:2])).abs().max()
         assert difference < 1e-2, f"the two ways of torch do not agree: {difference}"
         for mode in ("highest", "medium"):
             torch.set_float32_matmul_precision(mode)
             seconds = median_of(lambda: apart(inputs[:APART], choices[:APART]), 2)
-            found[f"apart {mode}"] = APART / seconds
-            found[f"shared {mode}"] = EXAMPLES / median_of(lambda: shared(inputs, choices), 2)
-            seconds = median_of(lambda: model.generate(inputs[:DECODED], **how), 2)
-            found[f"decode {mode}"] = DECODED * NEW / seconds
-    return found
+            rates[f"apart {mode}"] = APART / seconds
+            rates[f"shared {mode}"] = EXAMPLES / median_of(lambda: shared(inputs, choices), 2)
+            seconds = median_of(lambda: model.generate(inputs[:DECODED], **options), 2)
+            rates[f"decode {mode}"] = DECODED * NEW / seconds
+    return rates
 
 
 def main() -> None:
@@ -181,9 +154,7 @@ def main() -> None:
         print(json.dumps(peer()))
         return
     if flags.torch:
-        command = [flags.torch, __file__, "--peer"]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        rates = json.loads(done.stdout.splitlines()[-1])
+        rates = by_torch(flags.torch, __file__, "--peer")
         for mode in ("highest", "medium"):
             print(
                 f"torch {mode}: ranks {rates[f'apart {mode}']:.1f} examples/s with each choice "

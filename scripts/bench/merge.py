@@ -1,4 +1,4 @@
-"""Merges beside mergekit 0.1.5: the same bytes on the same machine, whole processes, medians.
+"""Compares merges with mergekit 0.1.5: the same bytes and machine, whole processes, medians.
 
     python scripts/bench/merge.py speed [--mergekit MERGEKIT_YAML] [--models 125m,500m]
     python scripts/bench/merge.py memory [--models 125m,500m,1b,4b]
@@ -13,8 +13,8 @@ MERGEKIT_YAML is the command of an installation of mergekit; without it only our
 `speed`: seconds of the whole process; GB of experts a second; how often ours is as fast; and the
 limit: `cat` of all inputs to /dev/null and of one input to a file, what reading and writing cost
 without any merge. Ours trims TIES exactly over the whole model, mergekit per tensor. Thresholds
-that were found once are kept by m2l; here none are. What files' contents are is kept: the first
-merge of a file, which does not count, reads it once more for that (0.7 CPU seconds a GB).
+that m2l computed are cached; here that cache is empty. Digests of files are cached: the first merge
+of a file, which does not count, reads it once more for that (0.7 CPU seconds a GB).
 `memory`: the peak resident memory of whole processes by the size of the model.
 `processes`: two processes on one merge write the same bytes as one.
 `layouts`: the same models as checkpoints of Orbax: m2l's layout (rows in chunks of 8 MB, not
@@ -63,12 +63,11 @@ THEIRS = {
 
 
 def shapes(size: str) -> dict[str, tuple[int, ...]]:
-    """name -> shape of a Llama's tensors."""
+    """Returns the shapes of a Llama's tensors by name."""
     d, ff, layers, heads, vocabulary = SIZES[size]
-    found = {"model.embed_tokens.weight": (vocabulary, d), "model.norm.weight": (d,)}
-    found["lm_head.weight"] = (vocabulary, d)
+    result = {"model.embed_tokens.weight": (vocabulary, d), "model.norm.weight": (d,)}
+    result["lm_head.weight"] = (vocabulary, d)
     for i in range(layers):
-        at = f"model.layers.{i}"
         for name, shape in (
             ("self_attn.q_proj", (d, d)),
             ("self_attn.k_proj", (64 * heads, d)),
@@ -80,12 +79,12 @@ def shapes(size: str) -> dict[str, tuple[int, ...]]:
             ("input_layernorm", (d,)),
             ("post_attention_layernorm", (d,)),
         ):
-            found[f"{at}.{name}.weight"] = shape
-    return found
+            result[f"model.layers.{i}.{name}.weight"] = shape
+    return result
 
 
 def make(folder: Path, size: str, experts: int) -> list[Path]:
-    """The base and its experts, made if they are not there."""
+    """Returns a base and its experts; writes those that are missing."""
     from m2l.checkpoints import safetensors
 
     d, ff, layers, heads, vocabulary = SIZES[size]
@@ -117,7 +116,7 @@ def make(folder: Path, size: str, experts: int) -> list[Path]:
             length = int(np.prod(shape))
             for start in range(0, length, 1 << 22):
                 count = min(1 << 22, length - start)
-                # The base's numbers again, and each expert's own beside them.
+                # The base's numbers again, and each expert's own on top.
                 block = np.random.default_rng([number, start]).standard_normal(
                     count, dtype=np.float32
                 )
@@ -131,7 +130,7 @@ def make(folder: Path, size: str, experts: int) -> list[Path]:
 
 
 def run(command: list[str], **environment: str) -> tuple[float, float, int]:
-    """Seconds, seconds of CPU, and peak resident bytes of a whole process."""
+    """Returns the seconds, seconds of CPU, and peak resident bytes of a whole process."""
     start = time.perf_counter()
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | environment)
@@ -145,17 +144,17 @@ def run(command: list[str], **environment: str) -> tuple[float, float, int]:
 
 
 def repeated(command: list[str], out: Path, times: int) -> tuple[float, float, int]:
-    """Medians, after one run that does not count, unless there is only one."""
-    found = []
+    """Returns medians, after one run that does not count, unless there is only one."""
+    runs = []
     with tempfile.TemporaryDirectory() as cache:
         for _ in range(times + (times > 1)):
             subprocess.run(["rm", "-rf", str(out), f"{cache}/thresholds"], check=True)
-            found.append(run(command, M2L_CACHE=cache))
-    return tuple(statistics.median(column) for column in zip(*found[times > 1 :], strict=True))
+            runs.append(run(command, M2L_CACHE=cache))
+    return tuple(statistics.median(column) for column in zip(*runs[times > 1 :], strict=True))
 
 
 def ours(paths: list[Path], method: str, out: Path, *more: str) -> list[str]:
-    """The command that merges with m2l."""
+    """Returns the command that merges with m2l."""
     base = [] if method == "average" else ["--base", str(paths[0])]
     experts = [flag for path in paths[1:] for flag in ("--expert", str(path))]
     m2l = str(Path(sys.executable).parent / "m2l")
@@ -164,7 +163,7 @@ def ours(paths: list[Path], method: str, out: Path, *more: str) -> list[str]:
 
 
 def theirs(mergekit: str, paths: list[Path], method: str, out: Path, folder: Path) -> list[str]:
-    """The command that merges with mergekit."""
+    """Returns the command that merges with mergekit."""
     name, each, together = THEIRS[method]
     config = {
         "merge_method": name,
@@ -181,7 +180,7 @@ def theirs(mergekit: str, paths: list[Path], method: str, out: Path, folder: Pat
 
 
 def limit(paths: list[Path], out: Path, times: int) -> float:
-    """Seconds of `cat`, of all inputs and of the output's bytes."""
+    """Returns the seconds of `cat`, of all inputs and of the output's bytes."""
     files = [str(file) for path in paths for file in sorted(path.glob("*.safetensors"))]
     one = " ".join(str(file) for file in sorted(paths[0].glob("*.safetensors")))
     command = ["bash", "-c", f"cat {' '.join(files)} > /dev/null; cat {one} > {out}"]
@@ -189,7 +188,7 @@ def limit(paths: list[Path], out: Path, times: int) -> float:
 
 
 def started(times: int) -> float:
-    """Seconds that Python and JAX take to start."""
+    """Returns the seconds that Python and JAX take to start."""
     command = [sys.executable, "-c", "import jax; jax.devices()"]
     return statistics.median(run(command)[0] for _ in range(times))
 
@@ -250,7 +249,7 @@ def memory(folder: Path, models: list[str], experts: int) -> None:
 
 
 def processes(folder: Path) -> None:
-    """Two processes write what one writes."""
+    """Checks that two processes write what one writes."""
     paths = make(folder, "125m", 4)
     for method in OURS:
         out, alone = folder / "together", folder / "alone"
@@ -329,7 +328,7 @@ def in_memory(layers: list[int], experts: int, times: int) -> None:
 
 
 def as_orbax(folder: Path, size: str, experts: int, layout: str) -> list[Path]:
-    """The models as checkpoints of Orbax, made if they are not there."""
+    """Returns the models as checkpoints of Orbax; writes those that are missing."""
     import orbax.checkpoint as ocp
 
     from m2l import merging

@@ -1,4 +1,4 @@
-"""Training steps and conversions, beside Hugging Face with torch and beside cp.
+"""Training steps and conversions, compared with Hugging Face on torch and with cp.
 
     python scripts/bench/models.py train [--torch PYTHON]
     python scripts/bench/models.py convert [--layers N]
@@ -27,6 +27,10 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from m2l.models import T5Config
 
 STEPS = 5
 T5 = {
@@ -51,19 +55,41 @@ LLAMA = {
 T5_BATCH, LLAMA_BATCH = (16, 256, 64), (8, 128)
 
 
-def median_of(run: Callable[[], None], times: int = STEPS) -> float:
-    """Seconds, after one run that does not count."""
+def median_of(run: Callable[[], object], times: int = STEPS) -> float:
+    """Returns the median seconds of a run, after one that does not count."""
     run()
-    taken = []
+    seconds = []
     for _ in range(times):
         start = time.perf_counter()
         run()
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def t5_small() -> "T5Config":
+    """Returns m2l's configuration of T5-small."""
+    from m2l.models import T5Config
+
+    names = {"num_layers", "decoder_start_token_id"}
+    return T5Config(
+        **{name: value for name, value in T5.items() if name not in names},
+        num_encoder_layers=T5["num_layers"],
+        num_decoder_layers=T5["num_layers"],
+        feed_forward_proj="relu",
+        tie_word_embeddings=True,
+        scale_decoder_outputs=True,
+    )
+
+
+def by_torch(python: str, script: str, *arguments: str) -> dict[str, float]:
+    """Runs a script's measurements of torch with an interpreter that has it."""
+    command = [python, script, *arguments]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def t5_flops() -> float:
-    """Of one training step."""
+    """Computes the operations of a training step of T5-small."""
     rows, inputs, targets = T5_BATCH
     d, ff, layers = T5["d_model"], T5["d_ff"], T5["num_layers"]
     attention, mlp = 4 * d * d, 2 * d * ff
@@ -74,7 +100,7 @@ def t5_flops() -> float:
 
 
 def llama_flops() -> float:
-    """Of one training step."""
+    """Computes the operations of a training step of the Llama."""
     rows, length = LLAMA_BATCH
     d, ff = LLAMA["hidden_size"], LLAMA["intermediate_size"]
     keys = d * LLAMA["num_key_value_heads"] // LLAMA["num_attention_heads"]
@@ -91,18 +117,18 @@ TOKENS = {
 
 
 def ours() -> dict[str, float]:
-    """Seconds of a step by model, and of a matrix product."""
+    """Returns the seconds of a step by model, and of a matrix product."""
     import jax
     import jax.numpy as jnp
     import numpy as np
 
     from m2l import models, partitioning
-    from m2l.models import Execution, LlamaConfig, T5Config
+    from m2l.models import Execution, LlamaConfig
     from m2l.training import state
 
     x = jnp.ones((2048, 2048), jnp.float32)
     product = jax.jit(lambda a: a @ a)
-    found = {"matmul": median_of(lambda: product(x).block_until_ready(), 20)}
+    seconds = {"matmul": median_of(lambda: product(x).block_until_ready(), 20)}
     rng = np.random.default_rng(0)
 
     def tokens(rows: int, length: int, vocabulary: int) -> np.ndarray:
@@ -124,15 +150,7 @@ def ours() -> dict[str, float]:
 
         return median_of(run)
 
-    names = {"num_layers", "decoder_start_token_id"}
-    t5 = T5Config(
-        **{name: value for name, value in T5.items() if name not in names},
-        num_encoder_layers=T5["num_layers"],
-        num_decoder_layers=T5["num_layers"],
-        feed_forward_proj="relu",
-        tie_word_embeddings=True,
-        scale_decoder_outputs=True,
-    )
+    t5 = t5_small()
     rows, inputs, targets = T5_BATCH
     batch = {
         "encoder_input_tokens": tokens(rows, inputs, t5.vocab_size),
@@ -140,7 +158,7 @@ def ours() -> dict[str, float]:
         "decoder_target_tokens": tokens(rows, targets, t5.vocab_size),
         "decoder_loss_weights": np.ones((rows, targets), np.int32),
     }
-    found["T5-small"] = step_of(t5, batch, 0.1)
+    seconds["T5-small"] = step_of(t5, batch, 0.1)
     llama = LlamaConfig(**LLAMA, head_dim=64)
     rows, length = LLAMA_BATCH
     batch = {
@@ -148,19 +166,19 @@ def ours() -> dict[str, float]:
         "decoder_target_tokens": tokens(rows, length, llama.vocab_size),
         "decoder_loss_weights": np.ones((rows, length), np.int32),
     }
-    found["Llama-135M"] = step_of(llama, batch, 0.0)
-    return found
+    seconds["Llama-135M"] = step_of(llama, batch, 0.0)
+    return seconds
 
 
 def peer() -> dict[str, float]:
-    """Seconds of a step of Hugging Face's models, by model and mode. Runs where torch is."""
+    """Returns the seconds of a step of Hugging Face's models, by model and mode; needs torch."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
     torch.manual_seed(0)
-    found = {}
+    seconds = {}
     rows, inputs, targets = T5_BATCH
-    made = {
+    makers = {
         "T5-small": (
             lambda: T5ForConditionalGeneration(T5Config(**T5)),
             lambda: {
@@ -175,7 +193,7 @@ def peer() -> dict[str, float]:
             ),
         ),
     }
-    for name, (make, feed) in made.items():
+    for name, (make, feed) in makers.items():
         for mode in ("float32", "medium", "autocast"):
             torch.set_float32_matmul_precision("medium" if mode == "medium" else "highest")
             model, batch = make().train(), feed()
@@ -188,18 +206,13 @@ def peer() -> dict[str, float]:
                 optimizer.step()
                 optimizer.zero_grad()
 
-            found[f"{name} {mode}"] = median_of(run)
-    return found
+            seconds[f"{name} {mode}"] = median_of(run)
+    return seconds
 
 
 def train(torch_python: str | None) -> None:
     """Prints the table of training steps."""
-    theirs = {}
-    if torch_python:
-        done = subprocess.run(
-            [torch_python, __file__, "peer"], stdout=subprocess.PIPE, text=True, check=True
-        )
-        theirs = json.loads(done.stdout.splitlines()[-1])
+    theirs = by_torch(torch_python, __file__, "peer") if torch_python else {}
     measured = ours()
     rate = 2 * 2048**3 / measured["matmul"]
     print(f"float32 matrix products: {rate / 1e9:.0f} GFLOP/s")
@@ -246,13 +259,13 @@ def convert(layers: int | None) -> None:
             np.ones(3 * size, np.uint8)
             start = time.perf_counter()
             make(out)
-            taken = time.perf_counter() - start
+            elapsed = time.perf_counter() - start
             # Emptied and not removed: ext4 makes files slowly where others were removed just now.
             for file in out.rglob("*"):
                 if file.is_file():
                     os.truncate(file, 0)
             os.sync()
-            return taken
+            return elapsed
 
         def copy(out: Path) -> None:
             subprocess.run(["cp", "-r", str(root / "public"), str(out)], check=True)
@@ -269,8 +282,8 @@ def convert(layers: int | None) -> None:
             ),
             "export": lambda out: huggingface.export_checkpoint(root / "first", out),
         }
-        taken = [[seconds(make) for make in makers.values()] for _ in range(STEPS + 1)]
-    for name, column in zip(makers, zip(*taken[1:], strict=True), strict=True):
+        rounds = [[seconds(make) for make in makers.values()] for _ in range(STEPS + 1)]
+    for name, column in zip(makers, zip(*rounds[1:], strict=True), strict=True):
         median = statistics.median(column)
         print(
             f"{name}: {median:.3f} s ({min(column):.3f} to {max(column):.3f}), "

@@ -8,7 +8,7 @@
 dropout 0.1 and Adafactor: tokens a second (all positions), the share of the time in which input was
 waited for, and MFU, with random tokens and with the microworld's packed ones. PYTHON is an
 interpreter that has torch and transformers: their step of the same dimensions, in three modes, is
-measured beside it.
+measured too.
 
 `saving`: the same run with a checkpoint every ten steps: for how long one holds training up, and
 what share that is at one every 500 steps. checkpoints.py measures saves by themselves.
@@ -16,17 +16,16 @@ what share that is at one every 500 steps. checkpoints.py measures saves by them
 `memory`: what T5 XXL and a decoder of 64B need on each of 64, 256 and 1,024 devices with a row of
 2,048 + 512 tokens at a time on each, from shapes and the sharding table: nothing is allocated.
 
-Prints medians. Nothing else should run beside it.
+Prints medians. Nothing else should run.
 """
 
 import argparse
+import dataclasses
 import json
 import statistics
-import subprocess
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import jax
 import models as bare
@@ -35,23 +34,11 @@ from jax.sharding import AbstractMesh
 from m2l import configuration, partitioning, tasks
 from m2l.checkpoints.saving import RunCheckpoints
 from m2l.data import vocabularies
-from m2l.models import LlamaConfig, T5Config
+from m2l.models import LlamaConfig
 from m2l.training import loop, memory
 from m2l.training.settings import TrainSettings
 
 STEPS = 12
-T5_SMALL = T5Config(
-    vocab_size=32128,
-    d_model=512,
-    d_kv=64,
-    d_ff=2048,
-    num_heads=8,
-    num_encoder_layers=6,
-    num_decoder_layers=6,
-    feed_forward_proj="relu",
-    tie_word_embeddings=True,
-    scale_decoder_outputs=True,
-)
 # 64.6B parameters.
 DECODER_64B = LlamaConfig(
     vocab_size=256000,
@@ -64,60 +51,51 @@ DECODER_64B = LlamaConfig(
 )
 
 
-def settings(**changes: Any) -> TrainSettings:
-    """Of the run that is measured."""
-    return TrainSettings(
-        **{
-            "mixture": "flan_without_t0",
-            "steps": STEPS,
-            "batch_size": 16,
-            "input_length": 256,
-            "target_length": 64,
-            "dropout_rate": 0.1,
-            "save_every": 1000,
-            "log_every": 1,
-            **changes,
-        }
-    )
+SETTINGS = TrainSettings(
+    mixture="flan_without_t0",
+    steps=STEPS,
+    batch_size=16,
+    input_length=256,
+    target_length=64,
+    dropout_rate=0.1,
+    save_every=1000,
+    log_every=1,
+)
 
 
-def trained(out: Path, **how: Any) -> list[dict[str, float]]:
+def train(
+    out: Path, settings: TrainSettings = SETTINGS, *, synthetic: bool
+) -> list[dict[str, float]]:
     """Trains T5-small into `out`; returns the lines of its metrics, but for the first two."""
-    of_run = how.pop("settings", settings())
     loop.train(
         out,
-        config=T5_SMALL,
+        config=bare.t5_small(),
         vocabulary=vocabularies.describe(vocabularies.load("microworld"), "microworld"),
-        settings=of_run,
+        settings=settings,
         data={"source": "microworld"},
-        **how,
+        synthetic=synthetic,
     )
     return [json.loads(line) for line in (out / "metrics.jsonl").open()][2:]
 
 
 def median(lines: list[dict[str, float]], name: str) -> float:
-    """Of a figure over lines."""
+    """Returns the median of a figure over lines."""
     return statistics.median(line[name] for line in lines)
 
 
 def speed(root: Path, torch_python: str | None) -> None:
     """Prints the trainer's speed."""
     positions = 16 * (256 + 64)
-    found = {}
     for name, synthetic in (("random tokens", True), ("microworld", False)):
-        lines = trained(root / name.replace(" ", "_"), synthetic=synthetic)
+        lines = train(root / name.replace(" ", "_"), synthetic=synthetic)
         # The random batch has no padding; MFU counts positions, and so gives the packed run's rate.
         rate = median(lines, "mfu")
-        found[name] = rate
         print(f"{name}: MFU {rate:.1%}, input waited for {median(lines, 'input_wait'):.2%}")
         if synthetic:
             tokens = median(lines, "tokens_per_second")
             print(f"{name}: {tokens:.0f} tokens/s, {positions / tokens:.3f} s a step")
     if torch_python:
-        done = subprocess.run(
-            [torch_python, bare.__file__, "peer"], stdout=subprocess.PIPE, text=True, check=True
-        )
-        for mode, seconds in json.loads(done.stdout.splitlines()[-1]).items():
+        for mode, seconds in bare.by_torch(torch_python, bare.__file__, "peer").items():
             if mode.startswith("T5-small"):
                 other = positions / seconds
                 print(f"torch {mode}: {other:.0f} tokens/s; m2l is {tokens / other:.2f} times it")
@@ -128,7 +106,7 @@ def saving(root: Path) -> None:
     blocked: list[float] = []
     save = RunCheckpoints.save
 
-    def timed(*args: Any, **kwargs: Any) -> Any:
+    def timed(*args: object, **kwargs: object) -> object:
         start = time.perf_counter()
         try:
             return save(*args, **kwargs)
@@ -136,7 +114,8 @@ def saving(root: Path) -> None:
             blocked.append(time.perf_counter() - start)
 
     RunCheckpoints.save = timed
-    lines = trained(root / "saving", synthetic=True, settings=settings(steps=30, save_every=10))
+    settings = dataclasses.replace(SETTINGS, steps=30, save_every=10)
+    lines = train(root / "saving", settings, synthetic=True)
     step = 16 * (256 + 64) / median(lines, "tokens_per_second")
     held_up = statistics.median(blocked)
     print(
@@ -158,7 +137,8 @@ def table() -> None:
         for devices in (64, 256, 1024):
             for model in (1, 8):
                 mesh = AbstractMesh((1, devices // model, model), partitioning.MESH_AXES)
-                of_run = settings(
+                settings = dataclasses.replace(
+                    SETTINGS,
                     batch_size=devices // model,
                     input_length=2048,
                     target_length=512,
@@ -166,7 +146,7 @@ def table() -> None:
                     remat="full",
                     loss_chunk=128,
                 )
-                needed = memory.need(config, of_run, mesh)
+                needed = memory.need(config, settings, mesh)
                 print(
                     f"{name}, {devices} devices, fsdp {devices // model}, model {model}: "
                     f"{needed.least / gib:.2f}, with activations about {needed.total / gib:.2f}"
