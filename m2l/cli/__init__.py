@@ -18,12 +18,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: Of the command; None: those of the process, which ends with it.
     """
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    name = next((argument for argument in given if not argument.startswith("-")), None)
+    own = arguments is None
+    arguments = list(sys.argv[1:] if own else arguments)
+    name = next((argument for argument in arguments if not argument.startswith("-")), None)
     line, code = None, None
     if name in RESUMABLE:
         line, code = "stopped; the same command goes on from what is finished", 0
-    with signals.watched(line, code, restored=arguments is not None):
+    with signals.watched(line, code, restored=not own):
         from m2l.cli import command
 
-        command.run(given, stopped_code=code)
+        command.run(arguments, stopped_code=code)

@@ -16,16 +16,12 @@ from m2l.cli import adamerging, checkpoints, data, merge, models, skills, statis
 from m2l.errors import M2LError, Stopped, one_line
 
 
-def _underscores(name: str) -> str:
-    return name.replace("-", "_")
-
-
 @click.group(
     context_settings={
         "max_content_width": 100,
         "help_option_names": ["-h", "--help"],
         # `-` and `_` in flags are alike.
-        "token_normalize_func": _underscores,
+        "token_normalize_func": lambda name: name.replace("-", "_"),
     }
 )
 @click.version_option(__version__, prog_name="m2l")
@@ -38,8 +34,8 @@ def cli(debug: bool) -> None:
     """
 
 
-# What only the person at the machine can mend.
-_NOT_OURS = {
+# What only the user can fix.
+_USER_ERRORS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO),
     *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP),
 }
@@ -75,7 +71,7 @@ def doctor() -> None:
 
 
 def _prepare() -> None:
-    """Quiet libraries, and compiled functions kept between runs. For the command only."""
+    """Silences libraries and turns JAX's compilation cache on; for the command only."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     import logging
@@ -89,7 +85,7 @@ def _prepare() -> None:
 
     absl_logging.set_verbosity(absl_logging.ERROR)
     logging.getLogger("jax").setLevel(logging.ERROR)
-    warnings.showwarning = lambda message, *where: click.echo(
+    warnings.showwarning = lambda message, *_: click.echo(
         f"m2l: warning: {one_line(str(message))}", err=True
     )
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -135,11 +131,11 @@ def run(arguments: Sequence[str], *, stopped_code: int | None) -> None:
             raise
         _fail(error.render())
     except OSError as error:
-        if debug or error.errno not in _NOT_OURS:
+        if debug or error.errno not in _USER_ERRORS:
             raise
-        what = (error.strerror or str(error)).lower()
-        where = one_line(str(error.filename or "the output"))
-        _fail(f"{where}: {what}; correct that, and run this again")
+        path = one_line(str(error.filename or "the output"))
+        reason = (error.strerror or str(error)).lower()
+        _fail(f"{path}: {reason}; correct that, and run this again")
     except ModuleNotFoundError as error:
         if debug or error.name != "t5":
             raise
