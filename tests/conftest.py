@@ -21,7 +21,7 @@ import pytest
 
 from m2l import files, models, storage, tasks
 from m2l.evaluation import results
-from m2l.evaluation.runner import Result
+from m2l.evaluation.results import Result
 from m2l.merging import Recipe
 from m2l.models import T5Config
 from m2l.studies import execute, records, scaling, skills

@@ -72,7 +72,7 @@ def main():
     import jax  # noqa: F401
 
     from m2l import checkpoints, merging, tasks  # noqa: F401
-    from m2l.evaluation import runner  # noqa: F401
+    from m2l.evaluation import evaluator  # noqa: F401
     from m2l.training import loop  # noqa: F401
 
     answers = os.fdopen(os.dup(1), "w")

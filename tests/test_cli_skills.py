@@ -9,8 +9,8 @@ import pytest
 from m2l import checkpoints, merging
 from m2l.errors import Stopped
 from m2l.evaluation.bootstrap import Difference
+from m2l.evaluation.evaluator import Evaluator
 from m2l.evaluation.results import read_examples
-from m2l.evaluation.runner import Evaluator
 from m2l.merging import Recipe
 from m2l.reporting import adding_report
 from m2l.studies.adding import Added
@@ -135,7 +135,7 @@ def test_the_same_command_again_trains_and_scores_nothing(
     before = {path: path.read_bytes() for path in added.glob("*.json")}
     del before[added / "seconds.json"]
     monkeypatch.setattr("m2l.training.state.train_step", lambda *args: never)
-    monkeypatch.setattr("m2l.evaluation.runner.Evaluator.run", never)
+    monkeypatch.setattr("m2l.evaluation.evaluator.Evaluator.run", never)
     monkeypatch.setattr("m2l.merging.merge", never)
     assert run_m2l(*command(road, data, added, "--general_examples", 96)) == 0
     assert {path: path.read_bytes() for path in before} == before

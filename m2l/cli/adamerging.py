@@ -163,7 +163,7 @@ def _learn(
 
     from m2l import checkpoints, models, partitioning
     from m2l.data import layouts
-    from m2l.evaluation import batching, entropy
+    from m2l.evaluation import batching, ranking
     from m2l.merging.adamerging import learn_coefficients
 
     layout = layouts.of(config, vocabulary)
@@ -184,7 +184,7 @@ def _learn(
         return learn_coefficients(
             base,
             experts,
-            functools.partial(entropy.mean_entropy, config),
+            functools.partial(ranking.mean_entropy, config),
             of_steps(),
             on_step=lambda step, value: progress.update(step, entropy=f"{value:.4f}"),
             **settings,

@@ -217,11 +217,11 @@ def evaluate(
         max_truncated=max_truncated,
     )
 
-    from m2l.evaluation import runner
+    from m2l.evaluation.evaluator import Evaluator
 
     mesh = partitioning.make_mesh(fsdp=fsdp, model=model)
     placed = partitioning.shardings(models.spec(opened.config), mesh)
-    evaluator = runner.Evaluator(opened.config, loaded, loaded_vocabulary, batch_size=batch_size)
+    evaluator = Evaluator(opened.config, loaded, loaded_vocabulary, batch_size=batch_size)
     with jax.set_mesh(mesh):
         results = evaluator.run(
             opened.read(placed), out, model_digest=opened.digest, examples=examples
@@ -232,7 +232,7 @@ def evaluate(
 
 
 def _print_results(title: str, results: Sequence[Any]) -> None:
-    from m2l.evaluation import aggregate
+    from m2l.evaluation.results import over_categories, over_prompts
 
     rows = [
         (r.task, r.metric, r.score, _interval(r.interval), r.count, r.ties, r.truncated)
@@ -240,7 +240,7 @@ def _print_results(title: str, results: Sequence[Any]) -> None:
     ]
     columns = ["task", "metric", "score %", "95 %", "examples", "ties", "truncated"]
     print_table(title, columns, rows)
-    of_datasets = aggregate.over_prompts(results)
+    of_datasets = over_prompts(results)
     if all(row.prompts == 1 for row in of_datasets):
         return
     rows = [
@@ -262,7 +262,7 @@ def _print_results(title: str, results: Sequence[Any]) -> None:
     ]
     print_table("over prompts", [*columns, "worst", "best", "worst prompt", "best prompt"], rows)
     if len({row.dataset for row in of_datasets}) > 1:
-        of_categories = aggregate.over_categories(of_datasets)
+        of_categories = over_categories(of_datasets)
         rows = [(*group, mean) for group, mean in of_categories.items()]
         print_table("over datasets", ["category", "metric", "mean %"], rows)
 
@@ -276,7 +276,7 @@ _SHOWN = 3
 
 
 def _compare(one: Path, other: Path) -> None:
-    from m2l.evaluation.compare import compare
+    from m2l.evaluation.results import compare
 
     found, alone = compare(one, other)
     rows = []

@@ -71,7 +71,7 @@ def sweep(
     import jax
 
     from m2l import checkpoints, files, merging, models, partitioning, storage
-    from m2l.evaluation import runner
+    from m2l.evaluation.evaluator import Evaluator
     from m2l.merging import compatibility, sources
 
     swept = {name: series(f"--{name}", text) for name, text in values.items() if text}
@@ -133,18 +133,15 @@ def sweep(
     gathered = [
         checkpoints.restore(path, shardings=everywhere if whole else placed) for path in statistics
     ]
+    evaluator = Evaluator(config, tasks, loaded, batch_size=batch_size)
     curve: list[dict[str, Any]] = []
 
     def score(params: Any, recipe: merging.Recipe) -> float:
         digest = recipe.identity(content["base"], content["experts"])
-        results = runner.evaluate(
-            config,
+        results = evaluator.run(
             params,
-            tasks,
             out / "results" / digest[:16],
-            vocabulary=loaded,
             model_digest=digest,
-            batch_size=batch_size,
             description=f"recipe {len(curve) + 1} of {len(recipes)}",
         )
         settings = {name: getattr(recipe, name) for name in swept}

@@ -1,7 +1,12 @@
-"""Log-probabilities of texts given inputs, and rank classification: the largest choice's wins."""
+"""Log-probabilities of texts given inputs, and rank classification: the largest choice's wins.
+
+Choices are given as masks: which of an example's choices were taken (several in a tie, none if
+something else was answered), and which are right.
+"""
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -12,9 +17,158 @@ from m2l import models
 from m2l.data import layouts
 from m2l.data.examples import RankingExample
 from m2l.errors import EvaluationError, UnknownNameError
-from m2l.evaluation import choosing
 from m2l.evaluation.batching import Batch, Example, Part, batches, scored
 from m2l.partitioning import constrain
+
+
+def f1(taken_NxC: np.ndarray, right_N: np.ndarray) -> float:
+    """F1 in percent of class 1, the second of two choices; 0 if it is neither right nor taken.
+
+    A tie, and an answer that is none of the choices, count as the wrong class, whichever is right,
+    as `t5.evaluation.metrics` counts an answer that is no class: an example of class 1 is missed,
+    another is a false alarm.
+    """
+    if taken_NxC.shape[1] != 2:
+        raise EvaluationError(f"F1 of class 1 is of 2 choices, not of {taken_NxC.shape[1]}")
+    chosen_N = np.where(taken_NxC.sum(axis=1) == 1, taken_NxC.argmax(axis=1), 1 - right_N)
+    both = int(((chosen_N == 1) & (right_N == 1)).sum())
+    of_either = int((chosen_N == 1).sum() + (right_N == 1).sum())
+    return 200.0 * both / of_either if of_either else 0.0
+
+
+def spearman(taken_NxC: np.ndarray, right_N: np.ndarray) -> float:
+    """Spearman's rank correlation, times 100, of the taken with the right class of an ordered set.
+
+    A tie takes the mean of the tied classes. An answer that is none of the choices takes the class
+    farthest from the right one (from the middle one: the first), as it takes the other of two in
+    `f1`. 0 where all examples are of one class, or all answers are the same: they tell nothing of
+    the order.
+    """
+    from scipy import stats
+
+    last = taken_NxC.shape[1] - 1
+    count_N = taken_NxC.sum(axis=1)
+    mean_N = (taken_NxC * np.arange(last + 1)).sum(axis=1) / np.maximum(count_N, 1)
+    farthest_N = np.where(2 * right_N >= last, 0, last)
+    chosen_N = np.where(count_N > 0, mean_N, farthest_N)
+    if len(set(chosen_N)) < 2 or len(set(right_N)) < 2:
+        return 0.0
+    return 100.0 * float(stats.spearmanr(chosen_N, right_N).statistic)
+
+
+# What is computed from the choices of all examples together, next to accuracy.
+CLASS_METRICS: Mapping[str, Callable[[np.ndarray, np.ndarray], float]] = {
+    "f1": f1,
+    "spearman": spearman,
+}
+
+
+def class_metrics(
+    task: str,
+    metrics: Sequence[str],
+    taken: Sequence[np.ndarray],
+    right: Sequence[np.ndarray],
+) -> dict[str, float]:
+    """The metrics, "accuracy" left out, of choices that are the same for every example.
+
+    Args:
+        task: The task's name, for messages.
+        metrics: "accuracy", and of CLASS_METRICS what is wanted.
+        taken: Per example, bool [C]: the choices that were taken.
+        right: Per example, bool [C]: the right choice.
+
+    Raises:
+        UnknownNameError: there is no such metric.
+        EvaluationError: a metric of classes, and the number of choices varies, or an example has
+            several right ones.
+    """
+    found = {}
+    for name in metrics:
+        if name == "accuracy":
+            continue
+        if name not in CLASS_METRICS:
+            raise UnknownNameError("metric of answer choices", name, ["accuracy", *CLASS_METRICS])
+        if len({len(of_one) for of_one in taken}) > 1:
+            raise EvaluationError(f"{task}: {name} needs the same choices for every example")
+        right_NxC = np.stack(right)
+        if np.any(right_NxC.sum(axis=1) != 1):
+            raise EvaluationError(f"{task}: {name} needs one right choice for every example")
+        found[name] = CLASS_METRICS[name](np.stack(taken), right_NxC.argmax(axis=1))
+    return found
+
+
+def best_choices(where: str, scores_C: np.ndarray, right_C: np.ndarray) -> np.ndarray:
+    """Which choices of an example have its largest score.
+
+    Args:
+        where: The example, for messages.
+        scores_C: Float [C], a score for each choice.
+        right_C: Bool [C], whether the choice is right.
+
+    Returns:
+        Bool [C], true more than once in a tie.
+
+    Raises:
+        EvaluationError: a score is NaN or infinite, or missing; no choice is right. Each would
+            otherwise count as an answer without a word.
+    """
+    if len(scores_C) != len(right_C):
+        raise EvaluationError(f"{where}: {len(scores_C)} scores of {len(right_C)} choices")
+    if not np.all(np.isfinite(scores_C)):
+        raise EvaluationError(
+            f"{where}: its choices scored {scores_C.tolist()}; the model's parameters or the "
+            "arithmetic are broken, and no accuracy follows from them"
+        )
+    if not np.any(right_C):
+        raise EvaluationError(f"{where}: none of its choices is the right one")
+    return scores_C == scores_C.max()
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What the scores of one task amount to.
+
+    Attributes:
+        figures: In percent, "accuracy", "chance" (the accuracy of choosing at random) and the
+            other metrics that were asked for.
+        ties: Examples whose best score is shared by several choices, not all of them right.
+    """
+
+    figures: Mapping[str, float]
+    ties: int
+
+
+def choice_metrics(
+    task: str,
+    metrics: Sequence[str],
+    taken: Sequence[np.ndarray],
+    right: Sequence[np.ndarray],
+) -> Ranking:
+    """The metrics of taking the best-scored choices.
+
+    For accuracy, an example whose best score is shared by k choices counts by the share of them
+    that is right, 1/k where one is: a tie never wins by standing first. `f1` and `spearman` say
+    what they make of ties.
+
+    Args:
+        task: The task's name, for messages.
+        metrics: "accuracy", and of CLASS_METRICS what is wanted beside it.
+        taken: Per example, bool [C], from `best_choices`.
+        right: Per example, bool [C].
+
+    Raises:
+        UnknownNameError, EvaluationError: there are no examples; or as `class_metrics` says.
+    """
+    if not taken:
+        raise EvaluationError(f"{task}: there are no examples to rank")
+    pairs = list(zip(taken, right, strict=True))
+    accuracy = np.mean([right_C[taken_C].mean() for taken_C, right_C in pairs])
+    chance = np.mean([right_C.mean() for right_C in right])
+    figures = {"accuracy": 100.0 * float(accuracy), "chance": 100.0 * float(chance)}
+    figures |= class_metrics(task, metrics, taken, right)
+    ties = sum(int(taken_C.sum() > 1 and not right_C[taken_C].all()) for taken_C, right_C in pairs)
+    return Ranking(figures, ties)
+
 
 RULES = ("sum", "per_token", "per_byte", "calibrated")
 """What can be compared of choices; `compared` says how."""
@@ -198,16 +352,16 @@ def rank(
     scores: Sequence[np.ndarray],
     *,
     metrics: Sequence[str] = ("accuracy",),
-) -> choosing.Ranking:
+) -> Ranking:
     """The metrics of choosing the best-scored answer.
 
-    `choosing.ranking` says how they count ties.
+    `choice_metrics` says how they count ties.
 
     Args:
         task: The task's name, for messages.
         examples: What was scored.
         scores: Per example, a number for each choice: float [C].
-        metrics: "accuracy", and of `choosing.OF_CLASSES` what is wanted beside it.
+        metrics: "accuracy", and of CLASS_METRICS what is wanted beside it.
 
     Raises:
         UnknownNameError: there is no such metric.
@@ -222,7 +376,45 @@ def rank(
     for index, (example, scores_C) in enumerate(zip(examples, scores, strict=True)):
         where = f"{task}, example {index}"
         right.append(np.array(example.is_correct))
-        taken.append(choosing.best(where, scores_C, right[-1]))
+        taken.append(best_choices(where, scores_C, right[-1]))
         if right[-1].sum() > 1:
             raise EvaluationError(f"{where}: {right[-1].sum()} of its choices are right, not one")
-    return choosing.ranking(task, metrics, taken, right)
+    return choice_metrics(task, metrics, taken, right)
+
+
+def mean_entropy(config: Any, params: Any, batch: Batch, *, dtype: str = "float32") -> jax.Array:
+    """The mean entropy of a model's predictions on a batch, in nats; differentiable.
+
+    Of examples with answer choices: that of the softmax over the choices' scores, the summed
+    log-probabilities that rank classification compares, of which none is known to be right. Of
+    examples in free text, which `batching.batches` gives one choice, their target: that of the next
+    token at each of the target's positions, so the text decides what is read, though not what is
+    wanted. Rows without an example count for nothing.
+
+    Yang et al. 2024, arXiv:2310.02575, equation 5, for classes.
+
+    Args:
+        config: The model's configuration.
+        params: Its parameters.
+        batch: As `batching.batches` gives it.
+        dtype: The dtype to compute in.
+
+    Returns:
+        A float32 scalar.
+    """
+    if batch.choices_BxCxT.shape[1] == 1:
+        logits, is_counted = token_logits(config, params, batch, dtype)
+        entropies = _softmax_entropy(logits, jnp.ones_like(logits, bool))
+    else:
+        is_choice_BxC = jnp.asarray(batch.sizes_BxC) > 0
+        entropies = _softmax_entropy(scorer(config, dtype)(params, batch), is_choice_BxC)
+        is_counted = is_choice_BxC[:, 0]
+    total = jnp.sum(jnp.where(is_counted, entropies, 0.0))
+    return total / jnp.maximum(jnp.sum(is_counted), 1)
+
+
+def _softmax_entropy(logits: jax.Array, counts: jax.Array) -> jax.Array:
+    """-sum p log p over the last axis of the entries that count; finite gradients where none do."""
+    logits = jnp.where(counts, logits, -1e30)
+    log_p = jax.nn.log_softmax(logits, axis=-1)
+    return -jnp.sum(jnp.where(counts, jnp.exp(log_p) * log_p, 0.0), axis=-1)

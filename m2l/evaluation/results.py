@@ -1,18 +1,28 @@
-"""What an evaluation leaves behind: a JSON file for each task, and on request every example."""
+"""Results: a JSON file for each task, every example on request, and what follows from them.
+
+Normalised performance is a model's scores in units of a reference model's. Source: "What Matters
+for Model Merging at Scale?", section 3. Held-in tasks are divided by the task's own expert,
+held-out tasks by the base model; then the mean over the datasets of a category, over categories,
+and (by the caller) over seeds.
+"""
 
 import dataclasses
 import gzip
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NoReturn
+
+import numpy as np
 
 import m2l
 from m2l import files, storage
 from m2l.errors import EvaluationError
-from m2l.evaluation import metrics
+from m2l.evaluation import bootstrap, metrics
 from m2l.evaluation.task_data import TaskData
 
 FORMAT_VERSION = 3
@@ -64,14 +74,14 @@ class Result:
     format_version: int = FORMAT_VERSION
 
 
-def path_of(out: Path, task: str) -> Path:
+def result_path(out: Path, task: str) -> Path:
     """The file of a task's result."""
     return out / f"{task}.json"
 
 
 def write_result(out: Path, result: Result) -> None:
     """Writes a result under its task's name, whole or not at all."""
-    files.write_record(path_of(out, result.task), dataclasses.asdict(result))
+    files.write_record(result_path(out, result.task), dataclasses.asdict(result))
 
 
 def read_result(path: Path) -> Result:
@@ -179,7 +189,7 @@ def finished(out: Path, model_digest: str, task: TaskData, examples: bool) -> Re
         EvaluationError: what is there is the result of another model, of other examples or by
             another score, or none.
     """
-    path = path_of(out, task.info.name)
+    path = result_path(out, task.info.name)
     if not path.exists():
         return None
     held = read_result(path)
@@ -231,3 +241,222 @@ def read_examples(out: Path, task: str) -> list[dict[str, Any]]:
         raise EvaluationError(f"{path} is missing; m2l eval --examples writes it") from error
     except (OSError, EOFError, ValueError) as error:
         raise EvaluationError(f"{path}: damaged ({error}); delete it and evaluate again") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class OverPrompts:
+    """How a model's score on a dataset depends on the prompt, in percent.
+
+    Attributes:
+        dataset: The dataset.
+        category: Its task category.
+        metric: What scores these prompts; others of the dataset may be scored by another.
+        prompts: How many of its prompts were evaluated.
+        mean, median: Over the prompts; T0's paper reports the median.
+        quartiles: The lower and the upper one, interpolated linearly as NumPy does: their distance
+            is the spread that T0's paper shows.
+        worst, best: The task with the lowest and the highest score, and this score.
+        interval: Where the mean over such prompts lies with 95 % confidence: the bootstrap draws
+            prompts, so that one prompt has no width.
+    """
+
+    dataset: str
+    category: str
+    metric: str
+    prompts: int
+    mean: float
+    median: float
+    quartiles: tuple[float, float]
+    worst: tuple[str, float]
+    best: tuple[str, float]
+    interval: tuple[float, float]
+
+
+def over_prompts(results: Iterable[Result]) -> list[OverPrompts]:
+    """A row for each dataset and metric, in the order in which they come."""
+    groups: dict[tuple[str, str], list[Result]] = defaultdict(list)
+    for result in results:
+        groups[result.dataset, result.metric].append(result)
+    return [_over_prompts(of_one) for of_one in groups.values()]
+
+
+def _over_prompts(results: Sequence[Result]) -> OverPrompts:
+    ordered = sorted(results, key=lambda result: result.score)
+    scores = np.array([result.score for result in results])
+    low, median, high = np.quantile(scores, [0.25, 0.5, 0.75])
+    interval = bootstrap.interval(lambda drawn: float(scores[drawn].mean()), len(scores))
+    return OverPrompts(
+        dataset=results[0].dataset,
+        category=results[0].category,
+        metric=results[0].metric,
+        prompts=len(results),
+        mean=fmean(scores),
+        median=float(median),
+        quartiles=(float(low), float(high)),
+        worst=(ordered[0].task, ordered[0].score),
+        best=(ordered[-1].task, ordered[-1].score),
+        interval=tuple(interval),
+    )
+
+
+def over_categories(rows: Iterable[OverPrompts]) -> dict[tuple[str, str], float]:
+    """By category and metric, the mean over datasets of the mean over their prompts, in percent.
+
+    Source: "What Matters for Model Merging at Scale?", section 3; what it reports is this in units
+    of a reference, `normalized`, and the mean over categories.
+    """
+    groups: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for row in rows:
+        groups[row.category, row.metric].append(row.mean)
+    return {group: fmean(means) for group, means in groups.items()}
+
+
+def dataset_scores(results: Iterable[Result]) -> dict[str, float]:
+    """The mean score over each dataset's prompts, in percent."""
+    by_dataset = defaultdict(list)
+    for result in results:
+        by_dataset[result.dataset].append(result.score)
+    return {dataset: fmean(scores) for dataset, scores in by_dataset.items()}
+
+
+def ratios(
+    results: Iterable[Result], reference: Mapping[str, Result]
+) -> dict[tuple[str, str], float]:
+    """By category and dataset, the score over the reference's score.
+
+    Args:
+        results: The model's results, one for each task.
+        reference: By task name, the results that stand for 1.0: at least those of `results`.
+
+    Returns:
+        1.0 where the model does as well as the reference; NaN where the reference scores 0, for
+        nothing can be divided by it.
+
+    Raises:
+        EvaluationError: there are no results; a task lacks its reference; the reference was scored
+            by another metric or on other examples.
+    """
+    results = list(results)
+    if not results:
+        raise EvaluationError("normalised performance of no results at all")
+    for result in results:
+        of_task = reference.get(result.task)
+        if of_task is None:
+            raise EvaluationError(f"{result.task}: the reference model has no result on it")
+        if of_task.metric != result.metric:
+            raise EvaluationError(
+                f"{result.task}: its score is {result.metric} and the reference's is "
+                f"{of_task.metric}; evaluate both with the same --generative_score"
+            )
+        if of_task.task_digest != result.task_digest:
+            raise EvaluationError(
+                f"{result.task}: the reference was scored on other examples "
+                f"({of_task.task_digest[:12]}, not {result.task_digest[:12]}); evaluate both anew"
+            )
+    category_of = {result.dataset: result.category for result in results}
+    ones = dataset_scores(reference[result.task] for result in results)
+    return {
+        (category_of[dataset], dataset): score / ones[dataset] if ones[dataset] else math.nan
+        for dataset, score in dataset_scores(results).items()
+    }
+
+
+def normalized(results: Iterable[Result], reference: Mapping[str, Result]) -> float:
+    """The mean over a category's datasets, then categories, of `ratios`; NaN if one is.
+
+    Args and errors are those of `ratios`.
+    """
+    by_category = defaultdict(list)
+    for (category, _), ratio in ratios(results, reference).items():
+        by_category[category].append(ratio)
+    return fmean(fmean(of_category) for of_category in by_category.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Flip:
+    """An example that the two models do not answer alike.
+
+    Attributes:
+        number: Its number in the task, from 0.
+        inputs: What the models read.
+        right: The right answer.
+        one, other: What each of them answers; with free text that is not decoded, the probability
+            of a token of the reference.
+        change: How much more the example adds to the second model's score; 0 where it cannot be
+            said of one example (BLEU).
+    """
+
+    number: int
+    inputs: str
+    right: str
+    one: str
+    other: str
+    change: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Two results on one task, the examples that are answered differently, largest change first."""
+
+    one: Result
+    other: Result
+    difference: bootstrap.Difference
+    flips: Sequence[Flip]
+
+
+def compare(one: Path, other: Path) -> tuple[list[Comparison], list[str]]:
+    """Compares two folders of `m2l eval --examples`.
+
+    Returns:
+        A comparison of each task that both have, and the names of the tasks that only one has.
+
+    Raises:
+        EvaluationError: they have no task in common; one was scored on other examples or by another
+            metric; results or examples are missing or damaged.
+    """
+    of_one, of_other = read_results(one), read_results(other)
+    both = [task for task in of_one if task in of_other]
+    if not both:
+        raise EvaluationError(f"{one} and {other} have no task in common")
+    found = []
+    for task in both:
+        first, second = of_one[task], of_other[task]
+        if (first.metric, first.task_digest) != (second.metric, second.task_digest):
+            raise EvaluationError(
+                f"{task}: {one} and {other} were scored on other examples or by another score "
+                f"({first.metric} on {first.count}, {second.metric} on {second.count}); evaluate "
+                "both anew"
+            )
+        lines = read_examples(one, task), read_examples(other, task)
+        for folder, result, of_folder in zip((one, other), (first, second), lines, strict=True):
+            if len(of_folder) != result.count:
+                raise EvaluationError(
+                    f"{folder}: {task} has {result.count} examples, but {len(of_folder)} are there"
+                )
+        statistics = [bootstrap.statistic(first.metric, of_folder) for of_folder in lines]
+        draws = bootstrap.draws_of(first.metric)
+        difference = bootstrap.paired(*statistics, first.count, draws=draws)
+        found.append(Comparison(first, second, difference, flips(*lines)))
+    return found, sorted(set(of_one) ^ set(of_other))
+
+
+def flips(one: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]]) -> list[Flip]:
+    """The examples that two models answer differently, the largest change of score first."""
+    found = []
+    for number, (first, second) in enumerate(zip(one, other, strict=True)):
+        answers = _answer(first), _answer(second)
+        if answers[0] != answers[1]:
+            known = first["value"] is not None
+            change = second["value"] - first["value"] if known else 0.0
+            right = first["choices"][first["right"]] if "choices" in first else None
+            right = first["references"][0] if right is None else right
+            found.append(Flip(number, first["inputs"], right, *answers, change))
+    return sorted(found, key=lambda flip: -abs(flip.change))
+
+
+def _answer(line: Mapping[str, Any]) -> str:
+    if "choices" in line:
+        return " = ".join(line["choices"][place] for place in line["taken"])
+    if "prediction" in line:
+        return line["prediction"]
+    return f"log p {line['value']:.2f} a token"

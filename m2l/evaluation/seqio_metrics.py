@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from m2l.errors import EvaluationError
-from m2l.evaluation import choosing
+from m2l.evaluation import ranking
 
 # What t5's rank_classification postprocessor gives: (example, choice), whether the choice is right,
 # the example's weight, the choice's length in tokens.
@@ -39,7 +39,7 @@ def rank_classification(
     Args:
         task: The task's name, for messages.
         num_choices: How many choices every example has; None if that varies.
-        metrics: "accuracy", and of `choosing.OF_CLASSES` what is wanted beside it.
+        metrics: "accuracy", and of `ranking.CLASS_METRICS` what is wanted beside it.
 
     Returns:
         A function of seqio's (targets, scores): a target as t5's rank_classification
@@ -80,8 +80,10 @@ def rank_classification(
                 )
             rows = [group[choice] for choice in range(needed)]
             right.append(np.array([is_correct for is_correct, _ in rows]))
-            taken.append(choosing.best(where, np.array([score for _, score in rows]), right[-1]))
-        ranked = choosing.ranking(task, metrics, taken, right)
+            taken.append(
+                ranking.best_choices(where, np.array([score for _, score in rows]), right[-1])
+            )
+        ranked = ranking.choice_metrics(task, metrics, taken, right)
         return {**ranked.figures, "ties": float(ranked.ties)}
 
     return compute
@@ -100,7 +102,7 @@ def answers(
     Args:
         task: The task's name, for messages.
         classes: The choices of every example, in the order of their classes; None if they vary.
-        metrics: "accuracy", and with `classes` of `choosing.OF_CLASSES` what is wanted beside it.
+        metrics: "accuracy", and with `classes` of `ranking.CLASS_METRICS` what is wanted beside it.
 
     Returns:
         A function of seqio's (targets, predictions), two texts for each example. It raises
@@ -128,7 +130,7 @@ def answers(
                 [np.array([text == name for name in names]) for text in texts]
                 for texts in (predictions, targets)
             )
-            figures |= choosing.of_classes(task, metrics, taken, right)
+            figures |= ranking.class_metrics(task, metrics, taken, right)
         return figures
 
     return compute

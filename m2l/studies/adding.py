@@ -20,8 +20,8 @@ from m2l import checkpoints, files, models, storage, tasks
 from m2l.checkpoints import Manifest
 from m2l.data import pipeline, vocabularies
 from m2l.errors import ConfigError, DataError, UnknownNameError
+from m2l.evaluation.evaluator import Evaluator
 from m2l.evaluation.results import finished
-from m2l.evaluation.runner import Evaluator
 from m2l.evaluation.task_data import TaskData, halves, load_tasks
 from m2l.studies import skills
 from m2l.studies.adding_choice import Choice, Point, Tolerance, choose

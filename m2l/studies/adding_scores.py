@@ -7,7 +7,7 @@ from statistics import fmean
 
 from m2l.evaluation import bootstrap
 from m2l.evaluation.bootstrap import Difference, Statistic
-from m2l.evaluation.results import Result, path_of, read_examples, read_result
+from m2l.evaluation.results import Result, read_examples, read_result, result_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ def read_scores(folder: Path, tasks: Sequence[str]) -> Scores:
     Raises:
         EvaluationError: results or examples are missing or damaged.
     """
-    results = tuple(read_result(path_of(folder, task)) for task in tasks)
+    results = tuple(read_result(result_path(folder, task)) for task in tasks)
     statistics = tuple(
         bootstrap.statistic(result.metric, read_examples(folder, result.task)) for result in results
     )

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from m2l.evaluation.normalize import dataset_scores, ratios
-from m2l.evaluation.runner import Result
+from m2l.evaluation.results import Result, dataset_scores, ratios
 from m2l.studies import records as of_studies
 from m2l.studies import scaling
 from m2l.studies.records import Records

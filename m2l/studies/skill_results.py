@@ -12,8 +12,7 @@ import pandas as pd
 
 from m2l import tasks
 from m2l.errors import EvaluationError
-from m2l.evaluation.normalize import dataset_scores
-from m2l.evaluation.runner import Result
+from m2l.evaluation.results import Result, dataset_scores
 from m2l.studies import skills
 from m2l.studies.records import Records
 from m2l.studies.skills import GENERAL, SkillsStudy

@@ -13,9 +13,9 @@ import jax
 from m2l import checkpoints, files, merging, models, partitioning, storage, tasks
 from m2l.data import vocabularies
 from m2l.errors import CheckpointError
-from m2l.evaluation import runner
-from m2l.evaluation.normalize import normalized
-from m2l.evaluation.runner import Evaluator, Result
+from m2l.evaluation.evaluator import Evaluator
+from m2l.evaluation.results import Result, normalized
+from m2l.evaluation.task_data import TaskData, load_tasks
 from m2l.merging import Recipe
 from m2l.studies.execute import Run
 from m2l.studies.plan import Stage
@@ -62,14 +62,14 @@ def run_given(stage: Stage, out: Path, inputs: Mapping[str, Path]) -> None:
 
 
 @functools.lru_cache(maxsize=2)
-def _loaded(asked: str) -> tuple[list[runner.TaskData], dict[str, list[str]]]:
+def _loaded(asked: str) -> tuple[list[TaskData], dict[str, list[str]]]:
     """The tasks' data of a study, and by category their names; `asked` is JSON."""
     how = json.loads(asked)
     vocabulary, source = how["data"]
     tasks.register(vocabulary=vocabulary, source=source)
     suffix = tasks.ORIGINAL if how["original_only"] else ""
     names = {category: prompts(category + suffix, how["prompts"]) for category in how["categories"]}
-    loaded = runner.load_tasks(
+    loaded = load_tasks(
         [tasks.info(name) for of_category in names.values() for name in of_category],
         split=how["split"],
         lengths=how["lengths"],

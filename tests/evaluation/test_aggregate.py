@@ -3,7 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from m2l.evaluation import aggregate
+from m2l.evaluation import results
 from m2l.evaluation.results import Result
 
 
@@ -34,7 +34,7 @@ RESULTS = [
 
 
 def test_prompts_are_summed_up_as_numpy_does():
-    row = aggregate.over_prompts(RESULTS)[0]
+    row = results.over_prompts(RESULTS)[0]
     scores = [30.0, 80.0, 50.0, 44.0]
     assert (row.dataset, row.category, row.prompts) == ("a", "x", 4)
     assert (row.mean, row.median) == (np.mean(scores), np.median(scores))
@@ -44,18 +44,18 @@ def test_prompts_are_summed_up_as_numpy_does():
 
 
 def test_one_prompt_has_no_spread():
-    row = aggregate.over_prompts(RESULTS)[1]
+    row = results.over_prompts(RESULTS)[1]
     assert row.mean == row.median == row.worst[1] == row.best[1] == 90.0
     assert row.interval == (90.0, 90.0)
 
 
 def test_the_mean_goes_over_prompts_then_datasets():
-    of_categories = aggregate.over_categories(aggregate.over_prompts(RESULTS))
+    of_categories = results.over_categories(results.over_prompts(RESULTS))
     assert of_categories == {("x", "accuracy"): (51.0 + 90.0) / 2, ("y", "accuracy"): 10.0}
 
 
 def test_prompts_that_are_scored_by_different_metrics_have_no_common_mean():
     other = dataclasses.replace(RESULTS[1], metric="rouge")
-    rows = aggregate.over_prompts([RESULTS[0], other, RESULTS[2]])
+    rows = results.over_prompts([RESULTS[0], other, RESULTS[2]])
     assert [(row.metric, row.mean) for row in rows] == [("accuracy", 40.0), ("rouge", 80.0)]
-    assert aggregate.over_categories(rows) == {("x", "accuracy"): 40.0, ("x", "rouge"): 80.0}
+    assert results.over_categories(rows) == {("x", "accuracy"): 40.0, ("x", "rouge"): 80.0}

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from m2l.errors import EvaluationError
-from m2l.evaluation import compare, results
+from m2l.evaluation import results
 
 
 def result(task, score):
@@ -58,7 +58,7 @@ def folders(tmp_path):
 
 
 def test_the_difference_and_the_examples_that_flipped(folders):
-    [found], alone = compare.compare(*folders)
+    [found], alone = results.compare(*folders)
     assert (found.one.score, found.other.score, found.difference.value) == (50.0, 75.0, 25.0)
     assert found.difference.p > 0.2
     assert [(flip.number, flip.change) for flip in found.flips] == [(0, 100), (2, 100), (3, -100)]
@@ -72,28 +72,28 @@ def test_the_difference_and_the_examples_that_flipped(folders):
 
 def test_a_tie_and_free_text_are_shown_as_they_were_answered():
     tied = line(0, [0, 1], 50.0)
-    assert compare.flips([tied], [line(0, [0], 100.0)])[0].one == "left = right"
+    assert results.flips([tied], [line(0, [0], 100.0)])[0].one == "left = right"
     text = {"inputs": "q", "references": ["yes", "aye"], "value": 0.0}
-    [flip] = compare.flips([text | {"prediction": "no"}], [text | {"prediction": "aye"}])
+    [flip] = results.flips([text | {"prediction": "no"}], [text | {"prediction": "aye"}])
     assert (flip.right, flip.one, flip.other) == ("yes", "no", "aye")
 
 
 def test_what_cannot_be_compared_is_refused(folders, tmp_path):
     one, other = folders
     with pytest.raises(EvaluationError, match="no results of `m2l eval`"):
-        compare.compare(one, tmp_path)
+        results.compare(one, tmp_path)
     write(tmp_path / "third", "third", [0.0])
     with pytest.raises(EvaluationError, match="no task in common"):
-        compare.compare(one, tmp_path / "third")
+        results.compare(one, tmp_path / "third")
     write(tmp_path / "third", "task", [0.0], digest="other examples")
     with pytest.raises(EvaluationError, match=r"task: .* on other examples or by another score"):
-        compare.compare(one, tmp_path / "third")
+        results.compare(one, tmp_path / "third")
     results.write_examples(other, "task", [line(1, [0], 0.0)])
     with pytest.raises(EvaluationError, match="task has 4 examples, but 1 are there"):
-        compare.compare(one, other)
+        results.compare(one, other)
     (other / "task.examples.jsonl.gz").unlink()
     with pytest.raises(EvaluationError, match="is missing; m2l eval --examples writes it"):
-        compare.compare(one, other)
+        results.compare(one, other)
 
 
 def test_the_command_compares_two_models_and_reads_hugging_face_directories(
@@ -110,7 +110,7 @@ def test_the_command_compares_two_models_and_reads_hugging_face_directories(
     said = capsys.readouterr().out
     assert "B - A" in said and "imdb_good_or_bad" in said and "right: " in said
     # The same parameters in another format.
-    found, _ = compare.compare(tmp_path / "b", tmp_path / "c")
+    found, _ = results.compare(tmp_path / "b", tmp_path / "c")
     assert all(not one.flips and one.difference.value == 0 for one in found)
     ours, theirs = (found[0].one, found[0].other)
     assert ours.metrics == theirs.metrics and ours.model_digest != theirs.model_digest

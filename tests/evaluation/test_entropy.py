@@ -10,7 +10,7 @@ from m2l import models
 from m2l.data import layouts
 from m2l.data.examples import GenerationExample, RankingExample
 from m2l.evaluation import batching, ranking
-from m2l.evaluation.entropy import mean_entropy
+from m2l.evaluation.ranking import mean_entropy
 
 
 def ids(rng, size):

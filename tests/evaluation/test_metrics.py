@@ -6,7 +6,7 @@ from t5.evaluation import metrics as t5_metrics
 
 from m2l.data import prompts
 from m2l.errors import EvaluationError, UnknownNameError
-from m2l.evaluation import choosing, metrics, words
+from m2l.evaluation import metrics, ranking, words
 
 
 def test_squad_counts_words_not_letters():
@@ -219,4 +219,4 @@ def test_an_unknown_metric_proposes_the_nearest():
 
 def test_every_metric_that_a_prompt_may_name_can_be_computed():
     assert set(prompts.TEXT_METRICS) == set(metrics.METRICS) <= set(metrics.HEADLINE)
-    assert set(prompts.CHOICE_METRICS) == {"accuracy", *choosing.OF_CLASSES}
+    assert set(prompts.CHOICE_METRICS) == {"accuracy", *ranking.CLASS_METRICS}

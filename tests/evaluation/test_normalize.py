@@ -4,8 +4,7 @@ import math
 import pytest
 
 from m2l.errors import EvaluationError
-from m2l.evaluation.normalize import dataset_scores, normalized
-from m2l.evaluation.runner import Result
+from m2l.evaluation.results import Result, dataset_scores, normalized
 
 
 def result(task, dataset, category, score, digest="same"):

@@ -10,7 +10,8 @@ import pytest
 from m2l.data import vocabularies
 from m2l.data.examples import GenerationExample, RankingExample
 from m2l.data.prompts import TaskInfo
-from m2l.evaluation import results, runner
+from m2l.evaluation import results
+from m2l.evaluation.evaluator import Evaluator
 from m2l.evaluation.task_data import TaskData
 
 PROGRAM = """
@@ -21,7 +22,7 @@ jax.distributed.initialize(address, 2, process)
 import pathlib
 from m2l import models, partitioning
 from m2l.data import vocabularies
-from m2l.evaluation import runner
+from m2l.evaluation.evaluator import Evaluator
 config, params, tasks = pickle.loads(pathlib.Path(folder, "given").read_bytes())
 mesh = partitioning.make_mesh(model=2)
 assert mesh.shape["data"] == 2 and jax.process_count() == 2
@@ -31,7 +32,7 @@ params = jax.tree.map(
     params, placed,
 )
 vocabulary = vocabularies.load("microworld")
-evaluator = runner.Evaluator(config, tasks, vocabulary, batch_size=8)
+evaluator = Evaluator(config, tasks, vocabulary, batch_size=8)
 with jax.set_mesh(mesh):
     out = pathlib.Path(folder, "two")
     found = evaluator.run(params, out, model_digest="m", examples=True)
@@ -71,13 +72,8 @@ def test_two_processes_on_a_mesh_give_the_results_of_one_device(
     address = f"localhost:{free_port()}"
     forge(*((PROGRAM, address, process, tmp_path) for process in range(2)), devices=2)
     vocabulary = vocabularies.load("microworld")
-    runner.evaluate(
-        *(tiny_config, tiny_params, tasks, tmp_path / "one"),
-        vocabulary=vocabulary,
-        model_digest="m",
-        batch_size=5,
-        examples=True,
-    )
+    evaluator = Evaluator(tiny_config, tasks, vocabulary, batch_size=5)
+    evaluator.run(tiny_params, tmp_path / "one", model_digest="m", examples=True)
     for task in tasks:
         name = task.info.name
         one, two = (results.read_result(tmp_path / n / f"{name}.json") for n in ("one", "two"))

@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 
 from m2l.errors import DataError
-from m2l.evaluation.runner import Result
+from m2l.evaluation.results import Result
 from m2l.merging import Recipe
 from m2l.reporting import page
 from m2l.studies import records, scaling

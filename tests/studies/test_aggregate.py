@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from m2l.errors import DataError, EvaluationError
-from m2l.evaluation.normalize import normalized
+from m2l.evaluation.results import normalized
 from m2l.studies import aggregate, findings, records, scaling
 
 

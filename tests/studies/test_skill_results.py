@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from m2l.evaluation.runner import Result
+from m2l.evaluation.results import Result
 from m2l.studies import records, skill_findings, skill_results, skills
 from m2l.studies.skill_results import Score
 from m2l.training import flops

@@ -9,7 +9,10 @@ import pytest
 from m2l import merging, models, tasks
 from m2l.data import vocabularies
 from m2l.errors import ConfigError, DataError, EvaluationError, UnknownNameError
-from m2l.evaluation import batching, bootstrap, generation, metrics, ranking, results, runner
+from m2l.evaluation import batching, bootstrap, generation, metrics, ranking, results
+from m2l.evaluation.evaluator import Evaluator
+from m2l.evaluation.results import read_result
+from m2l.evaluation.task_data import load_tasks
 
 FREE = [{"inputs": f"{n} plus one", "targets": f"it is {n + 1}"} for n in range(5)]
 CHOICES = [{**line, "answer_choices": [line["targets"], "nothing"]} for line in FREE]
@@ -29,16 +32,18 @@ def infos(tmp_path_factory):
 
 def load(info, lengths=(32, 8), **settings):
     of_two = dict(zip(("inputs", "targets"), lengths, strict=True))
-    [task] = runner.load_tasks([info], split="validation", lengths=of_two, **settings)
+    [task] = load_tasks([info], split="validation", lengths=of_two, **settings)
     return task
 
 
 @pytest.fixture(scope="module")
 def evaluate(tiny_config, tiny_params):
     def run(task, out, **settings):
-        settings = {"vocabulary": vocabularies.load("microworld"), "model_digest": "m"} | settings
-        [result] = runner.evaluate(tiny_config, tiny_params, [task], out, **settings)
-        assert runner.read_result(out / f"{task.info.name}.json") == result
+        vocabulary = vocabularies.load("microworld")
+        [result] = Evaluator(tiny_config, [task], vocabulary).run(
+            tiny_params, out, **{"model_digest": "m"} | settings
+        )
+        assert read_result(out / f"{task.info.name}.json") == result
         return result
 
     return run
@@ -178,7 +183,7 @@ def test_one_evaluator_serves_merges_in_memory_without_compiling_or_batching_aga
 ):
     vocabulary = vocabularies.load("microworld")
     tasks_of = [load(infos[name], (32, 12)) for name in ("choices", "free")]
-    evaluator = runner.Evaluator(tiny_config, tasks_of, vocabulary, batch_size=4)
+    evaluator = Evaluator(tiny_config, tasks_of, vocabulary, batch_size=4)
     expert = models.init(tiny_config, jax.random.key(1))
     scores, at_first = [], None
     monkeypatch.setattr(batching, "batches", no_decoding)
@@ -195,13 +200,8 @@ def test_one_evaluator_serves_merges_in_memory_without_compiling_or_batching_aga
         list(evaluator.outcomes(tiny_params, only=["runner_fre"]))
     monkeypatch.undo()
     for params, wanted in ((tiny_params, scores[0]), (expert, scores[2])):
-        alone = runner.evaluate(
-            tiny_config,
-            params,
-            tasks_of,
-            tmp_path / str(wanted[1]),
-            vocabulary=vocabulary,
-            model_digest="m",
+        alone = Evaluator(tiny_config, tasks_of, vocabulary).run(
+            params, tmp_path / str(wanted[1]), model_digest="m"
         )
         assert [result.score for result in alone] == pytest.approx(wanted, rel=1e-4)
 

@@ -1,7 +1,6 @@
 """Models on a set of tasks: one JSON result for each pair, written as soon as it is known."""
 
 import dataclasses
-import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,34 +13,16 @@ from m2l import storage
 from m2l.checkpoints.manifest import ORBAX_METADATA
 from m2l.data import layouts, vocabularies
 from m2l.errors import ConfigError, UnknownNameError
-from m2l.evaluation import batching, bootstrap, generation, likelihood, metrics, ranking
-from m2l.evaluation.results import (
-    FORMAT_VERSION,
-    Result,
-    finished,
-    read_result,
-    write_examples,
-    write_result,
-)
-from m2l.evaluation.task_data import TaskData, load_tasks
+from m2l.evaluation import batching, bootstrap, generation, metrics, ranking
+from m2l.evaluation.results import Result, finished, write_examples, write_result
+from m2l.evaluation.task_data import TaskData
 from m2l.progress import Progress
-
-__all__ = [
-    "FORMAT_VERSION",
-    "Evaluator",
-    "Outcome",
-    "Result",
-    "TaskData",
-    "evaluate",
-    "load_tasks",
-    "read_result",
-]
 
 OnDone = Callable[[int], None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Outcome:
+class TaskOutcome:
     """A model's result on a task, and what became of each example.
 
     Attributes:
@@ -125,7 +106,7 @@ class Evaluator:
         only: Sequence[str] | None = None,
         model_digest: str = "",
         on_done: OnDone = lambda count: None,
-    ) -> Iterator[Outcome]:
+    ) -> Iterator[TaskOutcome]:
         """What a model makes of each task, in their order; nothing is read or written.
 
         Args:
@@ -196,7 +177,7 @@ class Evaluator:
                 results.append(result)
         return results
 
-    def _outcome(self, ready: _Ready, params: Any, digest: str, on_done: OnDone) -> Outcome:
+    def _outcome(self, ready: _Ready, params: Any, digest: str, on_done: OnDone) -> TaskOutcome:
         task, start = ready.task, time.monotonic()
         how = {"dtype": self.dtype}
         # Scoring references is short beside decoding, which then tells of its progress alone.
@@ -240,7 +221,7 @@ class Evaluator:
             padding=1 - tokens / size,
             settings=self._settings(task),
         )
-        return Outcome(result, lines)
+        return TaskOutcome(result, lines)
 
     def _settings(self, task: TaskData) -> dict[str, str]:
         """What decides a task's figures beside its examples, where it is not as everywhere."""
@@ -307,7 +288,7 @@ def _generated(
     """The same of a task in free text, with what was decoded, if anything was."""
     examples = task.examples
     figures = {
-        "reference_likelihood": likelihood.reference_likelihood(task.info.name, examples, scores)
+        "reference_likelihood": metrics.reference_likelihood(task.info.name, examples, scores)
     }
     lines: list[dict[str, Any]] = []
     for example, of_one in zip(examples, scores, strict=True):
@@ -332,47 +313,3 @@ def _generated(
                 line["prediction"] = texts[number]
                 line["value"] = by_example[number] if by_example else None
     return figures, 0, lines
-
-
-@dataclasses.dataclass(frozen=True)
-class _Asked:
-    """What an evaluator is made of; compared by what decides it."""
-
-    config: Any
-    digests: tuple[tuple[str, str], ...]
-    vocabulary_id: int
-    batch_size: int
-    dtype: str
-    tasks: Sequence[TaskData] = dataclasses.field(compare=False)
-    vocabulary: Any = dataclasses.field(compare=False)
-
-
-@functools.lru_cache(maxsize=8)
-def _evaluator(asked: _Asked) -> Evaluator:
-    how = {"batch_size": asked.batch_size, "dtype": asked.dtype}
-    return Evaluator(asked.config, asked.tasks, asked.vocabulary, **how)
-
-
-def evaluate(
-    config: Any,
-    params: Any,
-    tasks: Sequence[TaskData],
-    out: Path,
-    *,
-    vocabulary: Any,
-    model_digest: str,
-    batch_size: int = 32,
-    dtype: str = "float32",
-    examples: bool = False,
-    description: str = "evaluate",
-) -> list[Result]:
-    """Evaluates a model on tasks, which are made ready once for a number of calls.
-
-    Args and returned are those of `Evaluator` and its `run`. Models that are evaluated on different
-    ones of many tasks share their compiled functions if one `Evaluator` has them all.
-    """
-    digests = tuple((task.info.name, task.digest) for task in tasks)
-    asked = _Asked(config, digests, id(vocabulary), batch_size, dtype, tasks, vocabulary)
-    evaluator = _evaluator(asked)
-    how = {"model_digest": model_digest, "examples": examples, "description": description}
-    return evaluator.run(params, out, **how)
