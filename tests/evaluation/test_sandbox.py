@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from m2l.errors import EvaluationError
-from m2l.evaluation import metrics, sandbox, sandboxed, scorers
+from m2l.evaluation import metrics, sandbox, scorers
+from m2l.evaluation.sandbox import isolation
 
 FEW = sandbox.Limits(seconds=2, memory=1 << 28, file=1 << 16)
 
@@ -143,7 +144,7 @@ FAILING = {
 
 
 @pytest.mark.parametrize("program", FAILING)
-def test_a_program_that_goes_beyond_its_walls_fails(on, program):
+def test_a_program_that_goes_beyond_its_limits_fails(on, program):
     found = sandbox.run(program, FEW)
     assert found.startswith("failed: ") and FAILING[program] in found
 
@@ -199,7 +200,7 @@ def test_a_program_of_root_is_not_run_by_root(on):
     assert sandbox.run("import os\nassert os.getuid() != 0 and os.getgroups() == []") == "passed"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "getuid", lambda: 1000)
-        assert sandboxed._ids_of_user(os.getuid()) == [1000]
+        assert isolation._ids_of_user(os.getuid()) == [1000]
 
 
 def running(name):
@@ -215,8 +216,8 @@ def running(name):
 def test_nothing_of_a_run_stays_behind(on, monkeypatch, tmp_path):
     monkeypatch.setattr(sandbox.tempfile, "tempdir", str(tmp_path))
     inside = tmp_path / "sandboxed_for_this_test.py"
-    inside.write_text(Path(sandboxed.__file__).read_text())
-    monkeypatch.setattr(sandbox, "_INSIDE", inside)
+    inside.write_text(Path(isolation.__file__).read_text())
+    monkeypatch.setattr(sandbox, "_ISOLATION", inside)
     found = sandbox.run("open('mine', 'w').write('x')\nwhile True: pass", FEW)
     assert found == "failed: out of time"
     assert list(tmp_path.iterdir()) == [inside]
@@ -233,7 +234,7 @@ def test_the_wall_clock_stops_what_uses_no_time_of_the_processor(on):
 
 
 @pytest.mark.parametrize(
-    ("part", "instead", "wall"),
+    ("part", "instead", "missing"),
     [
         ("_MOUNT_SETATTR = 442", "_MOUNT_SETATTR = 99999", "file systems that are read-only"),
         ("_NEWUSER | _NEWNS", "0x1000 | _NEWNS", "namespaces of its own"),
@@ -241,17 +242,17 @@ def test_the_wall_clock_stops_what_uses_no_time_of_the_processor(on):
         ('"x86_64": 0xC0', '"vax": 0xC0', "a filter of system calls"),
     ],
 )
-def test_a_wall_that_cannot_be_put_up_is_named_and_nothing_runs(
-    on, monkeypatch, tmp_path, part, instead, wall
+def test_a_missing_part_of_the_isolation_is_named_and_nothing_runs(
+    on, monkeypatch, tmp_path, part, instead, missing
 ):
-    source = Path(sandboxed.__file__).read_text()
+    source = Path(isolation.__file__).read_text()
     if "x86_64" in part and os.uname().machine != "x86_64":
         pytest.skip("of another architecture")
     assert part in source
     broken, trace = tmp_path / "broken.py", tmp_path / "trace"
     broken.write_text(source.replace(part, instead))
-    monkeypatch.setattr(sandbox, "_INSIDE", broken)
-    with pytest.raises(EvaluationError, match=f"cannot run generated code safely: {wall}"):
+    monkeypatch.setattr(sandbox, "_ISOLATION", broken)
+    with pytest.raises(EvaluationError, match=f"cannot run generated code safely: {missing}"):
         sandbox.run(f"open({str(trace)!r}, 'w')", FEW)
     assert not trace.exists()
 
@@ -268,7 +269,7 @@ def test_the_numbers_of_system_calls_are_the_kernels(header, place):
         pytest.skip("no headers of the kernel here")
     defined = re.findall(r"#define __NR(?:3264)?_(\w+)\s+(\d+)", Path(header).read_text())
     numbers = {name: int(number) for name, number in defined}
-    for name, of_each in sandboxed._SYSTEM_CALLS.items():
+    for name, of_each in isolation._SYSTEM_CALLS.items():
         assert of_each[place] == numbers.get(name), name
 
 

@@ -17,7 +17,8 @@ import threading
 import pytest
 
 from m2l.errors import EvaluationError
-from m2l.evaluation import exchange, sandbox
+from m2l.evaluation import sandbox
+from m2l.evaluation.sandbox import exchange
 
 LIMITS = sandbox.Limits(seconds=10, memory=1 << 29, file=1 << 16)
 TESTS = "assert f(3) == 6"

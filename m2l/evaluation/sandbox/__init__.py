@@ -31,9 +31,8 @@ SWITCH, ON = "M2L_RUN_GENERATED_CODE", "sandbox"
 ANSWER = "#<answer>"
 """The line of a test program that gives way to what the model wrote."""
 
-_INSIDE = Path(__file__).with_name("sandboxed.py")
-_MODULES = tuple(
-    Path(__file__).with_name(name) for name in ("exchange.py", "sandboxed_program.py", "verdict.py")
+_ISOLATION, *_MODULES = (
+    Path(__file__).with_name(name) for name in ("isolation.py", "exchange.py", "execution.py")
 )
 _FENCE = re.compile(r"```[ \t]*\w*[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
 
@@ -105,7 +104,7 @@ def run(program: str | AnswerTests, limits: Limits = Limits()) -> str:
     with tempfile.TemporaryDirectory(prefix="m2l-sandbox-") as folder:
         settings = {**dataclasses.asdict(limits), "folder": folder}
         process = subprocess.Popen(
-            [sys.executable, "-I", *map(str, (_INSIDE, *_MODULES))],
+            [sys.executable, "-I", *map(str, (_ISOLATION, *_MODULES))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

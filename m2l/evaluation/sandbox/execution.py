@@ -1,18 +1,25 @@
-"""Whether a program passes its tests, found out in a process that does not run the program.
+"""The two ends of a sandboxed run: the tests, in one process, and the program, in another.
 
-The tests run here. A name that they do not define is asked for in the program's process, and what
-it is bound to there is called there (`exchange`), so that the program sees the arguments of its
-calls, and neither the tests nor what they expect. Builtins and modules are this process's own.
+The tests run where the program does not. A name that they do not define is requested from the
+program's process, and what it is bound to there is called there (`exchange`), so that the program
+sees the arguments of its calls, and neither the tests nor what they expect. Builtins and modules
+are those of the tests' own process.
 """
+
+import __future__
 
 import ast
 import builtins
+import contextlib
 import importlib
+import io
+import operator
+import sys
 import types
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from m2l.evaluation import exchange
+from m2l.evaluation.sandbox import exchange
 
 _MODULE = "<tests>"
 # What the tests inside a whole program may name, and have from this process.
@@ -80,7 +87,7 @@ class _Builtins(dict[str, Any]):
         self._remembered.clear()
 
 
-def judge(connection: exchange.Connection, job: dict[str, Any]) -> dict[str, str]:
+def run_tests(connection: exchange.Connection, job: dict[str, Any]) -> dict[str, str]:
     """Runs a program's tests.
 
     Args:
@@ -330,3 +337,89 @@ def _bound_by(statement: ast.stmt) -> set[str]:
         return {statement.name}
     nodes = (node for node in ast.walk(statement) if isinstance(node, ast.Name))
     return {node.id for node in nodes if isinstance(node.ctx, ast.Store)}
+
+
+_MAX_OUTPUT = 1 << 20
+_FUTURE_FLAGS = sum(
+    {getattr(__future__, name).compiler_flag for name in __future__.all_feature_names}
+)
+
+
+class _Output(io.RawIOBase):
+    """Collects what a program prints, up to _MAX_OUTPUT bytes between two answers."""
+
+    def __init__(self) -> None:
+        self._data = bytearray()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self._data += data[: max(_MAX_OUTPUT - len(self._data), 0)]
+        return len(data)
+
+    def take(self) -> str:
+        """Returns the text since the last call."""
+        text = bytes(self._data).decode(errors="replace")
+        self._data.clear()
+        return text
+
+
+def serve_program(connection: exchange.Connection) -> None:
+    """Runs the source and the calls that the process of the tests sends, until it ends."""
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    output, flags, shared = _Output(), [0], set[str]()
+    sys.stdout = io.TextIOWrapper(io.BufferedWriter(output), "utf-8", write_through=True)
+    printed = sys.stdout
+
+    def execute(source: str) -> None:
+        code = compile(source, "<answer>", "exec", flags[0], dont_inherit=True)
+        flags[0] |= code.co_flags & _FUTURE_FLAGS
+        exec(code, namespace)
+
+    def name(identifier: str) -> Any:
+        if identifier in namespace:
+            return exchange.in_place(namespace[identifier])
+        if hasattr(builtins, identifier):
+            return getattr(builtins, identifier)
+        raise NameError(f"name {identifier!r} is not defined")
+
+    def take_output() -> str:
+        with contextlib.suppress(ValueError, OSError):  # the program may have closed it
+            printed.flush()
+        return output.take()
+
+    operations: dict[str, Callable[..., Any]] = {
+        "execute": execute,
+        "share": lambda names: shared.update(names),
+        "name": name,
+        "plain": exchange.plain_of,
+        "call": lambda function, arguments, keywords: function(*arguments, **keywords),
+        "operate": lambda operation, *operands: getattr(operator, operation)(*operands),
+        "getattr": lambda value, attribute: exchange.in_place(getattr(value, attribute)),
+        "setattr": setattr,
+        "delattr": delattr,
+        "getitem": lambda value, key: exchange.in_place(value[key]),
+        "setitem": operator.setitem,
+        "delitem": operator.delitem,
+        "isinstance": isinstance,
+        "bool": bool,
+        "len": len,
+        "str": str,
+        "repr": repr,
+        "format": format,
+        "iter": iter,
+        "next": next,
+        "enter": lambda value: type(value).__enter__(value),
+        "exit": lambda value: bool(type(value).__exit__(value, None, None, None)),
+    }
+
+    def shared_class(identifier: str) -> Any:
+        return namespace.get(identifier) if identifier in shared else None
+
+    peer = exchange.Peer(connection, operations, shared_class, lambda value: True, take_output)
+    try:
+        while True:
+            peer.answer(connection.receive())
+    except exchange.Closed:
+        return

@@ -1,11 +1,12 @@
 """The inside of the sandbox: two processes, one for a program and one for its tests, each isolated.
 
 Started by `m2l.evaluation.sandbox` as a process of its own; needs nothing but the standard library
-and the files that its arguments name, `exchange.py`, `sandboxed_program.py` and `verdict.py`. The
-process of the tests alone reads the job and writes the verdict. The process of the program is
-forked before the job is read; it receives source and calls, and answers with values. All isolation
-is active before a line of either is compiled. Where this machine lacks a part of it, both end with
-its name, and nothing runs.
+and the files that its arguments name, `exchange.py` and `execution.py`. The process of the tests
+alone reads the job and writes the verdict. The process of the program is forked before the job is
+read; it receives source and calls, and answers with values. All isolation is active before a line
+of either is compiled. Where this machine lacks a part of it, both end with its name, and nothing
+runs. bubblewrap is no substitute: started by root, it leaves shmget and socketpair open and the
+number of processes unlimited.
 """
 
 import contextlib
@@ -23,14 +24,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-_NEWNS, _NEWUTS, _NEWIPC, _NEWUSER, _NEWPID, _NEWNET = (
-    0x00020000,
-    0x04000000,
-    0x08000000,
-    0x10000000,
-    0x20000000,
-    0x40000000,
-)
+_NEWNS, _NEWUTS, _NEWIPC = 0x00020000, 0x04000000, 0x08000000
+_NEWUSER, _NEWPID, _NEWNET = 0x10000000, 0x20000000, 0x40000000
 _MS_NOSUID, _MS_NODEV, _MS_BIND, _MS_REC, _MS_PRIVATE = 0x2, 0x4, 0x1000, 0x4000, 0x40000
 _MNT_DETACH = 2
 _ATTR_RDONLY, _ATTR_NOSUID, _ATTR_NODEV = 0x1, 0x2, 0x4
@@ -86,16 +81,16 @@ _EPERM, _ENOSYS = 1, 38
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-class _NoWall(Exception):
-    """A wall that cannot be put up."""
+class _Unavailable(Exception):
+    """A part of the isolation that this machine lacks."""
 
 
 @contextmanager
-def _wall(name: str) -> Iterator[None]:
+def _mechanism(name: str) -> Iterator[None]:
     try:
         yield
     except (OSError, KeyError, ValueError) as error:
-        raise _NoWall(f"{name} ({error})") from error
+        raise _Unavailable(f"{name} ({error})") from error
 
 
 def _call(function: Any, *arguments: Any) -> None:
@@ -105,13 +100,9 @@ def _call(function: Any, *arguments: Any) -> None:
 
 
 def _mount(source: str | None, target: str, flags: int, options: str | None = None) -> None:
-    texts = (source or "none", target, source or "none", options)
-    _call(
-        _libc.mount,
-        *(text and text.encode() for text in texts[:3]),
-        ctypes.c_ulong(flags),
-        options and options.encode(),
-    )
+    origin = (source or "none").encode()
+    flag_bits, option_bytes = ctypes.c_ulong(flags), options and options.encode()
+    _call(_libc.mount, origin, target.encode(), origin, flag_bits, option_bytes)
 
 
 def _ids_of_user(user: int) -> list[int]:
@@ -196,15 +187,8 @@ def _read_only(folder: str, size: int, user: int) -> None:
             open(target, "x").close()
         _mount(path, target, _MS_BIND | _MS_REC)
     attributes = struct.pack("<4Q", _ATTR_RDONLY | _ATTR_NOSUID | _ATTR_NODEV, 0, 0, 0)
-    _call(
-        _libc.syscall,
-        _MOUNT_SETATTR,
-        _AT_FDCWD,
-        folder.encode(),
-        _AT_RECURSIVE,
-        attributes,
-        len(attributes),
-    )
+    path = (_AT_FDCWD, folder.encode(), _AT_RECURSIVE)
+    _call(_libc.syscall, _MOUNT_SETATTR, *path, attributes, len(attributes))
     options = f"size={size},nr_inodes=1000,mode=0700,uid={user}"
     _mount("tmpfs", f"{folder}/tmp", _MS_NOSUID | _MS_NODEV, options)
     os.chdir(folder)
@@ -319,9 +303,9 @@ def _isolate(settings: dict[str, Any]) -> None:
     """Isolates a new process, in which alone it returns; this one ends as that one does.
 
     Raises:
-        _NoWall: this machine lacks one of the mechanisms.
+        _Unavailable: this machine lacks one of the mechanisms.
     """
-    with _wall("namespaces of its own, without a network"):
+    with _mechanism("namespaces of its own, without a network"):
         user = _own_namespaces()
     inner = os.fork()  # the first process of the new namespace: all others end with it
     if inner:
@@ -330,18 +314,18 @@ def _isolate(settings: dict[str, Any]) -> None:
                 os.close(descriptor)
         _, status = os.waitpid(inner, 0)
         os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
-    with _wall("file systems that are read-only"):
+    with _mechanism("file systems that are read-only"):
         _read_only(settings["folder"], settings["file"], user)
-    with _wall("a user without privileges"):
+    with _mechanism("a user without privileges"):
         _become(user)
-    with _wall("an end together with its parent"):
+    with _mechanism("an end together with its parent"):
         _call(_libc.prctl, _PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    with _wall("limits"):
+    with _mechanism("limits"):
         _limits(settings["seconds"], settings["memory"], settings["file"])
         _limit_processes()
-    with _wall("no capabilities"):
+    with _mechanism("no capabilities"):
         _no_capabilities()
-    with _wall("a filter of system calls"):
+    with _mechanism("a filter of system calls"):
         _filter_system_calls()
 
 
@@ -354,13 +338,13 @@ def _read_line(descriptor: int) -> bytes:
 
 
 def _load(path: str) -> Any:
-    """Returns the module in a file, as of `m2l.evaluation`, without what that imports."""
-    for package in ("m2l", "m2l.evaluation"):
+    """Returns the module in a file, as of this package, without what its parents import."""
+    for package in ("m2l", "m2l.evaluation", "m2l.evaluation.sandbox"):
         sys.modules.setdefault(package, types.ModuleType(package))
     name = os.path.basename(path).removesuffix(".py")
-    spec = importlib.util.spec_from_file_location(f"m2l.evaluation.{name}", path)
+    spec = importlib.util.spec_from_file_location(f"m2l.evaluation.sandbox.{name}", path)
     module = importlib.util.module_from_spec(spec)
-    setattr(sys.modules["m2l.evaluation"], name, module)
+    setattr(sys.modules["m2l.evaluation.sandbox"], name, module)
     spec.loader.exec_module(module)
     return module
 
@@ -371,7 +355,7 @@ def main() -> None:
     Writes a line of JSON to standard output: the verdict, or the mechanism that this machine lacks.
     """
     settings = json.loads(_read_line(0))
-    exchange, program_module, verdict = map(_load, sys.argv[1:])
+    exchange, execution = map(_load, sys.argv[1:])
     sys.dont_write_bytecode = True
     nothing = os.open(os.devnull, os.O_RDWR)
     calls, values = os.pipe(), os.pipe()
@@ -385,11 +369,11 @@ def main() -> None:
         connection = exchange.Connection(calls[0], values[1])
         try:
             _isolate(settings)
-        except _NoWall as error:
+        except _Unavailable as error:
             connection.send(["lacks", str(error)])
             os._exit(1)
         connection.send(["ready"])
-        program_module.serve(connection)
+        execution.serve_program(connection)
         os._exit(0)
 
     tests = os.fork()
@@ -401,8 +385,8 @@ def main() -> None:
         os.close(values[1])
         try:
             _isolate(settings)
-            result = verdict.judge(exchange.Connection(values[0], calls[1]), job)
-        except _NoWall as error:
+            result = execution.run_tests(exchange.Connection(values[0], calls[1]), job)
+        except _Unavailable as error:
             result = {"lacks": str(error)}
         os.write(result_descriptor, json.dumps(result).encode())
         os._exit(0 if result else 1)
