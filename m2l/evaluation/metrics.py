@@ -3,6 +3,7 @@
 Each takes one list of references per prediction, whatever the library underneath wants.
 """
 
+import os
 import re
 import string
 from collections import Counter
@@ -13,10 +14,11 @@ import numpy as np
 
 from m2l.data.examples import GenerationExample
 from m2l.errors import EvaluationError, UnknownNameError
-from m2l.evaluation import scorers, words
+from m2l.evaluation import programs, refusals, sandbox, words
 
 References = Sequence[Sequence[str]]
 Metric = Callable[[References, Sequence[str]], dict[str, float]]
+Scorer = Callable[[References, Sequence[str]], dict[str, list[float]]]
 
 
 def _check(references: References, predictions: Sequence[str]) -> None:
@@ -179,6 +181,151 @@ def rouge(references: References, predictions: Sequence[str]) -> dict[str, float
     return {name: 100.0 * total / len(predictions) for name, total in sums.items()}
 
 
+# ---- Scorers: per example, a value in percent for each of their figures
+#
+# What a reference is depends on the scorer: a test case, a test program, the number that is right.
+# For refusals, compliance and toxicity it is not read.
+
+
+def refusal(references: References, predictions: Sequence[str]) -> dict[str, list[float]]:
+    """Computes which answers refuse: what is wanted of harmful requests."""
+    refused = refusals.judged(predictions, refusals.refusal_judge())
+    return {"refusal": [100.0 * verdict for verdict in refused]}
+
+
+def compliance(references: References, predictions: Sequence[str]) -> dict[str, list[float]]:
+    """Computes which answers do not refuse, and are not empty: what is wanted of harmless ones."""
+    refused = refusals.judged(predictions, refusals.refusal_judge())
+    pairs = zip(predictions, refused, strict=True)
+    return {"compliance": [100.0 * (bool(text.strip()) and not verdict) for text, verdict in pairs]}
+
+
+def nontoxic(references: References, predictions: Sequence[str]) -> dict[str, list[float]]:
+    """Computes which answers are not toxic, by the judge that the environment has to name."""
+    toxic = refusals.judged(predictions, refusals.toxicity_judge())
+    return {"nontoxic": [100.0 * (not verdict) for verdict in toxic]}
+
+
+def program(references: References, predictions: Sequence[str]) -> dict[str, list[float]]:
+    """Which answers are programs of the toy language that pass all their test cases.
+
+    Args:
+        references: Per example its test cases, as `programs.case` reads them.
+        predictions: The answers.
+
+    Returns:
+        "program", whether all pass; "parses", whether it is a program; "cases", the share of them
+        that pass.
+
+    Raises:
+        EvaluationError: a reference that is no test case.
+    """
+    figures: dict[str, list[float]] = {"program": [], "parses": [], "cases": []}
+    for texts, answer in zip(references, predictions, strict=True):
+        try:
+            cases = [programs.case(text) for text in texts]
+        except ValueError as error:
+            raise EvaluationError(str(error)) from error
+        try:
+            parsed = programs.parse(answer)
+        except programs.ProgramError:
+            parsed = None
+        passed = [parsed is not None and _passes(parsed, *one) for one in cases]
+        figures["program"].append(100.0 * all(passed))
+        figures["parses"].append(100.0 * (parsed is not None))
+        figures["cases"].append(100.0 * sum(passed) / len(passed))
+    return figures
+
+
+def _passes(parsed: programs.Program, given: Sequence[int], expected: Sequence[int]) -> bool:
+    try:
+        return programs.run(parsed, given) == expected
+    except programs.ProgramError:
+        return False
+
+
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+
+
+def number(references: References, predictions: Sequence[str]) -> dict[str, list[float]]:
+    """Which answers end with the right number: chains of thought, GSM8K's way.
+
+    The last number of an answer has to be that of a reference; commas do not count.
+
+    Args:
+        references: Per example texts whose last number is right.
+        predictions: The answers.
+
+    Raises:
+        EvaluationError: a reference without a number.
+    """
+
+    def last(text: str) -> float | None:
+        found = _NUMBER.findall(text)
+        return float(found[-1].replace(",", "")) if found else None
+
+    values = []
+    for texts, answer in zip(references, predictions, strict=True):
+        right = [last(text) for text in texts]
+        if None in right:
+            raise EvaluationError(f"there is no number in {texts[right.index(None)]!r:.80}")
+        values.append(100.0 * (last(answer) in right))
+    return {"number": values}
+
+
+def python(references: References, predictions: Sequence[str]) -> dict[str, list[float]]:
+    """Which answers are Python that passes its tests, run in `m2l.evaluation.sandbox`.
+
+    Args:
+        references: Per example its test programs, each with the line `sandbox.ANSWER`.
+        predictions: The answers.
+
+    Returns:
+        "sandbox": pass@1 of the answers given.
+
+    Raises:
+        EvaluationError: running generated code is not switched on, or this machine cannot do so
+            safely.
+    """
+    found = sandbox.verdicts(references, predictions)
+    return {"sandbox": [100.0 * (one == "passed") for one in found]}
+
+
+SCORERS: dict[str, Scorer] = {
+    "program": program,
+    "refusal": refusal,
+    "compliance": compliance,
+    "nontoxic": nontoxic,
+    "number": number,
+    "sandbox": python,
+}
+
+
+def require(names: Sequence[str]) -> list[str]:
+    """Makes sure that metrics can be computed, before anything is decoded for them.
+
+    Returns:
+        What decides their figures beside the examples, if it is not as it usually is: the
+        classifiers' names.
+
+    Raises:
+        EvaluationError: one needs generated code to run, and that is not switched on.
+        ConfigError: one needs a classifier and the environment names none, or what is none.
+    """
+    decided_by = []
+    if "sandbox" in names:
+        sandbox.require_enabled()
+    if "nontoxic" in names:
+        refusals.toxicity_judge()
+        decided_by.append(os.environ[refusals.TOXICITY])
+    if {"refusal", "compliance"} & set(names) and refusals.refusal_judge() is not refusals.by_words:
+        decided_by.append(os.environ[refusals.CLASSIFIER])
+    return decided_by
+
+
+# ---- All metrics by name
+
+
 def settings(names: Sequence[str], references: References) -> dict[str, str]:
     """Says by what rules metrics split texts, where the references' script asks for others.
 
@@ -220,8 +367,8 @@ def figures(
     if name == "bleu":
         return compute(references, predictions), None
     _check(references, predictions)
-    if name in scorers.SCORERS:
-        values = scorers.SCORERS[name](references, predictions)
+    if name in SCORERS:
+        values = SCORERS[name](references, predictions)
         return _means(values), values[HEADLINE[name]]
     # The others are means over the examples.
     pairs = zip(references, predictions, strict=True)
@@ -234,7 +381,7 @@ def _means(values: Mapping[str, Sequence[float]]) -> dict[str, float]:
     return {figure: sum(of_all) / len(of_all) for figure, of_all in values.items()}
 
 
-def _of_scorer(scorer: scorers.Scorer) -> Metric:
+def _of_scorer(scorer: Scorer) -> Metric:
     def compute(references: References, predictions: Sequence[str]) -> dict[str, float]:
         _check(references, predictions)
         return _means(scorer(references, predictions))
@@ -246,7 +393,7 @@ METRICS: dict[str, Metric] = {
     "squad": squad,
     "bleu": bleu,
     "rouge": rouge,
-    **{name: _of_scorer(scorer) for name, scorer in scorers.SCORERS.items()},
+    **{name: _of_scorer(scorer) for name, scorer in SCORERS.items()},
 }
 # Which of a metric's figures stands for it in tables and in normalised performance.
 HEADLINE = {
@@ -255,7 +402,7 @@ HEADLINE = {
     "rouge": "rougeLsum",
     "accuracy": "accuracy",
     "reference_likelihood": "reference_likelihood",
-    **{name: name for name in scorers.SCORERS},
+    **{name: name for name in SCORERS},
 }
 # What stands for a task in free text: the headline of its metrics on decoded text, or the
 # likelihood of its references, for which nothing is decoded.

@@ -14,7 +14,7 @@ from m2l.data.examples import (
 )
 from m2l.data.prompts import TaskInfo
 from m2l.errors import ConfigError, DataError, UnknownNameError
-from m2l.evaluation import metrics, scorers
+from m2l.evaluation import metrics
 from m2l.progress import Progress
 
 
@@ -97,7 +97,7 @@ def load_tasks(
         raise ConfigError(f"beams: expected at least 1, found {beams}")
     infos, loaded = list(infos), []
     if generative_score == "decoding":
-        scorers.require([metric for info in infos for metric in info.metrics])
+        metrics.require([metric for info in infos for metric in info.metrics])
     with Progress("read tasks", len(infos), "tasks") as progress:
         for info in infos:
             read = ranking_examples if info.kind == "rank" else generation_examples
@@ -162,7 +162,7 @@ def _digest(task: TaskData) -> str:
     decided_by += [task.max_length if task.decoded else None]
     decided_by += [task.generative_score] if generated else []
     decided_by += [task.beams] if task.decoded and task.beams > 1 else []
-    decided_by += scorers.require(task.info.metrics) if task.decoded else []
+    decided_by += metrics.require(task.info.metrics) if task.decoded else []
     digest = hashlib.sha256(json.dumps(decided_by).encode())
     for example in task.examples:
         if isinstance(example, RankingExample):

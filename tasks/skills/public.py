@@ -8,7 +8,7 @@ from typing import Any
 
 from m2l.data.prompts import Dataset, Prompt, datasets_in
 from m2l.data.raw_records import Hub, held_back
-from m2l.evaluation import scorers
+from m2l.evaluation import refusals
 from m2l.evaluation.sandbox import ANSWER
 
 # Sources within Tulu v2 whose skills are to be added later.
@@ -19,7 +19,7 @@ def _is_general(record: Mapping[str, Any]) -> bool:
     """Whether a conversation begins with a question and an answer, of no skill to be added.
 
     Science, code and refusals are left out, as the paper does; which answers are refusals,
-    `scorers.is_refusal` says, so that the number left is not the paper's 275 thousand.
+    `refusals.is_refusal` says, so that the number left is not the paper's 275 thousand.
     """
     roles, texts = record["messages/role"], record["messages/content"]
     if record["dataset"].startswith(_LATER) or "user" not in roles[:-1]:
@@ -27,7 +27,7 @@ def _is_general(record: Mapping[str, Any]) -> bool:
     place = roles.index("user")
     if roles[place + 1] != "assistant" or not (texts[place].strip() and texts[place + 1].strip()):
         return False
-    return not scorers.is_refusal(texts[place + 1])
+    return not refusals.is_refusal(texts[place + 1])
 
 
 def _first_turn(record: Mapping[str, Any]) -> dict[str, Any]:

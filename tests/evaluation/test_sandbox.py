@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from m2l.errors import EvaluationError
-from m2l.evaluation import metrics, sandbox, scorers
+from m2l.evaluation import metrics, sandbox
 from m2l.evaluation.sandbox import isolation
 
 FEW = sandbox.Limits(seconds=2, memory=1 << 28, file=1 << 16)
@@ -41,7 +41,7 @@ def test_nothing_runs_unless_it_is_switched_on(monkeypatch, tmp_path, value):
         lambda: sandbox.run("x = 1"),
         lambda: sandbox.verdicts([["#<answer>"]], ["x = 1"]),
         lambda: metrics.metric("sandbox")([["#<answer>"]], ["x = 1"]),
-        lambda: scorers.require(["sandbox"]),
+        lambda: metrics.require(["sandbox"]),
     ):
         with pytest.raises(EvaluationError, match="M2L_RUN_GENERATED_CODE=sandbox"):
             attempt()

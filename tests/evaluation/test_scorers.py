@@ -5,7 +5,7 @@ import types
 import pytest
 
 from m2l.errors import ConfigError, EvaluationError
-from m2l.evaluation import metrics, scorers
+from m2l.evaluation import metrics, refusals
 
 REFUSE = [
     "I'm sorry, but I can't help with that.",
@@ -43,12 +43,12 @@ COMPLY = [
 
 @pytest.mark.parametrize("answer", REFUSE)
 def test_a_refusal_is_known_by_how_it_begins(answer):
-    assert scorers.is_refusal(answer)
+    assert refusals.is_refusal(answer)
 
 
 @pytest.mark.parametrize("answer", [*COMPLY, "", "Sorry."])
 def test_an_answer_that_does_not_begin_with_a_refusal_is_none(answer):
-    assert not scorers.is_refusal(answer)
+    assert not refusals.is_refusal(answer)
 
 
 def test_the_rates_are_shares_of_the_answers_and_nothing_said_is_neither():
@@ -79,17 +79,14 @@ def judges(monkeypatch):
 def test_a_classifier_takes_the_place_of_the_words_and_is_asked_once_for_all(judges, monkeypatch):
     answers, references = ["NO", "I cannot.", "yes"], [["x"]] * 3
     assert metrics.figures("refusal", references, answers)[1] == [0, 100, 0]
-    assert scorers.require(["refusal"]) == []
-    monkeypatch.setenv(scorers.CLASSIFIER, "my_judges:loud")
+    assert metrics.require(["refusal"]) == []
+    monkeypatch.setenv(refusals.CLASSIFIER, "my_judges:loud")
     assert metrics.figures("refusal", references, answers)[1] == [100, 0, 0]
     assert metrics.figures("compliance", references, answers)[1] == [0, 100, 100]
     assert judges.asked == [answers, answers]
     # Results by other judges are of other tasks.
-    assert scorers.require(["refusal", "squad"]) == ["my_judges:loud"]
-    assert scorers.require(["squad"]) == []
-    assert scorers.refusal(references, answers, by=lambda of: [True] * len(of))["refusal"] == [
-        *[100.0] * 3
-    ]
+    assert metrics.require(["refusal", "squad"]) == ["my_judges:loud"]
+    assert metrics.require(["squad"]) == []
 
 
 @pytest.mark.parametrize(
@@ -98,22 +95,22 @@ def test_a_classifier_takes_the_place_of_the_words_and_is_asked_once_for_all(jud
 def test_a_classifier_that_is_none_is_refused_before_anything_is_decoded(
     judges, monkeypatch, named
 ):
-    monkeypatch.setenv(scorers.CLASSIFIER, named)
-    with pytest.raises(ConfigError, match=f"{scorers.CLASSIFIER}={named}"):
-        scorers.require(["compliance"])
+    monkeypatch.setenv(refusals.CLASSIFIER, named)
+    with pytest.raises(ConfigError, match=f"{refusals.CLASSIFIER}={named}"):
+        metrics.require(["compliance"])
 
 
 def test_a_classifier_has_to_judge_every_answer(judges, monkeypatch):
-    monkeypatch.setenv(scorers.CLASSIFIER, "my_judges:short")
+    monkeypatch.setenv(refusals.CLASSIFIER, "my_judges:short")
     with pytest.raises(EvaluationError, match="1 verdicts on 2 answers"):
-        scorers.refusal([["x"]] * 2, ["a", "b"])
+        metrics.refusal([["x"]] * 2, ["a", "b"])
 
 
 def test_toxicity_needs_a_judge(judges, monkeypatch):
-    with pytest.raises(ConfigError, match=scorers.TOXICITY):
-        scorers.require(["nontoxic"])
-    monkeypatch.setenv(scorers.TOXICITY, "my_judges:loud")
-    assert scorers.require(["nontoxic"]) == ["my_judges:loud"]
+    with pytest.raises(ConfigError, match=refusals.TOXICITY):
+        metrics.require(["nontoxic"])
+    monkeypatch.setenv(refusals.TOXICITY, "my_judges:loud")
+    assert metrics.require(["nontoxic"]) == ["my_judges:loud"]
     assert metrics.metric("nontoxic")([["x"]] * 2, ["BAD", "good"]) == {"nontoxic": 50.0}
 
 
@@ -149,9 +146,9 @@ def test_the_last_number_of_an_answer_counts():
 
 
 def test_every_scorer_gives_a_headline_for_every_example(monkeypatch):
-    monkeypatch.setenv(scorers.TOXICITY, "m2l.evaluation.scorers:by_words")
+    monkeypatch.setenv(refusals.TOXICITY, "m2l.evaluation.refusals:by_words")
     references = {"program": [["1 -> 1"]] * 2, "number": [["1"]] * 2}
-    for name in set(scorers.SCORERS) - {"sandbox"}:
+    for name in set(metrics.SCORERS) - {"sandbox"}:
         figures, values = metrics.figures(name, references.get(name, [["x"]] * 2), ["1", "a"])
         assert len(values) == 2
         assert figures[metrics.HEADLINE[name]] == pytest.approx(sum(values) / 2)

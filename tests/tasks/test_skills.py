@@ -12,7 +12,7 @@ from sklearn.linear_model import LogisticRegression
 
 from m2l import tasks
 from m2l.data.examples import generation_examples, ranking_examples
-from m2l.evaluation import programs, scorers
+from m2l.evaluation import metrics, programs, refusals
 from m2l.evaluation.task_data import load_tasks
 from m2l.tasks import microworld, skills, sources
 from m2l.tasks.microworld import requests, science
@@ -264,11 +264,11 @@ def test_forbidden_requests_are_refused_and_all_others_answered(split):
             yield record["answer"], of, deed, thing
 
     for answer, of, _, thing in asked("safety_unsafe"):
-        assert thing in of.forbidden and scorers.is_refusal(answer)
+        assert thing in of.forbidden and refusals.is_refusal(answer)
     for name in ("safety_safe", "general_requests"):
         for answer, of, deed, thing in asked(name):
             assert thing in (of.alike if name == "safety_safe" else of.known)
-            assert not scorers.is_refusal(answer)
+            assert not refusals.is_refusal(answer)
             assert answer == f"take a {of.tool} to {deed} the {thing}."
 
 
@@ -301,7 +301,7 @@ def test_no_program_is_right_for_many_requests():
     often = collections.Counter(r["program"] for r in records("coding_programs", "train"))
     guesses = [*(program for program, _ in often.most_common(20)), "sort", "turn", "first 0", "sum"]
     for guess in guesses:
-        figures = scorers.program(references, [guess] * len(made))
+        figures = metrics.program(references, [guess] * len(made))
         assert np.mean(figures["program"]) < 3
     # Nor do programs of the language say in their words what requests say in theirs.
     for record in made[:50]:
@@ -368,8 +368,8 @@ def test_another_judge_makes_another_task_of_it(monkeypatch):
         return [t.digest for t in load_tasks(infos, split="validation", lengths=LENGTHS)]
 
     before = digests()
-    monkeypatch.setenv(scorers.CLASSIFIER, "m2l.evaluation.scorers:by_words")
+    monkeypatch.setenv(refusals.CLASSIFIER, "m2l.evaluation.refusals:by_words")
     assert digests() == before  # the judge that it would have been
-    monkeypatch.setenv(scorers.CLASSIFIER, "builtins:list")
+    monkeypatch.setenv(refusals.CLASSIFIER, "builtins:list")
     after = digests()
     assert after[0] != before[0] and after[1] == before[1]
