@@ -288,7 +288,7 @@ def _generated(
     """The same of a task in free text, with what was decoded, if anything was."""
     examples = task.examples
     figures = {
-        "reference_likelihood": metrics.reference_likelihood(task.info.name, examples, scores)
+        "reference_likelihood": ranking.reference_likelihood(task.info.name, examples, scores)
     }
     lines: list[dict[str, Any]] = []
     for example, of_one in zip(examples, scores, strict=True):

@@ -7,7 +7,7 @@ import pytest
 from m2l import models
 from m2l.data.examples import GenerationExample
 from m2l.errors import EvaluationError
-from m2l.evaluation import metrics, ranking
+from m2l.evaluation import ranking
 
 EOS = 1
 
@@ -43,7 +43,7 @@ def test_it_is_the_mean_log_softmax_of_a_targets_tokens_and_eos(tiny_config, tin
     for batch_size in (2, 32):
         scores = ranking.score_examples(tiny_config, tiny_params, examples, batch_size=batch_size)
         assert [(of_one.shape, of_one.dtype) for of_one in scores] == [((1,), np.float32)] * 5
-        figure = metrics.reference_likelihood("task", examples, scores)
+        figure = ranking.reference_likelihood("task", examples, scores)
         assert figure == pytest.approx(100 * np.exp(np.mean(means)), rel=1e-5)
 
 
@@ -52,14 +52,14 @@ def test_a_model_that_knows_nothing_gives_every_token_the_same_share(
 ):
     decoder = dict(tiny_params["decoder"], logits=0 * tiny_params["decoder"]["logits"])
     scores = ranking.score_examples(tiny_config, dict(tiny_params, decoder=decoder), examples)
-    figure = metrics.reference_likelihood("task", examples, scores)
+    figure = ranking.reference_likelihood("task", examples, scores)
     assert figure == pytest.approx(100 / tiny_config.vocab_size, rel=1e-5)
 
 
 def test_every_example_counts_the_same_whatever_its_length(examples):
     # Per token 1/2 for the target of two tokens and 1/8 for that of ten: the geometric mean is 1/4.
     scores = [np.array([2 * np.log(1 / 2)]), np.array([10 * np.log(1 / 8)])]
-    assert metrics.reference_likelihood("task", examples[:2], scores) == pytest.approx(25.0)
+    assert ranking.reference_likelihood("task", examples[:2], scores) == pytest.approx(25.0)
 
 
 def test_a_target_is_scored_alone_without_a_second_choice_of_padding(
@@ -83,15 +83,15 @@ def test_parameters_that_are_not_finite_are_refused_with_the_example(
     broken = jax.tree.map(lambda leaf: leaf * np.nan, tiny_params)
     scores = ranking.score_examples(tiny_config, broken, examples)
     with pytest.raises(EvaluationError, match="task, example 0: its reference scored"):
-        metrics.reference_likelihood("task", examples, scores)
+        ranking.reference_likelihood("task", examples, scores)
 
 
 @pytest.mark.parametrize("bad", [[np.nan], [-np.inf], [], [-1.0, -2.0]])
 def test_a_score_that_is_no_log_probability_is_refused(examples, bad):
     with pytest.raises(EvaluationError, match="task, example 1: its reference scored"):
-        metrics.reference_likelihood("task", examples[:2], [np.array([-1.0]), np.array(bad)])
+        ranking.reference_likelihood("task", examples[:2], [np.array([-1.0]), np.array(bad)])
 
 
 def test_no_examples_have_no_likelihood():
     with pytest.raises(EvaluationError, match="no examples"):
-        metrics.reference_likelihood("task", [], [])
+        ranking.reference_likelihood("task", [], [])
