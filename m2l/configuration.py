@@ -5,11 +5,12 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import inspect
 import io
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from m2l.merging import Recipe
 from m2l.models import Config, LlamaConfig, T5Config
 from m2l.studies.scaling import ScalingStudy
 from m2l.studies.skills import SkillsStudy
-from m2l.training.settings import TrainSettings
+from m2l.training.settings import TrainSettings, from_flat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,7 @@ class AnyStudy:
 CONFIGURABLES = {
     "T5": T5Config,
     "Llama": LlamaConfig,
-    "Train": TrainSettings,
+    "Train": from_flat,
     "Run": TrainingRun,
     "Merge": Recipe,
     "ScalingStudy": ScalingStudy,
@@ -64,7 +65,7 @@ CONFIGURABLES = {
 }
 
 
-def _register(name: str, of: type) -> None:
+def _register(name: str, of: Callable[..., Any]) -> None:
     @functools.wraps(of, updated=())
     def build(*args: Any, **kwargs: Any) -> Any:
         for parameter, value in kwargs.items():
@@ -85,7 +86,7 @@ def directory() -> Path:
 
 
 def _fields(name: str) -> list[str]:
-    return [field.name for field in dataclasses.fields(CONFIGURABLES[name])]
+    return list(inspect.signature(CONFIGURABLES[name]).parameters)
 
 
 def quoted(binding: str) -> str:

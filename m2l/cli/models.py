@@ -86,7 +86,7 @@ def train(
 
     from m2l.data import vocabularies
     from m2l.training import loop, processes
-    from m2l.training.metrics import read_figures, wandb_log
+    from m2l.training.monitoring import read_figures, wandb_log
 
     first = processes.is_first()
     data = register(vocabulary_name, run.source, files)

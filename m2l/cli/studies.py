@@ -139,11 +139,11 @@ def _slurm_settings(given: Sequence[str]) -> dict[str, Any]:
 
 def _print_plan(plan: Any, out: Path, peak: float | None) -> None:
     from m2l.studies import costs, execute
-    from m2l.training import flops
+    from m2l.training import resources
 
     states = {stage.name: execute.state(plan, out, stage.name) for stage in plan}
     found = costs.of_plan(plan)
-    peak = peak or flops.peak("float32") or 0.0
+    peak = peak or resources.peak_flops("float32") or 0.0
     if not peak:
         raise ConfigError("the devices of this machine are not known: say their --peak")
     rows = [

@@ -19,8 +19,9 @@ import numpy as np
 from flax.linen import initializers
 from jax.typing import DTypeLike
 
-from m2l.errors import DataError, UnknownNameError
+from m2l.errors import ConfigError, DataError, UnknownNameError
 from m2l.models.attention import IMPLEMENTATIONS, attend
+from m2l.models.fields import check_types
 from m2l.partitioning import constrain
 
 Array = jax.Array
@@ -88,7 +89,8 @@ class Execution:
         scan_layers: Whether layers are scanned over (compiled once), stacked within the step alone.
 
     Raises:
-        UnknownNameError: there is no such attention or remat.
+        UnknownNameError: there is no such dtype, attention or remat.
+        ConfigError: a setting of the wrong type, or a dropout rate out of range.
     """
 
     dtype: DTypeLike = jnp.float32
@@ -98,9 +100,18 @@ class Execution:
     scan_layers: bool = False
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name, known in (("attention", IMPLEMENTATIONS), ("remat", REMAT)):
             if getattr(self, name) not in known:
                 raise UnknownNameError(name, getattr(self, name), known)
+        if not 0 <= self.dropout_rate < 1:
+            raise ConfigError(f"Execution.dropout_rate: {self.dropout_rate} is not in [0, 1)")
+        try:
+            object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
+        except TypeError:
+            raise UnknownNameError(
+                "dtype", str(self.dtype), ("float32", "bfloat16", "float16")
+            ) from None
 
     def dropout(self, *broadcast_dims: int) -> nn.Dropout:
         """A module that drops; with `broadcast_dims`, the same at all places of these axes."""

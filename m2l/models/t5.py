@@ -17,6 +17,7 @@ from flax.linen import initializers
 
 from m2l.errors import ConfigError, DataError
 from m2l.models.attention import hide, same_segment
+from m2l.models.fields import LAYERS, WIDTH, WORDS, check_choice, check_fields
 from m2l.models.layers import (
     Array,
     Attention,
@@ -32,7 +33,6 @@ from m2l.models.layers import (
     rms_norm,
     through,
 )
-from m2l.models.settings import LAYERS, WIDTH, WORDS, check_choice, check_fields
 from m2l.partitioning import constrain
 
 Cache = dict[str, Any]

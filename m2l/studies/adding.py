@@ -27,7 +27,7 @@ from m2l.studies import skills
 from m2l.studies.adding_choice import Choice, Point, Tolerance, choose
 from m2l.studies.adding_models import Model, Pool, opened
 from m2l.studies.adding_scores import Scores, read_scores
-from m2l.training import flops
+from m2l.training import resources
 from m2l.training.loop import train
 from m2l.training.settings import TrainSettings
 
@@ -262,6 +262,7 @@ def _content(adding: Adding, found: Mapping[str, Model]) -> dict[str, Any]:
     fields = dataclasses.asdict(adding)
     for name in ("general", "base", "trained"):
         fields[name] = None
+    fields["training"] = None if adding.training is None else adding.training.flat()
     fields |= {name: model.manifest.digest for name, model in found.items()}
     return json.loads(json.dumps(fields))
 
@@ -357,7 +358,7 @@ def _costs(
             "examples": training_examples(adding.learn),
             "steps": alone.step,
             "positions": alone.step * how.batch_size * (how.input_length + how.target_length),
-            "flops": flops.of_step(config, *rows) * alone.step,
+            "flops": resources.step_flops(config, *rows) * alone.step,
             "seconds": seconds["training"],
         }
     files.write_record(file, costs)

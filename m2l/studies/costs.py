@@ -8,7 +8,7 @@ from typing import Any
 from m2l import checkpoints, models, tasks
 from m2l.studies.plan import Plan, Stage
 from m2l.studies.stages import prompts
-from m2l.training import flops
+from m2l.training import resources
 
 # Of the peak, what training and evaluation reach as a whole: what the trainer's MFU and the
 # evaluator's bench come to for models that fill a device. Small models reach less.
@@ -50,10 +50,10 @@ def of_stage(stage: Stage, plan: Plan) -> Cost:
         rows = how["batch_size"], how["input_length"], how["target_length"]
         # The optimizer's state is factored, a few per cent of this.
         disk = 4.0 * models.parameters(config) * how["keep"]
-        return Cost(flops.of_step(config, *rows) * how["steps"], disk)
+        return Cost(resources.step_flops(config, *rows) * how["steps"], disk)
     config = _config(stage, plan)
     lengths = settings["lengths"]["inputs"], settings["lengths"]["targets"]
-    per_example = flops.of_evaluation(config, 1, *lengths, choices=_CHOICES)
+    per_example = resources.evaluation_flops(config, 1, *lengths, choices=_CHOICES)
     if stage.kind == "choose":
         count, examples = settings["choosing"]
         candidates = sum(map(len, settings["candidates"].values()))

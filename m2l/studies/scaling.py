@@ -15,12 +15,15 @@ from m2l import checkpoints, models, tasks
 from m2l.errors import ConfigError, MergeError, UnknownNameError
 from m2l.evaluation.metrics import GENERATIVE_SCORES
 from m2l.merging import METHODS, Recipe, grid
+from m2l.models.fields import check_types
 from m2l.studies.plan import Plan, Stage
-from m2l.training.settings import TrainSettings, check_types
+from m2l.training.settings import TrainSettings, from_flat
 
 BASES = ("pretrained", "instruct")
 
 Swept = Mapping[str, Mapping[str, tuple[float, ...]]]
+
+_RUNS = ("pretrain", "instruct", "expert", "multitask")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +102,7 @@ class ScalingStudy:
                 raise ConfigError(f"ScalingStudy.{name}: {value!r} are not all {kind.__name__}")
             object.__setattr__(self, name, tuple(value))
         check_types(self)
-        for name in ("pretrain", "instruct", "expert", "multitask"):
+        for name in _RUNS:
             if not isinstance(getattr(self, name), TrainSettings):
                 raise ConfigError(f"ScalingStudy.{name}: expected @Train(), found a plain value")
         methods = tuple(recipe.method for recipe in self.recipes)
@@ -258,7 +261,7 @@ def _trained(study: ScalingStudy) -> Iterator[Stage]:
             decided_by = {
                 **_data(study),
                 "model": models.to_dict(config),  # noqa: B023
-                "settings": dataclasses.asdict(settings),
+                "settings": settings.flat(),
             }
             return Stage(name, "train", decided_by, {"init": init} if init else {})
 
@@ -371,18 +374,18 @@ def to_dict(study: ScalingStudy) -> dict[str, Any]:
     """The settings as plain JSON values."""
     fields = dataclasses.asdict(study)
     fields["models"] = {size: models.to_dict(config) for size, config in study.models.items()}
+    fields |= {run: getattr(study, run).flat() for run in _RUNS}
     fields["recipes"] = [recipe.to_dict() for recipe in study.recipes]
     return fields
 
 
 def from_dict(fields: Mapping[str, Any]) -> ScalingStudy:
     """The settings that `to_dict` wrote."""
-    runs = ("pretrain", "instruct", "expert", "multitask")
     return ScalingStudy(
         **{
             **fields,
             "models": {size: models.from_dict(of) for size, of in fields["models"].items()},
             "recipes": [Recipe.from_dict(recipe) for recipe in fields["recipes"]],
-            **{run: TrainSettings(**fields[run]) for run in runs},
+            **{run: from_flat(**fields[run]) for run in _RUNS},
         }
     )

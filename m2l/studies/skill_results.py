@@ -16,7 +16,7 @@ from m2l.evaluation.results import Result, dataset_scores
 from m2l.studies import skills
 from m2l.studies.records import Records
 from m2l.studies.skills import GENERAL, SkillsStudy
-from m2l.training import flops
+from m2l.training import resources
 from m2l.training.settings import TrainSettings
 
 BASE = "pretrained"
@@ -84,7 +84,7 @@ def _cost(records: Records, settings: TrainSettings, steps: int, stage: str) -> 
     return Cost(
         steps=steps,
         positions=steps * rows[0] * (rows[1] + rows[2]),
-        flops=steps * flops.of_step(records.study.model, *rows),
+        flops=steps * resources.step_flops(records.study.model, *rows),
         seconds=records.seconds[stage],
     )
 

@@ -14,8 +14,9 @@ from m2l import models, tasks
 from m2l.errors import ConfigError, UnknownNameError
 from m2l.evaluation.metrics import GENERATIVE_SCORES
 from m2l.merging import Recipe
+from m2l.models.fields import check_types
 from m2l.studies.plan import Plan, Stage
-from m2l.training.settings import TrainSettings, check_types
+from m2l.training.settings import TrainSettings, from_flat
 
 GENERAL = "general"
 ALL = "all"
@@ -302,7 +303,7 @@ def plan(study: SkillsStudy) -> Plan:
         "all_categories": list(study.evaluations.values()),
         "categories": list(study.evaluations.values()),
     }
-    pretrain = {**described, "settings": dataclasses.asdict(study.pretrain)}
+    pretrain = {**described, "settings": study.pretrain.flat()}
     stages = [Stage("models/pretrained", "train", pretrain)]
     for model in trained(study):
         settings = dataclasses.replace(
@@ -310,7 +311,7 @@ def plan(study: SkillsStudy) -> Plan:
             mixture="+".join(mixture for mixture, _ in model.data),
             steps=steps(study, model.examples),
         )
-        decided_by = {**described, "settings": dataclasses.asdict(settings)}
+        decided_by = {**described, "settings": settings.flat()}
         init = {"init": f"models/{model.init}"}
         stages.append(Stage(f"models/{model.name}", "train", decided_by, init))
     for stage in list(stages):
@@ -350,10 +351,11 @@ def check_mixtures(study: SkillsStudy) -> None:
 
 def to_dict(study: SkillsStudy) -> dict[str, Any]:
     """The settings as plain JSON values."""
-    return dataclasses.asdict(study) | {"model": models.to_dict(study.model)}
+    fields = dataclasses.asdict(study) | {"model": models.to_dict(study.model)}
+    return fields | {run: getattr(study, run).flat() for run in ("pretrain", "finetune")}
 
 
 def from_dict(fields: Mapping[str, Any]) -> SkillsStudy:
     """The settings that `to_dict` wrote."""
-    runs = {run: TrainSettings(**fields[run]) for run in ("pretrain", "finetune")}
+    runs = {run: from_flat(**fields[run]) for run in ("pretrain", "finetune")}
     return SkillsStudy(**{**fields, "model": models.from_dict(fields["model"]), **runs})

@@ -20,7 +20,7 @@ from m2l.merging import Recipe
 from m2l.studies.execute import Run
 from m2l.studies.plan import Stage
 from m2l.training.loop import train
-from m2l.training.settings import TrainSettings
+from m2l.training.settings import from_flat
 
 RECIPES = "recipes.json"
 
@@ -34,7 +34,7 @@ def run_train(stage: Stage, out: Path, inputs: Mapping[str, Path]) -> None:
         out,
         config=models.from_dict(stage.settings["model"]),
         vocabulary=vocabularies.describe(vocabulary, vocabulary_name),
-        settings=TrainSettings(**stage.settings["settings"]),
+        settings=from_flat(**stage.settings["settings"]),
         init=inputs.get("init"),
         data={"source": source, "stage": stage.name},
     )

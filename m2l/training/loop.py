@@ -6,50 +6,37 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from m2l import checkpoints, files, models, partitioning, storage
-from m2l.errors import ConfigError, DataError, M2LError, Stopped
+from m2l.checkpoints.model_fields import differing, normalized
+from m2l.errors import CheckpointError, ConfigError, DataError, M2LError, Stopped
 from m2l.locks import Lock
 from m2l.progress import Progress
 from m2l.storage import AnyPath
-from m2l.training import (
-    failures,
-    flops,
-    memory,
-    optimizers,
-    plot,
-    processes,
-    record,
-    starting,
-    state,
-)
-from m2l.training.feed import Positions
-from m2l.training.meter import Meter
-from m2l.training.metrics import Log, MetricsWriter
-from m2l.training.saves import Saves
+from m2l.training import feed, optimizers, processes, resources, run_directory, state
+from m2l.training.monitoring import Log, MetricsWriter, ThroughputMeter, draw_curve
 from m2l.training.settings import TrainSettings
-from m2l.training.stopping import Stopping
-from m2l.training.validation import Validation, place
+from m2l.training.validation import EarlyStopping, Validation
 
 
 def train(
-    out: Path,
+    out: AnyPath,
     *,
-    config: Any,
-    vocabulary: Mapping[str, Any],
+    config: models.Config,
+    vocabulary: Mapping[str, str],
     settings: TrainSettings,
-    data: Mapping[str, Any],
-    init: Path | None = None,
+    data: Mapping[str, object],
+    init: AnyPath | None = None,
     resolved_config: str | None = None,
     synthetic: bool = False,
     profile: bool = False,
     log: Log | None = None,
-) -> Path:
+) -> AnyPath:
     """Trains a model, or goes on where a stopped run of the same settings left off.
 
     Every process of a run calls it with the same arguments.
@@ -58,38 +45,39 @@ def train(
         out: The run's directory: checkpoints/, metrics.jsonl, tensorboard/, loss.svg and run.json.
         config: The model's configuration.
         vocabulary: The vocabulary's description, as `vocabularies.describe` gives it.
-        settings: What to do.
+        settings: The run's settings.
         data: Where the records come from, as plain JSON values: {"source": "microworld"}. Part of
             what the run is, and of the checkpoint's manifest.
         init: The checkpoint to start from; None starts from a random model.
-        resolved_config: The gin text of the run, kept beside it as config.gin.
+        resolved_config: The gin text of the run, written to config.gin.
         synthetic: Whether one batch of random tokens is fed instead of the mixture.
         profile: Whether steps 5 to 10 are traced, to out/profile.
-        log: Is given every figure as well; see `metrics.wandb_log`.
+        log: Is called with every figure as well; see `monitoring.wandb_log`.
 
     Returns:
         The directory of the last checkpoint; with keep_best, of the best.
 
     Raises:
-        ConfigError: `out` holds another run, or another trainer is at it; the mesh cannot hold it.
+        ConfigError: `out` holds another run, or is locked by another trainer; the mesh cannot hold
+            it.
         CheckpointError: `init` is unusable, or of another model or vocabulary; or a save failed.
         M2LError: The loss is not finite.
         Stopped: After SIGINT or SIGTERM, when the state was saved.
     """
     out = storage.path(out).absolute()
 
-    # --- what it is ---
+    # --- the run's identity ---
     parents = []
     if init is not None:
         init = checkpoints.resolve(init)
         manifest = checkpoints.read_manifest(init)
-        starting.check_same_model(init, manifest, config, vocabulary)
+        _check_same_model(init, manifest, config, vocabulary)
         parents = [{"role": "init", "path": str(init), "digest": manifest.digest}]
     checkpoints.check_vocabulary(vocabulary, config.vocab_size, init)
     data = dict(data) | ({"synthetic": True} if synthetic else {})
-    made_by = {"kind": "train", "settings": dataclasses.asdict(settings), "data": data}
+    made_by = {"kind": "train", "settings": settings.flat(), "data": data}
     run = {
-        **dataclasses.asdict(settings),
+        **settings.flat(),
         "model": models.to_dict(config),
         "vocabulary": vocabulary["fingerprint"] + _text_settings(vocabulary["name"]),
         "chat": vocabulary["name"].startswith("chat:"),
@@ -100,11 +88,12 @@ def train(
 
     # --- mesh, model, optimizer ---
     mesh = partitioning.make_mesh(fsdp=settings.fsdp, model=settings.model)
-    starting.check_rows(settings, mesh)
-    needed = memory.check(config, settings, mesh)
-    optimizer, execution = settings.optimization(), settings.execution()
-    placed = state.shardings(config, optimizer, mesh)
-    step_fn = state.train_step(config, optimizer, execution, mesh, settings.objective())
+    _check_rows(settings, mesh)
+    need = resources.check_memory(config, settings, mesh)
+    shardings = state.shardings(config, settings.optimizer, mesh)
+    step_fn = state.train_step(
+        config, settings.optimizer, settings.execution, mesh, settings.objective
+    )
     learning_rate = optimizers.schedule(
         settings.schedule,
         peak=settings.learning_rate,
@@ -114,23 +103,23 @@ def train(
     dropout_key = jax.random.key(settings.seed)
 
     with contextlib.ExitStack() as exits:
-        # --- one trainer a folder, and what it has already ---
+        # --- one trainer a directory, and a run that is finished already ---
         lock = exits.enter_context(Lock(out / ".run.json.lock"))
         with processes.failing_together():
             if processes.is_first():
                 _acquire(lock)
-        saves = exits.enter_context(Saves(out, settings.keep))
+        saves = exits.enter_context(run_directory.Saves(out, settings.keep))
         if (finished := saves.finished()) is not None:
             saves.prune(finished if settings.keep_best else None)
             _export(finished, out, settings)
             return finished
 
         # --- data ---
-        share = processes.share(mesh, settings.batch_size)
-        read_from = starting.reader(config, settings, share, synthetic)
+        share = processes.batch_share(mesh, settings.batch_size)
+        open_feed = feed.opener(config, settings, share, synthetic)
 
         # --- restore: the newest whole checkpoint, else init, else a random model ---
-        resumed = starting.resumed(saves, config, settings, placed, read_from)
+        resumed = run_directory.resume(saves, config, settings, shardings, open_feed)
         if resumed is not None:
             newest, current, batches, stopping = resumed
             over = stopping.is_over(settings.patience)
@@ -138,18 +127,22 @@ def train(
                 cut = processes.sum_over_shares(batches.cut, share)
                 return _finish(saves, newest, settings, stopping, out, cut)
         else:
-            newest, batches, stopping = None, read_from(None), Stopping()
-            current = starting.first_state(config, settings, init, mesh)
+            newest, batches, stopping = None, open_feed(None), EarlyStopping()
+            current = _first_state(config, settings, init, mesh)
         first = int(current.step)
         validation = None
         if settings.validation:
-            held_out = starting.reader(config, settings, share, synthetic, settings.validation)
+            open_held_out = feed.opener(config, settings, share, synthetic, settings.validation)
             validation = Validation(
-                *(config, execution, mesh, held_out(None)),
-                *(settings.validation_batches, settings.loss_chunk),
+                config,
+                settings.execution,
+                mesh,
+                batches=open_held_out(None),
+                count=settings.validation_batches,
+                loss_chunk=settings.objective.loss_chunk,
             )
 
-        # --- nothing is left to refuse: the folder is this run's from here on ---
+        # --- nothing is left to refuse: the directory is this run's from here on ---
         with processes.failing_together():
             if processes.is_first():
                 out.mkdir(parents=True, exist_ok=True)
@@ -157,10 +150,10 @@ def train(
                 files.claim(out, "run.json", run)
                 if resolved_config is not None:
                     storage.write_atomic(out / "config.gin", resolved_config)
-                record.write(out, config, mesh, needed)
+                run_directory.write_tables(out, config, mesh, need)
                 saves.directory.mkdir(exist_ok=True)
 
-        def save(step: int) -> Path:
+        def save(step: int) -> AnyPath:
             so_far = made_by | {"validation": dataclasses.asdict(stopping)}
             with processes.failing_together():
                 saves.check_space(step, current.params, current.opt_state)
@@ -179,22 +172,30 @@ def train(
         def read(step: int, metrics: state.Metrics) -> dict[str, float]:
             figures = {name: float(value) for name, value in jax.device_get(metrics).items()}
             if not (math.isfinite(figures["loss"]) and math.isfinite(figures["gradient_norm"])):
-                kept = "" if synthetic else _kept_batch(out, step, settings, read_from, anchor)
+                batch_files = "" if synthetic else write_failed_batch(step)
                 raise M2LError(
                     f"step {step}: the loss is {figures['loss']} and the gradient's norm "
                     f"{figures['gradient_norm']}; lower the learning rate, or look at the batch"
-                    f"{kept}"
+                    f"{batch_files}"
                 )
             progress.update(step, loss=f"{figures['loss']:.3f}")
             return figures
 
+        def write_failed_batch(step: int) -> str:
+            try:
+                return "; " + run_directory.write_failed_batch(
+                    out, step, settings.mixture, open_feed, anchor
+                )
+            except (DataError, OSError) as error:
+                return f" (it could not be written: {error})"
+
         # --- loop: the metrics of a step are read when the next one is already on its way ---
-        meter = Meter(
-            flops.of_step(
-                *(config, settings.batch_size, settings.input_length, settings.target_length)
+        meter = ThroughputMeter(
+            resources.step_flops(
+                config, settings.batch_size, settings.input_length, settings.target_length
             ),
-            flops.peak(settings.dtype),
-            share[1],
+            resources.peak_flops(str(settings.execution.dtype)),
+            shares=share[1],
         )
         exits.enter_context(jax.set_mesh(mesh))
         writer = exits.enter_context(_writer(out, first, log))
@@ -208,11 +209,13 @@ def train(
                 tracing.enter_context(_trace(out / "profile"))
             if profile and step == first + 10:
                 tracing.close()
-            asked = time.perf_counter()
+            start = time.perf_counter()
             batch = next(batches)
-            meter.fed(batch, time.perf_counter() - asked)
+            meter.count(batch, time.perf_counter() - start)
             rate = learning_rate(step)
-            current, metrics = step_fn(current, place(batch, mesh), np.float32(rate), dropout_key)
+            current, metrics = step_fn(
+                current, feed.place(batch, mesh), np.float32(rate), dropout_key
+            )
             if step == first:  # Before it nothing was to be saved, and compiling takes long.
                 stop_requested = exits.enter_context(processes.stop_requests())
             done = step + 1
@@ -242,14 +245,14 @@ def train(
             improved = False
             if validation is not None and (done % settings.evaluate_every == 0 or is_last):
                 meter.pause()
-                found = validation.run(done, current.params)
-                stopping = stopping.after(done, found["loss"], settings.minimum_improvement)
+                scores = validation.run(done, current.params)
+                stopping = stopping.after(done, scores["loss"], settings.minimum_improvement)
                 improved = settings.keep_best and stopping.best_step == done
                 over = stopping.is_over(settings.patience)
                 with processes.failing_together():
                     if processes.is_first():
-                        writer.write(done, found, part="validation")
-                progress.update(validation=f"{found['loss']:.3f}")
+                        writer.write(done, scores, part="validation")
+                progress.update(validation=f"{scores['loss']:.3f}")
                 meter.run()
             ending = is_last or stopped or over
             if done % settings.save_every == 0 or improved or ending:
@@ -270,7 +273,7 @@ def train(
         with processes.failing_together():
             saves.wait()
             if processes.is_first():
-                plot.draw(out, f"{settings.mixture}: loss per target token")
+                draw_curve(out, f"{settings.mixture}: loss per target token")
         if stopped and not (is_last or over):
             raise Stopped(
                 f"stopped at step {done} of {settings.steps}; saved in {last_saved}; the same "
@@ -278,10 +281,10 @@ def train(
             )
         progress.update(done)
         cut = processes.sum_over_shares(batches.cut, share)
-        left = _finish(saves, last_saved, settings, stopping, out, cut)
+        result = _finish(saves, last_saved, settings, stopping, out, cut)
     if stopped:
-        raise Stopped(f"stopped; this run is finished: {left}")
-    return left
+        raise Stopped(f"stopped; this run is finished: {result}")
+    return result
 
 
 @jax.jit
@@ -290,55 +293,88 @@ def _all_finite(params: state.Params) -> jax.Array:
 
 
 def _check_parameters(step: int, params: state.Params) -> None:
-    """The loss is of the parameters before the update: what is saved is looked at itself."""
+    # The loss is of the parameters before the update: those that are saved are checked themselves.
     if not _all_finite(params):
         raise M2LError(f"step {step}: a parameter is not a finite number; lower the learning rate")
 
 
 def _text_settings(vocabulary: str) -> str:
-    """What a vocabulary's name says of how texts are put to it, beside "chat:"."""
+    """The prefixes of a vocabulary's name, which set how texts are encoded, but for "chat:"."""
     prefixes, _ = files.split_name(vocabulary)
     return "" if prefixes in ("", files.CHAT) else f" {prefixes}"
 
 
-def _best(settings: TrainSettings, stopping: Stopping) -> int | None:
+def _check_rows(settings: TrainSettings, mesh: Mesh) -> None:
+    """Raises ConfigError where a batch does not split evenly over the mesh, and into its parts."""
+    ways, accumulate = mesh.shape["data"] * mesh.shape["fsdp"], settings.objective.accumulate
+    parts = f" in {accumulate} parts" if accumulate > 1 else ""
+    if settings.batch_size % (ways * accumulate):
+        raise ConfigError(
+            f"batch_size {settings.batch_size} cannot be split evenly over {ways} devices{parts}"
+        )
+
+
+def _check_same_model(
+    init: AnyPath,
+    manifest: checkpoints.Manifest,
+    config: models.Config,
+    vocabulary: Mapping[str, str],
+) -> None:
+    """Raises CheckpointError where `init` is of another model or vocabulary than the run."""
+    # A manifest of an older m2l lacks the settings that came later, which were the defaults.
+    descriptions = models.to_dict(models.from_dict(manifest.model)), models.to_dict(config)
+    for name, stored, configured in differing(*map(normalized, descriptions)):
+        raise CheckpointError(
+            f"{init}: its model's {name} is {stored!r}, the configured model's is {configured!r}; "
+            "leave the model out to take the checkpoint's own"
+        )
+    own, used = manifest.vocabulary, vocabulary
+    if own["fingerprint"] != used["fingerprint"]:
+        raise CheckpointError(
+            f"{init}: it was made with vocabulary {own['name']!r} ({own['fingerprint'][:8]}), this "
+            f"run uses {used['name']!r} ({used['fingerprint'][:8]}); a model reads its own alone"
+        )
+
+
+def _first_state(
+    config: models.Config, settings: TrainSettings, init: AnyPath | None, mesh: Mesh
+) -> state.TrainState:
+    """The state at step 0, initialised or read straight onto its shards."""
+    make, around = state.makers(config, settings.optimizer, mesh)
+    if init is None:
+        return make(jax.random.key(settings.seed))
+    shardings = state.shardings(config, settings.optimizer, mesh)
+    return around(checkpoints.restore(init, shardings=shardings.params))
+
+
+def _best(settings: TrainSettings, stopping: EarlyStopping) -> int | None:
     return stopping.best_step if settings.keep_best and stopping.best is not None else None
 
 
 def _finish(
-    saves: Saves,
-    last: Path,
+    saves: run_directory.Saves,
+    last: AnyPath,
     settings: TrainSettings,
-    stopping: Stopping,
-    out: Path,
+    stopping: EarlyStopping,
+    out: AnyPath,
     cut: Mapping[str, int],
-) -> Path:
+) -> AnyPath:
     why = "early stopping" if stopping.is_over(settings.patience) else "steps"
     with processes.failing_together():
-        left = saves.finish(last, _best(settings, stopping), why, cut)
-        _export(left, out, settings)
-    return left
+        result = saves.finish(last, _best(settings, stopping), why, cut)
+        _export(result, out, settings)
+    return result
 
 
-def _export(left: Path, out: Path, settings: TrainSettings) -> None:
-    if processes.is_first() and settings.export_dtype and not (out / "exported").exists():
-        record.export(left, out / "exported", settings.export_dtype)
+def _export(checkpoint: AnyPath, out: AnyPath, settings: TrainSettings) -> None:
+    exported = out / "exported"
+    if processes.is_first() and settings.export_dtype and not exported.exists():
+        run_directory.export(checkpoint, exported, settings.export_dtype)
 
 
-def _kept_batch(
-    out: Path,
-    step: int,
-    settings: TrainSettings,
-    read_from: starting.Reader,
-    anchor: tuple[int, Positions],
-) -> str:
-    try:
-        return "; " + failures.keep_batch(out, step, settings.mixture, read_from, anchor)
-    except (DataError, OSError) as error:
-        return f" (it could not be kept: {error})"
-
-
-def _writer(out: Path, after: int, log: Log | None) -> contextlib.AbstractContextManager:
+def _writer(
+    out: AnyPath, after: int, log: Log | None
+) -> contextlib.AbstractContextManager[MetricsWriter | None]:
     first = processes.is_first()
     return MetricsWriter(out, after=after, also=log) if first else contextlib.nullcontext()
 
@@ -378,6 +414,6 @@ def _acquire(lock: Lock) -> None:
         return
     if not lock.acquire(wait=True):
         raise ConfigError(
-            f"{lock.file.parent}: another trainer ({lock.owner() or 'of unknown number'}) is at "
-            "this run; wait for it, or choose another --out"
+            f"{lock.file.parent}: the run directory is locked by another trainer "
+            f"({lock.owner() or 'of unknown number'}); wait for it, or choose another --out"
         )

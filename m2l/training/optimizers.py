@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from m2l.errors import ConfigError, UnknownNameError
+from m2l.models.fields import check_types
 
 Schedule = Callable[[int], float]
 
@@ -48,6 +49,14 @@ class Optimizer:
     freeze: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        check_types(self)
+        if not isinstance(self.freeze, list | tuple) or not all(
+            isinstance(pattern, str) for pattern in self.freeze
+        ):
+            raise ConfigError(
+                f"Optimizer.freeze: expected a list of patterns, found {self.freeze!r}"
+            )
+        object.__setattr__(self, "freeze", tuple(self.freeze))
         if self.name not in OPTIMIZERS:
             raise UnknownNameError("optimizer", self.name, OPTIMIZERS)
         for name in ("weight_decay", "clip"):

@@ -1,38 +1,28 @@
-"""What a training run is asked to do: a validated value, the same whoever asks for it."""
+"""The settings of a training run: validated, and the same whoever sets them."""
 
 import dataclasses
+import inspect
+from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 import jax.numpy as jnp
 
 from m2l.errors import ConfigError, UnknownNameError
 from m2l.models import Execution
-from m2l.training import optimizers
+from m2l.models.fields import check_types
+from m2l.training.optimizers import Optimizer, schedule
 from m2l.training.state import Objective
 
-
-def check_types(settings: Any) -> None:
-    """Refuses a dataclass whose fields are not of their declared plain types.
-
-    An int stands for a float; nothing else is converted.
-
-    Raises:
-        ConfigError: naming the setting, what it should be and what it is.
-    """
-    for field in dataclasses.fields(settings):
-        value, wanted = getattr(settings, field.name), field.type
-        if wanted is float and type(value) is int:
-            object.__setattr__(settings, field.name, float(value))
-        elif wanted in (bool, int, float, str) and type(value) is not wanted:
-            raise ConfigError(
-                f"{type(settings).__name__}.{field.name}: expected {wanted.__name__}, "
-                f"found {value!r}; correct it in the gin file or flag"
-            )
+_DTYPES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainSettings:
-    """One training run, apart from its model and where it starts.
+    """One training run, apart from its model and the checkpoint it starts from.
+
+    In gin files, in run.json and in manifests the settings are flat: those of `optimizer`,
+    `objective` and `execution` stand under their own names (see `flat` and `from_flat`).
 
     Attributes:
         mixture: The seqio task or mixture to train on.
@@ -43,22 +33,9 @@ class TrainSettings:
         learning_rate: The peak learning rate.
         schedule: "constant", "cosine", "linear" or "rsqrt", after `warmup_steps` of linear rise.
         warmup_steps: Steps of that rise.
-        optimizer: "adafactor", "adamw" or "sgd"; see `optimizers.Optimizer` for the next six.
-        weight_decay: AdamW's.
-        beta1: AdamW's.
-        beta2: AdamW's.
-        momentum: SGD's.
-        clip: The largest norm of the gradient; 0: any.
-        freeze: Regular expressions of names of parameters that keep their values.
-        z_loss: z of z log(Z)^2, added to the loss of each target; T5's pretraining had 1e-4.
-        label_smoothing: What of each target is spread over the vocabulary.
-        accumulate: In how many parts, one after the other, a batch is taken.
-        dropout_rate: The dropout rate in training, in place of the model's own.
-        dtype: The dtype to compute in; parameters are float32.
-        attention: "auto", or one of `models.attention.IMPLEMENTATIONS`.
-        remat: "none", "full" or "dots": what of a layer is computed again for its gradient.
-        scan_layers: Whether layers are compiled once and scanned over.
-        loss_chunk: Positions of a row whose logits are held at a time; 0: all.
+        optimizer: The optimizer and its settings.
+        objective: What is minimised, and in how many parts a batch is processed.
+        execution: How the network is computed; parameters are float32 whatever its dtype.
         fsdp: Devices over which parameters are split, as well as rows of the batch.
         model: Devices over which single matrices are split.
         pack: Several examples to a row.
@@ -76,6 +53,9 @@ class TrainSettings:
             that the finished run is left with.
         export_dtype: "float32" or "bfloat16": a finished run's parameters are written in it, alone,
             to RUN/exported; "": they are not.
+
+    Raises:
+        ConfigError, UnknownNameError: A setting of the wrong type or out of range.
     """
 
     mixture: str
@@ -86,22 +66,9 @@ class TrainSettings:
     learning_rate: float = 1e-3
     schedule: str = "constant"
     warmup_steps: int = 0
-    optimizer: str = "adafactor"
-    weight_decay: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.999
-    momentum: float = 0.0
-    clip: float = 0.0
-    freeze: tuple[str, ...] = ()
-    z_loss: float = 0.0
-    label_smoothing: float = 0.0
-    accumulate: int = 1
-    dropout_rate: float = 0.05
-    dtype: str = "float32"
-    attention: str = "auto"
-    remat: str = "none"
-    scan_layers: bool = False
-    loss_chunk: int = 0
+    optimizer: Optimizer = Optimizer()  # noqa: RUF009, frozen
+    objective: Objective = Objective()  # noqa: RUF009, frozen
+    execution: Execution = Execution(dropout_rate=0.05)  # noqa: RUF009, frozen
     fsdp: int = 1
     model: int = 1
     pack: bool = True
@@ -119,18 +86,19 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         check_types(self)
-        _as_patterns(self)
-        positive = (
-            "steps batch_size input_length target_length fsdp model save_every log_every keep "
-            "accumulate evaluate_every validation_batches"
-        )
-        for name in positive.split():
+        for name, group in _GROUPS.items():
+            if not isinstance(getattr(self, name), group):
+                raise ConfigError(
+                    f"TrainSettings.{name}: expected {group.__name__}(...), "
+                    f"found {getattr(self, name)!r}"
+                )
+        for name in (
+            *("steps", "batch_size", "input_length", "target_length", "fsdp", "model"),
+            *("save_every", "log_every", "keep", "evaluate_every", "validation_batches"),
+        ):
             if (value := getattr(self, name)) < 1:
                 raise ConfigError(f"TrainSettings.{name}: expected 1 or more, found {value}")
-        for name in ("dropout_rate", "label_smoothing"):
-            if not 0 <= (value := getattr(self, name)) < 1:
-                raise ConfigError(f"TrainSettings.{name}: {value} is not in [0, 1)")
-        for name in ("loss_chunk", "z_loss", "patience", "minimum_improvement"):
+        for name in ("patience", "minimum_improvement"):
             if (value := getattr(self, name)) < 0:
                 raise ConfigError(f"TrainSettings.{name}: {value} is below 0")
         if self.learning_rate <= 0:
@@ -139,40 +107,70 @@ class TrainSettings:
             raise ConfigError(
                 f"TrainSettings.warmup_steps: {self.warmup_steps} not in 0 to {self.steps} steps"
             )
-        if self.dtype not in ("float32", "bfloat16"):
-            raise UnknownNameError("dtype", self.dtype, ["float32", "bfloat16"])
-        if self.export_dtype not in ("", "float32", "bfloat16"):
-            raise UnknownNameError("export_dtype", self.export_dtype, ["float32", "bfloat16"])
-        if self.batch_size % self.accumulate:
+        if self.execution.dtype not in map(jnp.dtype, _DTYPES):
+            raise UnknownNameError("dtype", str(self.execution.dtype), _DTYPES)
+        if self.export_dtype not in ("", *_DTYPES):
+            raise UnknownNameError("export_dtype", self.export_dtype, _DTYPES)
+        if self.batch_size % self.objective.accumulate:
             raise ConfigError(
-                f"TrainSettings.accumulate: {self.accumulate} does not divide the batch_size "
-                f"{self.batch_size}"
+                f"TrainSettings.accumulate: {self.objective.accumulate} does not divide the "
+                f"batch_size {self.batch_size}"
             )
         if (self.patience or self.keep_best) and not self.validation:
             raise ConfigError("TrainSettings: patience and keep_best need a validation mixture")
-        self.execution()
-        self.optimization()
-        optimizers.schedule(self.schedule, peak=1.0, steps=1, warmup_steps=0)
+        schedule(self.schedule, peak=1.0, steps=1, warmup_steps=0)
 
-    def execution(self) -> Execution:
-        """How the network is computed."""
-        dtype = jnp.dtype(self.dtype)
-        return Execution(dtype, self.dropout_rate, self.attention, self.remat, self.scan_layers)
+    @property
+    def lengths(self) -> dict[str, int]:
+        """The longest inputs and targets, as seqio takes them."""
+        return {"inputs": self.input_length, "targets": self.target_length}
 
-    def optimization(self) -> optimizers.Optimizer:
-        """The optimizer."""
-        return optimizers.Optimizer(
-            *(self.optimizer, self.weight_decay, self.beta1, self.beta2),
-            *(self.momentum, self.clip, self.freeze),
+    def flat(self) -> dict[str, object]:
+        """Returns every setting as a plain JSON value, those of the groups under their own names.
+
+        `from_flat` reads it.
+        """
+        return _flattened({name: getattr(self, name) for name in _DEFAULTS})
+
+
+_GROUPS = {"optimizer": Optimizer, "objective": Objective, "execution": Execution}
+_FLAT_NAMES = {"name": "optimizer"}
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainSettings)}
+
+
+def _flattened(settings: Mapping[str, Any]) -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for name, value in settings.items():
+        if name not in _GROUPS:
+            flat[name] = value
+            continue
+        for field, setting in dataclasses.asdict(value).items():
+            flat[_FLAT_NAMES.get(field, field)] = str(setting) if field == "dtype" else setting
+    return flat
+
+
+def from_flat(**settings: object) -> TrainSettings:
+    """Builds the settings from flat ones, as gin's `Train.NAME` and run.json name them.
+
+    Raises:
+        ConfigError, UnknownNameError: A setting of the wrong type or out of range.
+    """
+    groups = {}
+    for name, group in _GROUPS.items():
+        names = {field.name: _FLAT_NAMES.get(field.name, field.name) for field in fields(group)}
+        changes = {field: settings.pop(key) for field, key in names.items() if key in settings}
+        groups[name] = dataclasses.replace(_DEFAULTS[name], **changes)
+    return TrainSettings(**groups, **settings)
+
+
+# gin reads the names and the defaults from it.
+from_flat.__signature__ = inspect.Signature(
+    [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.POSITIONAL_OR_KEYWORD,
+            default=inspect.Parameter.empty if default is dataclasses.MISSING else default,
         )
-
-    def objective(self) -> Objective:
-        """What is minimised."""
-        return Objective(self.loss_chunk, self.z_loss, self.label_smoothing, self.accumulate)
-
-
-def _as_patterns(settings: TrainSettings) -> None:
-    freeze = settings.freeze
-    if not isinstance(freeze, list | tuple) or not all(isinstance(name, str) for name in freeze):
-        raise ConfigError(f"TrainSettings.freeze: expected a list of patterns, found {freeze!r}")
-    object.__setattr__(settings, "freeze", tuple(freeze))
+        for name, default in _flattened(_DEFAULTS).items()
+    ]
+)

@@ -11,6 +11,8 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from m2l import models, partitioning
+from m2l.errors import ConfigError
+from m2l.models.fields import check_types
 from m2l.training import losses, optimizers
 from m2l.training.optimizers import Optimizer
 
@@ -101,17 +103,30 @@ class Objective:
 
     Attributes:
         loss_chunk: Positions of a row whose logits are held at a time; 0: all.
-        z_loss: See `losses.cross_entropy`.
-        smoothing: See `losses.cross_entropy`.
-        accumulate: In how many parts, one after the other, a batch is taken. Gradients of sums are
-            added and divided once, by all targets that count, so that their number in a part
+        z_loss: z of z log(Z)^2, added to the loss of each target; T5's pretraining had 1e-4.
+        label_smoothing: The share of each target that is spread over the vocabulary.
+        accumulate: In how many parts, one after the other, a batch is processed. Gradients of sums
+            are added and divided once, by all targets that count, so that their number in a part
             does not matter.
+
+    Raises:
+        ConfigError: A number of the wrong type or out of range.
     """
 
     loss_chunk: int = 0
     z_loss: float = 0.0
-    smoothing: float = 0.0
+    label_smoothing: float = 0.0
     accumulate: int = 1
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name in ("loss_chunk", "z_loss"):
+            if (value := getattr(self, name)) < 0:
+                raise ConfigError(f"Objective.{name}: {value} is below 0")
+        if not 0 <= self.label_smoothing < 1:
+            raise ConfigError(f"Objective.label_smoothing: {self.label_smoothing} is not in [0, 1)")
+        if self.accumulate < 1:
+            raise ConfigError(f"Objective.accumulate: expected 1 or more, found {self.accumulate}")
 
 
 def summed_loss(
@@ -133,7 +148,7 @@ def summed_loss(
         chunk=objective.loss_chunk,
         tied=config.tie_word_embeddings,
         z_loss=objective.z_loss,
-        smoothing=objective.smoothing,
+        smoothing=objective.label_smoothing,
     )
 
 

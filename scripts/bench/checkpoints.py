@@ -184,15 +184,12 @@ def process(number: int, port: int, root: Path) -> None:
     from m2l import checkpoints, models, partitioning
     from m2l.checkpoints.saving import RunCheckpoints
     from m2l.training import state
-    from m2l.training.settings import TrainSettings
+    from m2l.training.optimizers import Optimizer
 
     config = models.LlamaConfig(32000, 768, 2048, 12, 12, 12, 64)
-    settings = TrainSettings(
-        mixture="x", steps=1, batch_size=8, learning_rate=1e-3, fsdp=8, optimizer="adamw"
-    )
     mesh = partitioning.make_mesh(fsdp=8)
-    placed = state.shardings(config, settings.optimization(), mesh)
-    make, _ = state.makers(config, settings.optimization(), mesh)
+    placed = state.shardings(config, Optimizer("adamw"), mesh)
+    make, _ = state.makers(config, Optimizer("adamw"), mesh)
 
     def noisy(leaf: jax.Array) -> jax.Array:
         if leaf.ndim == 0:

@@ -34,9 +34,10 @@ from jax.sharding import AbstractMesh
 from m2l import configuration, partitioning, tasks
 from m2l.checkpoints.saving import RunCheckpoints
 from m2l.data import vocabularies
-from m2l.models import LlamaConfig
-from m2l.training import loop, memory
+from m2l.models import Execution, LlamaConfig
+from m2l.training import loop, resources
 from m2l.training.settings import TrainSettings
+from m2l.training.state import Objective
 
 STEPS = 12
 # 64.6B parameters.
@@ -57,7 +58,7 @@ SETTINGS = TrainSettings(
     batch_size=16,
     input_length=256,
     target_length=64,
-    dropout_rate=0.1,
+    execution=Execution(dropout_rate=0.1),
     save_every=1000,
     log_every=1,
 )
@@ -142,11 +143,10 @@ def table() -> None:
                     batch_size=devices // model,
                     input_length=2048,
                     target_length=512,
-                    dtype="bfloat16",
-                    remat="full",
-                    loss_chunk=128,
+                    execution=Execution("bfloat16", remat="full"),
+                    objective=Objective(loss_chunk=128),
                 )
-                needed = memory.need(config, settings, mesh)
+                needed = resources.memory_need(config, settings, mesh)
                 print(
                     f"{name}, {devices} devices, fsdp {devices // model}, model {model}: "
                     f"{needed.least / gib:.2f}, with activations about {needed.total / gib:.2f}"

@@ -13,7 +13,7 @@ import pytest
 from m2l import models
 from m2l.errors import ConfigError, M2LError
 from m2l.models.layers import Execution, through
-from m2l.models.rotary import rotary_frequencies, rotate
+from m2l.models.llama import rotary_frequencies, rotate
 
 TINY = models.LlamaConfig(
     vocab_size=31,

@@ -4,7 +4,7 @@ import pytest
 
 from m2l import models, tasks
 from m2l.studies import costs, scaling
-from m2l.training import flops
+from m2l.training import resources
 
 
 @pytest.fixture(scope="module")
@@ -18,20 +18,20 @@ def test_training_costs_its_steps_and_the_disk_of_what_it_keeps(plan, study):
     config, settings = study.models["0.4M"], study.expert
     cost = costs.of_stage(plan["experts/0.4M/instruct/sentiment"], plan)
     rows = settings.batch_size, settings.input_length, settings.target_length
-    assert cost.flops == 3 * flops.of_step(config, *rows)
+    assert cost.flops == 3 * resources.step_flops(config, *rows)
     assert cost.disk == 4 * models.parameters(config) * settings.keep
 
 
 def test_scoring_costs_a_third_of_a_training_step_on_the_same_tokens(study):
     config = study.models["0.4M"]
-    assert flops.of_evaluation(config, 8, 96, 32) == pytest.approx(
-        flops.of_step(config, 8, 96, 32) / 3
+    assert resources.evaluation_flops(config, 8, 96, 32) == pytest.approx(
+        resources.step_flops(config, 8, 96, 32) / 3
     )
 
 
 def test_evaluations_cost_by_their_tasks_and_examples(plan, study):
     lengths = study.expert.input_length, study.expert.target_length
-    one = flops.of_evaluation(study.models["0.1M"], 1, *lengths, choices=4)
+    one = resources.evaluation_flops(study.models["0.1M"], 1, *lengths, choices=4)
     # Sentiment has two datasets, natural language inference one of three parts and one more.
     expert = costs.of_stage(plan["results/experts/0.1M/instruct/sentiment"], plan)
     assert expert.flops == pytest.approx(one * 10 * 4)

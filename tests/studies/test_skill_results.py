@@ -8,7 +8,7 @@ import pytest
 from m2l.evaluation.results import Result
 from m2l.studies import records, skill_findings, skill_results, skills
 from m2l.studies.skill_results import Score
-from m2l.training import flops
+from m2l.training import resources
 
 RESULT = Result(
     task="task",
@@ -100,7 +100,7 @@ def test_scores_are_those_of_the_evaluations_tasks(frame):
 
 def test_a_model_costs_what_it_is_made_of_beyond_the_general_model(frame, skills_study):
     cost = frame.set_index("model")
-    one = flops.of_step(
+    one = resources.step_flops(
         skills_study.model,
         32,
         skills_study.finetune.input_length,

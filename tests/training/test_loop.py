@@ -8,7 +8,7 @@ import pytest
 
 from m2l import checkpoints, models, partitioning
 from m2l.errors import CheckpointError, ConfigError, M2LError, Stopped
-from m2l.training import optimizers, starting, state
+from m2l.training import feed, optimizers, state
 
 from .conftest import SETTINGS
 
@@ -92,7 +92,7 @@ def test_a_run_that_was_killed_goes_on_from_its_last_save_to_the_same_bits(
 
 def test_a_finished_run_is_not_run_again(train, whole, monkeypatch):
     before = figures(whole.parents[1])
-    monkeypatch.setattr(starting.pipeline, "training_batches", lambda *_, **__: pytest.fail("read"))
+    monkeypatch.setattr(feed.pipeline, "training_batches", lambda *_, **__: pytest.fail("read"))
     assert train(whole.parents[1]) == whole
     assert figures(whole.parents[1]) == before
 
@@ -113,7 +113,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(train, whole, tm
 
 def test_all_runs_of_a_model_share_one_compilation(train, whole, tiny_config, tmp_path):
     mesh = partitioning.make_mesh()
-    step = state.train_step(tiny_config, "adafactor", SETTINGS.execution(), mesh)
+    step = state.train_step(tiny_config, "adafactor", SETTINGS.execution, mesh)
     compiled = step._cache_size()
     other = dataclasses.replace(SETTINGS, mixture="closed_book_qa", learning_rate=0.2, steps=2)
     train(tmp_path / "other", dataclasses.replace(other, schedule="cosine"), init=whole)
@@ -156,7 +156,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(train, tmp_pat
 
 
 def test_training_learns(train, tmp_path):
-    long = dataclasses.replace(SETTINGS, steps=60, batch_size=16, save_every=60, dropout_rate=0.0)
+    long = dataclasses.replace(
+        SETTINGS, steps=60, batch_size=16, save_every=60, execution=models.Execution()
+    )
     train(tmp_path / "run", long)
     losses = [loss for _, loss, _ in figures(tmp_path / "run")]
     assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5])

@@ -91,9 +91,7 @@ def test_a_second_trainer_of_a_folder_is_refused(train, unfinished):
     before = names(unfinished)
     with Lock(unfinished / ".run.json.lock") as lock:
         assert lock.acquire()
-        with pytest.raises(
-            ConfigError, match=r"another trainer \(process \d+ of \S+\) is at this run"
-        ):
+        with pytest.raises(ConfigError, match=r"locked by another trainer \(process \d+ of \S+\)"):
             train(unfinished)
     assert names(unfinished) == before
     train(unfinished)
@@ -186,18 +184,18 @@ def test_what_is_written_beside_a_run(whole):
     out = whole.parents[1]
     assert "decoder/layers_00/mlp/wo" in (out / "model.txt").read_text()
     assert json.loads((out / "environment.json").read_text())["processes"] == 1
-    assert "<polyline" in (out / "loss.svg").read_text()
+    assert 'id="training"' in (out / "loss.svg").read_text()
     lines = [json.loads(line) for line in (out / "metrics.jsonl").open()]
     assert {"tokens_per_second", "mfu", "input_wait"} <= lines[-1].keys()
     assert 0 < lines[-1]["mfu"] < 1
 
 
 def test_a_synthetic_run_reads_no_data_and_is_another_run(train, whole, tmp_path, monkeypatch):
-    from m2l.training import starting
+    from m2l.training import feed
 
     with pytest.raises(ConfigError, match="its data is"):
         train(whole.parents[1], synthetic=True)
     with monkeypatch.context() as patch:
-        patch.setattr(starting.pipeline, "training_batches", lambda *_, **__: pytest.fail("read"))
+        patch.setattr(feed.pipeline, "training_batches", lambda *_, **__: pytest.fail("read"))
         train(tmp_path / "run", synthetic=True, profile=True)
     assert any((tmp_path / "run" / "profile").rglob("*.xplane.pb"))

@@ -1,7 +1,34 @@
+import json
+
 import pytest
 
+from m2l import configuration
 from m2l.errors import ConfigError, M2LError
-from m2l.training.settings import TrainSettings
+from m2l.training.settings import TrainSettings, from_flat
+
+# Every name that gin files of version 0.1 may bind; none ever goes.
+# fmt: off
+GIN_NAMES = {
+    "mixture": "imdb", "steps": 7, "batch_size": 6, "input_length": 5, "target_length": 4,
+    "learning_rate": 0.5, "schedule": "rsqrt", "warmup_steps": 3,
+    "optimizer": "sgd", "weight_decay": 0.1, "beta1": 0.8, "beta2": 0.7, "momentum": 0.6,
+    "clip": 2.0, "freeze": ["encoder/"], "z_loss": 0.2, "label_smoothing": 0.3,
+    "accumulate": 2, "dropout_rate": 0.4, "dtype": "bfloat16", "attention": "einsum",
+    "remat": "dots", "scan_layers": True, "loss_chunk": 9, "fsdp": 8, "model": 10,
+    "pack": False, "seed": 11, "save_every": 12, "log_every": 13, "keep": 14,
+    "validation": "sst2", "evaluate_every": 15, "validation_batches": 16, "patience": 17,
+    "minimum_improvement": 0.9, "keep_best": True, "export_dtype": "bfloat16",
+}
+# fmt: on
+
+
+def test_every_name_of_a_gin_file_sets_one_setting_and_is_read_back():
+    bindings = [f"Train.{name} = {value!r}" for name, value in GIN_NAMES.items()]
+    settings, text = configuration.load("Train", [], bindings)
+    stored = json.loads(json.dumps(settings.flat()))
+    assert stored == GIN_NAMES
+    assert from_flat(**stored) == settings
+    assert all(f"Train.{name} = " in text for name in GIN_NAMES)
 
 
 @pytest.mark.parametrize(
@@ -20,7 +47,7 @@ from m2l.training.settings import TrainSettings
 )
 def test_a_bad_setting_is_refused_with_its_value(setting, value, said):
     with pytest.raises(M2LError, match=said):
-        TrainSettings(**{"mixture": "imdb", "steps": 10, setting: value})
+        from_flat(**{"mixture": "imdb", "steps": 10, setting: value})
 
 
 def test_an_int_stands_for_a_float():

@@ -40,7 +40,7 @@ def work(out, number, port):
         "SLURM_PROCID": str(number), "SLURM_LOCALID": str(number), "SLURM_STEP_NUM_NODES": "1",
         "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
     }
-    joined, share = distributed.join(), processes.share(partitioning.make_mesh(fsdp=2), 8)
+    joined, share = distributed.join(), processes.batch_share(partitioning.make_mesh(fsdp=2), 8)
     os.write(1, f"{joined} {share}\\n".encode())
     jax.config.update("jax_enable_compilation_cache", True)
     jax.config.update("jax_compilation_cache_dir", str(root / "cache"))

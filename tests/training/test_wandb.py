@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from m2l.errors import ConfigError, Stopped
-from m2l.training import metrics
+from m2l.training import monitoring
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_every_figure_of_a_run_is_forwarded_under_its_part(calls, run_m2l, tmp_p
 
 def test_a_run_gone_on_with_is_the_same_run_and_another_folder_is_another(calls, tmp_path):
     for folder in ("a", "a", "b"):
-        with metrics.wandb_log("p", tmp_path / folder, {}):
+        with monitoring.wandb_log("p", tmp_path / folder, {}):
             pass
     ids = [kwargs["id"] for name, _, kwargs in calls if name == "init"]
     assert ids[0] == ids[1] != ids[2]
@@ -66,7 +66,7 @@ def test_a_run_gone_on_with_is_the_same_run_and_another_folder_is_another(calls,
 def test_a_run_that_fails_is_finished_as_failed_and_one_that_stopped_is_not(
     calls, tmp_path, kind, code
 ):
-    with pytest.raises(kind), metrics.wandb_log("p", tmp_path, {}):
+    with pytest.raises(kind), monitoring.wandb_log("p", tmp_path, {}):
         raise kind
     assert calls[-1] == ("finish", (), {"exit_code": code})
 
@@ -75,6 +75,6 @@ def test_wandb_that_is_not_installed_is_said_so(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with (
         pytest.raises(ConfigError, match=r"pip install 'm2l\[wandb\]'"),
-        metrics.wandb_log("p", tmp_path, {}),
+        monitoring.wandb_log("p", tmp_path, {}),
     ):
         pass

@@ -1,9 +1,11 @@
-"""A run's figures, as JSON lines (the record) and TensorBoard events (a view of it)."""
+"""A run's figures: as JSON lines, as TensorBoard events and as a curve; and its speed."""
 
 import contextlib
 import hashlib
 import importlib
+import io
 import json
+import math
 import os
 import tempfile
 import time
@@ -11,8 +13,8 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
+import numpy as np
 from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -48,10 +50,10 @@ def read_figures(directory: AnyPath) -> list[dict[str, float]]:
 
 
 @contextlib.contextmanager
-def wandb_log(project: str, directory: Path, run: Mapping[str, Any]) -> Iterator[Log]:
+def wandb_log(project: str, directory: Path, run: Mapping[str, object]) -> Iterator[Log]:
     """Yields a function that logs to Weights & Biases, in the run of that folder.
 
-    It is made, or gone on with, and finished at the end of the block: as failed, if that fails.
+    It is created or resumed, and finished at the end of the block: as failed, if that fails.
 
     Raises:
         ConfigError: wandb is not installed.
@@ -61,18 +63,18 @@ def wandb_log(project: str, directory: Path, run: Mapping[str, Any]) -> Iterator
     except ImportError as error:
         raise ConfigError("--wandb: wandb is not installed: pip install 'm2l[wandb]'") from error
     name = hashlib.sha256(str(directory).encode()).hexdigest()[:16]
-    made = wandb.init(
+    session = wandb.init(
         project=project, id=name, name=directory.name, resume="allow", config=dict(run)
     )
     failed = True
     try:
-        yield lambda step, figures: made.log(dict(figures), step=step)
+        yield lambda step, figures: session.log(dict(figures), step=step)
         failed = False
     except Stopped:
         failed = False
         raise
     finally:
-        made.finish(exit_code=int(failed))
+        session.finish(exit_code=int(failed))
 
 
 class MetricsWriter:
@@ -84,7 +86,7 @@ class MetricsWriter:
         directory: The run's directory.
         after: The step a resumed run goes on from: lines of later steps, written before the run
             was killed, are dropped, for they will be written again.
-        also: Given (step, figures by part/name) as well, such as `wandb_log`'s.
+        also: Is called with (step, figures by part/name) as well, such as `wandb_log`'s.
     """
 
     def __init__(self, directory: AnyPath, *, after: int, also: Log | None = None):
@@ -130,7 +132,7 @@ class MetricsWriter:
         self._events.flush()
 
     def flush(self) -> None:
-        """Puts everything written so far on the disk, or into the bucket."""
+        """Writes everything written so far to the disk, or to the bucket."""
         self._file.flush()
         os.fsync(self._file.fileno())
         self._events.flush()
@@ -147,7 +149,7 @@ class MetricsWriter:
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
-        at: TracebackType | None,
+        traceback: TracebackType | None,
     ) -> None:
         with self._exits:
             try:
@@ -155,3 +157,96 @@ class MetricsWriter:
             finally:
                 self._events.close()
             self._upload()
+
+
+def draw_curve(out: AnyPath, title: str) -> None:
+    """Draws loss.svg from metrics.jsonl; nothing if there is no loss yet."""
+    names = {"loss": "training", "validation_loss": "validation"}
+    rows = read_figures(out)
+    curves = {
+        label: [(row["step"], row[name]) for row in rows if math.isfinite(row.get(name, math.nan))]
+        for name, label in names.items()
+    }
+    if not any(curves.values()):
+        return
+    # Only here: importing matplotlib takes a second.
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"svg.hashsalt": "m2l", "svg.fonttype": "none"}):
+        figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+        axes = figure.add_subplot(title=title.replace("$", r"\$"), xlabel="step")
+        for (label, curve), colour in zip(curves.items(), ("#3366cc", "#cc5500"), strict=True):
+            if curve:
+                axes.plot(*zip(*curve, strict=True), label=label, color=colour, gid=label)
+        axes.grid(axis="y", color="#dddddd")
+        axes.legend(frameon=False)
+        picture = io.BytesIO()
+        figure.savefig(picture, format="svg", metadata={"Date": None})
+    storage.write_atomic(out / "loss.svg", picture.getvalue())
+
+
+class ThroughputMeter:
+    """Counts tokens, steps and seconds; only the time between `run` and `pause` counts.
+
+    Args:
+        flops: Operations of a step.
+        peak: Operations a second that the devices could do; None: unknown, no MFU.
+        shares: In how many shares a batch is fed: this process sees one.
+    """
+
+    def __init__(self, flops: float, peak: float | None, shares: int = 1):
+        self._flops, self._peak, self._shares = flops, peak, shares
+        self._since: float | None = None
+        self._reset()
+
+    def _reset(self) -> None:
+        self._tokens = self._targets = self._steps = 0
+        self._seconds = self._waited = 0.0
+
+    def run(self) -> None:
+        """Starts the clock, if it does not run."""
+        if self._since is None:
+            self._since = time.perf_counter()
+
+    def pause(self) -> None:
+        """Stops the clock, for what is no training."""
+        if self._since is not None:
+            self._seconds += time.perf_counter() - self._since
+            self._since = None
+
+    def count(self, batch: Mapping[str, np.ndarray], waited: float) -> None:
+        """Counts a step on this batch, for which `waited` seconds were waited."""
+        if self._since is None:
+            return
+        targets = int(np.count_nonzero(batch["decoder_loss_weights"]))
+        if "encoder_input_tokens" in batch:
+            tokens = int(np.count_nonzero(batch["encoder_input_tokens"])) + targets
+        else:
+            tokens = int(np.count_nonzero(batch["decoder_segment_ids"]))
+        self._targets += targets * self._shares
+        self._tokens += tokens * self._shares
+        self._steps += 1
+        self._waited += waited
+
+    def read(self) -> dict[str, float]:
+        """Returns the figures since the last reading, none before a step was counted.
+
+        tokens_per_second and target_tokens_per_second (no padding), mfu (the share of the peak),
+        input_wait (the share of the time in which the next batch was waited for).
+        """
+        running = self._since is not None
+        self.pause()
+        figures = {}
+        if self._steps:
+            figures = {
+                "tokens_per_second": self._tokens / self._seconds,
+                "target_tokens_per_second": self._targets / self._seconds,
+                "input_wait": self._waited / self._seconds,
+            }
+            if self._peak:
+                figures["mfu"] = self._flops * self._steps / self._seconds / self._peak
+        self._reset()
+        if running:
+            self.run()
+        return figures

@@ -1,0 +1,276 @@
+"""The directory of a run: its checkpoints, its records, its export, a batch whose loss failed."""
+
+import io
+import json
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+import jax
+import ml_dtypes
+import numpy as np
+import seqio
+from jax.sharding import Mesh
+
+from m2l import checkpoints, files, models, partitioning, storage
+from m2l.checkpoints.manifest import versions
+from m2l.checkpoints.saving import RunCheckpoints
+from m2l.data import pipeline
+from m2l.errors import CheckpointError, DataError
+from m2l.storage import AnyPath
+from m2l.training import processes, state
+from m2l.training.feed import Batch, Feed, OpenFeed, Positions
+from m2l.training.resources import MemoryNeed
+from m2l.training.settings import TrainSettings
+from m2l.training.validation import EarlyStopping
+
+_RECORD = "finished.json"
+
+
+# --- checkpoints ---
+
+
+class Saves:
+    """The checkpoints of a run, and the record of its end. A context manager.
+
+    Args:
+        out: The run's directory.
+        keep: How many of the newest stay.
+    """
+
+    def __init__(self, out: AnyPath, keep: int):
+        self._checkpoints = RunCheckpoints(out / checkpoints.STEPS, keep)
+        self._record = out / _RECORD
+        self.directory = self._checkpoints.directory
+        self.finished_steps = self._checkpoints.finished
+        self.save, self.check = self._checkpoints.save, self._checkpoints.check
+        self.wait, self.check_space = self._checkpoints.wait, self._checkpoints.check_space
+
+    def quarantine(self, step: int) -> None:
+        """Renames a damaged checkpoint so that no run resumes from it; in a bucket, removes it."""
+        if not processes.is_first():
+            return
+        damaged = self._checkpoints.path(step)
+        if not isinstance(damaged, Path):
+            checkpoints.remove(damaged)
+            return
+        renamed = damaged.with_name(f"{damaged.name}.damaged")
+        shutil.rmtree(renamed, ignore_errors=True)
+        damaged.rename(renamed)
+
+    def finished(self) -> AnyPath | None:
+        """Returns the checkpoint that a finished run is left with; None if it is not finished."""
+        if not self._record.exists():
+            return None
+        name = files.read_record(self._record, required=False).get("checkpoint")
+        if not isinstance(name, str) or Path(name).name != name:
+            raise DataError(f"{self._record}: damaged, it names no checkpoint; delete it")
+        directory = self.directory / name
+        return directory if checkpoints.is_checkpoint(directory) else None
+
+    def finish(self, last: AnyPath, best: int | None, why: str, cut: Mapping[str, int]) -> AnyPath:
+        """Records that the run is finished; with a best checkpoint, only that one stays.
+
+        Args:
+            last: The last checkpoint.
+            best: The step of the best one, if that is what stays.
+            why: What ended the run.
+            cut: How many examples it has seen, and how many of them were cut.
+
+        Returns:
+            The checkpoint that the run is left with.
+        """
+        self.wait()
+        remaining = last if best is None else self._checkpoints.path(best)
+        if processes.is_first():
+            files.write_record(self._record, {"checkpoint": remaining.name, "why": why, **cut})
+        self.prune(remaining if best is not None else None)
+        return remaining
+
+    def prune(self, only: AnyPath | None) -> None:
+        """Removes every checkpoint but `only`; None: nothing."""
+        if only is None:
+            return
+        for step, directory in self.finished_steps().items():
+            if directory != only:
+                self._checkpoints.remove(step)
+
+    def __enter__(self) -> "Saves":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._checkpoints.__exit__(kind, error, traceback)
+
+
+def resume(
+    saves: Saves,
+    config: models.Config,
+    settings: TrainSettings,
+    shardings: state.TrainState,
+    open_feed: OpenFeed,
+) -> tuple[AnyPath, state.TrainState, Feed, EarlyStopping] | None:
+    """Restores the newest checkpoint that is not damaged: (directory, state, batches, stopping).
+
+    Raises:
+        CheckpointError: There are some, and all are damaged.
+    """
+    damaged: list[int] = []
+    for step, directory in reversed(saves.finished_steps().items()):
+        try:
+            manifest = checkpoints.read_manifest(directory)
+            positions = checkpoints.restore_data_state(directory)
+            current = _restored(directory, manifest.step, config, settings, shardings)
+        except CheckpointError as error:
+            print(f"m2l: warning: {error}; going on from the one before", file=sys.stderr)
+            damaged.append(step)
+            continue
+        batches = open_feed(positions)
+        processes.wait_for_all("restored")
+        for earlier in damaged:
+            saves.quarantine(earlier)
+        validation = manifest.made_by.get("validation", {})
+        return directory, current, batches, EarlyStopping(**validation)
+    if damaged:
+        raise CheckpointError(
+            f"{saves.directory}: every checkpoint of this run is damaged; delete the run's folder "
+            "to start it again"
+        )
+    return None
+
+
+def _restored(
+    directory: AnyPath,
+    step: int,
+    config: models.Config,
+    settings: TrainSettings,
+    shardings: state.TrainState,
+) -> state.TrainState:
+    opt_state = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        state.abstract(config, settings.optimizer).opt_state,
+        shardings.opt_state,
+    )
+    count = np.asarray(step, np.int32)
+    return state.TrainState(
+        jax.make_array_from_callback((), shardings.step, lambda index: count[index]),
+        checkpoints.restore(directory, shardings=shardings.params),
+        checkpoints.restore_opt_state(directory, opt_state),
+    )
+
+
+def export(checkpoint: AnyPath, out: AnyPath, dtype: str) -> None:
+    """Writes a checkpoint's parameters alone, in another dtype, as a checkpoint at `out`."""
+    manifest = checkpoints.read_manifest(checkpoint)
+    number = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
+    params = jax.tree.map(lambda leaf: leaf.astype(number), checkpoints.restore(checkpoint))
+    checkpoints.save(
+        out,
+        params,
+        model=manifest.model,
+        vocabulary=manifest.vocabulary,
+        made_by={"kind": "export", "dtype": dtype},
+        parents=({"role": "exported", "path": str(checkpoint), "digest": manifest.digest},),
+        step=manifest.step,
+    )
+
+
+# --- records ---
+
+
+def write_tables(out: AnyPath, config: models.Config, mesh: Mesh, need: MemoryNeed) -> None:
+    """Writes model.txt, the parameters on this mesh, and environment.json."""
+    rows = partitioning.table(models.spec(config), mesh)
+    width = max(len(row.name) for row in rows)
+    lines = [
+        f"{row.name:{width}}  {'x'.join(map(str, row.shape)):>14}  {row.mib_per_device:10.3f} MiB "
+        f"a device  {row.spec}"
+        for row in rows
+    ]
+    count = sum(int(np.prod(row.shape)) for row in rows)
+    lines.append(f"\n{count:,} parameters; GiB a device: {need.describe()}\n")
+    storage.write_atomic(out / "model.txt", "\n".join(lines))
+    environment = {
+        "versions": versions(),
+        "devices": {"kind": jax.devices()[0].device_kind, "count": jax.device_count()},
+        "processes": jax.process_count(),
+        "mesh": dict(mesh.shape),
+    }
+    storage.write_atomic(out / "environment.json", json.dumps(environment, indent=1) + "\n")
+
+
+def write_failed_batch(
+    out: AnyPath,
+    step: int,
+    mixture: str,
+    open_feed: OpenFeed,
+    anchor: tuple[int, Positions],
+) -> str:
+    """Reads the batch of a step again, and writes it to `out`.
+
+    Two files: failed_step_N.npz, the arrays, and failed_step_N.txt, its examples as text; of
+    several processes each writes its share.
+
+    Args:
+        out: The run's directory.
+        step: The step, counted from 1.
+        mixture: The mixture that is trained on.
+        open_feed: Opens the batches at positions in the data.
+        anchor: A number of steps done, and the positions there.
+
+    Returns:
+        A sentence that names the files and the examples.
+    """
+    done, positions = anchor
+    batches = open_feed(positions)
+    for _ in range(done, step - 1):
+        next(batches)
+    before, batch, after = batches.positions(), next(batches), batches.positions()
+    process = f"_process_{jax.process_index()}" if jax.process_count() > 1 else ""
+    name = f"failed_step_{step}{process}"
+    packed = io.BytesIO()
+    np.savez(packed, **batch)
+    storage.write_atomic(out / f"{name}.npz", packed.getvalue())
+    ranges = _example_ranges(mixture, before, after)
+    listed = "\n".join(f"{task}: {first} to {last}" for task, first, last in ranges)
+    (out / f"{name}.txt").write_text(f"{listed}\n\n{_texts(mixture, batch)}")
+    named = ", ".join(f"{task} {first} to {last}" for task, first, last in ranges[:3])
+    more = f" and {len(ranges) - 3} tasks more" if len(ranges) > 3 else ""
+    examples = f"; its examples, as drawn from their tasks: {named}{more}" if ranges else ""
+    return f"its batch is in {out / name}.npz and, as text, .txt{examples}"
+
+
+def _example_ranges(
+    mixture: str, before: Positions, after: Positions
+) -> list[tuple[str, int, int]]:
+    """(task, first, last) of the examples between two positions of this process's first stream."""
+    counts = []
+    for positions in (before, after):
+        position = next(each for each in positions if each).partition(b"\n")[2]
+        if not position.startswith(b"{"):
+            return []  # a pipeline of its own, whose position is TensorFlow's
+        counts.append(files.parse_json(position, "the position in the data")["counts"])
+    provider = pipeline.find("task or mixture", mixture, "train")
+    tasks = [task.name for task in seqio.get_subtasks(provider) if "train" in task.splits]
+    ranges = zip(tasks, *counts, strict=True)
+    return [(task, first, end - 1) for task, first, end in ranges if end > first]
+
+
+def _texts(mixture: str, batch: Batch) -> str:
+    vocabulary = pipeline.vocabulary_of(mixture)
+    lines = []
+    sides = [name for name in ("encoder_input_tokens", "decoder_target_tokens") if name in batch]
+    for row in range(len(batch["decoder_target_tokens"])):
+        for side in sides:
+            tokens = batch[side][row]
+            segments = batch.get(side.split("_")[0] + "_segment_ids", np.ones_like(batch[side]))
+            for segment in range(1, int(segments[row].max()) + 1):
+                ids = [int(token) for token in tokens[segments[row] == segment] if token]
+                lines.append(f"row {row}, {side}, {segment}: {vocabulary.decode(ids)}")
+    return "\n".join(lines) + "\n"
