@@ -74,12 +74,12 @@ def _shortest_batch(config: Config) -> dict[str, np.ndarray]:
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """The config as plain values, with the name of its family under "family"."""
+    """Returns the config as plain values, with the name of its family under "family"."""
     return {"family": _family(config)[0], **dataclasses.asdict(config)}
 
 
 def from_dict(values: Mapping[str, Any]) -> Config:
-    """The config that `to_dict` wrote.
+    """Returns the config that `to_dict` wrote.
 
     Raises:
         UnknownNameError: no such family, or no such setting in it.
@@ -104,22 +104,22 @@ def from_dict(values: Mapping[str, Any]) -> Config:
 
 
 def spec(config: Config) -> dict[str, Any]:
-    """The ParamSpec of every parameter, nested as the parameters are. Makes no arrays."""
+    """Returns the ParamSpec of every parameter, nested like them; creates no arrays."""
     return spec_of(_network(config), _shortest_batch(config))
 
 
 @functools.cache
 def parameters(config: Config) -> int:
-    """How many numbers the model's parameters are."""
+    """Counts the numbers that the model's parameters are."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(spec(config)))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def init(config: Config, key: Array) -> dict[str, Any]:
-    """Fresh float32 parameters, drawn as the family's authors draw them (T5: as T5X does).
+    """Draws float32 parameters as the family's authors draw them (T5: as T5X does).
 
-    The same key gives the same values, whatever the mesh. Compiled here; to have the parameters
-    born on a mesh, jit it with `out_shardings`.
+    The same key gives the same values, whatever the mesh. Compiled here; to create the parameters
+    on a mesh, jit it with `out_shardings`.
     """
     return _network(config).init(key, _shortest_batch(config))["params"]
 
@@ -132,7 +132,7 @@ def apply(
     dropout_key: Array | None = None,
     execution: Execution = Execution(),  # noqa: B008, frozen
 ) -> Array:
-    """Teacher-forced logits.
+    """Computes teacher-forced logits.
 
     Args:
         params: of any float dtype; they are cast to the computation's dtype where they are used.
@@ -162,7 +162,7 @@ def hidden(
     dropout_key: Array | None = None,
     execution: Execution = Execution(),  # noqa: B008, frozen
 ) -> Array:
-    """What `apply` multiplies with `unembedding` to get the logits: [B, T, D].
+    """Computes what `apply` multiplies with `unembedding` to get the logits: [B, T, D].
 
     For losses that never hold all logits. The logits of a config with a `logit_softcap` c are
     c tanh(product / c).
@@ -171,7 +171,7 @@ def hidden(
 
 
 def kernel_inputs(config: Config, params: Params, batch: Mapping[str, Array]) -> dict[str, Array]:
-    """What each linear kernel is multiplied by where `apply` reads a batch.
+    """Computes what each linear kernel is multiplied by where `apply` reads a batch.
 
     Args:
         params: as for `apply`.
@@ -198,7 +198,7 @@ def kernel_inputs(config: Config, params: Params, batch: Mapping[str, Array]) ->
 
 
 def unembedding(config: Config, params: Params) -> Array:
-    """The output's matrix [D, V]: the embedding's transpose where they are tied."""
+    """Returns the output's matrix [D, V]: the embedding's transpose where they are tied."""
     if config.tie_word_embeddings:
         return params["token_embedder"].T
     return params["decoder"]["logits"]
@@ -227,7 +227,7 @@ def encode(
     *,
     dtype: DTypeLike = jnp.float32,
 ) -> Memory:
-    """What inputs are to all that follows them, as a pytree.
+    """Encodes inputs for all that follows them, as a pytree.
 
     Args:
         tokens_BxS: int32, the inputs; of a decoder, the prefix without its last token, which
@@ -249,11 +249,11 @@ def decode(
     *,
     dtype: DTypeLike = jnp.float32,
 ) -> Array:
-    """Teacher-forced logits of what follows inputs that are encoded already.
+    """Computes teacher-forced logits of what follows inputs that are encoded already.
 
     Args:
-        memory: what `encode` gave.
-        mask_BxS: what `encode` was given.
+        memory: what `encode` returned.
+        mask_BxS: the mask that `encode` was called with.
         tokens: int32 [B, T], or [B, C, T] for C targets of each input: the keys and values of an
             input are then computed once and read by all C. The first token of each is the one that
             starts targets or, of a decoder, the last of the prefix.
@@ -276,9 +276,9 @@ def start_decoding(
     *,
     dtype: DTypeLike = jnp.float32,
 ) -> Cache:
-    """The cache for decoding up to `max_length` tokens with `decode_step`, as a pytree.
+    """Returns the cache for decoding up to `max_length` tokens with `decode_step`, as a pytree.
 
-    Holds what every step reads: keys and values of the inputs, computed once, and room
+    Holds what every step reads: keys and values of the inputs, computed once, and zeros
     [B, heads, max_length, size] per layer for those of the decoded tokens; all in `dtype`.
     """
     arguments = memory, mask_BxS, max_length

@@ -21,7 +21,7 @@ from m2l.partitioning import RULES
 Array = jax.Array
 
 IMPLEMENTATIONS = ("auto", "einsum", "xla", "cudnn", "splash")
-"""auto: cudnn on a GPU, splash on a TPU where they can do what is asked, einsum elsewhere."""
+"""auto: cudnn on a GPU, splash on a TPU where they support the arguments, else einsum."""
 
 _HIDDEN = -1e10
 _SPLASH_BLOCK = 128
@@ -40,7 +40,7 @@ class Causal:
     window: int | Array = 0
 
     def mask(self, length: int) -> Array:
-        """bool, broadcastable to [B, H, T, T]."""
+        """Returns which keys each query sees: bool, broadcastable to [B, H, T, T]."""
         distance_TxT = np.arange(length)[:, None] - np.arange(length)
         seen = jnp.asarray(distance_TxT >= 0)
         if not (isinstance(self.window, int) and self.window == 0):
@@ -51,13 +51,13 @@ class Causal:
         return seen & same_segment(self.segments_BxT, self.segments_BxT)
 
 
-def same_segment(of_query_BxQ: Array, of_key_BxS: Array) -> Array:
-    """bool [B, 1, Q, S]."""
-    return (of_query_BxQ[:, :, None] == of_key_BxS[:, None, :])[:, None]
+def same_segment(query_segments_BxQ: Array, key_segments_BxS: Array) -> Array:
+    """Returns whether query and key are of one segment: bool [B, 1, Q, S]."""
+    return (query_segments_BxQ[:, :, None] == key_segments_BxS[:, None, :])[:, None]
 
 
 def hide(mask: Array, bias: Array | float = 0.0) -> Array:
-    """The additive attention bias, float32: `bias` where the bool mask allows, else -1e10."""
+    """Returns the additive attention bias, float32: `bias` where the mask is True, else -1e10."""
     return jnp.where(mask, bias, jnp.float32(_HIDDEN))
 
 
@@ -72,7 +72,7 @@ def attend(
     dropout: Callable[[Array], Array] | None = None,
     implementation: str = "auto",
 ) -> Array:
-    """Softmax attention; scores, bias and softmax in float32, whichever implementation.
+    """Computes softmax attention; scores, bias and softmax in float32 in every implementation.
 
     Args:
         visible: What a query sees: an additive float32 bias, broadcastable to [B, H, Q, S], which
@@ -80,8 +80,8 @@ def attend(
         scale: What the scores are multiplied by.
         softcap: c of c tanh(scores / c), before the bias; 0: none.
         dropout: Applied to the attention weights [B, H, Q, S]; None: there is none.
-        implementation: One of IMPLEMENTATIONS. One that cannot do what is asked here gives way to
-            einsum, with a warning that says why.
+        implementation: One of IMPLEMENTATIONS. One that does not support these arguments is
+            replaced by einsum, with a warning that says why.
 
     Returns:
         [B, H, Q, K] in the dtype of the values. A query that sees no key reads the mean of all
@@ -98,7 +98,7 @@ def attend(
     groups = key_BxGxSxK.shape[1]
     obstacle = _obstacle(implementation, query_BxHxQxK, groups, visible, softcap, dropout)
     if obstacle:
-        _tell(implementation, obstacle, automatic)
+        _warn(implementation, obstacle, automatic)
         implementation = "einsum"
     if implementation == "splash":
         return _splash(query_BxHxQxK, key_BxGxSxK, value_BxGxSxK, visible, scale, softcap)
@@ -116,11 +116,12 @@ def attend(
     query, key, value = (x.swapaxes(1, 2) for x in (query_BxHxQxK, key_BxGxSxK, value_BxGxSxK))
     if isinstance(visible, Causal) and visible.segments_BxT is None:
         window = (visible.window - 1, 0) if visible.window else None
-        how = {"is_causal": True, "local_window_size": window}
+        options = {"is_causal": True, "local_window_size": window}
     else:
-        how = {"bias": jnp.broadcast_to(bias, (*bias.shape[:2], query.shape[1], key.shape[1]))}
+        whole = (*bias.shape[:2], query.shape[1], key.shape[1])
+        options = {"bias": jnp.broadcast_to(bias, whole)}
     attended = jax.nn.dot_product_attention(
-        query, key, value, scale=scale, implementation=implementation, **how
+        query, key, value, scale=scale, implementation=implementation, **options
     )
     return attended.swapaxes(1, 2)
 
@@ -136,7 +137,7 @@ def _obstacle(
     softcap: float,
     dropout: Callable[[Array], Array] | None,
 ) -> str | None:
-    """Why an implementation cannot do this; None if it can."""
+    """Returns why an implementation does not support these arguments; None if it does."""
     rows, _, length, size = query_BxHxQxK.shape
     if implementation == "einsum":
         return None
@@ -149,9 +150,9 @@ def _obstacle(
             return "it takes no bias"
         if length % _SPLASH_BLOCK or size % _SPLASH_BLOCK:
             return f"{length} positions of {size} features are not both multiples of 128"
-        for what, axis, count in (("rows", "batch", rows), ("heads of keys", "heads", groups)):
+        for noun, axis, count in (("rows", "batch", rows), ("heads of keys", "heads", groups)):
             if count % _devices(axis):
-                return f"the mesh does not divide {count} {what}"
+                return f"the mesh does not divide {count} {noun}"
         return None
     if softcap:
         return "it has no softcap"
@@ -169,7 +170,7 @@ def _obstacle(
 
 
 def _devices(axis: str) -> int:
-    """Over how many devices of the mesh that `jax.set_mesh` entered a logical axis is split."""
+    """Returns the number of devices over which the current mesh splits a logical axis."""
     mesh = jax.sharding.get_abstract_mesh()
     over = RULES[axis]
     names = (over,) if isinstance(over, str) else over
@@ -177,7 +178,7 @@ def _devices(axis: str) -> int:
 
 
 @functools.cache
-def _tell(implementation: str, obstacle: str, automatic: bool) -> None:
+def _warn(implementation: str, obstacle: str, automatic: bool) -> None:
     which = "this device's attention kernel" if automatic else "the attention asked for"
     warnings.warn(f"{which}, {implementation}, gives way to einsum: {obstacle}", stacklevel=3)
 
@@ -190,7 +191,7 @@ def attend_parts(
     softcap: float = 0.0,
     dropout: Callable[[Array], Array] | None = None,
 ) -> Array:
-    """Attention over keys that lie in several arrays, as if they were one behind another.
+    """Computes attention over keys in several arrays, as if these were concatenated.
 
     Args:
         parts: Keys [A, G, S, K], values of the same shape and the bias of each, broadcastable to
@@ -222,19 +223,19 @@ def attend_parts(
 def _product(
     equation: str, left_BxHxQxX: Array, right_AxGxSxK: Array, dtype: jnp.dtype | None = None
 ) -> Array:
-    """A product of every row and head of queries with the keys or values that serve it."""
+    """Multiplies every row and head of queries with the keys or values that serve it."""
     (rows, heads), (keys, groups) = left_BxHxQxX.shape[:2], right_AxGxSxK.shape[:2]
-    shared, repeats, rest = rows // keys, heads // groups, left_BxHxQxX.shape[2:]
-    if shared == 1:  # neighbouring heads lie behind one another: one larger matrix
-        left = left_BxHxQxX.reshape(rows, groups, repeats * rest[0], rest[1])
+    shared, repeats, (length, size) = rows // keys, heads // groups, left_BxHxQxX.shape[2:]
+    if shared == 1:  # neighbouring heads are contiguous: one larger matrix
+        left = left_BxHxQxX.reshape(rows, groups, repeats * length, size)
         letters = {"q": "agq", "s": "ags", "qs": "agqs"}
     else:
-        left = left_BxHxQxX.reshape(keys, shared, groups, repeats * rest[0], rest[1])
+        left = left_BxHxQxX.reshape(keys, shared, groups, repeats * length, size)
         letters = {"q": "acgq", "s": "ags", "qs": "acgqs"}
     product = jnp.einsum(
         equation.format(**letters), left, right_AxGxSxK, preferred_element_type=dtype
     )
-    return product.reshape(rows, heads, rest[0], product.shape[-1])
+    return product.reshape(rows, heads, length, product.shape[-1])
 
 
 def _splash(
@@ -245,7 +246,7 @@ def _splash(
     scale: float,
     softcap: float,
 ) -> Array:
-    """The TPU kernel that skips what no query sees; elsewhere it is interpreted (for tests)."""
+    """Runs the TPU kernel that skips what no query sees; elsewhere interpreted (for tests)."""
     from jax.experimental.pallas.ops.tpu import splash_attention as kernels
 
     length = query_BxHxTxK.shape[2]

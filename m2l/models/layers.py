@@ -64,8 +64,8 @@ REMAT: Mapping[str, Callable[..., bool] | None] = MappingProxyType(
         "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     }
 )
-"""What of a layer is kept for the gradient. none: all; full: its input; dots: and what its weights
-were multiplied to."""
+"""What of a layer is saved for the gradient. none: all; full: its input; dots: and the products
+with its weights."""
 
 ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = MappingProxyType(
     {
@@ -114,7 +114,7 @@ class Execution:
             ) from None
 
     def dropout(self, *broadcast_dims: int) -> nn.Dropout:
-        """A module that drops; with `broadcast_dims`, the same at all places of these axes."""
+        """Returns a module that drops the same at all places of the axes `broadcast_dims`."""
         return nn.Dropout(self.dropout_rate, broadcast_dims, deterministic=False)
 
 
@@ -125,12 +125,12 @@ def through(
     shared: tuple[Any, ...],
     execution: Execution,
 ) -> Array:
-    """x through layer after layer, `x = layer(x, *each[i], *shared)`, rematerialised or scanned.
+    """Applies layer after layer, `x = layer(x, *each[i], *shared)`, rematerialised or scanned.
 
     Args:
         layers: Alike but for their parameters, and bound.
-        each: Per layer, what is its own; where layers are scanned over and it differs, traced.
-        shared: What all of them are given.
+        each: Arguments of each layer; traced where layers are scanned over and they differ.
+        shared: Further arguments, the same for all of them.
     """
     first, policy = layers[0], REMAT[execution.remat]
     if first.is_initializing() or (policy is None and not execution.scan_layers):
@@ -143,15 +143,15 @@ def through(
     def run(own: tuple[Any, ...] | None) -> Callable[..., Array]:
         def layer(x: Array, params: Any, number: Array, traced: tuple[Any, ...]) -> Array:
             rngs = None if key is None else {"dropout": jax.random.fold_in(key, number)}
-            given = traced if own is None else own
-            return alone.apply({"params": params}, x, *given, *shared, rngs=rngs)
+            arguments = traced if own is None else own
+            return alone.apply({"params": params}, x, *arguments, *shared, rngs=rngs)
 
         return layer if policy is None else jax.checkpoint(layer, policy=policy)
 
     params = [layer.variables["params"] for layer in layers]
     if not execution.scan_layers:
-        for number, (of_layer, own) in enumerate(zip(params, each, strict=True)):
-            x = run(own)(x, of_layer, jnp.int32(number), ())
+        for number, (layer_params, own) in enumerate(zip(params, each, strict=True)):
+            x = run(own)(x, layer_params, jnp.int32(number), ())
         return x
     alike = len(set(each)) == 1
     layer = run(each[0] if alike else None)
@@ -163,7 +163,7 @@ def through(
 
 @dataclasses.dataclass(frozen=True)
 class ParamSpec:
-    """What a parameter is, without its values: shape, dtype, one logical axis per dimension."""
+    """A parameter without its values: shape, dtype, one logical axis per dimension."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -171,7 +171,7 @@ class ParamSpec:
 
 
 def spec_of(module: nn.Module, *args: Any) -> dict[str, Any]:
-    """The ParamSpec of every parameter of a module, from its abstract initialisation."""
+    """Returns the ParamSpec of every parameter of a module, from its abstract initialisation."""
     shapes = jax.eval_shape(module.init, jax.random.key(0), *args)["params"]
 
     def describe(path: tuple[jax.tree_util.DictKey, ...], leaf: jax.ShapeDtypeStruct) -> ParamSpec:
@@ -185,7 +185,10 @@ def spec_of(module: nn.Module, *args: Any) -> dict[str, Any]:
 
 
 def rms_norm(x: Array, scale_D: Array, epsilon: float, dtype: DTypeLike) -> Array:
-    """x / root mean square over the last axis * scale, in float32 (Zhang and Sennrich 2019)."""
+    """Divides x by its root mean square over the last axis and scales it, in float32.
+
+    Source: Zhang and Sennrich 2019.
+    """
     x = x.astype(jnp.float32)
     mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
     return (x * jax.lax.rsqrt(mean_square + epsilon) * scale_D).astype(dtype)
@@ -193,10 +196,10 @@ def rms_norm(x: Array, scale_D: Array, epsilon: float, dtype: DTypeLike) -> Arra
 
 @contextlib.contextmanager
 def observing(observe: Observer) -> Iterator[None]:
-    """Has `dense` tell of every x and kernel that it is given while the block runs.
+    """Calls `observe` with every x and kernel that `dense` multiplies while the block runs.
 
-    Of a function that is traced, they are tracers of that trace: their values are to be made part
-    of its result. Layers that are scanned over or rematerialised are traced by themselves.
+    In a function that is traced, they are tracers of that trace: return their values from it.
+    Layers that are scanned over or rematerialised are traced by themselves.
     """
     token = _observer.set(observe)
     try:
@@ -206,7 +209,7 @@ def observing(observe: Observer) -> Iterator[None]:
 
 
 def dense(x: Array, kernel: Array, dtype: DTypeLike | None = None) -> Array:
-    """x @ kernel over the last axis, multiplied in x's dtype; the result too, or in `dtype`."""
+    """Multiplies x @ kernel over the last axis in x's dtype; the result is in it, or `dtype`."""
     if (observe := _observer.get(None)) is not None:
         observe(x, kernel)
     # In two dimensions: XLA's CPU backend copies the gradient, transposed, for more of them.
@@ -218,7 +221,7 @@ def dense(x: Array, kernel: Array, dtype: DTypeLike | None = None) -> Array:
 def relative_position_buckets(
     distances: np.ndarray, *, bidirectional: bool, num_buckets: int, max_distance: int
 ) -> np.ndarray:
-    """T5's bucket of each relative position (Raffel et al. 2020, section 2.1).
+    """Returns T5's bucket of each relative position (Raffel et al. 2020, section 2.1).
 
     Half of the buckets hold one distance each, the other half logarithmically growing ranges up
     to `max_distance`; everything farther shares the last. Bidirectional: half of all buckets are
@@ -288,11 +291,11 @@ class Attention(nn.Module):
         return split_heads(joined, self.num_heads)
 
     def keys_values(self, x_BxSxD: Array) -> KeysValues:
-        """The keys and the values of a sequence, each [B, H, S, K]."""
+        """Returns the keys and the values of a sequence, each [B, H, S, K]."""
         return self._heads(x_BxSxD, self.key), self._heads(x_BxSxD, self.value)
 
     def __call__(self, x_BxQxD: Array, keys_values: KeysValues, bias: Array) -> Array:
-        """What each position of x reads: [B, Q, D]; `bias` as for `attend`."""
+        """Returns what each position of x reads: [B, Q, D]; `bias` as for `attend`."""
         read_BxHxQxK = attend(
             self._heads(x_BxQxD, self.query),
             *keys_values,
@@ -305,12 +308,12 @@ class Attention(nn.Module):
 
 
 def split_heads(x_BxLxHK: Array, heads: int) -> Array:
-    """[B, H, L, K]"""
+    """Splits the last axis: [B, H, L, K]."""
     return x_BxLxHK.reshape(*x_BxLxHK.shape[:2], heads, -1).swapaxes(1, 2)
 
 
 def join_heads(x_BxHxLxK: Array) -> Array:
-    """[B, L, H * K]"""
+    """Joins the heads: [B, L, H * K]."""
     rows, heads, length, size = x_BxHxLxK.shape
     return x_BxHxLxK.swapaxes(1, 2).reshape(rows, length, heads * size)
 
@@ -342,21 +345,21 @@ class Mlp(nn.Module):
 
 @functools.partial(jax.checkpoint, static_argnums=0)
 def _gate(activation: Callable[[Array], Array], gate: Array, x: Array) -> Array:
-    """activation(gate) * x; keeps its arguments alone for the gradient."""
+    """Computes activation(gate) * x; only its arguments are saved for the gradient."""
     return activation(gate) * x
 
 
 def embed(table_VxD: Array, tokens_BxL: Array, dtype: DTypeLike) -> Array:
-    """The rows of the table, [B, L, D]; NaN where an id is outside the vocabulary."""
+    """Returns the rows of the table, [B, L, D]; NaN where an id is outside the vocabulary."""
     # Indexing would take the last row.
     table = constrain(table_VxD, "vocab", None)
     embedded = jnp.take(table, tokens_BxL, axis=0, mode="fill")
     return constrain(embedded.astype(dtype), "batch", None, None)
 
 
-def empty_cache(layers: int, room: tuple[int, ...], dtype: DTypeLike) -> list[KeysValues]:
-    """Room for the keys and values of what is decoded; distinct arrays, so it can be donated."""
-    empty = [jnp.zeros(room, dtype) for _ in range(2 * layers)]
+def empty_cache(layers: int, shape: tuple[int, ...], dtype: DTypeLike) -> list[KeysValues]:
+    """Returns zeros for keys and values to decode; distinct arrays, so they can be donated."""
+    empty = [jnp.zeros(shape, dtype) for _ in range(2 * layers)]
     return list(zip(empty[::2], empty[1::2], strict=True))
 
 

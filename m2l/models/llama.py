@@ -38,7 +38,7 @@ from m2l.models.layers import (
 from m2l.partitioning import constrain
 
 Cache = dict[str, Any]
-Turns = tuple[Array, Array]
+Rotations = tuple[Array, Array]
 """Cosines and sines of the angles, float32 [N, 1, T, K / 2] each."""
 
 _NONE = {"least": 0}
@@ -159,7 +159,9 @@ class LlamaConfig:
 
 
 def rotary_frequencies(config: LlamaConfig) -> tuple[np.ndarray, float]:
-    """The angle per position of each pair of features, float32 [K / 2], and what scales the turn.
+    """Returns the angle per position of each pair of features, float32 [K / 2], and a factor.
+
+    The factor scales the rotated pair.
 
     Computed on the host in float32, as Hugging Face does.
 
@@ -178,8 +180,8 @@ def rotary_frequencies(config: LlamaConfig) -> tuple[np.ndarray, float]:
     if c.rope_type == "llama3":
         turns = np.float32(original / (2 * math.pi)) * plain
         low, high = c.rope_low_freq_factor, c.rope_high_freq_factor
-        kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
-        return (kept * plain + (1 - kept) * stretched).astype(np.float32), 1.0
+        share = np.clip((turns - low) / (high - low), 0.0, 1.0)
+        return (share * plain + (1 - share) * stretched).astype(np.float32), 1.0
 
     def pair_turning(times: float) -> float:
         return size * math.log(original / (times * 2 * math.pi)) / (2 * math.log(c.rope_theta))
@@ -187,15 +189,15 @@ def rotary_frequencies(config: LlamaConfig) -> tuple[np.ndarray, float]:
     first = max(math.floor(pair_turning(c.rope_beta_fast)), 0)
     last = min(math.ceil(pair_turning(c.rope_beta_slow)), size - 1)
     steps = (np.arange(size // 2, dtype=np.float32) - first) / max(last - first, 0.001)
-    kept = 1 - np.clip(steps, 0.0, 1.0)
+    share = 1 - np.clip(steps, 0.0, 1.0)
     factor = c.rope_attention_factor
     if not factor:
         factor = 0.1 * math.log(c.rope_factor) + 1.0 if c.rope_factor > 1 else 1.0
-    return (kept * plain + (1 - kept) * stretched).astype(np.float32), factor
+    return (share * plain + (1 - share) * stretched).astype(np.float32), factor
 
 
-def turns_of(config: LlamaConfig, positions_NxT: Array | np.ndarray) -> Turns:
-    """What rows at these positions are turned by."""
+def rotations(config: LlamaConfig, positions_NxT: Array | np.ndarray) -> Rotations:
+    """Returns the rotations of rows at these positions."""
     frequencies, factor = rotary_frequencies(config)
     # On the host where it can be: XLA's CPU backend computes them anew for every head.
     xp = np if isinstance(positions_NxT, np.ndarray) else jnp
@@ -203,8 +205,8 @@ def turns_of(config: LlamaConfig, positions_NxT: Array | np.ndarray) -> Turns:
     return xp.cos(angles) * xp.float32(factor), xp.sin(angles) * xp.float32(factor)
 
 
-def rotate(x_NxHxTxK: Array, turns: Turns) -> Array:
-    """Turns each pair of features (i, i + K / 2) by its position's angle, in float32."""
+def rotate(x_NxHxTxK: Array, turns: Rotations) -> Array:
+    """Rotations each pair of features (i, i + K / 2) by its position's angle, in float32."""
     cosine, sine = turns
     first, second = jnp.split(x_NxHxTxK.astype(jnp.float32), 2, axis=-1)
     turned = [first * cosine - second * sine, second * cosine + first * sine]
@@ -237,7 +239,7 @@ class _SelfAttention(nn.Module):
             joined = joined + self.biases[name].astype(joined.dtype)
         return split_heads(constrain(joined, "batch", None, "heads"), heads)
 
-    def project(self, x_NxTxD: Array, turns: Turns) -> tuple[Array, KeysValues]:
+    def project(self, x_NxTxD: Array, turns: Rotations) -> tuple[Array, KeysValues]:
         """Queries [N, H, T, K], keys and values [N, G, T, K], turned by their positions."""
         query = self._heads("query", x_NxTxD, self.config.num_attention_heads)
         key, value = (
@@ -245,8 +247,8 @@ class _SelfAttention(nn.Module):
         )
         return rotate(query, turns), (rotate(key, turns), value)
 
-    def put_out(self, read_NxHxTxK: Array) -> Array:
-        """[N, T, D]"""
+    def project_out(self, read_NxHxTxK: Array) -> Array:
+        """Projects what was read: [N, T, D]."""
         out = dense(join_heads(read_NxHxTxK), self.out)
         return out + self.out_bias.astype(out.dtype) if self.config.out_bias else out
 
@@ -265,6 +267,8 @@ class _Layer(nn.Module):
         activation = _ACTIVATIONS[c.hidden_act]
         self.mlp = Mlp(c.hidden_size, c.intermediate_size, activation, True, _INIT, self.execution)
         self.dropout = self.execution.dropout(-2)
+        scale = (c.query_pre_attn_scalar or c.head_dim) ** -0.5
+        self.scores = {"scale": scale, "softcap": c.attn_logit_softcapping}
 
     def _norm(self, name: str, x: Array) -> Array:
         scale_D = self.norms[name] + self.config.norm_offset
@@ -276,41 +280,38 @@ class _Layer(nn.Module):
         return constrain(x_NxTxD + self.dropout(added), "batch", None, None)
 
     def _after(self, x_NxTxD: Array, read_NxHxTxK: Array) -> Array:
-        x_NxTxD = self._add(x_NxTxD, "self_attention", self.self_attention.put_out(read_NxHxTxK))
+        x_NxTxD = self._add(
+            x_NxTxD, "self_attention", self.self_attention.project_out(read_NxHxTxK)
+        )
         return self._add(x_NxTxD, "mlp", self.mlp(self._norm("pre_mlp_norm", x_NxTxD)))
 
-    def _how(self) -> dict[str, float]:
-        c = self.config
-        scalar = c.query_pre_attn_scalar or c.head_dim
-        return {"scale": scalar**-0.5, "softcap": c.attn_logit_softcapping}
-
     def __call__(
-        self, x_BxTxD: Array, window: int | Array, segments_BxT: Array | None, turns: Turns
+        self, x_BxTxD: Array, window: int | Array, segments_BxT: Array | None, turns: Rotations
     ) -> Array:
         return self.first(x_BxTxD, window, segments_BxT, turns)[0]
 
     def first(
-        self, x_BxTxD: Array, window: int | Array, segments_BxT: Array | None, turns: Turns
+        self, x_BxTxD: Array, window: int | Array, segments_BxT: Array | None, turns: Rotations
     ) -> tuple[Array, KeysValues]:
-        """The layer's output on rows from their beginning, and their keys and values."""
+        """Returns the layer's output on rows from their beginning, and their keys and values."""
         h = self._norm("pre_self_attention_norm", x_BxTxD)
         query, present = self.self_attention.project(h, turns)
         visible = Causal(segments_BxT, window)
         kernel = self.execution.attention
-        read = attend(query, *present, visible, **self._how(), implementation=kernel)
+        read = attend(query, *present, visible, **self.scores, implementation=kernel)
         return self._after(x_BxTxD, read), present
 
     def further(
         self,
         x_NxTxD: Array,
-        turns: Turns,
+        turns: Rotations,
         memory: KeysValues,
         memory_bias: Array,
         bias: Array,
         past: KeysValues | None = None,
         position: Array | None = None,
     ) -> tuple[Array, KeysValues]:
-        """The same for what continues a prefix, whose keys and values are `memory`.
+        """Returns the same for what continues a prefix, whose keys and values are `memory`.
 
         With `past` (decoding step by step), x is written into it at `position`, and all is read.
         """
@@ -323,7 +324,7 @@ class _Layer(nn.Module):
                 present,
             )
         parts = [(*memory, memory_bias), (*present, bias)]
-        return self._after(x_NxTxD, attend_parts(query, parts, **self._how())), present
+        return self._after(x_NxTxD, attend_parts(query, parts, **self.scores)), present
 
 
 class _Decoder(nn.Module):
@@ -347,13 +348,13 @@ class _Decoder(nn.Module):
     def __call__(
         self, x_BxTxD: Array, segments_BxT: Array | None, positions_BxT: Array | np.ndarray
     ) -> Array:
-        shared = segments_BxT, turns_of(self.config, positions_BxT)
+        shared = segments_BxT, rotations(self.config, positions_BxT)
         each = [(window,) for window in self.windows]
         return self._finish(through(self.layers, x_BxTxD, each, shared, self.execution))
 
     def encode(self, x_BxSxD: Array, mask_BxS: Array) -> list[KeysValues]:
-        """The keys and values of each layer."""
-        turns = turns_of(self.config, np.arange(x_BxSxD.shape[1])[None])
+        """Returns the keys and values of each layer."""
+        turns = rotations(self.config, np.arange(x_BxSxD.shape[1])[None])
         memories = []
         for layer, window in zip(self.layers, self.windows, strict=True):
             x_BxSxD, present = layer.first(x_BxSxD, window, mask_BxS.astype(jnp.int32), turns)
@@ -368,15 +369,18 @@ class _Decoder(nn.Module):
         pasts: list[KeysValues] | None = None,
         position: Array | int = 0,
     ) -> tuple[Array, list[KeysValues]]:
-        """What continues prefixes, from `position` on: [N, T, D], and its keys and values."""
+        """Returns the output on what continues prefixes, [N, T, D], and its keys and values.
+
+        It begins at `position`.
+        """
         rows, length = x_NxTxD.shape[:2]
         mask_NxS = jnp.repeat(mask_BxS, rows // mask_BxS.shape[0], axis=0)
         # Places among what continues the prefix: of queries, and of keys.
-        of_query_T = position + jnp.arange(length)
-        of_key_U = jnp.arange(length if pasts is None else pasts[0][0].shape[2])
-        positions_NxT = jnp.sum(mask_NxS, axis=1)[:, None] + of_query_T
-        turns = turns_of(self.config, positions_NxT)
-        behind_TxU = of_query_T[:, None] - of_key_U
+        query_places_T = position + jnp.arange(length)
+        key_places_U = jnp.arange(length if pasts is None else pasts[0][0].shape[2])
+        positions_NxT = jnp.sum(mask_NxS, axis=1)[:, None] + query_places_T
+        turns = rotations(self.config, positions_NxT)
+        behind_TxU = query_places_T[:, None] - key_places_U
         from_prefix_NxTxS = positions_NxT[..., None] - jnp.arange(mask_NxS.shape[1])
         presents = []
         for i, (layer, window) in enumerate(zip(self.layers, self.windows, strict=True)):
@@ -441,8 +445,8 @@ class Llama(nn.Module):
 
     def start_decoding(self, memories: list[KeysValues], mask_BxS: Array, max_length: int) -> Cache:
         c = self.config
-        room = (mask_BxS.shape[0], c.num_key_value_heads, max_length, c.head_dim)
-        cache = empty_cache(c.num_hidden_layers, room, self.execution.dtype)
+        shape = (mask_BxS.shape[0], c.num_key_value_heads, max_length, c.head_dim)
+        cache = empty_cache(c.num_hidden_layers, shape, self.execution.dtype)
         return {"mask": mask_BxS, "prefix": memories, "self": cache}
 
     def decode_step(self, cache: Cache, tokens_B: Array, position: Array) -> tuple[Array, Cache]:

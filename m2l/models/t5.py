@@ -146,7 +146,7 @@ class _Layer(nn.Module):
         return rms_norm(x, scale_D, self.config.layer_norm_epsilon, self.execution.dtype)
 
     def memory(self, encoded_BxSxD: Array) -> KeysValues:
-        """The keys and values that this layer reads the encoded inputs by."""
+        """Returns the keys and values by which this layer reads the encoded inputs."""
         return self.cross_attention.keys_values(encoded_BxSxD)
 
     def __call__(
@@ -168,7 +168,7 @@ class _Layer(nn.Module):
         past: KeysValues | None = None,
         position: Array | None = None,
     ) -> tuple[Array, KeysValues]:
-        """The layer's output, and the keys and values that its self-attention read.
+        """Returns the layer's output, and the keys and values that its self-attention read.
 
         With `past` (decoding step by step), x is written into it at `position`, and all is read.
         """
@@ -222,7 +222,7 @@ class _Stack(nn.Module):
             )
 
     def _bias_by_distance(self, length: int) -> Array:
-        """[H, R], float32, at the distances 1 - length ... length - 1."""
+        """Returns biases [H, R], float32, at the distances 1 - length ... length - 1."""
         buckets = relative_position_buckets(
             np.arange(1 - length, length),
             bidirectional=not self.is_decoder,
@@ -248,7 +248,7 @@ class _Stack(nn.Module):
         encoded_BxSxD: Array | None = None,
         memory_bias: Array | None = None,
     ) -> Array:
-        """All positions at once: the encoded input [B, S, D], or what logits are made of.
+        """Computes all positions at once: the encoded input [B, S, D], or the hidden states.
 
         `mask` is bool, broadcastable to [N, H, T, T].
         """
@@ -262,7 +262,7 @@ class _Stack(nn.Module):
         )
 
     def step(self, x_Bx1xD: Array, cache: Cache, position: Array) -> tuple[Array, Cache]:
-        """One position of a decoder, [B, 1, D], and the cache with it added."""
+        """Computes one position of a decoder, [B, 1, D], and adds it to the cache."""
         max_length = cache["self"][0][0].shape[2]
         by_distance_HxR = self._bias_by_distance(max_length)
         row_Hx1xT = jax.lax.dynamic_slice_in_dim(
@@ -316,10 +316,13 @@ class T5(nn.Module):
                 f"a packed batch: expected encoder_segment_ids and decoder_segment_ids, found only "
                 f"{segments[0]}"
             )
-        of_input, of_target = batch["encoder_segment_ids"], batch["decoder_segment_ids"]
-        encoded_BxSxD = self.encoder(self._embed(inputs), same_segment(of_input, of_input))
-        of_one = same_segment(of_target, of_target)
-        return self._decode(encoded_BxSxD, same_segment(of_target, of_input), targets, of_one)
+        input_segments, target_segments = batch["encoder_segment_ids"], batch["decoder_segment_ids"]
+        encoded_BxSxD = self.encoder(
+            self._embed(inputs), same_segment(input_segments, input_segments)
+        )
+        visible = same_segment(target_segments, input_segments)
+        own = same_segment(target_segments, target_segments)
+        return self._decode(encoded_BxSxD, visible, targets, own)
 
     def _decode(
         self, encoded_BxSxD: Array, visible: Array, tokens_NxT: Array, mask: Array | bool
@@ -339,11 +342,11 @@ class T5(nn.Module):
 
     def start_decoding(self, encoded_BxSxD: Array, mask_BxS: Array, max_length: int) -> Cache:
         c = self.config
-        room = (encoded_BxSxD.shape[0], c.num_heads, max_length, c.d_kv)
+        shape = (encoded_BxSxD.shape[0], c.num_heads, max_length, c.d_kv)
         return {
             "mask": mask_BxS,
             "cross": self.decoder.memories(encoded_BxSxD),
-            "self": empty_cache(c.num_decoder_layers, room, self.execution.dtype),
+            "self": empty_cache(c.num_decoder_layers, shape, self.execution.dtype),
         }
 
     def decode_step(self, cache: Cache, tokens_B: Array, position: Array) -> tuple[Array, Cache]:
