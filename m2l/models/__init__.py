@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -20,9 +19,10 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from m2l.errors import ConfigError, UnknownNameError
-from m2l.models.layers import Execution, ParamSpec, observing, spec_of
+from m2l.models.layers import Cache, Execution, ParamSpec, observing, spec_of
 from m2l.models.llama import Llama, LlamaConfig
 from m2l.models.t5 import T5, T5Config
+from m2l.typing import Json, JsonObject, Params, PyTree
 
 __all__ = [
     "Config",
@@ -47,9 +47,7 @@ __all__ = [
 
 Array = jax.Array
 Config = T5Config | LlamaConfig
-Params = Mapping[str, Any]
-Cache = dict[str, Any]
-Memory = Any
+Memory = PyTree
 
 _FAMILIES: dict[str, tuple[type[Config], type[nn.Module]]] = {
     "t5": (T5Config, T5),
@@ -64,7 +62,7 @@ def _family(config: Config) -> tuple[str, type[nn.Module]]:
     raise ConfigError(f"a model config: expected one of {sorted(_FAMILIES)}, found {config!r}")
 
 
-def _network(config: Config, execution: Execution = Execution()) -> Any:  # noqa: B008, frozen
+def _network(config: Config, execution: Execution = Execution()) -> nn.Module:  # noqa: B008, frozen
     return _family(config)[1](config, execution)
 
 
@@ -73,12 +71,12 @@ def _shortest_batch(config: Config) -> dict[str, np.ndarray]:
     return {f"{side}_input_tokens": np.ones((1, 1), np.int32) for side in sides}
 
 
-def to_dict(config: Config) -> dict[str, Any]:
+def to_dict(config: Config) -> JsonObject:
     """Returns the config as plain values, with the name of its family under "family"."""
     return {"family": _family(config)[0], **dataclasses.asdict(config)}
 
 
-def from_dict(values: Mapping[str, Any]) -> Config:
+def from_dict(values: Mapping[str, Json]) -> Config:
     """Returns the config that `to_dict` wrote.
 
     Raises:
@@ -103,7 +101,7 @@ def from_dict(values: Mapping[str, Any]) -> Config:
     return kind(**settings)
 
 
-def spec(config: Config) -> dict[str, Any]:
+def spec(config: Config) -> Params:
     """Returns the ParamSpec of every parameter, nested like them; creates no arrays."""
     return spec_of(_network(config), _shortest_batch(config))
 
@@ -115,7 +113,7 @@ def parameters(config: Config) -> int:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def init(config: Config, key: Array) -> dict[str, Any]:
+def init(config: Config, key: Array) -> Params:
     """Draws float32 parameters as the family's authors draw them (T5: as T5X does).
 
     The same key gives the same values, whatever the mesh. Compiled here; to create the parameters
@@ -210,8 +208,8 @@ def _run(
     dropout_key: Array | None,
     execution: Execution,
     method: str,
-    *arguments: Any,
-) -> Any:
+    *arguments: PyTree,
+) -> PyTree:
     if dropout_key is None:
         execution = dataclasses.replace(execution, dropout_rate=0.0)
     rngs = None if dropout_key is None else {"dropout": dropout_key}

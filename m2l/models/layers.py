@@ -10,7 +10,6 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -23,9 +22,11 @@ from m2l.errors import ConfigError, DataError, UnknownNameError
 from m2l.models.attention import IMPLEMENTATIONS, attend
 from m2l.models.fields import check_types
 from m2l.partitioning import constrain
+from m2l.typing import Params, PyTree
 
 Array = jax.Array
 KeysValues = tuple[Array, Array]
+Cache = dict[str, PyTree]
 Observer = Callable[[Array, Array], None]
 
 _observer: contextvars.ContextVar[Observer | None] = contextvars.ContextVar("_observer")
@@ -122,7 +123,7 @@ def through(
     layers: Sequence[nn.Module],
     x: Array,
     each: Sequence[tuple[int, ...]],
-    shared: tuple[Any, ...],
+    shared: tuple[PyTree, ...],
     execution: Execution,
 ) -> Array:
     """Applies layer after layer, `x = layer(x, *each[i], *shared)`, rematerialised or scanned.
@@ -140,8 +141,8 @@ def through(
     key = first.make_rng("dropout") if execution.dropout_rate else None
     alone = first.clone(parent=None, name=None)
 
-    def run(own: tuple[Any, ...] | None) -> Callable[..., Array]:
-        def layer(x: Array, params: Any, number: Array, traced: tuple[Any, ...]) -> Array:
+    def run(own: tuple[int, ...] | None) -> Callable[..., Array]:
+        def layer(x: Array, params: Params, number: Array, traced: tuple[Array, ...]) -> Array:
             rngs = None if key is None else {"dropout": jax.random.fold_in(key, number)}
             arguments = traced if own is None else own
             return alone.apply({"params": params}, x, *arguments, *shared, rngs=rngs)
@@ -170,7 +171,7 @@ class ParamSpec:
     axes: tuple[str, ...]
 
 
-def spec_of(module: nn.Module, *args: Any) -> dict[str, Any]:
+def spec_of(module: nn.Module, *args: PyTree) -> Params:
     """Returns the ParamSpec of every parameter of a module, from its abstract initialisation."""
     shapes = jax.eval_shape(module.init, jax.random.key(0), *args)["params"]
 

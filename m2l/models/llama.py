@@ -10,7 +10,7 @@ D features, V vocabulary, H heads, G heads of keys and values, K features of a h
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -23,6 +23,7 @@ from m2l.models.attention import Causal, attend, attend_parts, hide
 from m2l.models.fields import LAYERS, WIDTH, WORDS, check_choice, check_fields
 from m2l.models.layers import (
     Array,
+    Cache,
     Execution,
     KeysValues,
     Mlp,
@@ -37,7 +38,6 @@ from m2l.models.layers import (
 )
 from m2l.partitioning import constrain
 
-Cache = dict[str, Any]
 Rotations = tuple[Array, Array]
 """Cosines and sines of the angles, float32 [N, 1, T, K / 2] each."""
 

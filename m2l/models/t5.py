@@ -7,7 +7,7 @@ and T target positions, D features, V vocabulary, H heads, R distances.
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -21,6 +21,7 @@ from m2l.models.fields import LAYERS, WIDTH, WORDS, check_choice, check_fields
 from m2l.models.layers import (
     Array,
     Attention,
+    Cache,
     Execution,
     KeysValues,
     Mlp,
@@ -34,8 +35,6 @@ from m2l.models.layers import (
     through,
 )
 from m2l.partitioning import constrain
-
-Cache = dict[str, Any]
 
 _FEED_FORWARD = {  # its activation, and whether it is gated
     "relu": ("relu", False),
