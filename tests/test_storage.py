@@ -319,12 +319,12 @@ def test_a_lock_in_a_bucket_is_renewed_while_it_is_acquired(gcs_bucket, monkeypa
 
 def test_figures_of_a_resumed_run_go_on_where_the_last_save_was(folder):
     folder.mkdir(parents=True, exist_ok=True)
-    with MetricsWriter(folder, after=0) as writer:
+    with MetricsWriter(folder, first_step=0) as writer:
         for step in (1, 2, 3):
             writer.write(step, {"loss": 1.0 / step})
         writer.flush()
         assert [row["step"] for row in read_figures(folder)] == [1, 2, 3]
-    with MetricsWriter(folder, after=2) as writer:
+    with MetricsWriter(folder, first_step=2) as writer:
         writer.write(3, {"loss": 0.5})
     assert read_figures(folder) == [
         {"step": 1, "loss": 1.0},

@@ -198,8 +198,16 @@ def train(
             shares=share[1],
         )
         exits.enter_context(jax.set_mesh(mesh))
-        writer = exits.enter_context(_writer(out, first, log))
-        progress = exits.enter_context(_progress(settings, first))
+        writer = MetricsWriter(out, first_step=first, log=log) if processes.is_first() else None
+        exits.enter_context(writer or contextlib.nullcontext())
+        progress = exits.enter_context(
+            Progress(
+                f"train {settings.mixture}",
+                settings.steps,
+                done=first,
+                silent=not processes.is_first(),
+            )
+        )
         tracing = exits.enter_context(contextlib.ExitStack())
         pending: tuple[int, state.Metrics] | None = None
         anchor = first, batches.positions()
@@ -233,7 +241,7 @@ def train(
                 with processes.failing_together():
                     saves.check()
                     lock.check()
-                    if processes.is_first():
+                    if writer is not None:
                         writer.write(done, figures | {"learning_rate": rate} | speed | cut)
                 _show_speed(progress, speed)
                 _show_cut(progress, cut)
@@ -246,11 +254,11 @@ def train(
             if validation is not None and (done % settings.evaluate_every == 0 or is_last):
                 meter.pause()
                 scores = validation.run(done, current.params)
-                stopping = stopping.after(done, scores["loss"], settings.minimum_improvement)
+                stopping = stopping.updated(done, scores["loss"], settings.minimum_improvement)
                 improved = settings.keep_best and stopping.best_step == done
                 over = stopping.is_over(settings.patience)
                 with processes.failing_together():
-                    if processes.is_first():
+                    if writer is not None:
                         writer.write(done, scores, part="validation")
                 progress.update(validation=f"{scores['loss']:.3f}")
                 meter.run()
@@ -261,7 +269,7 @@ def train(
                 _check_parameters(done, current.params)
                 with processes.failing_together():
                     saves.wait()
-                    if processes.is_first():
+                    if writer is not None:
                         writer.flush()
                 last_saved, anchor = save(done), (done, batches.positions())
                 meter.run()
@@ -299,7 +307,7 @@ def _check_parameters(step: int, params: state.Params) -> None:
 
 
 def _text_settings(vocabulary: str) -> str:
-    """The prefixes of a vocabulary's name, which set how texts are encoded, but for "chat:"."""
+    """Returns the prefixes of a vocabulary's name that set how texts are encoded, not "chat:"."""
     prefixes, _ = files.split_name(vocabulary)
     return "" if prefixes in ("", files.CHAT) else f" {prefixes}"
 
@@ -339,12 +347,12 @@ def _check_same_model(
 def _first_state(
     config: models.Config, settings: TrainSettings, init: AnyPath | None, mesh: Mesh
 ) -> state.TrainState:
-    """The state at step 0, initialised or read straight onto its shards."""
-    make, around = state.makers(config, settings.optimizer, mesh)
+    """Returns the state at step 0, initialised or read straight onto its shards."""
+    initialise, from_params = state.sharded_initializers(config, settings.optimizer, mesh)
     if init is None:
-        return make(jax.random.key(settings.seed))
+        return initialise(jax.random.key(settings.seed))
     shardings = state.shardings(config, settings.optimizer, mesh)
-    return around(checkpoints.restore(init, shardings=shardings.params))
+    return from_params(checkpoints.restore(init, shardings=shardings.params))
 
 
 def _best(settings: TrainSettings, stopping: EarlyStopping) -> int | None:
@@ -370,19 +378,6 @@ def _export(checkpoint: AnyPath, out: AnyPath, settings: TrainSettings) -> None:
     exported = out / "exported"
     if processes.is_first() and settings.export_dtype and not exported.exists():
         run_directory.export(checkpoint, exported, settings.export_dtype)
-
-
-def _writer(
-    out: AnyPath, after: int, log: Log | None
-) -> contextlib.AbstractContextManager[MetricsWriter | None]:
-    first = processes.is_first()
-    return MetricsWriter(out, after=after, also=log) if first else contextlib.nullcontext()
-
-
-def _progress(settings: TrainSettings, done: int) -> Progress:
-    return Progress(
-        f"train {settings.mixture}", settings.steps, done=done, silent=not processes.is_first()
-    )
 
 
 def _show_speed(progress: Progress, speed: Mapping[str, float]) -> None:

@@ -84,13 +84,13 @@ class MetricsWriter:
 
     Args:
         directory: The run's directory.
-        after: The step a resumed run goes on from: lines of later steps, written before the run
-            was killed, are dropped, for they will be written again.
-        also: Is called with (step, figures by part/name) as well, such as `wandb_log`'s.
+        first_step: The step that a run resumes from: lines of later steps, written before it was
+            killed, are dropped, for they will be written again.
+        log: Is called with (step, figures by part/name) as well, such as `wandb_log`'s.
     """
 
-    def __init__(self, directory: AnyPath, *, after: int, also: Log | None = None):
-        self._also = also
+    def __init__(self, directory: AnyPath, *, first_step: int, log: Log | None = None):
+        self._log = log
         self._directory = directory
         self._exits = contextlib.ExitStack()
         # Nothing can be appended to an object: files grow here, and are uploaded whole.
@@ -101,20 +101,20 @@ class MetricsWriter:
         )
         path = self._local / FIGURES
         if (directory / FIGURES).exists():
-            rows = [row for row in read_figures(directory) if row["step"] <= after]
+            rows = [row for row in read_figures(directory) if row["step"] <= first_step]
             storage.write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
         self._file = path.open("a")
         events = self._local / "tensorboard"
         events.mkdir(exist_ok=True)
         # Not SummaryWriter: its thread dies of a full disk, and the run then hangs on its queue.
         self._events = EventsWriter(str(events / "events"))
-        self._event(after + 1, session_log=SessionLog(status=SessionLog.START))
+        self._event(first_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def _event(self, step: int, **content: object) -> None:
         self._events.write_event(Event(wall_time=time.time(), step=step, **content))
 
     def write(self, step: int, figures: Mapping[str, float], part: str = "train") -> None:
-        """Records the figures of one step, to be seen at once.
+        """Writes and flushes the figures of one step.
 
         Args:
             step: The number of steps done.
@@ -126,8 +126,8 @@ class MetricsWriter:
         self._file.write(json.dumps({"step": step, **line}) + "\n")
         for name, value in figures.items():
             self._event(step, summary=summary.scalar(f"{part}/{name}", value))
-        if self._also is not None:
-            self._also(step, {f"{part}/{name}": value for name, value in figures.items()})
+        if self._log is not None:
+            self._log(step, {f"{part}/{name}": value for name, value in figures.items()})
         self._file.flush()
         self._events.flush()
 

@@ -1,4 +1,4 @@
-"""Adafactor as T5X and the papers use it, AdamW, SGD; and the learning rates they are driven with.
+"""Adafactor as T5X and the papers use it, AdamW, SGD; and the schedules of learning rates.
 
 An optimizer's updates are to be multiplied by the learning rate and added: the training step does
 so with a rate that is a value, which can change from step to step and from run to run without
@@ -9,7 +9,6 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,23 +16,24 @@ import optax
 
 from m2l.errors import ConfigError, UnknownNameError
 from m2l.models.fields import check_types
+from m2l.typing import Params, PyTree
 
 Schedule = Callable[[int], float]
 
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """Which optimizer, and how it is set: a value, by which a compiled step is found again.
+    """An optimizer and its settings: hashable, the key of a compiled step.
 
     Attributes:
         name: A key of OPTIMIZERS.
-        weight_decay: AdamW's: what share of the learning rate every matrix shrinks by.
+        weight_decay: AdamW's: the share of the learning rate by which every matrix shrinks.
         beta1: AdamW's decay of the first moment.
         beta2: AdamW's decay of the second moment.
         momentum: SGD's; 0: none.
         clip: The largest norm that the gradient of all parameters may have; 0: any.
         freeze: Regular expressions; a parameter that one of them matches anywhere in its name
-            ("encoder/", "token_embedder$") keeps its value, and has no optimizer state.
+            ("encoder/", "token_embedder$") is not changed, and has no optimizer state.
 
     Raises:
         UnknownNameError: There is no such optimizer.
@@ -73,40 +73,35 @@ class Optimizer:
                     f"freeze: {pattern!r} is no regular expression: {error}"
                 ) from error
 
-    def trained(self, params: Any) -> Any:
-        """True for every parameter that is trained, False for every frozen one.
+    def trained(self, params: Params) -> Params:
+        """Returns True for every parameter that is trained, False for every frozen one.
 
         Raises:
             ConfigError: A pattern that matches no parameter, or nothing left to train.
         """
         unused = set(self.freeze)
 
-        def is_trained(path: tuple[Any, ...], leaf: Any) -> bool:
+        def is_trained(path: jax.tree_util.KeyPath, leaf: object) -> bool:
             name = "/".join(part.key for part in path)
             matching = {pattern for pattern in self.freeze if re.search(pattern, name)}
             unused.difference_update(matching)
             return not matching
 
-        found = jax.tree.map_with_path(is_trained, params)
+        mask = jax.tree.map_with_path(is_trained, params)
         if unused:
             raise ConfigError(f"freeze: no parameter has a name with {min(unused)!r} in it")
-        if not any(jax.tree.leaves(found)):
+        if not any(jax.tree.leaves(mask)):
             raise ConfigError("freeze: every parameter is frozen, so there is nothing to train")
-        return found
+        return mask
 
     def transformation(self) -> optax.GradientTransformation:
-        """The optimizer itself; of frozen parameters it keeps nothing, and their update is moot."""
-        made = OPTIMIZERS[self.name](self)
-        return optax.masked(made, self.trained) if self.freeze else made
-
-
-def of(optimizer: Optimizer | str) -> Optimizer:
-    """An optimizer as it is; by its name, at its defaults."""
-    return Optimizer(optimizer) if isinstance(optimizer, str) else optimizer
+        """Returns the optimizer itself, without state of frozen parameters; ignore their update."""
+        transformation = OPTIMIZERS[self.name](self)
+        return optax.masked(transformation, self.trained) if self.freeze else transformation
 
 
 def adafactor() -> optax.GradientTransformation:
-    """Adafactor without momentum or weight decay: factored, clipped, scaled by each parameter.
+    """Returns Adafactor without momentum or weight decay: factored, clipped, scaled by parameter.
 
     Source: Shazeer & Stern, "Adafactor: Adaptive Learning Rates with Sublinear Memory Cost"
     (2018), algorithm 5 with beta2 = 1 - t^-0.8, d = 1, epsilon = (1e-30, 1e-3).
@@ -120,7 +115,7 @@ def adafactor() -> optax.GradientTransformation:
 
 
 def _descend_in_proportion(clip: float, least: float) -> optax.GradientTransformation:
-    """-update * max(least, RMS(parameter)) / max(1, RMS(update) / clip), leaf by leaf.
+    """Computes -update * max(least, RMS(parameter)) / max(1, RMS(update) / clip) of each leaf.
 
     In one factor, where optax has three: a step of a large model takes as long as its passes over
     the parameters.
@@ -129,7 +124,9 @@ def _descend_in_proportion(clip: float, least: float) -> optax.GradientTransform
     def factor(update: jax.Array, parameter: jax.Array) -> jax.Array:
         return -jnp.maximum(least, _rms(parameter)) / jnp.maximum(1.0, _rms(update) / clip)
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(
+        updates: Params, state: PyTree, params: Params | None = None
+    ) -> tuple[Params, PyTree]:
         return jax.tree.map(lambda u, p: factor(u, p) * u, updates, params), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
@@ -140,7 +137,7 @@ def _rms(x: jax.Array) -> jax.Array:
 
 
 def adamw(weight_decay: float, beta1: float, beta2: float) -> optax.GradientTransformation:
-    """AdamW: bias-corrected moments, and weight decay apart from them, of matrices alone.
+    """Returns AdamW: bias-corrected moments, and decoupled weight decay of matrices alone.
 
     Source: Loshchilov & Hutter, "Decoupled Weight Decay Regularization" (2017), algorithm 2, with
     epsilon 1e-8; the decay is multiplied by the learning rate, as in PyTorch and optax.
@@ -152,25 +149,27 @@ def adamw(weight_decay: float, beta1: float, beta2: float) -> optax.GradientTran
 
 
 def sgd(momentum: float) -> optax.GradientTransformation:
-    """Gradient descent: velocity = momentum * velocity + gradient is what is descended along."""
+    """Returns gradient descent along velocity = momentum * velocity + gradient."""
     return optax.chain(optax.trace(momentum) if momentum else optax.identity(), optax.scale(-1.0))
 
 
 OPTIMIZERS: Mapping[str, Callable[[Optimizer], optax.GradientTransformation]] = {
     "adafactor": lambda _: adafactor(),
-    "adamw": lambda how: adamw(how.weight_decay, how.beta1, how.beta2),
-    "sgd": lambda how: sgd(how.momentum),
+    "adamw": lambda settings: adamw(settings.weight_decay, settings.beta1, settings.beta2),
+    "sgd": lambda settings: sgd(settings.momentum),
 }
 
 
+# Not optax.schedules: these compute in float32 on the device, 0.3 ms a step or more, and half of
+# their rates differ in the last bits.
 def constant(peak: float, steps: int, warmup_steps: int) -> Schedule:
-    """A linear rise from 0 to `peak` over `warmup_steps`, then `peak`."""
+    """Returns a linear rise from 0 to `peak` over `warmup_steps`, then `peak`."""
     del steps
     return lambda step: peak * min(1.0, (step + 1) / warmup_steps) if warmup_steps else peak
 
 
 def cosine(peak: float, steps: int, warmup_steps: int) -> Schedule:
-    """A linear rise from 0 to `peak` over `warmup_steps`, then half a cosine down to 0."""
+    """Returns a linear rise from 0 to `peak` over `warmup_steps`, then half a cosine down to 0."""
 
     def rate(step: int) -> float:
         if step < warmup_steps:
@@ -182,7 +181,7 @@ def cosine(peak: float, steps: int, warmup_steps: int) -> Schedule:
 
 
 def linear(peak: float, steps: int, warmup_steps: int) -> Schedule:
-    """A linear rise from 0 to `peak` over `warmup_steps`, then a line down to 0."""
+    """Returns a linear rise from 0 to `peak` over `warmup_steps`, then a line down to 0."""
 
     def rate(step: int) -> float:
         if step < warmup_steps:
@@ -193,7 +192,7 @@ def linear(peak: float, steps: int, warmup_steps: int) -> Schedule:
 
 
 def rsqrt(peak: float, steps: int, warmup_steps: int) -> Schedule:
-    """A linear rise from 0 to `peak` over `warmup_steps`, then peak * sqrt(warmup_steps / step).
+    """Returns a linear rise from 0 to `peak`, then peak * sqrt(warmup_steps / step).
 
     T5's pretraining is peak 0.01 after 10,000 steps of `peak` (its rise is left out there).
     Source: Raffel et al. (2020), section 3.1.2; Vaswani et al. (2017), equation 3.
@@ -212,7 +211,7 @@ SCHEDULES: dict[str, Callable[[float, int, int], Schedule]] = {
 
 
 def schedule(name: str, *, peak: float, steps: int, warmup_steps: int) -> Schedule:
-    """The learning rate at each step (counted from 0), for a run of `steps` steps."""
+    """Returns the learning rate as a function of the step, from 0, for a run of `steps` steps."""
     if name not in SCHEDULES:
         raise UnknownNameError("schedule", name, SCHEDULES)
     return SCHEDULES[name](peak, steps, warmup_steps)

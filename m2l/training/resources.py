@@ -115,7 +115,7 @@ def memory_need(
 
 
 def _stacks(config: models.Config, settings: TrainSettings) -> list[tuple[int, int, int]]:
-    """(layers, positions of a row, positions that each attends to) of each stack."""
+    """Returns (layers, positions of a row, positions that each attends to) of each stack."""
     inputs, targets = settings.input_length, settings.target_length
     if isinstance(config, models.LlamaConfig):
         return [(config.num_hidden_layers, inputs + targets, inputs + targets)]
@@ -126,7 +126,7 @@ def _stacks(config: models.Config, settings: TrainSettings) -> list[tuple[int, i
 
 
 def _saved(config: models.Config, remat: str, seen: int, parts: int) -> int:
-    """Numbers that a layer saves of each position for the gradient."""
+    """Counts the numbers that a layer saves of each position for the gradient."""
     if isinstance(config, models.LlamaConfig):
         d, ff = config.hidden_size, config.intermediate_size
         heads, inner = config.num_attention_heads, config.num_attention_heads * config.head_dim
@@ -205,7 +205,7 @@ def evaluation_flops(
 
 
 def _multiply_adds(config: models.Config, inputs: int, targets: int) -> float:
-    """Of a row, forward."""
+    """Counts those of a row, forward."""
     if isinstance(config, models.LlamaConfig):
         length, d = inputs + targets, config.hidden_size
         queries = config.num_attention_heads * config.head_dim

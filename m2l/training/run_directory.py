@@ -71,7 +71,7 @@ class Saves:
         return directory if checkpoints.is_checkpoint(directory) else None
 
     def finish(self, last: AnyPath, best: int | None, why: str, cut: Mapping[str, int]) -> AnyPath:
-        """Records that the run is finished; with a best checkpoint, only that one stays.
+        """Writes the record of a finished run; with a best checkpoint, only that one stays.
 
         Args:
             last: The last checkpoint.
@@ -246,12 +246,10 @@ def write_failed_batch(
     return f"its batch is in {out / name}.npz and, as text, .txt{examples}"
 
 
-def _example_ranges(
-    mixture: str, before: Positions, after: Positions
-) -> list[tuple[str, int, int]]:
-    """(task, first, last) of the examples between two positions of this process's first stream."""
+def _example_ranges(mixture: str, first: Positions, last: Positions) -> list[tuple[str, int, int]]:
+    """Returns (task, first, last) of the examples between positions of this process's stream."""
     counts = []
-    for positions in (before, after):
+    for positions in (first, last):
         position = next(each for each in positions if each).partition(b"\n")[2]
         if not position.startswith(b"{"):
             return []  # a pipeline of its own, whose position is TensorFlow's
@@ -259,7 +257,7 @@ def _example_ranges(
     provider = pipeline.find("task or mixture", mixture, "train")
     tasks = [task.name for task in seqio.get_subtasks(provider) if "train" in task.splits]
     ranges = zip(tasks, *counts, strict=True)
-    return [(task, first, end - 1) for task, first, end in ranges if end > first]
+    return [(task, begin, end - 1) for task, begin, end in ranges if end > begin]
 
 
 def _texts(mixture: str, batch: Batch) -> str:

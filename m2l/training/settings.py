@@ -4,7 +4,6 @@ import dataclasses
 import inspect
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any
 
 import jax.numpy as jnp
 
@@ -138,7 +137,7 @@ _FLAT_NAMES = {"name": "optimizer"}
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainSettings)}
 
 
-def _flattened(settings: Mapping[str, Any]) -> dict[str, object]:
+def _flattened(settings: Mapping[str, object]) -> dict[str, object]:
     flat: dict[str, object] = {}
     for name, value in settings.items():
         if name not in _GROUPS:

@@ -1,9 +1,9 @@
-"""The state of a training run, where it lies on the mesh, and the one step that changes it."""
+"""The state of a training run, its sharding, and the one step that changes it."""
 
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +13,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from m2l import models, partitioning
 from m2l.errors import ConfigError
 from m2l.models.fields import check_types
-from m2l.training import losses, optimizers
+from m2l.training import losses
 from m2l.training.optimizers import Optimizer
+from m2l.typing import Params, PyTree
 
-Params = dict[str, Any]
 Metrics = dict[str, jax.Array]
 Batch = Mapping[str, jax.Array]
 
@@ -26,22 +26,22 @@ _COMPILER_OPTIONS = {"cpu": {"xla_cpu_copy_insertion_use_region_analysis": True}
 
 
 class TrainState(NamedTuple):
-    """Parameters and optimizer state, float32, and the number of steps that made them."""
+    """Parameters and optimizer state, float32, after a number of steps."""
 
     step: jax.Array
     params: Params
-    opt_state: Any
+    opt_state: PyTree
 
 
-def _parameter_path(path: tuple[Any, ...]) -> tuple[str, ...]:
+def _parameter_path(path: jax.tree_util.KeyPath) -> tuple[str, ...]:
     return tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
 
 
-def shardings(config: Any, optimizer: Optimizer | str, mesh: Mesh) -> TrainState:
-    """A NamedSharding for every leaf of the state.
+def shardings(config: models.Config, optimizer: Optimizer, mesh: Mesh) -> TrainState:
+    """Returns a NamedSharding for every leaf of the state.
 
-    Optimizer state of a parameter's own shape lies as the parameter does; the rest (Adafactor's
-    row and column moments, counts) is small and replicated.
+    Optimizer state of a parameter's own shape is sharded as the parameter is; all other
+    (Adafactor's row and column moments, counts) is small and replicated.
     """
     specs = models.spec(config)
     params = partitioning.shardings(specs, mesh)
@@ -51,58 +51,57 @@ def shardings(config: Any, optimizer: Optimizer | str, mesh: Mesh) -> TrainState
         specs,
         is_leaf=lambda leaf: isinstance(leaf, models.ParamSpec),
     )
-    of_parameter = {
+    by_parameter = {
         _parameter_path(path): (leaf.shape, sharding)
         for (path, leaf), sharding in zip(
             jax.tree_util.tree_leaves_with_path(abstract), jax.tree.leaves(params), strict=True
         )
     }
 
-    def place(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> NamedSharding:
-        shape, sharding = of_parameter.get(_parameter_path(path), (None, replicated))
+    def place(path: jax.tree_util.KeyPath, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+        shape, sharding = by_parameter.get(_parameter_path(path), (None, replicated))
         return sharding if leaf.shape == shape else replicated
 
-    opt_state = jax.eval_shape(optimizers.of(optimizer).transformation().init, abstract)
+    opt_state = jax.eval_shape(optimizer.transformation().init, abstract)
     return TrainState(replicated, params, jax.tree_util.tree_map_with_path(place, opt_state))
 
 
-def abstract(config: Any, optimizer: Optimizer | str) -> TrainState:
-    """The state's shapes and dtypes, without making it."""
-    init = functools.partial(fresh, config, optimizer)
-    return jax.eval_shape(init, jax.random.key(0))
+def abstract(config: models.Config, optimizer: Optimizer) -> TrainState:
+    """Returns the state's shapes and dtypes, without allocating it."""
+    return jax.eval_shape(functools.partial(init, config, optimizer), jax.random.key(0))
 
 
-def fresh(config: Any, optimizer: Optimizer | str, key: jax.Array) -> TrainState:
-    """The state of a run that starts from a random model."""
-    return around(optimizer, models.init(config, key))
+def init(config: models.Config, optimizer: Optimizer, key: jax.Array) -> TrainState:
+    """Initialises the state of a run that starts from a random model."""
+    return from_params(optimizer, models.init(config, key))
 
 
 @functools.cache
-def makers(
-    config: Any, optimizer: Optimizer, mesh: Mesh
+def sharded_initializers(
+    config: models.Config, optimizer: Optimizer, mesh: Mesh
 ) -> tuple[Callable[[jax.Array], TrainState], Callable[[Params], TrainState]]:
-    """`fresh`, of a key, and `around`, of parameters, jitted: they make the state on its shards."""
+    """Returns `init`, of a key, and `from_params`, of parameters, jitted, with sharded results."""
     placed = shardings(config, optimizer, mesh)
     return (
-        jax.jit(functools.partial(fresh, config, optimizer), out_shardings=placed),
-        jax.jit(functools.partial(around, optimizer), out_shardings=placed),
+        jax.jit(functools.partial(init, config, optimizer), out_shardings=placed),
+        jax.jit(functools.partial(from_params, optimizer), out_shardings=placed),
     )
 
 
-def around(optimizer: Optimizer | str, params: Params) -> TrainState:
-    """The state of a run that starts from `params`."""
-    # Masters are float32, whatever the checkpoint holds: a step is less than bfloat16 can tell.
+def from_params(optimizer: Optimizer, params: Params) -> TrainState:
+    """Returns the state of a run that starts from `params`."""
+    # Masters are float32, whatever the checkpoint's dtype: bfloat16 would round most steps away.
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
-    opt_state = optimizers.of(optimizer).transformation().init(params)
+    opt_state = optimizer.transformation().init(params)
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state)
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What a step minimises, and in how many parts it takes a batch.
+    """What a step minimises, and in how many parts it processes a batch.
 
     Attributes:
-        loss_chunk: Positions of a row whose logits are held at a time; 0: all.
+        loss_chunk: Positions of a row whose logits are computed at a time; 0: all.
         z_loss: z of z log(Z)^2, added to the loss of each target; T5's pretraining had 1e-4.
         label_smoothing: The share of each target that is spread over the vocabulary.
         accumulate: In how many parts, one after the other, a batch is processed. Gradients of sums
@@ -130,14 +129,14 @@ class Objective:
 
 
 def summed_loss(
-    config: Any,
+    config: models.Config,
     params: Params,
     batch: Batch,
     key: jax.Array | None,
     execution: models.Execution,
     objective: Objective,
 ) -> dict[str, jax.Array]:
-    """The sums of `losses.cross_entropy` over a batch; `key` is dropout's."""
+    """Computes the sums of `losses.cross_entropy` over a batch; `key` is dropout's."""
     hidden = models.hidden(config, params, batch, dropout_key=key, execution=execution)
     return losses.cross_entropy(
         hidden,
@@ -152,37 +151,27 @@ def summed_loss(
     )
 
 
+@functools.cache
 def train_step(
-    config: Any,
-    optimizer: Optimizer | str,
+    config: models.Config,
+    optimizer: Optimizer,
     execution: models.Execution,
     mesh: Mesh,
     objective: Objective = Objective(),
 ) -> Callable[[TrainState, Batch, jax.Array, jax.Array], tuple[TrainState, Metrics]]:
-    """One jitted step, the same function for every run of this model on this mesh.
+    """Returns the jitted step, the same function for every run of this model on this mesh.
 
-    The step takes (state, batch, learning rate, dropout key), gives the next state and float32
-    metrics, and consumes the state it was given. Learning rate and key are values, so any number
-    of runs share one compilation.
+    The step is called with (state, batch, learning rate, dropout key), returns the next state and
+    float32 metrics, and donates the state. Learning rate and key are values, so any number of runs
+    share one compilation.
 
     Args:
         config: The model's configuration.
-        optimizer: An optimizer, or the name of one at its defaults.
+        optimizer: The optimizer.
         execution: How the network is computed; parameters and optimizer state are float32.
-        mesh: Where the state and the batch lie.
+        mesh: The mesh of the state and the batch.
         objective: What is minimised.
     """
-    return _train_step(config, optimizers.of(optimizer), execution, mesh, objective)
-
-
-@functools.cache
-def _train_step(
-    config: Any,
-    optimizer: Optimizer,
-    execution: models.Execution,
-    mesh: Mesh,
-    objective: Objective,
-) -> Callable[[TrainState, Batch, jax.Array, jax.Array], tuple[TrainState, Metrics]]:
     transformation = optimizer.transformation()
     placed = shardings(config, optimizer, mesh)
     trained = optimizer.trained(placed.params)
@@ -199,10 +188,12 @@ def _train_step(
     def gradient_of_parts(
         params: Params, batch: Batch, key: jax.Array | None
     ) -> tuple[Params, Metrics]:
-        def add(total: Any, numbered: Any) -> tuple[Any, None]:
+        def add(
+            total: tuple[Params, Metrics], numbered: tuple[jax.Array, Batch]
+        ) -> tuple[tuple[Params, Metrics], None]:
             number, part = numbered
-            of_part = None if key is None else jax.random.fold_in(key, number)
-            gradients, sums = jax.grad(loss_fn, has_aux=True)(params, part, of_part)
+            part_key = None if key is None else jax.random.fold_in(key, number)
+            gradients, sums = jax.grad(loss_fn, has_aux=True)(params, part, part_key)
             return jax.tree.map(jnp.add, total, (gradients, sums)), None
 
         parts = jax.tree.map(functools.partial(_in_parts, objective.accumulate), batch)
@@ -219,10 +210,9 @@ def _train_step(
             gradients, sums = gradient_of_parts(state.params, batch, key)
         else:
             gradients, sums = jax.grad(mean_fn, has_aux=True)(state.params, batch, key)
-        of_trained = jax.tree.map(
-            lambda g, is_trained: g if is_trained else 0.0, gradients, trained
+        norm = optax.global_norm(
+            jax.tree.map(lambda g, is_trained: g if is_trained else 0.0, gradients, trained)
         )
-        norm = optax.global_norm(of_trained)
         if optimizer.clip:
             shrink = optimizer.clip / jnp.maximum(norm, optimizer.clip)
             gradients = jax.tree.map(lambda g: g * shrink, gradients)
@@ -252,18 +242,18 @@ def _train_step(
 
 
 def _in_parts(count: int, rows: jax.Array) -> jax.Array:
-    """[B, ...] as [count, B / count, ...]: every device's rows are dealt out among the parts."""
+    """Reshapes [B, ...] to [count, B / count, ...]: each part has some of every device's rows."""
     dealt = rows.reshape(rows.shape[0] // count, count, *rows.shape[1:])
     return jnp.moveaxis(dealt, 1, 0)
 
 
 @functools.cache
 def evaluation_step(
-    config: Any, execution: models.Execution, mesh: Mesh, loss_chunk: int = 0
+    config: models.Config, execution: models.Execution, mesh: Mesh, loss_chunk: int = 0
 ) -> Callable[[Params, Batch], Metrics]:
-    """The jitted sums of `losses.cross_entropy`, without dropout, z-loss or smoothing."""
+    """Returns the jitted sums of `losses.cross_entropy`, without dropout, z-loss or smoothing."""
     plain = dataclasses.replace(execution, dropout_rate=0.0)
-    objective = Objective(loss_chunk)
+    objective = Objective(loss_chunk=loss_chunk)
     return jax.jit(
         lambda params, batch: summed_loss(config, params, batch, None, plain, objective),
         in_shardings=(

@@ -1,14 +1,13 @@
-"""What a merge wants to know of an expert on its data: its Fisher information, its inputs' Grams.
+"""Statistics of an expert on its data that merges use: Fisher information, Grams of its inputs.
 
-Both are gathered over examples one to a row, float32, and kept as a checkpoint of their own beside
-the expert: m2l.merging.data_driven says what they are merged by.
+Both are gathered over examples one to a row, float32, and saved as a checkpoint of their own:
+m2l.merging.data_driven says how merges use them.
 """
 
 import functools
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,31 +19,33 @@ from m2l.data import layouts, pipeline
 from m2l.errors import CheckpointError, ConfigError, M2LError, UnknownNameError
 from m2l.progress import Progress
 from m2l.training import losses
+from m2l.training.state import Batch
+from m2l.typing import JsonObject, Params
 
-Params = dict[str, Any]
-Batch = Mapping[str, Any]
 Products = dict[str, tuple[jax.Array, jax.Array]]
 
 KINDS = ("fisher", "gram")
 
 
-def fisher(config: Any, params: Params, batches: Iterator[Batch], examples: int) -> Params:
-    """The diagonal of the empirical Fisher information, as merging by Fisher weights uses it.
+def fisher(
+    config: models.Config, params: Params, batches: Iterator[Batch], examples: int
+) -> Params:
+    """Computes the diagonal of the empirical Fisher information, for merging by Fisher weights.
 
     mean over examples (x, y) of (d/dtheta log p(y | x, theta))^2, y being the target of the data,
     all of its tokens and EOS together. The square is of an example's gradient, never of a batch's.
     This is the empirical Fisher: the exact one, which the paper prefers where there are few labels,
     takes the expectation over the model's own p(y | x) instead, for which texts are too many.
-    Examples are differentiated one after the other, so that besides the parameters only the sum
-    and one gradient are held.
+    Examples are differentiated one after the other, so that only the parameters, the sum and
+    one gradient are in memory.
 
     Matena & Raffel 2022, arXiv:2111.09832, equation 4.
 
     Args:
         config: The model's configuration.
         params: Its parameters, of any float dtype.
-        batches: As `pipeline.training_batches` gives them with pack=False: an example a row.
-        examples: How many are taken; of the last batch, its first rows.
+        batches: As `pipeline.training_batches` yields with pack=False: an example a row.
+        examples: How many are used; of the last batch, its first rows.
 
     Returns:
         A nested dict of float32 arrays like the parameters.
@@ -60,7 +61,7 @@ def fisher(config: Any, params: Params, batches: Iterator[Batch], examples: int)
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def _add_squares(
-    config: Any, total: Params, params: Params, batch: Batch, counts_B: jax.Array
+    config: models.Config, total: Params, params: Params, batch: Batch, counts_B: jax.Array
 ) -> Params:
     def loss(params: Params, row: Batch) -> jax.Array:
         sums = losses.cross_entropy(
@@ -81,8 +82,8 @@ def _add_squares(
     return jax.lax.scan(add, total, (batch, counts_B))[0]
 
 
-def gram(config: Any, params: Params, batches: Iterator[Batch], examples: int) -> Params:
-    """The Gram matrices of the inputs of every linear kernel, as RegMean uses them.
+def gram(config: models.Config, params: Params, batches: Iterator[Batch], examples: int) -> Params:
+    """Computes the Gram matrices of the inputs of every linear kernel, as RegMean uses them.
 
     Of a kernel W [d_in, d_out] that is multiplied as X W, X having a row per token: X^T X divided
     by the number of rows, so that no expert counts more for its longer texts. Tokens are those of
@@ -110,27 +111,27 @@ def gram(config: Any, params: Params, batches: Iterator[Batch], examples: int) -
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def _add_products(
-    config: Any, total: Products, params: Params, batch: Batch, counts_B: jax.Array
+    config: models.Config, total: Products, params: Params, batch: Batch, counts_B: jax.Array
 ) -> Products:
     return jax.tree.map(jnp.add, total, _products(config, params, batch, counts_B))
 
 
-def _products(config: Any, params: Params, batch: Batch, counts_B: jax.Array) -> Products:
-    """Per kernel X^T X, float32 [d_in, d_in], and the number of rows of X, float32."""
+def _products(config: models.Config, params: Params, batch: Batch, counts_B: jax.Array) -> Products:
+    """Computes X^T X of each kernel, float32 [d_in, d_in], and the number of rows, float32."""
     tokens = _tokens(config.decoder_only, batch)
 
-    def of_one(name: str, x_BxLxD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def product(name: str, x_BxLxD: jax.Array) -> tuple[jax.Array, jax.Array]:
         mask_BxL = tokens["encoder" if _reads_encoder(name) else "decoder"] & counts_B[:, None]
         rows = jnp.where(mask_BxL[..., None], x_BxLxD, 0).reshape(-1, x_BxLxD.shape[-1])
-        product = jnp.matmul(rows.T, rows, precision=jax.lax.Precision.HIGHEST)
-        return product, jnp.sum(mask_BxL, dtype=jnp.float32)
+        gram_matrix = jnp.matmul(rows.T, rows, precision=jax.lax.Precision.HIGHEST)
+        return gram_matrix, jnp.sum(mask_BxL, dtype=jnp.float32)
 
     inputs = models.kernel_inputs(config, params, batch)
-    return {name: of_one(name, x_BxLxD) for name, x_BxLxD in inputs.items()}
+    return {name: product(name, x_BxLxD) for name, x_BxLxD in inputs.items()}
 
 
 def _tokens(decoder_only: bool, batch: Batch) -> dict[str, jax.Array]:
-    """Where the batch holds tokens and not padding: bool [B, S] and [B, T]."""
+    """Returns masks of tokens that are not padding: bool [B, S] and [B, T]."""
     if decoder_only:
         return {"decoder": batch["decoder_segment_ids"] != 0}
     # The first token of the decoder's input is its start, whose id may be padding's.
@@ -141,15 +142,15 @@ def _tokens(decoder_only: bool, batch: Batch) -> dict[str, jax.Array]:
 
 
 def _reads_encoder(kernel: str) -> bool:
-    """Whether a kernel's input has the positions of the encoder's input."""
-    of_memory = kernel.endswith(("cross_attention/key", "cross_attention/value"))
-    return kernel.startswith("encoder/") or of_memory
+    """Returns whether a kernel's input has the positions of the encoder's input."""
+    memory = ("cross_attention/key", "cross_attention/value")
+    return kernel.startswith("encoder/") or kernel.endswith(memory)
 
 
 def _rows(
     batches: Iterator[Batch], examples: int, description: str
 ) -> Iterator[tuple[Batch, np.ndarray]]:
-    """Batches until there are so many examples, each with which of its rows count: bool [B]."""
+    """Yields batches until there are so many examples, each with which rows count: bool [B]."""
     with Progress(description, examples, "examples") as progress:
         done = 0
         while done < examples:
@@ -167,8 +168,8 @@ def gather(
     kind: str,
     mixture: str,
     examples: int,
-    vocabulary: Mapping[str, Any],
-    data: Mapping[str, Any],
+    vocabulary: Mapping[str, str],
+    data: JsonObject,
     split: str = "train",
     batch_size: int = 8,
     input_length: int = 512,
@@ -177,25 +178,25 @@ def gather(
     fsdp: int = 1,
     model: int = 1,
 ) -> checkpoints.Manifest:
-    """Gathers a statistic of an expert over data and keeps it as a checkpoint.
+    """Gathers a statistic of an expert over data and saves it as a checkpoint.
 
     The examples are those that a training would see: drawn from the tasks of a mixture at their
     rates, those of a task in a random order. The same arguments give the same parameters.
 
     Args:
         checkpoint: The expert's.
-        out: The checkpoint to make; if it is there and was made by the same arguments, its
-            manifest is returned. Its manifest says what it was made of, `kind`
-            "statistics", and has the expert as its only parent.
+        out: The checkpoint to write; if it exists and was written for the same arguments, its
+            manifest is returned. The manifest records the arguments, `kind` "statistics", and
+            has the expert as its only parent.
         kind: Of KINDS.
         mixture: The task's or mixture's name.
         examples: How many examples to look at.
         vocabulary: The vocabulary's description, as `vocabularies.describe` gives it.
-        data: Where the records come from, as plain JSON values; kept in the manifest.
+        data: Where the records come from, as plain JSON values; recorded in the manifest.
         split: Of every task.
         batch_size: Rows at a time; decides nothing of the Fisher but how it is rounded.
-        input_length: Tokens kept of an example's inputs.
-        target_length: Tokens kept of its targets.
+        input_length: Tokens of an example's inputs; longer ones are cut.
+        target_length: Tokens of its targets; longer ones are cut.
         seed: Of the order of the examples.
         fsdp, model: The axes of the mesh on which the expert and its statistic are placed; each
             decides nothing but how sums are rounded.
@@ -235,7 +236,7 @@ def gather(
     }
     made_by = {"kind": "statistics", "statistic": kind, "of": manifest.digest}
     made_by |= {"examples": examples, "settings": settings, "data": dict(data)}
-    same = existing_result(out, lambda other: other.made_by == json.loads(json.dumps(made_by)))
+    same = existing_result(out, lambda stored: stored.made_by == json.loads(json.dumps(made_by)))
     if same is not None:
         return same
     batches = pipeline.training_batches(

@@ -61,7 +61,7 @@ class Validation:
 
 @dataclasses.dataclass(frozen=True)
 class EarlyStopping:
-    """The course of validation so far; a value, which checkpoints carry as plain JSON.
+    """The best validation loss so far; a value, stored in checkpoints as plain JSON.
 
     Attributes:
         best: The lowest validation loss; None before the first evaluation.
@@ -73,8 +73,8 @@ class EarlyStopping:
     best_step: int = 0
     without_improvement: int = 0
 
-    def after(self, step: int, loss: float, minimum_improvement: float = 0.0) -> "EarlyStopping":
-        """Returns the course after one more evaluation, at `step`.
+    def updated(self, step: int, loss: float, minimum_improvement: float = 0.0) -> "EarlyStopping":
+        """Returns the value after one more evaluation, at `step`.
 
         A loss counts as an improvement where it is lower by more than `minimum_improvement`.
         """

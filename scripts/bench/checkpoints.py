@@ -189,7 +189,7 @@ def process(number: int, port: int, root: Path) -> None:
     config = models.LlamaConfig(32000, 768, 2048, 12, 12, 12, 64)
     mesh = partitioning.make_mesh(fsdp=8)
     placed = state.shardings(config, Optimizer("adamw"), mesh)
-    make, _ = state.makers(config, Optimizer("adamw"), mesh)
+    make, _ = state.sharded_initializers(config, Optimizer("adamw"), mesh)
 
     def noisy(leaf: jax.Array) -> jax.Array:
         if leaf.ndim == 0:

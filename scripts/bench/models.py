@@ -125,6 +125,7 @@ def ours() -> dict[str, float]:
     from m2l import models, partitioning
     from m2l.models import Execution, LlamaConfig
     from m2l.training import state
+    from m2l.training.optimizers import Optimizer
 
     x = jnp.ones((2048, 2048), jnp.float32)
     product = jax.jit(lambda a: a @ a)
@@ -137,10 +138,10 @@ def ours() -> dict[str, float]:
     def step_of(config: models.Config, batch: dict[str, np.ndarray], dropout: float) -> float:
         mesh = partitioning.make_mesh()
         # Placed as the trainer places it, or the second step would be compiled anew.
-        placed = state.shardings(config, "adafactor", mesh)
-        fresh = state.fresh(config, "adafactor", jax.random.key(0))
+        placed = state.shardings(config, Optimizer(), mesh)
+        fresh = state.init(config, Optimizer(), jax.random.key(0))
         current = [jax.device_put(fresh, placed)]
-        step = state.train_step(config, "adafactor", Execution(dropout_rate=dropout), mesh)
+        step = state.train_step(config, Optimizer(), Execution(dropout_rate=dropout), mesh)
 
         def run() -> None:
             with jax.set_mesh(mesh):

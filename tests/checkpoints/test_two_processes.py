@@ -9,6 +9,7 @@ import pytest
 from m2l import checkpoints, models, partitioning
 from m2l.data import layouts
 from m2l.training import state
+from m2l.training.optimizers import Optimizer
 
 CONFIG = models.LlamaConfig(64, 32, 48, 1, 4, 2, 8)
 
@@ -21,10 +22,11 @@ jax.distributed.initialize(address, num_processes=2, process_id=number)
 
 from m2l import checkpoints, models, partitioning
 from m2l.training import state
+from m2l.training.optimizers import Optimizer
 
 config = models.from_dict(checkpoints.read_manifest(path).model)
 mesh = partitioning.make_mesh(fsdp=4, model=2)
-placed = state.shardings(config, "adafactor", mesh)
+placed = state.shardings(config, Optimizer(), mesh)
 params = checkpoints.restore(path, shardings=placed.params)
 leaf = params["decoder"]["layers_00"]["mlp"]["wo"]
 vocabulary = {"name": None, "size": None, "fingerprint": ""}
@@ -43,7 +45,7 @@ unequal = [
 restored = checkpoints.restore_opt_state(path + "_again", state_of_leaf)["moment"]
 assert restored.sharding == leaf.sharding
 verified = checkpoints.verify(path + "_again")
-around = jax.jit(lambda p: state.around("adafactor", p), out_shardings=placed)
+around = jax.jit(lambda p: state.from_params(Optimizer(), p), out_shardings=placed)
 current = around(params)
 
 rows = np.split(np.arange(8), 2)[number]
@@ -53,7 +55,7 @@ batch = {
     for name, value in json.load(sys.stdin).items()
 }
 with jax.set_mesh(mesh):
-    step = state.train_step(config, "adafactor", models.Execution(), mesh)
+    step = state.train_step(config, Optimizer(), models.Execution(), mesh)
     losses = []
     for _ in range(2):
         current, metrics = step(current, batch, np.float32(0.05), jax.random.key(0))
@@ -103,8 +105,8 @@ def two_processes(forge, free_port, tmp_path_factory, params):
 
 def test_both_processes_compute_the_losses_of_one_process_on_one_device(two_processes, params):
     mesh = partitioning.make_mesh(devices=jax.devices()[:1])
-    step = state.train_step(CONFIG, "adafactor", models.Execution(), mesh)
-    current, batch, expected = state.around("adafactor", params), one_batch(), []
+    step = state.train_step(CONFIG, Optimizer(), models.Execution(), mesh)
+    current, batch, expected = state.from_params(Optimizer(), params), one_batch(), []
     with jax.set_mesh(mesh):
         for _ in range(2):
             current, metrics = step(current, batch, np.float32(0.05), jax.random.key(0))

@@ -113,7 +113,9 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(train, whole, tm
 
 def test_all_runs_of_a_model_share_one_compilation(train, whole, tiny_config, tmp_path):
     mesh = partitioning.make_mesh()
-    step = state.train_step(tiny_config, "adafactor", SETTINGS.execution, mesh)
+    step = state.train_step(
+        tiny_config, SETTINGS.optimizer, SETTINGS.execution, mesh, SETTINGS.objective
+    )
     compiled = step._cache_size()
     other = dataclasses.replace(SETTINGS, mixture="closed_book_qa", learning_rate=0.2, steps=2)
     train(tmp_path / "other", dataclasses.replace(other, schedule="cosine"), init=whole)
@@ -176,17 +178,18 @@ import jax, numpy as np
 from m2l import models, partitioning
 from m2l.models import T5Config
 from m2l.training import state
+from m2l.training.optimizers import Optimizer
 
 config = T5Config(**json.loads(sys.argv[1]))
 batch = {name: np.array(value, np.int32) for name, value in json.load(sys.stdin).items()}
 mesh = partitioning.make_mesh(data=2, fsdp=2, model=2)
-placed = state.shardings(config, "adafactor", mesh)
+placed = state.shardings(config, Optimizer(), mesh)
 make = jax.jit(
-    lambda: state.fresh(config, "adafactor", jax.random.key(0)), out_shardings=placed
+    lambda: state.init(config, Optimizer(), jax.random.key(0)), out_shardings=placed
 )
 current = make()
 with jax.set_mesh(mesh):
-    step = state.train_step(config, "adafactor", models.Execution(), mesh)
+    step = state.train_step(config, Optimizer(), models.Execution(), mesh)
     for _ in range(3):
         current, metrics = step(current, batch, np.float32(0.1), jax.random.key(1))
 print(json.dumps([jax.device_count(), float(metrics["loss"])]))
@@ -208,9 +211,9 @@ def test_eight_devices_compute_what_one_does(forge, tiny_config):
     devices, loss = json.loads(said)
     assert devices == 8
 
-    current = state.around("adafactor", models.init(config, jax.random.key(0)))
+    current = state.from_params(optimizers.Optimizer(), models.init(config, jax.random.key(0)))
     mesh = partitioning.make_mesh()
-    step = state.train_step(config, "adafactor", models.Execution(), mesh)
+    step = state.train_step(config, optimizers.Optimizer(), models.Execution(), mesh)
     batch = {name: value.astype(np.int32) for name, value in batch.items()}
     with jax.set_mesh(mesh):
         for _ in range(3):

@@ -10,6 +10,7 @@ import jax, numpy as np
 from m2l import checkpoints, models, partitioning
 from m2l.data import layouts
 from m2l.training import state
+from m2l.training.optimizers import Optimizer
 
 CONFIGS = {
     "t5": models.T5Config(64, 32, 8, 48, 4, 1, 1),
@@ -33,9 +34,9 @@ def batches(config, count):
 class Run:
     def __init__(self, config, mesh, params):
         self.mesh = mesh
-        self.placed = state.shardings(config, "adafactor", mesh)
-        self.state = jax.device_put(state.around("adafactor", params), self.placed)
-        self.step_fn = state.train_step(config, "adafactor", models.Execution(), mesh)
+        self.placed = state.shardings(config, Optimizer(), mesh)
+        self.state = jax.device_put(state.from_params(Optimizer(), params), self.placed)
+        self.step_fn = state.train_step(config, Optimizer(), models.Execution(), mesh)
 
     def step(self, batch):
         on_mesh = partitioning.batch_sharding(self.mesh)
@@ -63,7 +64,7 @@ def go(name, folder):
     path = folder + "/" + name
     checkpoints.save(path, trained.state.params, model=models.to_dict(config), **ABOUT)
 
-    asked = state.shardings(config, "adafactor", second).params
+    asked = state.shardings(config, Optimizer(), second).params
     restored = checkpoints.restore(path, shardings=asked)
     same = jax.tree.map(
         lambda a, b: a.dtype == b.dtype and np.asarray(a).tobytes() == b.tobytes(), restored, held

@@ -39,7 +39,9 @@ def stepped(tiny_config, tiny_params, batch):
     def run(optimizer, objective=PLAIN):
         mesh = partitioning.make_mesh()
         placed = state.shardings(tiny_config, optimizer, mesh)
-        current = jax.device_put(state.around(optimizer, jax.tree.map(jnp.copy, before)), placed)
+        current = jax.device_put(
+            state.from_params(optimizer, jax.tree.map(jnp.copy, before)), placed
+        )
         step = state.train_step(tiny_config, optimizer, models.Execution(), mesh, objective)
         with jax.set_mesh(mesh):
             after, metrics = step(current, batch, np.float32(1.0), jax.random.key(0))

@@ -4,7 +4,7 @@ from m2l.training.validation import EarlyStopping
 def after(losses, minimum_improvement=0.0):
     stopping = EarlyStopping()
     for number, loss in enumerate(losses, start=1):
-        stopping = stopping.after(10 * number, loss, minimum_improvement)
+        stopping = stopping.updated(10 * number, loss, minimum_improvement)
     return stopping
 
 
