@@ -1,69 +1,72 @@
 """Checks of a settings dataclass: fields of their declared types, and within range."""
 
 import dataclasses
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Mapping
+from typing import get_args, get_origin
 
 from m2l.errors import ConfigError, UnknownNameError
 
 # So that a number of a damaged or hostile file is refused before anything of its size is computed.
 _MOST = 2**31 - 1
 LAYERS, WIDTH, WORDS = ({"most": most} for most in (1024, 2**20, 2**27))
+_ELEMENTS = {int: "integers, 0 or more", float: "numbers", str: "strings"}
+NOT_NEGATIVE, POSITIVE, FRACTION = {"least": 0}, {"above": 0}, {"least": 0, "below": 1}
 
 
-def check_types(settings: object) -> None:
-    """Refuses a dataclass whose fields are not of their declared plain types.
+def check_fields(settings: object) -> None:
+    """Refuses a dataclass whose fields are not of their declared types, or out of range.
 
-    An int stands for a float; nothing else is converted.
-
-    Raises:
-        ConfigError: naming the setting, its type and its value.
-    """
-    for field in dataclasses.fields(settings):
-        value, declared = getattr(settings, field.name), field.type
-        if declared is float and type(value) is int:
-            object.__setattr__(settings, field.name, float(value))
-        elif declared in (bool, int, float, str) and type(value) is not declared:
-            raise ConfigError(
-                f"{type(settings).__name__}.{field.name}: expected {declared.__name__}, "
-                f"found {value!r}; correct it in the gin file or flag"
-            )
-
-
-def check_fields(config: object) -> None:
-    """Refuses a model's config whose fields are not of their declared types, or out of range.
-
-    An int stands for a float. Every int must be positive and below 2**31, unless its field says
-    `metadata={"least": N, "most": M}`; a tuple's elements are ints of at least 0, and a list is
-    converted to one.
+    An int stands for a float, and a list for a tuple. An int must be positive and below 2**31
+    unless its field's metadata is {"least": N, "most": M}, a float finite and as its metadata says:
+    "least" or "above", and "below". Ints of a tuple must be 0 or more. Checked are bool, int,
+    float, str, tuples of one type, and dataclasses.
 
     Raises:
         ConfigError: naming the setting, what was expected and what was found.
     """
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        name = f"{type(config).__name__}.{field.name}"
-        if field.type is int:
-            least, most = field.metadata.get("least", 1), field.metadata.get("most", _MOST)
-            if type(value) is not int or value < least:
-                expected = "a positive integer" if least == 1 else f"an integer of at least {least}"
-                raise ConfigError(f"{name}: expected {expected}, found {value!r:.80}")
-            if value > most:
-                raise ConfigError(f"{name}: expected at most {most:,}, found {value!r:.80}")
-        elif field.type is float:
-            # 10**400 is an int that no float can hold.
-            if type(value) not in (int, float) or not abs(value) < 1e300:
-                raise ConfigError(f"{name}: expected a finite number, found {value!r:.80}")
-            object.__setattr__(config, field.name, float(value))
-        elif field.type in (str, bool):
-            if type(value) is not field.type:
-                expected = "a name" if field.type is str else "True or False"
-                raise ConfigError(f"{name}: expected {expected}, found {value!r:.80}")
-        elif not isinstance(value, list | tuple) or any(
-            type(element) is not int or not 0 <= element <= _MOST for element in value
-        ):
-            raise ConfigError(f"{name}: expected a list of integers from 0, found {value!r:.80}")
-        else:
-            object.__setattr__(config, field.name, tuple(value))
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if (expected := _violated(value, field.type, field.metadata)) is not None:
+            raise ConfigError(
+                f"{type(settings).__name__}.{field.name}: expected {expected}, found {value!r:.80}"
+            )
+        if field.type is float:
+            object.__setattr__(settings, field.name, float(value))
+        elif get_origin(field.type) is tuple:
+            object.__setattr__(settings, field.name, tuple(value))
+
+
+def _violated(value: object, declared: object, bounds: Mapping[str, float]) -> str | None:
+    """Returns what is expected of a value; None if it is that."""
+    if declared is int:
+        least, most = bounds.get("least", 1), bounds.get("most", _MOST)
+        if type(value) is not int or value < least:
+            return "a positive integer" if least == 1 else f"an integer of at least {least}"
+        return f"at most {most:,}" if value > most else None
+    if declared is float:
+        # 10**400 is an int that no float can hold.
+        if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < 1e300:
+            return "a finite number"
+        if "above" in bounds and not value > bounds["above"]:
+            return f"more than {bounds['above']:g}"
+        if value < bounds.get("least", value):
+            return f"{bounds['least']} or more"
+        return f"less than {bounds['below']}" if value >= bounds.get("below", math.inf) else None
+    if declared is str or declared is bool:
+        expected = "a string" if declared is str else "True or False"
+        return None if type(value) is declared else expected
+    if get_origin(declared) is tuple:
+        kind = get_args(declared)[0]
+        valid = isinstance(value, list | tuple) and all(
+            type(element) in ((int, float) if kind is float else (kind,))
+            and (kind is not int or 0 <= element <= _MOST)
+            for element in value
+        )
+        return None if valid else f"a list of {_ELEMENTS.get(kind, kind.__name__)}"
+    if isinstance(declared, type) and dataclasses.is_dataclass(declared):
+        return None if isinstance(value, declared) else f"{declared.__name__}(...)"
+    return None
 
 
 def check_choice(config: object, name: str, choices: Collection[str]) -> None:

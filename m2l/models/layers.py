@@ -18,9 +18,9 @@ import numpy as np
 from flax.linen import initializers
 from jax.typing import DTypeLike
 
-from m2l.errors import ConfigError, DataError, UnknownNameError
+from m2l.errors import DataError, UnknownNameError
 from m2l.models.attention import IMPLEMENTATIONS, attend
-from m2l.models.fields import check_types
+from m2l.models.fields import FRACTION, check_choice, check_fields
 from m2l.partitioning import constrain
 from m2l.typing import Params, PyTree
 
@@ -95,24 +95,20 @@ class Execution:
     """
 
     dtype: DTypeLike = jnp.float32
-    dropout_rate: float = 0.0
+    dropout_rate: float = dataclasses.field(default=0.0, metadata=FRACTION)
     attention: str = "auto"
     remat: str = "none"
     scan_layers: bool = False
 
     def __post_init__(self) -> None:
-        check_types(self)
-        for name, known in (("attention", IMPLEMENTATIONS), ("remat", REMAT)):
-            if getattr(self, name) not in known:
-                raise UnknownNameError(name, getattr(self, name), known)
-        if not 0 <= self.dropout_rate < 1:
-            raise ConfigError(f"Execution.dropout_rate: {self.dropout_rate} is not in [0, 1)")
+        check_fields(self)
+        check_choice(self, "attention", IMPLEMENTATIONS)
+        check_choice(self, "remat", REMAT)
         try:
             object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
         except TypeError:
-            raise UnknownNameError(
-                "dtype", str(self.dtype), ("float32", "bfloat16", "float16")
-            ) from None
+            known = ("float32", "bfloat16", "float16")
+            raise UnknownNameError("dtype", str(self.dtype), known) from None
 
     def dropout(self, *broadcast_dims: int) -> nn.Dropout:
         """Returns a module that drops the same at all places of the axes `broadcast_dims`."""

@@ -20,7 +20,15 @@ from flax.linen import initializers
 
 from m2l.errors import ConfigError, DataError
 from m2l.models.attention import Causal, attend, attend_parts, hide
-from m2l.models.fields import LAYERS, WIDTH, WORDS, check_choice, check_fields
+from m2l.models.fields import (
+    LAYERS,
+    NOT_NEGATIVE,
+    POSITIVE,
+    WIDTH,
+    WORDS,
+    check_choice,
+    check_fields,
+)
 from m2l.models.layers import (
     Array,
     Cache,
@@ -41,7 +49,6 @@ from m2l.partitioning import constrain
 Rotations = tuple[Array, Array]
 """Cosines and sines of the angles, float32 [N, 1, T, K / 2] each."""
 
-_NONE = {"least": 0}
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 _INIT = initializers.normal(0.02)  # the initializer_range of all of them
 
@@ -84,17 +91,17 @@ class LlamaConfig:
     num_key_value_heads: int = dataclasses.field(metadata=WIDTH)
     head_dim: int = dataclasses.field(metadata=WIDTH)
     model_type: str = "llama"
-    rms_norm_eps: float = 1e-5
+    rms_norm_eps: float = dataclasses.field(default=1e-5, metadata=POSITIVE)
     max_position_embeddings: int = 2048
     tie_word_embeddings: bool = False
     hidden_act: str = "silu"
     qkv_bias: bool = False
     out_bias: bool = False
     windows: tuple[int, ...] = ()
-    rope_theta: float = 10000.0
+    rope_theta: float = dataclasses.field(default=10000.0, metadata=POSITIVE)
     rope_type: str = "default"
-    rope_factor: float = 1.0
-    rope_original_max_position_embeddings: int = dataclasses.field(default=0, metadata=_NONE)
+    rope_factor: float = dataclasses.field(default=1.0, metadata=POSITIVE)
+    rope_original_max_position_embeddings: int = dataclasses.field(default=0, metadata=NOT_NEGATIVE)
     rope_low_freq_factor: float = 1.0
     rope_high_freq_factor: float = 4.0
     rope_beta_fast: float = 32.0
@@ -102,10 +109,10 @@ class LlamaConfig:
     rope_attention_factor: float = 0.0
     norm_offset: float = 0.0
     scale_embeddings: bool = False
-    query_pre_attn_scalar: float = 0.0
+    query_pre_attn_scalar: float = dataclasses.field(default=0.0, metadata=NOT_NEGATIVE)
     post_norms: bool = False
-    attn_logit_softcapping: float = 0.0
-    final_logit_softcapping: float = 0.0
+    attn_logit_softcapping: float = dataclasses.field(default=0.0, metadata=NOT_NEGATIVE)
+    final_logit_softcapping: float = dataclasses.field(default=0.0, metadata=NOT_NEGATIVE)
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -127,24 +134,15 @@ class LlamaConfig:
                 f"LlamaConfig.windows: {len(self.windows)} numbers for {self.num_hidden_layers} "
                 "layers; give one for each, or none"
             )
-        above = {"rms_norm_eps": 0.0, "rope_theta": 0.0, "rope_factor": 0.0}
+        above = {}
         if self.rope_type == "yarn":
-            above |= {"rope_theta": 1.0, "rope_beta_fast": 0.0, "rope_beta_slow": 0.0}
+            above = {"rope_theta": 1.0, "rope_beta_fast": 0.0, "rope_beta_slow": 0.0}
         if self.rope_type == "llama3":
             above["rope_high_freq_factor"] = self.rope_low_freq_factor
         for name, least in above.items():
             if not getattr(self, name) > least:
                 raise ConfigError(
                     f"LlamaConfig.{name}: expected more than {least:g}, found {getattr(self, name)}"
-                )
-        for name in (
-            "query_pre_attn_scalar",
-            "attn_logit_softcapping",
-            "final_logit_softcapping",
-        ):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(
-                    f"LlamaConfig.{name}: expected 0 or more, found {getattr(self, name)}"
                 )
         if self.rope_type in ("llama3", "yarn") and not self.rope_original_max_position_embeddings:
             raise ConfigError(

@@ -17,7 +17,15 @@ from flax.linen import initializers
 
 from m2l.errors import ConfigError, DataError
 from m2l.models.attention import hide, same_segment
-from m2l.models.fields import LAYERS, WIDTH, WORDS, check_choice, check_fields
+from m2l.models.fields import (
+    LAYERS,
+    NOT_NEGATIVE,
+    POSITIVE,
+    WIDTH,
+    WORDS,
+    check_choice,
+    check_fields,
+)
 from m2l.models.layers import (
     Array,
     Attention,
@@ -76,22 +84,17 @@ class T5Config:
     num_decoder_layers: int = dataclasses.field(metadata=LAYERS)
     relative_attention_num_buckets: int = dataclasses.field(default=32, metadata=WIDTH)
     relative_attention_max_distance: int = 128
-    layer_norm_epsilon: float = 1e-6
+    layer_norm_epsilon: float = dataclasses.field(default=1e-6, metadata=POSITIVE)
     model_type: str = "t5"
     feed_forward_proj: str = "gated-gelu"
     tie_word_embeddings: bool = False
     scale_decoder_outputs: bool = False
-    decoder_start_token_id: int = dataclasses.field(default=0, metadata={"least": 0})
+    decoder_start_token_id: int = dataclasses.field(default=0, metadata=NOT_NEGATIVE)
 
     def __post_init__(self) -> None:
         check_fields(self)
         check_choice(self, "model_type", ("t5", "mt5"))
         check_choice(self, "feed_forward_proj", _FEED_FORWARD)
-        if not self.layer_norm_epsilon > 0:
-            raise ConfigError(
-                f"T5Config.layer_norm_epsilon: expected more than 0, found "
-                f"{self.layer_norm_epsilon}"
-            )
         if self.scale_decoder_outputs and not self.tie_word_embeddings:
             raise ConfigError(
                 "T5Config.scale_decoder_outputs: only a tied output is scaled; set "

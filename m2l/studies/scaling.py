@@ -15,7 +15,7 @@ from m2l import checkpoints, models, tasks
 from m2l.errors import ConfigError, MergeError, UnknownNameError
 from m2l.evaluation.metrics import GENERATIVE_SCORES
 from m2l.merging import METHODS, Recipe, grid
-from m2l.models.fields import check_types
+from m2l.models.fields import NOT_NEGATIVE, check_fields
 from m2l.studies.plan import Plan, Stage
 from m2l.training.settings import TrainSettings, from_flat
 
@@ -79,32 +79,23 @@ class ScalingStudy:
     source: str = "microworld"
     split: str = "validation"
     original_only: bool = True
-    max_prompts: int = 0
+    max_prompts: int = dataclasses.field(default=0, metadata=NOT_NEGATIVE)
     max_examples: int = 100
-    choosing_prompts: int = 1
+    choosing_prompts: int = dataclasses.field(default=1, metadata=NOT_NEGATIVE)
     choosing_examples: int = 20
     eval_batch_size: int = 32
     generative_score: str = "decoding"
 
     def __post_init__(self) -> None:
-        elements = {
-            "categories": str,
-            "held_out": str,
-            "recipes": Recipe,
-            "expert_counts": int,
-            "seeds": int,
-        }
-        for name, kind in elements.items():
-            value = getattr(self, name)
-            if not isinstance(value, list | tuple) or not value:
-                raise ConfigError(f"ScalingStudy.{name}: expected a list, found {value!r}")
-            if any(type(element) is not kind for element in value):
-                raise ConfigError(f"ScalingStudy.{name}: {value!r} are not all {kind.__name__}")
-            object.__setattr__(self, name, tuple(value))
-        check_types(self)
         for name in _RUNS:
             if not isinstance(getattr(self, name), TrainSettings):
                 raise ConfigError(f"ScalingStudy.{name}: expected @Train(), found a plain value")
+        check_fields(self)
+        for name in ("categories", "held_out", "recipes", "expert_counts", "seeds"):
+            if not getattr(self, name):
+                raise ConfigError(
+                    f"ScalingStudy.{name}: expected a list of one or more, found none"
+                )
         methods = tuple(recipe.method for recipe in self.recipes)
         for name, value in (
             ("recipes", methods),
@@ -113,14 +104,6 @@ class ScalingStudy:
         ):
             if len(set(value)) < len(value):
                 raise ConfigError(f"ScalingStudy.{name}: {value!r} has one of them twice")
-        for name in ("max_examples", "choosing_examples", "eval_batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"ScalingStudy.{name}: expected 1 or more")
-        for name in ("max_prompts", "choosing_prompts"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"ScalingStudy.{name}: expected 0 (all) or more")
-        if min(self.seeds) < 0:
-            raise ConfigError("ScalingStudy.seeds: expected 0 or more")
         if self.generative_score not in GENERATIVE_SCORES:
             raise UnknownNameError(
                 "ScalingStudy.generative_score", self.generative_score, GENERATIVE_SCORES

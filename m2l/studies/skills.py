@@ -14,7 +14,7 @@ from m2l import models, tasks
 from m2l.errors import ConfigError, UnknownNameError
 from m2l.evaluation.metrics import GENERATIVE_SCORES
 from m2l.merging import Recipe
-from m2l.models.fields import check_types
+from m2l.models.fields import check_fields
 from m2l.studies.plan import Plan, Stage
 from m2l.training.settings import TrainSettings, from_flat
 
@@ -63,7 +63,7 @@ class SkillsStudy:
     epochs: int = 2
     weights: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
     methods: tuple[str, ...] = METHODS
-    density: float = 0.5
+    density: float = dataclasses.field(default=0.5, metadata={"above": 0, "below": 1})
     parts: tuple[int, ...] = ()
     retrained_parts: tuple[int, ...] = ()
     vocabulary: str = "microworld"
@@ -74,17 +74,12 @@ class SkillsStudy:
     generative_score: str = "decoding"
 
     def __post_init__(self) -> None:
-        for name in ("weights", "methods", "parts", "retrained_parts"):
-            value = getattr(self, name)
-            if not isinstance(value, list | tuple):
-                raise ConfigError(f"SkillsStudy.{name}: expected a list, found {value!r}")
-            object.__setattr__(self, name, tuple(value))
-        check_types(self)
         if not isinstance(self.model, models.Config):
             raise ConfigError(f"SkillsStudy.model: expected a model, found {self.model!r}")
         for name in ("pretrain", "finetune"):
             if not isinstance(getattr(self, name), TrainSettings):
                 raise ConfigError(f"SkillsStudy.{name}: expected @Train(), found a plain value")
+        check_fields(self)
         for name in ("skills", "evaluations", "examples"):
             if not isinstance(getattr(self, name), Mapping) or not getattr(self, name):
                 raise ConfigError(f"SkillsStudy.{name}: expected a dict")
@@ -111,10 +106,6 @@ class SkillsStudy:
             raise ConfigError(f"SkillsStudy.parts: {self.parts} are not all percents below 100")
         if set(self.retrained_parts) - set(self.parts):
             raise ConfigError("SkillsStudy.retrained_parts: not all of them are among the parts")
-        if min(self.max_examples, self.eval_batch_size, self.epochs) < 1 or not (
-            0 < self.density < 1
-        ):
-            raise ConfigError("SkillsStudy: counts are 1 or more, the density within (0, 1)")
 
 
 # --- what is trained ---

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from m2l.errors import ConfigError, UnknownNameError
-from m2l.models.fields import check_types
+from m2l.models.fields import FRACTION, NOT_NEGATIVE, check_fields
 from m2l.typing import Params, PyTree
 
 Schedule = Callable[[int], float]
@@ -41,30 +41,17 @@ class Optimizer:
     """
 
     name: str = "adafactor"
-    weight_decay: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.999
-    momentum: float = 0.0
-    clip: float = 0.0
+    weight_decay: float = dataclasses.field(default=0.0, metadata=NOT_NEGATIVE)
+    beta1: float = dataclasses.field(default=0.9, metadata=FRACTION)
+    beta2: float = dataclasses.field(default=0.999, metadata=FRACTION)
+    momentum: float = dataclasses.field(default=0.0, metadata=FRACTION)
+    clip: float = dataclasses.field(default=0.0, metadata=NOT_NEGATIVE)
     freeze: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        check_types(self)
-        if not isinstance(self.freeze, list | tuple) or not all(
-            isinstance(pattern, str) for pattern in self.freeze
-        ):
-            raise ConfigError(
-                f"Optimizer.freeze: expected a list of patterns, found {self.freeze!r}"
-            )
-        object.__setattr__(self, "freeze", tuple(self.freeze))
+        check_fields(self)
         if self.name not in OPTIMIZERS:
             raise UnknownNameError("optimizer", self.name, OPTIMIZERS)
-        for name in ("weight_decay", "clip"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name}: {getattr(self, name)} is below 0")
-        for name in ("beta1", "beta2", "momentum"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"{name}: {getattr(self, name)} is not in [0, 1)")
         for pattern in self.freeze:
             try:
                 re.compile(pattern)

@@ -3,14 +3,14 @@
 import dataclasses
 import inspect
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import field, fields
 
 import jax.numpy as jnp
 
 from m2l.errors import ConfigError, UnknownNameError
 from m2l.models import Execution
-from m2l.models.fields import check_types
-from m2l.training.optimizers import Optimizer, schedule
+from m2l.models.fields import NOT_NEGATIVE, POSITIVE, check_choice, check_fields
+from m2l.training.optimizers import SCHEDULES, Optimizer
 from m2l.training.state import Objective
 
 _DTYPES = ("float32", "bfloat16")
@@ -62,54 +62,37 @@ class TrainSettings:
     batch_size: int = 32
     input_length: int = 96
     target_length: int = 32
-    learning_rate: float = 1e-3
+    learning_rate: float = field(default=1e-3, metadata=POSITIVE)
     schedule: str = "constant"
-    warmup_steps: int = 0
+    warmup_steps: int = field(default=0, metadata=NOT_NEGATIVE)
     optimizer: Optimizer = Optimizer()  # noqa: RUF009, frozen
     objective: Objective = Objective()  # noqa: RUF009, frozen
     execution: Execution = Execution(dropout_rate=0.05)  # noqa: RUF009, frozen
     fsdp: int = 1
     model: int = 1
     pack: bool = True
-    seed: int = 0
+    seed: int = field(default=0, metadata={"least": -(2**63), "most": 2**63 - 1})
     save_every: int = 500
     log_every: int = 20
     keep: int = 2
     validation: str = ""
     evaluate_every: int = 100
     validation_batches: int = 8
-    patience: int = 0
-    minimum_improvement: float = 0.0
+    patience: int = field(default=0, metadata=NOT_NEGATIVE)
+    minimum_improvement: float = field(default=0.0, metadata=NOT_NEGATIVE)
     keep_best: bool = False
     export_dtype: str = ""
 
     def __post_init__(self) -> None:
-        check_types(self)
-        for name, group in _GROUPS.items():
-            if not isinstance(getattr(self, name), group):
-                raise ConfigError(
-                    f"TrainSettings.{name}: expected {group.__name__}(...), "
-                    f"found {getattr(self, name)!r}"
-                )
-        for name in (
-            *("steps", "batch_size", "input_length", "target_length", "fsdp", "model"),
-            *("save_every", "log_every", "keep", "evaluate_every", "validation_batches"),
-        ):
-            if (value := getattr(self, name)) < 1:
-                raise ConfigError(f"TrainSettings.{name}: expected 1 or more, found {value}")
-        for name in ("patience", "minimum_improvement"):
-            if (value := getattr(self, name)) < 0:
-                raise ConfigError(f"TrainSettings.{name}: {value} is below 0")
-        if self.learning_rate <= 0:
-            raise ConfigError(f"TrainSettings.learning_rate: {self.learning_rate} is not above 0")
-        if not 0 <= self.warmup_steps <= self.steps:
+        check_fields(self)
+        check_choice(self, "schedule", SCHEDULES)
+        check_choice(self, "export_dtype", ("", *_DTYPES))
+        if self.warmup_steps > self.steps:
             raise ConfigError(
                 f"TrainSettings.warmup_steps: {self.warmup_steps} not in 0 to {self.steps} steps"
             )
         if self.execution.dtype not in map(jnp.dtype, _DTYPES):
             raise UnknownNameError("dtype", str(self.execution.dtype), _DTYPES)
-        if self.export_dtype not in ("", *_DTYPES):
-            raise UnknownNameError("export_dtype", self.export_dtype, _DTYPES)
         if self.batch_size % self.objective.accumulate:
             raise ConfigError(
                 f"TrainSettings.accumulate: {self.objective.accumulate} does not divide the "
@@ -117,7 +100,6 @@ class TrainSettings:
             )
         if (self.patience or self.keep_best) and not self.validation:
             raise ConfigError("TrainSettings: patience and keep_best need a validation mixture")
-        schedule(self.schedule, peak=1.0, steps=1, warmup_steps=0)
 
     @property
     def lengths(self) -> dict[str, int]:
@@ -134,7 +116,7 @@ class TrainSettings:
 
 _GROUPS = {"optimizer": Optimizer, "objective": Objective, "execution": Execution}
 _FLAT_NAMES = {"name": "optimizer"}
-_DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainSettings)}
+_DEFAULTS = {setting.name: setting.default for setting in fields(TrainSettings)}
 
 
 def _flattened(settings: Mapping[str, object]) -> dict[str, object]:
@@ -143,8 +125,8 @@ def _flattened(settings: Mapping[str, object]) -> dict[str, object]:
         if name not in _GROUPS:
             flat[name] = value
             continue
-        for field, setting in dataclasses.asdict(value).items():
-            flat[_FLAT_NAMES.get(field, field)] = str(setting) if field == "dtype" else setting
+        for part, setting in dataclasses.asdict(value).items():
+            flat[_FLAT_NAMES.get(part, part)] = str(setting) if part == "dtype" else setting
     return flat
 
 
@@ -156,8 +138,8 @@ def from_flat(**settings: object) -> TrainSettings:
     """
     groups = {}
     for name, group in _GROUPS.items():
-        names = {field.name: _FLAT_NAMES.get(field.name, field.name) for field in fields(group)}
-        changes = {field: settings.pop(key) for field, key in names.items() if key in settings}
+        names = {part.name: _FLAT_NAMES.get(part.name, part.name) for part in fields(group)}
+        changes = {part: settings.pop(key) for part, key in names.items() if key in settings}
         groups[name] = dataclasses.replace(_DEFAULTS[name], **changes)
     return TrainSettings(**groups, **settings)
 

@@ -11,8 +11,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from m2l import models, partitioning
-from m2l.errors import ConfigError
-from m2l.models.fields import check_types
+from m2l.models.fields import FRACTION, NOT_NEGATIVE, check_fields
 from m2l.training import losses
 from m2l.training.optimizers import Optimizer
 from m2l.typing import Params, PyTree
@@ -112,20 +111,13 @@ class Objective:
         ConfigError: A number of the wrong type or out of range.
     """
 
-    loss_chunk: int = 0
-    z_loss: float = 0.0
-    label_smoothing: float = 0.0
+    loss_chunk: int = dataclasses.field(default=0, metadata=NOT_NEGATIVE)
+    z_loss: float = dataclasses.field(default=0.0, metadata=NOT_NEGATIVE)
+    label_smoothing: float = dataclasses.field(default=0.0, metadata=FRACTION)
     accumulate: int = 1
 
     def __post_init__(self) -> None:
-        check_types(self)
-        for name in ("loss_chunk", "z_loss"):
-            if (value := getattr(self, name)) < 0:
-                raise ConfigError(f"Objective.{name}: {value} is below 0")
-        if not 0 <= self.label_smoothing < 1:
-            raise ConfigError(f"Objective.label_smoothing: {self.label_smoothing} is not in [0, 1)")
-        if self.accumulate < 1:
-            raise ConfigError(f"Objective.accumulate: expected 1 or more, found {self.accumulate}")
+        check_fields(self)
 
 
 def summed_loss(

@@ -40,7 +40,7 @@ CONFIG = models.T5Config(
         ({"layer_norm_epsilon": 10**400}, "layer_norm_epsilon: expected a finite number"),
         ({"layer_norm_epsilon": float("nan")}, "layer_norm_epsilon: expected a finite number"),
         ({"d_kv": [8]}, "d_kv: expected a positive integer, found [8]"),
-        ({"model_type": ["t5"]}, "model_type: expected a name"),
+        ({"model_type": ["t5"]}, "model_type: expected a string"),
     ],
 )
 def test_a_config_that_cannot_be_is_refused(change, told):

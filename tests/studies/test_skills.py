@@ -215,8 +215,8 @@ def test_settings_survive_the_disk(skills_study):
         ({"weights": 0.5}, "expected a list"),
         ({"parts": (120,)}, "percents below 100"),
         ({"retrained_parts": (50,)}, "among the parts"),
-        ({"epochs": 0}, "1 or more"),
-        ({"density": 1.0}, "within (0, 1)"),
+        ({"epochs": 0}, "a positive integer"),
+        ({"density": 1.0}, "less than 1"),
         ({"generative_score": "rouge"}, "rouge"),
     ],
 )

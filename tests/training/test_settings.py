@@ -34,11 +34,11 @@ def test_every_name_of_a_gin_file_sets_one_setting_and_is_read_back():
 @pytest.mark.parametrize(
     ("setting", "value", "said"),
     [
-        ("steps", "ten", "expected int, found 'ten'"),
-        ("steps", 0, "expected 1 or more"),
-        ("pack", 1, "expected bool"),
-        ("learning_rate", -1.0, "not above 0"),
-        ("dropout_rate", 1.0, "not in"),
+        ("steps", "ten", "expected a positive integer, found 'ten'"),
+        ("steps", 0, "expected a positive integer, found 0"),
+        ("pack", 1, "expected True or False"),
+        ("learning_rate", -1.0, "expected more than 0"),
+        ("dropout_rate", 1.0, "expected less than 1"),
         ("warmup_steps", 99, "not in 0 to 10"),
         ("dtype", "float8", "'float32'|'bfloat16'"),
         ("schedule", "cosine_", "'cosine'"),
@@ -55,5 +55,5 @@ def test_an_int_stands_for_a_float():
 
 
 def test_a_bool_does_not_stand_for_an_int():
-    with pytest.raises(ConfigError, match="expected int, found True"):
+    with pytest.raises(ConfigError, match="expected a positive integer, found True"):
         TrainSettings(mixture="imdb", steps=True)
