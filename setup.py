@@ -6,7 +6,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
-VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "m2l/__init__.py").read_text(), re.M)[1]
+VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "m2l/version.py").read_text(), re.M)[1]
 
 # requirements.lock pins what the tests ran on. An upper bound stands where releases change names or
 # defaults: jax (make_mesh's axis types) and Orbax's v1 API do, in every minor release.
@@ -86,7 +86,7 @@ setup(
         "wandb": ["wandb>=0.19"],
     },
     packages=[
-        *find_packages(include=["m2l", "m2l.*"]),
+        *find_packages(include=["m2l", "m2l.*"], exclude=["m2l.tasks*"]),
         "m2l.gin_configs",
         "m2l.tasks",
         *(f"m2l.tasks.{name}" for name in find_packages("tasks")),

@@ -23,7 +23,7 @@ import psutil
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-import m2l
+from m2l.version import __version__
 
 _GIB = 2**30
 _MEMORY = 4 * _GIB  # the peak of `m2l demo`
@@ -97,10 +97,10 @@ def installation(path: Sequence[str] | None = None) -> list[Finding]:
     findings = [Finding("python", f"{platform.python_version()} ({sys.executable})")]
     found = _installed("m2l", path)
     version = found[0].version if found else "none"
-    if version == m2l.__version__:
-        findings.append(Finding("m2l", f"{version} ({Path(m2l.__file__).parent})"))
+    if version == __version__:
+        findings.append(Finding("m2l", f"{version} ({Path(__file__).parent})"))
     else:
-        value = f"the code is {m2l.__version__}, the installed metadata {version}"
+        value = f"the code is {__version__}, the installed metadata {version}"
         repair = "run `bash scripts/install.sh`, or `pip install .`, in the clone of m2l"
         findings.append(Finding("m2l", value, False, repair))
 

@@ -7,7 +7,7 @@ venv="$root/.venv"
 stamp="$venv/m2l-installed"
 source "$root/scripts/env.sh"
 
-wanted="$(echo "$root" | cat - "$root"/{requirements.lock,setup.py,m2l/__init__.py,scripts/install.sh} | sha256sum)"
+wanted="$(echo "$root" | cat - "$root"/{requirements.lock,setup.py,m2l/version.py,scripts/install.sh} | sha256sum)"
 found="$(cat "$stamp" 2>/dev/null || true)"
 if [[ "$found" == "$wanted" && -x "$venv/bin/python" ]]; then
     exit 0

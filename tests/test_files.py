@@ -8,7 +8,7 @@ from m2l import checkpoints, configuration, files, merging
 from m2l.checkpoints import safetensors, t5x
 from m2l.data import tokenizer_files
 from m2l.errors import ConfigError, DataError, M2LError, MergeError
-from m2l.evaluation.model import open_model
+from m2l.evaluation.model import load
 from m2l.tasks import sources
 
 CONTENT = {"seeds": (0, 1), "split": "validation", "rate": 0.1}
@@ -70,7 +70,7 @@ TRAIN = "train --gin_file models/t5_tiny.gin --mixture imdb --steps 1 --out out"
         lambda path: sources.parse(f"promptsource+hub:{path}"),
         lambda path: merging.merge(None, [path], merging.Recipe("average"), "out"),
         lambda path: merging.Recipe.read(path),
-        lambda path: open_model(path),
+        lambda path: load(path),
         lambda path: claim(path, CONTENT),
         lambda path: configuration.load("Run", [path]),
     ],

@@ -21,8 +21,7 @@ SOURCES = sorted([*(ROOT / "m2l").rglob("*.py"), *(ROOT / "tasks").rglob("*.py")
 
 # A room may import from the rows above its own, and from nothing beside or below itself.
 ROWS = [
-    {"__init__"},
-    {"errors", "progress", "typing"},
+    {"errors", "progress", "typing", "version"},
     {"distributed", "storage"},
     {"files", "locks", "partitioning", "signals"},
     {"models"},
@@ -32,8 +31,9 @@ ROWS = [
     {"studies"},
     {"reporting"},
     {"configuration", "doctor"},
+    {"api"},
     {"cli"},
-    {"__main__"},
+    {"__init__", "__main__"},
 ]
 WITHOUT_TENSORFLOW = ("checkpoints", "merging", "models", "partitioning")
 TENSORFLOW = {"tensorflow", "tensorflow_datasets", "tensorflow_text", "seqio", "t5"}
@@ -96,8 +96,7 @@ def test_a_room_imports_only_from_the_rows_above_it(path):
     rank = {name: row for row, names in enumerate(ROWS) for name in names}
     assert room(path) in rank, f"{room(path)} has no place in ROWS"
     used = {name.split(".")[1] for name in imports(path) if name.startswith("m2l.")}
-    used = {"__init__" if name == "__version__" else name for name in used} - {room(path)}
-    assert {name for name in used if rank[name] >= rank[room(path)]} == set()
+    assert {name for name in used - {room(path)} if rank[name] >= rank[room(path)]} == set()
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -158,6 +157,21 @@ def test_importing_what_merges_loads_no_tensorflow():
     assert done.stdout.strip() == "[]", done.stderr
 
 
+def test_public_names_are_loaded_on_first_use_and_importing_m2l_imports_nothing_else():
+    code = """
+import sys, m2l
+assert not {"jax", "numpy", "m2l.errors"} & set(sys.modules)
+assert set(m2l.__all__) <= set(dir(m2l))
+print(m2l.Recipe("average").method, {"tensorflow", "seqio"} & set(sys.modules))
+print(*(getattr(m2l, name).__module__ for name in ("evaluate", "load", "merge", "train")))
+m2l.nothing
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[0] == "average set()"
+    assert len(done.stdout.splitlines()[1].split()) == 4
+    assert done.stderr.splitlines()[-1].endswith("module 'm2l' has no attribute 'nothing'")
+
+
 def test_every_folder_of_python_is_a_package():
     folders = {path.parent for path in SOURCES}
     assert {folder for folder in folders if not (folder / "__init__.py").is_file()} == set()
@@ -167,7 +181,8 @@ def test_a_script_next_to_the_clone_imports_m2l_by_the_path_file_of_install(tmp_
     clone = tmp_path / "m2l"
     shutil.copytree(ROOT / "scripts", clone / "scripts")
     (clone / "m2l").mkdir()
-    (clone / "m2l" / "__init__.py").write_text('__version__ = "0"\n')
+    (clone / "m2l" / "__init__.py").touch()
+    (clone / "m2l" / "version.py").write_text('__version__ = "0"\n')
     for name in ("setup.py", "requirements.lock"):
         (clone / name).write_text("setuptools==1\nwheel==1\n")
     subprocess.run(

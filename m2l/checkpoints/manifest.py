@@ -18,12 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from m2l import __version__, files
+from m2l import files
 from m2l.checkpoints import digest, tokenizer
 from m2l.checkpoints.pytrees import is_committed
 from m2l.checkpoints.safetensors import is_dtype
 from m2l.checkpoints.spans import is_array_shape
 from m2l.errors import CheckpointError
+from m2l.version import __version__
 
 FORMAT_VERSION = 3
 """2 and before: with a manifest in a file, and SHA-256 as the digests of arrays."""

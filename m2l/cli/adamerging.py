@@ -10,7 +10,8 @@ from typing import Any
 
 import click
 
-from m2l.cli.data import jsonl_files, origin, scored_tasks
+from m2l import api
+from m2l.cli.data import jsonl_files
 from m2l.cli.options import DIRECTORY, print_table, with_mesh, with_source
 from m2l.errors import ConfigError, DataError, MergeError
 from m2l.progress import Progress
@@ -65,8 +66,8 @@ def adamerging(
     """
     from m2l import checkpoints, models, partitioning
 
-    files = jsonl_files(jsonl, mixture)
-    mixture = "jsonl" if files else mixture
+    files = jsonl_files(jsonl)
+    mixture = api.mixture_name(mixture, files)
     for flag, value in (("--base", base), ("--expert", experts), ("--mixture", mixture)):
         if not value:
             raise ConfigError(f"m2l adamerging: {flag} is missing")
@@ -87,13 +88,13 @@ def adamerging(
         | {"mixture": mixture, "split": split, "batch_size": batch_size}
         | {"max_examples": max_examples}
         | {"input_length": input_length, "target_length": target_length},
-        "data": origin(source, files),
+        "data": api.record_origin(source, files),
     }
     if out.exists():
         _check_finished(out, made_by)
         return
 
-    vocabulary, tasks = scored_tasks(
+    vocabulary, tasks = api.evaluation_tasks(
         mixture,
         files,
         vocabulary or manifests[0].vocabulary["name"],

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import click
 
-from m2l import __version__, signals
+from m2l import signals
 from m2l.cli import adamerging, checkpoints, data, merge, models, skills, statistics, studies, sweep
 from m2l.errors import M2LError, Stopped, one_line
+from m2l.version import __version__
 
 
 @click.group(

@@ -1,24 +1,17 @@
-"""`m2l tasks`; and the data that other subcommands are pointed at."""
+"""`m2l tasks`, and the value of --jsonl."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import click
 
 from m2l import storage
 from m2l.cli.options import DIRECTORY, print_table, with_source
-from m2l.errors import ConfigError, DataError
+from m2l.errors import ConfigError
 from m2l.progress import Progress
 
-if TYPE_CHECKING:
-    from m2l.evaluation.task_data import TaskData
 
-
-def jsonl_files(value: str | None, mixture: str | None) -> dict[str, Path]:
-    """`train=FILE,validation=FILE` as a dict."""
-    if value and mixture not in (None, "jsonl"):
-        raise ConfigError(f"--jsonl is the task `jsonl`: leave --mixture {mixture} out")
+def jsonl_files(value: str | None) -> dict[str, storage.AnyPath]:
+    """Returns the files of `train=FILE,validation=FILE` by split."""
     files = {}
     for part in value.split(",") if value else []:
         split, found, path = part.partition("=")
@@ -26,87 +19,6 @@ def jsonl_files(value: str | None, mixture: str | None) -> dict[str, Path]:
             raise ConfigError(f"--jsonl {value}: expected train=FILE,validation=FILE")
         files[split] = storage.path(path)
     return files
-
-
-def register(vocabulary: str, source: str, jsonl: Mapping[str, Path]) -> dict[str, Any]:
-    """Fills seqio's registry; returns where the records come from, as plain values."""
-    from m2l import tasks
-
-    tasks.register(vocabulary=vocabulary, source=source)
-    if jsonl:
-        tasks.register_jsonl(jsonl)
-    return origin(source, jsonl)
-
-
-def origin(source: str, jsonl: Mapping[str, Path]) -> dict[str, Any]:
-    """Where records come from, as plain values: a source's name, or digests of files."""
-    import hashlib
-
-    if not jsonl:
-        return {"source": source}
-    digests = {split: hashlib.sha256(p.read_bytes()).hexdigest() for split, p in jsonl.items()}
-    return {"source": "jsonl", **digests}
-
-
-def scored_tasks(
-    mixture: str | None,
-    jsonl: Mapping[str, Path],
-    vocabulary_name: str,
-    fingerprint: str,
-    source: str,
-    *,
-    split: str,
-    lengths: Mapping[str, int],
-    max_examples: int | None = None,
-    generative_score: str = "decoding",
-    beams: int = 1,
-    max_truncated: float = 1.0,
-) -> tuple[Any, list["TaskData"]]:
-    """Reads and tokenises what a model is to be scored on: all of a mixture but its corpora.
-
-    Args:
-        mixture: A task or mixture; None with `jsonl`.
-        jsonl: The files that `jsonl_files` found.
-        vocabulary_name: The vocabulary to read by, "microworld" or a path.
-        fingerprint: That of the vocabulary the model was trained with.
-        source: Of the records.
-        split, lengths, max_examples, generative_score, beams, max_truncated: As `load_tasks` takes
-            them.
-
-    Returns:
-        The seqio vocabulary, and the tasks.
-
-    Raises:
-        ConfigError: neither a mixture nor files.
-        DataError: another vocabulary than the model's; nothing in the mixture can be scored.
-        UnknownNameError: no such mixture.
-    """
-    mixture = "jsonl" if jsonl else mixture
-    if mixture is None:
-        raise ConfigError("what to score by: name a --mixture, or your own data with --jsonl")
-
-    from m2l import tasks as registry
-    from m2l.data import vocabularies
-    from m2l.evaluation.task_data import load_tasks
-
-    vocabulary = vocabularies.load(vocabulary_name)
-    if vocabularies.describe(vocabulary, vocabulary_name)["fingerprint"] != fingerprint:
-        raise DataError(f"vocabulary {vocabulary_name!r} is not the one that the model reads")
-    register(vocabulary_name, source, jsonl)
-    infos = [registry.info(task) for task in registry.tasks_in(mixture)]
-    scored = [info for info in infos if info.kind != "train"]
-    if not scored:
-        raise DataError(f"mixture {mixture!r} has no task that can be evaluated")
-    loaded = load_tasks(
-        scored,
-        split=split,
-        lengths=lengths,
-        max_examples=max_examples,
-        generative_score=generative_score,
-        beams=beams,
-        max_truncated=max_truncated,
-    )
-    return vocabulary, loaded
 
 
 @click.group()

@@ -9,7 +9,8 @@ from typing import Any
 
 import click
 
-from m2l.cli.data import jsonl_files, register, scored_tasks
+from m2l import api
+from m2l.cli.data import jsonl_files
 from m2l.cli.options import (
     DIRECTORY,
     join,
@@ -61,11 +62,11 @@ def train(
     source: str | None,
 ) -> None:
     """Train a model, or go on where a stopped run left off."""
-    from m2l import checkpoints, configuration, models
+    from m2l import configuration
 
     join(distributed, coordinator, process)
-    files = jsonl_files(jsonl, mixture)
-    mixture = "jsonl" if files else mixture
+    files = jsonl_files(jsonl)
+    mixture = api.mixture_name(mixture, files)
     flags = [f"Train.mixture={mixture!r}"] if mixture else []
     flags += [f"Train.steps={steps}"] if steps is not None else []
     flags += [f"Run.vocabulary={vocabulary!r}"] if vocabulary else []
@@ -73,35 +74,23 @@ def train(
     # The settings' own file comes first, so that a model's file alone will do.
     gin_files = ("runs/train.gin", *gin_files)
     run, resolved = configuration.load("Run", gin_files, [*bindings, *flags])
-    config, vocabulary_name = run.model, run.vocabulary
-    if init is not None:
-        manifest = checkpoints.read_manifest(checkpoints.resolve(init))
-        config = config or models.from_dict(manifest.model)
-        vocabulary_name = vocabulary_name or manifest.vocabulary["name"]
-    vocabulary_name = vocabulary_name or "microworld"
-    if config is None:
-        raise ConfigError(
-            "m2l train: no model; name an --init checkpoint, or --gin_file models/t5_1m.gin"
-        )
 
-    from m2l.data import vocabularies
-    from m2l.training import loop, processes
+    from m2l.training import processes
     from m2l.training.monitoring import read_figures, wandb_log
 
     first = processes.is_first()
-    data = register(vocabulary_name, run.source, files)
-    described = vocabularies.describe(vocabularies.load(vocabulary_name), vocabulary_name)
     to_log = contextlib.nullcontext()
     if wandb and first:
         to_log = wandb_log(wandb, out, {"mixture": run.settings.mixture})
     with to_log as log:
-        last = loop.train(
+        last = api.run_training(
             out,
-            config=config,
-            vocabulary=described,
-            settings=run.settings,
-            data=data,
+            run.settings,
             init=init,
+            config=run.model,
+            vocabulary=run.vocabulary,
+            source=run.source,
+            jsonl=files,
             resolved_config=f"# {shlex.join(['m2l', *sys.argv[1:]])}\n{resolved}",
             synthetic=synthetic,
             profile=profile,
@@ -199,35 +188,30 @@ def evaluate(
     import jax
 
     join(distributed, coordinator, process, saves=False)
-    from m2l import models, partitioning
-    from m2l.evaluation.model import open_model
+    from m2l import partitioning
+    from m2l.evaluation.model import load
 
-    opened = open_model(checkpoint, vocabulary)
-    loaded_vocabulary, loaded = scored_tasks(
+    opened = load(checkpoint, vocabulary)
+    results = api.evaluate(
+        opened,
         mixture,
-        jsonl_files(jsonl, mixture),
-        vocabulary or opened.vocabulary["name"],
-        opened.vocabulary["fingerprint"],
-        source,
+        jsonl=jsonl_files(jsonl),
+        source=source,
+        vocabulary=vocabulary,
         split=split,
-        lengths={"inputs": input_length, "targets": target_length},
         max_examples=max_examples,
+        batch_size=batch_size,
+        input_length=input_length,
+        target_length=target_length,
+        max_truncated=max_truncated,
         generative_score=generative_score,
         beams=beams,
-        max_truncated=max_truncated,
+        mesh=partitioning.make_mesh(fsdp=fsdp, model=model),
+        out=out,
+        examples=examples,
     )
-
-    from m2l.evaluation.evaluator import Evaluator
-
-    mesh = partitioning.make_mesh(fsdp=fsdp, model=model)
-    placed = partitioning.shardings(models.spec(opened.config), mesh)
-    evaluator = Evaluator(opened.config, loaded, loaded_vocabulary, batch_size=batch_size)
-    with jax.set_mesh(mesh):
-        results = evaluator.run(
-            opened.read(placed), out, model_digest=opened.digest, examples=examples
-        )
     if jax.process_index() == 0:
-        _print_results(f"{opened.path}", results)
+        _print_results(f"{opened.path}", list(results.values()))
         click.echo(f"results: {out}")
 
 
@@ -325,9 +309,9 @@ def generate(
     from m2l.data import layouts, vocabularies
     from m2l.data.examples import GenerationExample
     from m2l.evaluation import generation
-    from m2l.evaluation.model import open_model
+    from m2l.evaluation.model import load
 
-    opened = open_model(checkpoint, vocabulary)
+    opened = load(checkpoint, vocabulary)
     name = vocabulary or opened.vocabulary["name"]
     name = f"chat:{name}" if chat and "chat" not in split_name(name)[0] else name
     loaded = vocabularies.load(name)

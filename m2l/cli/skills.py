@@ -9,8 +9,8 @@ from typing import Any
 
 import click
 
-from m2l import storage
-from m2l.cli.data import jsonl_files, origin
+from m2l import api, storage
+from m2l.cli.data import jsonl_files
 from m2l.cli.merge import series
 from m2l.cli.options import DIRECTORY, print_table, with_gin, with_source
 from m2l.errors import ConfigError
@@ -106,7 +106,8 @@ def skills(
     that keeps what must be kept, and compares before and after by examples that w was not chosen
     by. Training settings are those of m2l train (--gin.BATCH_SIZE=8). Stopped, it goes on.
     """
-    learned = jsonl_files(jsonl, mixture)
+    learned = jsonl_files(jsonl)
+    mixture = api.mixture_name(mixture, learned)
     for wrong, what in (
         (not learned and not mixture, "name the skill's data: --jsonl train=FILE,validation=FILE"),
         (steps and epochs, "--steps and --epochs are two ways of saying how long; give one"),
@@ -172,7 +173,8 @@ def skills(
         batch_size=eval_batch_size,
         generative_score=generative_score,
         vocabulary=vocabulary,
-        data={"source": run.source} | {task: origin("", of) for task, of in files.items()},
+        data={"source": run.source}
+        | {task: api.record_origin("", of) for task, of in files.items()},
     )
     command = shlex.join(["m2l", *sys.argv[1:]])
     added = adding.add(asked, out, resolved_config=f"# {command}\n{resolved}")

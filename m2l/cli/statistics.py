@@ -4,7 +4,8 @@ from pathlib import Path
 
 import click
 
-from m2l.cli.data import jsonl_files, register
+from m2l import api
+from m2l.cli.data import jsonl_files
 from m2l.cli.options import DIRECTORY, print_table, with_mesh, with_source
 from m2l.errors import ConfigError
 
@@ -49,8 +50,8 @@ def statistics(
     """Gather what Fisher merging or RegMean needs to know of an expert on its own data."""
     from m2l import checkpoints
 
-    files = jsonl_files(jsonl, mixture)
-    mixture = "jsonl" if files else mixture
+    files = jsonl_files(jsonl)
+    mixture = api.mixture_name(mixture, files)
     if mixture is None:
         raise ConfigError("m2l statistics: name a --mixture, or your own data with --jsonl")
     manifest = checkpoints.read_manifest(checkpoint)
@@ -60,7 +61,7 @@ def statistics(
 
     name = vocabulary or manifest.vocabulary["name"]
     described = vocabularies.describe(vocabularies.load(name), name)
-    data = register(name, source, files)
+    data = api.register_tasks(name, source, files)
     made = gathering.gather(
         checkpoint,
         out,

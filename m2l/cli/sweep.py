@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from m2l.cli.data import jsonl_files, scored_tasks
+from m2l import api
+from m2l.cli.data import jsonl_files
 from m2l.cli.merge import series
 from m2l.cli.options import DIRECTORY, print_table, with_mesh, with_source
 from m2l.errors import ConfigError
@@ -75,8 +76,8 @@ def sweep(
     from m2l.merging import compatibility, sources
 
     swept = {name: series(f"--{name}", text) for name, text in values.items() if text}
-    task_files = jsonl_files(jsonl, mixture)
-    mixture = "jsonl" if task_files else mixture
+    task_files = jsonl_files(jsonl)
+    mixture = api.mixture_name(mixture, task_files)
     for flag, missing in (
         ("--method", not method),
         ("--expert", not experts),
@@ -113,7 +114,7 @@ def sweep(
     manifest = checkpoints.read_manifest(experts[0])
     config = models.from_dict(manifest.model)
     checkpoints.check_vocabulary(manifest.vocabulary, config.vocab_size, experts[0])
-    loaded, tasks = scored_tasks(
+    loaded, tasks = api.evaluation_tasks(
         mixture,
         task_files,
         vocabulary or manifest.vocabulary["name"],

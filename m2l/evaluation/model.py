@@ -1,45 +1,76 @@
 """A model to evaluate: a checkpoint of m2l's, or a Hugging Face directory read as it is."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 
 from m2l import checkpoints, models, storage
-from m2l.checkpoints import huggingface, opening
+from m2l.checkpoints import digest, huggingface, opening
 from m2l.data import tokenizer_files
 from m2l.errors import CheckpointError
-from m2l.files import content_digest
+from m2l.files import checksum, content_digest
+from m2l.storage import AnyPath
+from m2l.typing import Json, Params, PyTree
+
+if TYPE_CHECKING:
+    import seqio
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A model, of which only the headers are read.
+    """A model: its configuration and vocabulary, and parameters that are read on first use.
 
     Attributes:
-        path: Where it is.
+        path: Where it is stored.
         config: Its configuration.
         vocabulary: {"name", "size", "fingerprint"} of the one it reads.
         digest: What identifies it: its manifest's, or that of its files' content.
-        read: Its parameters, given where they are to lie as `checkpoints.restore` is.
+        read: Reads its parameters onto shardings, as `checkpoints.restore` does.
     """
 
-    path: Path
+    path: AnyPath
     config: models.Config
-    vocabulary: Mapping[str, Any]
+    vocabulary: Mapping[str, Json]
     digest: str
-    read: Callable[[Any], dict[str, Any]]
+    read: Callable[[PyTree], Params]
+
+    @functools.cached_property
+    def params(self) -> Params:
+        """The parameters, a nested dict of arrays."""
+        return self.read(None)
+
+    @functools.cached_property
+    def tokenizer(self) -> "seqio.Vocabulary":
+        """The vocabulary itself, which encodes and decodes texts."""
+        from m2l.data import vocabularies
+
+        return vocabularies.load(self.vocabulary["name"])
+
+    def with_params(self, params: Params) -> "Model":
+        """Returns the model with other parameters, such as those of a merge in memory."""
+
+        def read(shardings: PyTree) -> Params:
+            return params if shardings is None else jax.device_put(params, shardings)
+
+        arrays = jax.tree.map(jax.numpy.asarray, checkpoints.flatten(params))
+        digests = digest.of_arrays(arrays).items()
+        content = sorted((name, digest.to_hex(words)) for name, words in digests)
+        return dataclasses.replace(self, digest=checksum(content), read=read)
 
 
-def open_model(path: str | Path, vocabulary: str | None = None) -> Model:
+def load(path: AnyPath | str, vocabulary: str | None = None) -> Model:
     """Opens a checkpoint, a training run's last one, or a Hugging Face directory.
 
+    Only headers are read; `Model.params` reads the parameters.
+
     Args:
-        path: Where it is.
-        vocabulary: Of a Hugging Face directory, where its tokenizer is; None: in it.
+        path: Where it is: a local path, gs:// or s3://.
+        vocabulary: The tokenizer of a Hugging Face directory, if it is stored elsewhere.
 
     Raises:
         CheckpointError: it is missing, unfinished, damaged or of an unknown kind; or its tokenizer
@@ -48,7 +79,7 @@ def open_model(path: str | Path, vocabulary: str | None = None) -> Model:
     """
     path = storage.path(path)
     if opening.kind(path) == opening.HUGGINGFACE:
-        return _of_huggingface(path, vocabulary)
+        return _load_huggingface(path, vocabulary)
     directory = checkpoints.resolve(path)
     manifest = checkpoints.read_manifest(directory)
     if not manifest.model:
@@ -58,7 +89,7 @@ def open_model(path: str | Path, vocabulary: str | None = None) -> Model:
             "evaluation needs a checkpoint that m2l trained or converted"
         )
 
-    def read(shardings: Any) -> dict[str, Any]:
+    def read(shardings: PyTree) -> Params:
         return checkpoints.restore(directory, shardings=shardings)
 
     config = models.from_dict(manifest.model)
@@ -66,17 +97,18 @@ def open_model(path: str | Path, vocabulary: str | None = None) -> Model:
     return Model(directory, config, manifest.vocabulary, manifest.digest, read)
 
 
-def _of_huggingface(directory: Path, vocabulary: str | None) -> Model:
+def _load_huggingface(directory: Path, vocabulary: str | None) -> Model:
     layout, stored = huggingface.open_model(directory)
     described = tokenizer_files.describe(vocabulary or str(directory))
     checkpoints.check_vocabulary(described, layout.config.vocab_size, directory)
 
-    def read(shardings: Any) -> dict[str, Any]:
-        found = {
-            name: origin.take(stored[origin.tensor].read_checked())
-            for name, origin in layout.origins.items()
-        }
-        params = checkpoints.unflatten(found)
+    def read(shardings: PyTree) -> Params:
+        params = checkpoints.unflatten(
+            {
+                name: origin.take(stored[origin.tensor].read_checked())
+                for name, origin in layout.origins.items()
+            }
+        )
         if shardings is None:
             return params
 

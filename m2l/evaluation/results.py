@@ -19,11 +19,11 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-import m2l
 from m2l import files, storage
 from m2l.errors import EvaluationError
 from m2l.evaluation import bootstrap, metrics
 from m2l.evaluation.task_data import TaskData
+from m2l.version import __version__
 
 FORMAT_VERSION = 3
 _WITHOUT_CHECKSUM = (2,)
@@ -70,7 +70,7 @@ class Result:
     tokens: int = 0
     padding: float = 0.0
     settings: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    m2l_version: str = m2l.__version__
+    m2l_version: str = __version__
     format_version: int = FORMAT_VERSION
 
 
@@ -210,7 +210,7 @@ def finished(out: Path, model_digest: str, task: TaskData, examples: bool) -> Re
         )
     if examples and not (out / (task.info.name + EXAMPLES)).exists():
         return None
-    return held if held.m2l_version == m2l.__version__ else None
+    return held if held.m2l_version == __version__ else None
 
 
 def write_examples(out: Path, task: str, lines: Sequence[Mapping[str, Any]]) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from m2l import __version__, checkpoints, files, storage
+from m2l import checkpoints, files, storage
 from m2l.checkpoints import Manifest, huggingface_directory
 from m2l.checkpoints.opening import HUGGINGFACE, ORBAX, Checkpoint
 from m2l.checkpoints.reading import EXPORTED, KEY, existing_result
@@ -20,6 +20,7 @@ from m2l.merging.methods import METHODS
 from m2l.merging.plan import Plan
 from m2l.merging.recipe import Recipe
 from m2l.merging.thresholds import BINS
+from m2l.version import __version__
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import jinja2
 
-import m2l
 from m2l import storage
 from m2l.reporting import figures, scaling_report, skills_report, tables
 from m2l.reporting.blocks import Report
 from m2l.studies import records
 from m2l.studies.scaling import ScalingStudy
+from m2l.version import __version__
 
 
 def collect(out: Path) -> Report:
@@ -73,7 +73,7 @@ def render(report: Report, beside: Sequence[str] = ()) -> str:
         lstrip_blocks=True,
     ).get_template("page.html.jinja")
     page = template.render(
-        version=m2l.__version__,
+        version=__version__,
         report=report,
         settings_text=json.dumps(report.settings, indent=1),
         tests=list(dict.fromkeys(finding.test for finding, _ in report.findings)),

@@ -8,12 +8,12 @@ import markupsafe
 import pandas as pd
 from matplotlib.figure import Figure
 
-import m2l
 from m2l.reporting import blocks, details, figures, paper, style, tables
 from m2l.reporting.blocks import Drawing, Folded, Heading, Report, Section, Table, Text
 from m2l.studies import aggregate, findings, scaling
 from m2l.studies.findings import Finding
 from m2l.studies.records import Records
+from m2l.version import __version__
 
 # What each of the paper's findings is read from.
 FINDINGS = {
@@ -187,7 +187,7 @@ def _lead(material: Material) -> str:
         len(settings["held_out"]),
         _number(len(settings["seeds"]), "draw"),
         settings["source"],
-        m2l.__version__,
+        __version__,
     )
 
 

@@ -9,7 +9,6 @@ import markupsafe
 import pandas as pd
 from matplotlib.figure import Figure
 
-import m2l
 from m2l import models
 from m2l.reporting import blocks, skill_figures, skill_tables, style
 from m2l.reporting.blocks import Drawing, Folded, Heading, Report, Section, Table, Text
@@ -19,6 +18,7 @@ from m2l.studies.findings import Finding
 from m2l.studies.records import Records
 from m2l.studies.skill_findings import REFUSALS, SAFETY
 from m2l.studies.skills import GENERAL, SkillsStudy
+from m2l.version import __version__
 
 # What each of the paper's findings is read from: figures, then tables.
 FINDINGS = {
@@ -156,7 +156,7 @@ def _lead(study: SkillsStudy) -> markupsafe.Markup:
     )
     count = models.parameters(study.model)
     named = f"{len(study.skills)} skill{'' if len(study.skills) == 1 else 's'} ({skills_named})"
-    return said.format(named, count, methods, study.source, m2l.__version__)
+    return said.format(named, count, methods, study.source, __version__)
 
 
 def _how_scored(study: SkillsStudy) -> str:

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-import m2l
 from m2l import checkpoints, models, tasks
 from m2l.errors import ConfigError, MergeError, UnknownNameError
 from m2l.evaluation.metrics import GENERATIVE_SCORES
@@ -18,6 +17,7 @@ from m2l.merging import METHODS, Recipe, grid
 from m2l.models.fields import NOT_NEGATIVE, check_fields
 from m2l.studies.plan import Plan, Stage
 from m2l.training.settings import TrainSettings, from_flat
+from m2l.version import __version__
 
 BASES = ("pretrained", "instruct")
 
@@ -229,7 +229,7 @@ def merges(study: ScalingStudy) -> Iterator[Merge]:
 
 
 def _data(study: ScalingStudy) -> dict[str, Any]:
-    return {"data": [study.vocabulary, study.source], "m2l": m2l.__version__}
+    return {"data": [study.vocabulary, study.source], "m2l": __version__}
 
 
 def _trained(study: ScalingStudy) -> Iterator[Stage]:

@@ -9,7 +9,6 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import m2l
 from m2l import models, tasks
 from m2l.errors import ConfigError, UnknownNameError
 from m2l.evaluation.metrics import GENERATIVE_SCORES
@@ -17,6 +16,7 @@ from m2l.merging import Recipe
 from m2l.models.fields import check_fields
 from m2l.studies.plan import Plan, Stage
 from m2l.training.settings import TrainSettings, from_flat
+from m2l.version import __version__
 
 GENERAL = "general"
 ALL = "all"
@@ -277,7 +277,7 @@ def merges(study: SkillsStudy) -> Iterator[Merge]:
 
 def plan(study: SkillsStudy) -> Plan:
     """The study's stages: models of all regimes, merges, and the evaluation of each."""
-    data = {"data": [study.vocabulary, study.source], "m2l": m2l.__version__}
+    data = {"data": [study.vocabulary, study.source], "m2l": __version__}
     described = {**data, "model": models.to_dict(study.model)}
     evaluated_on = {
         **data,

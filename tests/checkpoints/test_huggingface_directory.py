@@ -11,7 +11,7 @@ from safetensors import numpy as official
 from m2l import checkpoints, merging, models, storage
 from m2l.checkpoints import huggingface, huggingface_directory
 from m2l.errors import CheckpointError
-from m2l.evaluation.model import open_model
+from m2l.evaluation.model import load
 
 from .families import VOCABULARY
 
@@ -44,7 +44,7 @@ def written(tmp_path_factory):
 
 
 def evaluate(directory, _):
-    open_model(directory, "bytes").read(None)
+    load(directory, "bytes").read(None)
 
 
 def convert(directory, out):
@@ -204,7 +204,7 @@ def test_directories_in_a_bucket_are_read_and_written_as_local_ones(written, fol
                 assert files[name] == expected[name]
         huggingface_directory.verify(folder / made)
     for directory in (folder / "cast", folder / "merge"):
-        params = checkpoints.flatten(open_model(directory, "bytes").read(None))
+        params = checkpoints.flatten(load(directory, "bytes").read(None))
         imported = huggingface.import_checkpoint(
             directory, folder / f"{directory.name}-own", vocabulary=VOCABULARY
         )

@@ -1,0 +1,305 @@
+"""What `m2l train` and `m2l eval` do, as functions of plain arguments."""
+
+import hashlib
+import inspect
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from m2l import storage
+from m2l.errors import ConfigError, DataError, UnknownNameError
+from m2l.storage import AnyPath
+from m2l.typing import Json
+
+if TYPE_CHECKING:
+    import seqio
+    from jax.sharding import Mesh
+
+    from m2l.evaluation.model import Model
+    from m2l.evaluation.results import Result
+    from m2l.evaluation.task_data import TaskData
+    from m2l.models import Config
+    from m2l.training.monitoring import Log
+    from m2l.training.settings import TrainSettings
+
+JSONL = "jsonl"
+"""The name of the task that JSON Lines files of one's own make."""
+
+JsonlFiles = Mapping[str, AnyPath | str]
+
+
+def train(
+    out: AnyPath | str,
+    mixture: str | None = None,
+    *,
+    steps: int,
+    init: AnyPath | str | None = None,
+    config: "Config | None" = None,
+    vocabulary: str | None = None,
+    source: str = "microworld",
+    jsonl: JsonlFiles | None = None,
+    **settings: object,
+) -> AnyPath:
+    """Trains a model, or goes on where a stopped run of the same settings left off.
+
+    Args:
+        out: The run's directory.
+        mixture: The task or mixture to train on; None with `jsonl`.
+        steps: Optimizer steps in all.
+        init: The checkpoint to start from; None starts from a random model.
+        config: The model's configuration; by default that of `init`.
+        vocabulary: A name that `vocabularies.load` takes; by default that of `init`, or
+            "microworld".
+        source: Where the records of declared datasets come from: microworld, hub, jsonl:DIR, ...
+        jsonl: JSON Lines files of one's own by split, "train" and "validation".
+        settings: Further settings of training, as gin names them: learning_rate, batch_size...
+
+    Returns:
+        The directory of the last checkpoint, for `load`, `merge` and `evaluate`.
+
+    Raises:
+        M2LError: A setting, file or checkpoint is not usable; see `training.loop.train`.
+    """
+    from m2l.training.settings import from_flat
+
+    mixture = mixture_name(mixture, jsonl)
+    if mixture is None:
+        raise ConfigError("nothing to train on: name a mixture, or your own data with jsonl")
+    known = inspect.signature(from_flat).parameters
+    for name in settings:
+        if name not in known:
+            raise UnknownNameError("training setting", name, known)
+    return run_training(
+        out,
+        from_flat(mixture=mixture, steps=steps, **settings),
+        init=init,
+        config=config,
+        vocabulary=vocabulary,
+        source=source,
+        jsonl=jsonl,
+    )
+
+
+def run_training(
+    out: AnyPath | str,
+    settings: "TrainSettings",
+    *,
+    init: AnyPath | str | None = None,
+    config: "Config | None" = None,
+    vocabulary: str | None = None,
+    source: str = "microworld",
+    jsonl: JsonlFiles | None = None,
+    resolved_config: str | None = None,
+    synthetic: bool = False,
+    profile: bool = False,
+    log: "Log | None" = None,
+) -> AnyPath:
+    """Trains by settings that are validated; the arguments are those of `train` and `loop.train`.
+
+    Raises:
+        ConfigError: Neither a configuration nor a checkpoint to start from.
+        M2LError: As `loop.train` says.
+    """
+    from m2l import checkpoints, models
+
+    if init is not None:
+        manifest = checkpoints.read_manifest(checkpoints.resolve(storage.path(init)))
+        config = config or models.from_dict(manifest.model)
+        vocabulary = vocabulary or manifest.vocabulary["name"]
+    if config is None:
+        raise ConfigError(
+            "m2l train: no model; name an --init checkpoint, or --gin_file models/t5_1m.gin"
+        )
+    vocabulary = vocabulary or "microworld"
+
+    from m2l.data import vocabularies
+    from m2l.training import loop
+
+    data = register_tasks(vocabulary, source, jsonl)
+    return loop.train(
+        storage.path(out),
+        config=config,
+        vocabulary=vocabularies.describe(vocabularies.load(vocabulary), vocabulary),
+        settings=settings,
+        data=data,
+        init=None if init is None else storage.path(init),
+        resolved_config=resolved_config,
+        synthetic=synthetic,
+        profile=profile,
+        log=log,
+    )
+
+
+def evaluate(
+    model: "Model | AnyPath | str",
+    mixture: str | None = None,
+    *,
+    jsonl: JsonlFiles | None = None,
+    source: str = "microworld",
+    vocabulary: str | None = None,
+    split: str = "validation",
+    max_examples: int | None = None,
+    batch_size: int = 32,
+    input_length: int = 512,
+    target_length: int = 64,
+    max_truncated: float = 1.0,
+    generative_score: str = "decoding",
+    beams: int = 1,
+    mesh: "Mesh | None" = None,
+    out: AnyPath | str | None = None,
+    examples: bool = False,
+) -> dict[str, "Result"]:
+    """Evaluates a model: rank classification where there are answer choices, else decoding.
+
+    Args:
+        model: A model as `load` returns it, or the path of one.
+        mixture: The task or mixture to evaluate on; None with `jsonl`.
+        jsonl: JSON Lines files of one's own by split.
+        source: Where the records of declared datasets come from: microworld, hub, jsonl:DIR, ...
+        vocabulary: A name that `vocabularies.load` takes; by default the model's own.
+        split: The split to read.
+        max_examples: Examples of each task at most, drawn from the whole split.
+        batch_size: Examples in a batch.
+        input_length: Tokens of an example's inputs; longer ones are cut, and counted.
+        target_length: Tokens of a target, and of what is generated.
+        max_truncated: The share of a task's examples that may be longer than that.
+        generative_score: What scores tasks in free text: "decoding" or "likelihood".
+        beams: Beams of the search that decodes; 1: greedily.
+        mesh: Where the model is placed; by default every device has a copy of it.
+        out: A directory for one JSON result a task; results that are there are not computed again.
+        examples: Whether each example's scores and predictions are written to `out` as well.
+
+    Returns:
+        Each task's result by its name: `score` in percent, `interval`, `metrics`, `count`.
+
+    Raises:
+        M2LError: The model, the tasks or `out` is not usable.
+    """
+    import jax
+
+    from m2l import models, partitioning
+    from m2l.evaluation.model import Model, load
+
+    if not isinstance(model, Model):
+        model = load(model, vocabulary)
+    loaded_vocabulary, tasks = evaluation_tasks(
+        mixture,
+        jsonl,
+        vocabulary or model.vocabulary["name"],
+        model.vocabulary["fingerprint"],
+        source,
+        split=split,
+        lengths={"inputs": input_length, "targets": target_length},
+        max_examples=max_examples,
+        generative_score=generative_score,
+        beams=beams,
+        max_truncated=max_truncated,
+    )
+
+    from m2l.evaluation.evaluator import Evaluator
+
+    mesh = mesh or partitioning.make_mesh()
+    placed = partitioning.shardings(models.spec(model.config), mesh)
+    evaluator = Evaluator(model.config, tasks, loaded_vocabulary, batch_size=batch_size)
+    with jax.set_mesh(mesh):
+        params = model.read(placed)
+        if out is None:
+            outcomes = evaluator.outcomes(params, model_digest=model.digest)
+            results = [outcome.result for outcome in outcomes]
+        else:
+            results = evaluator.run(
+                params, storage.path(out), model_digest=model.digest, examples=examples
+            )
+    return {result.task: result for result in results}
+
+
+def register_tasks(vocabulary: str, source: str, jsonl: JsonlFiles | None) -> dict[str, Json]:
+    """Fills seqio's registry; returns where the records come from, as plain values."""
+    from m2l import tasks
+
+    tasks.register(vocabulary=vocabulary, source=source)
+    if jsonl:
+        tasks.register_jsonl(jsonl)
+    return record_origin(source, jsonl)
+
+
+def record_origin(source: str, jsonl: JsonlFiles | None) -> dict[str, Json]:
+    """Returns where records come from, as plain values: a source's name, or digests of files."""
+    if not jsonl:
+        return {"source": source}
+    digests = {
+        split: hashlib.sha256(storage.path(file).read_bytes()).hexdigest()
+        for split, file in jsonl.items()
+    }
+    return {"source": JSONL, **digests}
+
+
+def evaluation_tasks(
+    mixture: str | None,
+    jsonl: JsonlFiles | None,
+    vocabulary_name: str,
+    fingerprint: str,
+    source: str,
+    *,
+    split: str,
+    lengths: Mapping[str, int],
+    max_examples: int | None = None,
+    generative_score: str = "decoding",
+    beams: int = 1,
+    max_truncated: float = 1.0,
+) -> "tuple[seqio.Vocabulary, list[TaskData]]":
+    """Reads and tokenises the tasks of a mixture that a model can be scored on.
+
+    Args:
+        mixture: A task or mixture; None with `jsonl`.
+        jsonl: JSON Lines files of one's own by split.
+        vocabulary_name: A name that `vocabularies.load` takes.
+        fingerprint: That of the vocabulary that the model was trained with.
+        source: Where the records of declared datasets come from.
+        split, lengths, max_examples, generative_score, beams, max_truncated: As `load_tasks` takes
+            them.
+
+    Returns:
+        The seqio vocabulary, and the tasks.
+
+    Raises:
+        ConfigError: neither a mixture nor files.
+        DataError: another vocabulary than the model's; nothing in the mixture can be scored.
+        UnknownNameError: no such mixture.
+    """
+    mixture = mixture_name(mixture, jsonl)
+    if mixture is None:
+        raise ConfigError("what to score by: name a --mixture, or your own data with --jsonl")
+
+    from m2l import tasks as registry
+    from m2l.data import vocabularies
+    from m2l.evaluation.task_data import load_tasks
+
+    vocabulary = vocabularies.load(vocabulary_name)
+    if vocabularies.describe(vocabulary, vocabulary_name)["fingerprint"] != fingerprint:
+        raise DataError(f"vocabulary {vocabulary_name!r} is not the one that the model reads")
+    register_tasks(vocabulary_name, source, jsonl)
+    infos = [registry.info(task) for task in registry.tasks_in(mixture)]
+    scored = [info for info in infos if info.kind != "train"]
+    if not scored:
+        raise DataError(f"mixture {mixture!r} has no task that can be evaluated")
+    loaded = load_tasks(
+        scored,
+        split=split,
+        lengths=lengths,
+        max_examples=max_examples,
+        generative_score=generative_score,
+        beams=beams,
+        max_truncated=max_truncated,
+    )
+    return vocabulary, loaded
+
+
+def mixture_name(mixture: str | None, jsonl: JsonlFiles | None) -> str | None:
+    """Returns the mixture that is named, or the task of one's own files.
+
+    Raises:
+        ConfigError: Both are given.
+    """
+    if jsonl and mixture not in (None, JSONL):
+        raise ConfigError(f"--jsonl is the task `jsonl`: leave --mixture {mixture} out")
+    return JSONL if jsonl else mixture

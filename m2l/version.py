@@ -1,0 +1,3 @@
+"""The version of m2l."""
+
+__version__ = "0.1.0"
