@@ -68,6 +68,7 @@ setup(
     python_requires=">=3.11",
     install_requires=REQUIREMENTS,
     extras_require={
+        "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.29"],
         "test": [
             # The four serve Google Cloud Storage and S3 in the tests' process, and let Orbax reach
             # the former there: TensorFlow's files, its default, know Google's own address alone.
@@ -77,6 +78,7 @@ setup(
             "gcsfs>=2025.1",
             "hypothesis>=6.100",
             "moto[s3]>=5.0",
+            "pyrefly>=1.5",
             "pytest>=8.0",
             "pytest-xdist>=3.6",
             "ruff>=0.12",

@@ -2,7 +2,7 @@
 
     python scripts/document_tasks.py [--check]
 
-fills the tables in README.md and some of docs/ between their marks, and writes docs/prompts.md:
+fills the tables in some of docs/ between their marks, and writes docs/prompts.md:
 every prompt of every dataset, on one record of the microworld. That page is read by people before
 it is committed; the tests compare it with what the prompts say now. --check compares and writes
 nothing.
@@ -38,7 +38,7 @@ def _size(dataset: Dataset, split: str) -> str:
 
 
 def summary() -> str:
-    """Returns README's table: categories and their datasets."""
+    """Returns the table of categories and their datasets."""
     rows = []
     for (held_out, category), group in groupby(
         sources.T0, key=lambda dataset: (dataset.held_out, dataset.category)
@@ -202,7 +202,7 @@ def prompts() -> str:
 
 def pages() -> dict[Path, str]:
     """Returns every page that is written here, as it should be."""
-    pages = [ROOT / name for name in ("README.md", "docs/tasks.md", "docs/skills.md")]
+    pages = [ROOT / name for name in ("docs/tasks.md", "docs/skills.md")]
     filled_pages = {path: filled(path.read_text()) for path in pages}
     return {**filled_pages, ROOT / "docs/prompts.md": prompts()}
 

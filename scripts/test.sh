@@ -6,7 +6,6 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/env.sh
 
 bash scripts/install.sh
-.venv/bin/ruff check .
-.venv/bin/ruff format --check .
+bash scripts/lint.sh
 exec .venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 \
     --dist loadscope --no-loadscope-reorder "$@"

@@ -9,7 +9,8 @@ import pytest
 from m2l.cli.command import cli
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
+FILES = ("README.md", "CONTRIBUTING.md", "docs/*.md")
+PAGES = [str(page.relative_to(ROOT)) for name in FILES for page in sorted(ROOT.glob(name))]
 
 
 def commands(page):

@@ -19,22 +19,9 @@ from m2l import signals
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted([*(ROOT / "m2l").rglob("*.py"), *(ROOT / "tasks").rglob("*.py")])
 
-# A room may import from the rows above its own, and from nothing beside or below itself.
-ROWS = [
-    {"errors", "progress", "typing", "version"},
-    {"distributed", "storage"},
-    {"files", "locks", "partitioning", "signals"},
-    {"models"},
-    {"checkpoints", "data"},
-    {"training", "merging", "evaluation"},
-    {"tasks"},
-    {"studies"},
-    {"reporting"},
-    {"configuration", "doctor"},
-    {"api"},
-    {"cli"},
-    {"__init__", "__main__"},
-]
+# A module may import from the rows above its own, and from nothing in its row or below it.
+TABLE = re.search(r"<!-- rows -->\n```\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S)[1]
+ROWS = [set(row.split()) for row in TABLE.splitlines()]
 WITHOUT_TENSORFLOW = ("checkpoints", "merging", "models", "partitioning")
 TENSORFLOW = {"tensorflow", "tensorflow_datasets", "tensorflow_text", "seqio", "t5"}
 
@@ -59,7 +46,7 @@ def module(path):
     return (package, *rest) if package == "m2l" else ("m2l", package, *rest)
 
 
-def room(path):
+def top(path):
     return module(path)[1]
 
 
@@ -92,11 +79,11 @@ def third_party(path):
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_room_imports_only_from_the_rows_above_it(path):
+def test_a_module_imports_only_from_the_rows_above_it(path):
     rank = {name: row for row, names in enumerate(ROWS) for name in names}
-    assert room(path) in rank, f"{room(path)} has no place in ROWS"
+    assert top(path) in rank, f"{top(path)} has no row in CONTRIBUTING.md"
     used = {name.split(".")[1] for name in imports(path) if name.startswith("m2l.")}
-    assert {name for name in used - {room(path)} if rank[name] >= rank[room(path)]} == set()
+    assert {name for name in used - {top(path)} if rank[name] >= rank[top(path)]} == set()
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -136,6 +123,7 @@ def test_the_lock_satisfies_every_requirement_of_setup():
 def test_the_lock_holds_one_copy_of_each_shared_folder_and_the_tools_of_the_tests():
     assert not (LEFT_OUT | {"tensorflow"}) & set(PINS)
     assert {"t5", "pytest", "hypothesis", "ruff", "setuptools", "wheel"} <= set(PINS)
+    assert {"mkdocs-material", "mkdocstrings", "pyrefly"} <= set(PINS)
 
 
 def test_the_lock_names_no_path_and_no_host():
@@ -146,7 +134,7 @@ def test_the_lock_names_no_path_and_no_host():
 @pytest.mark.parametrize("name", WITHOUT_TENSORFLOW)
 def test_what_merges_names_no_tensorflow_anywhere(name):
     for path in SOURCES:
-        if room(path) == name:
+        if top(path) == name:
             assert not {used.split(".")[0] for used in imports(path)} & TENSORFLOW, path
 
 
