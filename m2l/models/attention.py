@@ -29,7 +29,7 @@ _SPLASH_BLOCK = 128
 
 @dataclasses.dataclass(frozen=True)
 class Causal:
-    """A query sees the keys of its own segment that are not behind it, itself included.
+    """A query sees the keys of its own segment up to its own position.
 
     Attributes:
         segments_BxT: int32, the segments of queries and keys alike; 0 is padding. None: one.
@@ -142,12 +142,12 @@ def _obstacle(
     if implementation == "einsum":
         return None
     if dropout is not None:
-        return "it drops no attention weights, and this is training with dropout on them"
+        return "it has no dropout of attention weights"
     if isinstance(visible, Causal) and not isinstance(visible.window, int):
         return "the layers have different windows and are scanned over"
     if implementation == "splash":
         if not isinstance(visible, Causal):
-            return "it takes no bias"
+            return "it supports no bias"
         if length % _SPLASH_BLOCK or size % _SPLASH_BLOCK:
             return f"{length} positions of {size} features are not both multiples of 128"
         for noun, axis, count in (("rows", "batch", rows), ("heads of keys", "heads", groups)):
@@ -179,8 +179,8 @@ def _devices(axis: str) -> int:
 
 @functools.cache
 def _warn(implementation: str, obstacle: str, automatic: bool) -> None:
-    which = "this device's attention kernel" if automatic else "the attention asked for"
-    warnings.warn(f"{which}, {implementation}, gives way to einsum: {obstacle}", stacklevel=3)
+    noun = "this device's attention kernel" if automatic else "attention implementation"
+    warnings.warn(f"{noun} {implementation!r}: falling back to einsum: {obstacle}", stacklevel=3)
 
 
 def attend_parts(

@@ -60,8 +60,8 @@ class LlamaConfig:
     Attributes:
         head_dim: Features of a head; heads times it may differ from hidden_size.
         model_type: What Hugging Face calls the model: "llama", "mistral", "qwen2" or "gemma2".
-            Decides nothing here but the names under which it is exported.
-        max_position_embeddings: The longest row it was made for; decides nothing here.
+            Used only for the names under which it is exported.
+        max_position_embeddings: The longest row in its training; not used here.
         hidden_act: "silu", or "gelu_pytorch_tanh" (Gemma's).
         qkv_bias: Whether queries, keys and values have biases (Qwen2).
         out_bias: Whether the attention's output has one.
@@ -393,7 +393,7 @@ class _Decoder(nn.Module):
 
 
 class Llama(nn.Module):
-    """The network behind `m2l.models`, whose functions of the same names say what these do."""
+    """The network of `m2l.models`, where functions of the same names document its methods."""
 
     config: LlamaConfig
     execution: Execution

@@ -64,8 +64,8 @@ class T5Config:
         feed_forward_proj: "relu", "gelu" (the exact form), "gated-gelu" (the tanh form) or
             "gated-silu".
         tie_word_embeddings: Whether the embedding is the output's matrix as well.
-        scale_decoder_outputs: Whether what a tied output matrix is given is first multiplied by
-            d_model ** -0.5, as T5 1.0 does.
+        scale_decoder_outputs: Whether the input of a tied output matrix is multiplied by
+            d_model ** -0.5, as in T5 1.0.
         decoder_start_token_id: The token that starts every target.
 
     Raises:
@@ -280,7 +280,7 @@ class _Stack(nn.Module):
 
 
 class T5(nn.Module):
-    """The network behind `m2l.models`, whose functions of the same names say what these do."""
+    """The network of `m2l.models`, where functions of the same names document its methods."""
 
     config: T5Config
     execution: Execution
@@ -329,7 +329,7 @@ class T5(nn.Module):
     def _decode(
         self, encoded_BxSxD: Array, visible: Array, tokens_NxT: Array, mask: Array | bool
     ) -> Array:
-        # Padding needs no mask of its own: it is behind everything else.
+        # Padding needs no mask of its own: it is after all tokens.
         causal = np.tril(np.ones((tokens_NxT.shape[1],) * 2, bool)) & mask
         return self.decoder(self._embed(tokens_NxT), causal, encoded_BxSxD, hide(visible))
 

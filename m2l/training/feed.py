@@ -32,7 +32,7 @@ class BatchStream(Protocol):
         ...
 
     def state(self) -> bytes:
-        """Returns the position behind the last batch."""
+        """Returns the position after the last batch."""
         ...
 
 
@@ -89,7 +89,7 @@ class Feed(Iterator[dict[str, np.ndarray]]):
         }
 
     def positions(self) -> Positions:
-        """Returns the position of each stream that this process reads, behind the last batch."""
+        """Returns the position of each stream that this process reads, after the last batch."""
         return [
             self._streams[n].state() if n in self._streams else None for n in range(self._count)
         ]

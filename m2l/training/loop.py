@@ -37,14 +37,14 @@ def train(
     profile: bool = False,
     log: Log | None = None,
 ) -> AnyPath:
-    """Trains a model, or goes on where a stopped run of the same settings left off.
+    """Trains a model, or resumes a stopped run of the same settings.
 
     Every process of a run calls it with the same arguments.
 
     Args:
         out: The run's directory: checkpoints/, metrics.jsonl, tensorboard/, loss.svg and run.json.
         config: The model's configuration.
-        vocabulary: The vocabulary's description, as `vocabularies.describe` gives it.
+        vocabulary: The vocabulary's description, as `vocabularies.describe` returns it.
         settings: The run's settings.
         data: Where the records come from, as plain JSON values: {"source": "microworld"}. Part of
             what the run is, and of the checkpoint's manifest.
@@ -58,8 +58,8 @@ def train(
         The directory of the last checkpoint; with keep_best, of the best.
 
     Raises:
-        ConfigError: `out` holds another run, or is locked by another trainer; the mesh cannot hold
-            it.
+        ConfigError: `out` is of another run, or is locked by another trainer; the mesh has too
+            little memory.
         CheckpointError: `init` is unusable, or of another model or vocabulary; or a save failed.
         M2LError: The loss is not finite.
         Stopped: After SIGINT or SIGTERM, when the state was saved.
@@ -108,8 +108,8 @@ def train(
         with processes.failing_together():
             if processes.is_first():
                 _acquire(lock)
-        saves = exits.enter_context(run_directory.Saves(out, settings.keep))
-        if (finished := saves.finished()) is not None:
+        saves = exits.enter_context(run_directory.RunDirectory(out, settings.keep))
+        if (finished := saves.result()) is not None:
             saves.prune(finished if settings.keep_best else None)
             _export(finished, out, settings)
             return finished
@@ -243,8 +243,7 @@ def train(
                     lock.check()
                     if writer is not None:
                         writer.write(done, figures | {"learning_rate": rate} | speed | cut)
-                _show_speed(progress, speed)
-                _show_cut(progress, cut)
+                _show(progress, speed, cut)
             if done == first + 1:
                 # What was compiled does not count.
                 read(done, metrics)
@@ -360,7 +359,7 @@ def _best(settings: TrainSettings, stopping: EarlyStopping) -> int | None:
 
 
 def _finish(
-    saves: run_directory.Saves,
+    saves: run_directory.RunDirectory,
     last: AnyPath,
     settings: TrainSettings,
     stopping: EarlyStopping,
@@ -375,22 +374,19 @@ def _finish(
 
 
 def _export(checkpoint: AnyPath, out: AnyPath, settings: TrainSettings) -> None:
-    exported = out / "exported"
-    if processes.is_first() and settings.export_dtype and not exported.exists():
-        run_directory.export(checkpoint, exported, settings.export_dtype)
+    if processes.is_first():
+        run_directory.export(checkpoint, out / "exported", settings.export_dtype)
 
 
-def _show_speed(progress: Progress, speed: Mapping[str, float]) -> None:
+def _show(progress: Progress, speed: Mapping[str, float], cut: Mapping[str, int]) -> None:
+    shown = {}
     if "tokens_per_second" in speed:
-        shown = {"tokens/s": f"{speed['tokens_per_second']:,.0f}"}
-        if "mfu" in speed:
-            shown["MFU"] = f"{speed['mfu']:.0%}"
-        progress.update(**shown)
-
-
-def _show_cut(progress: Progress, cut: Mapping[str, int]) -> None:
+        shown["tokens/s"] = f"{speed['tokens_per_second']:,.0f}"
+    if "mfu" in speed:
+        shown["MFU"] = f"{speed['mfu']:.0%}"
     if cut.get("targets_cut"):
-        progress.update(**{"targets cut": f"{cut['targets_cut'] / cut['examples']:.2%}"})
+        shown["targets cut"] = f"{cut['targets_cut'] / cut['examples']:.2%}"
+    progress.update(**shown)
 
 
 @contextlib.contextmanager

@@ -210,7 +210,7 @@ class ThroughputMeter:
             self._since = time.perf_counter()
 
     def pause(self) -> None:
-        """Stops the clock, for what is no training."""
+        """Stops the clock, outside training steps."""
         if self._since is not None:
             self._seconds += time.perf_counter() - self._since
             self._since = None

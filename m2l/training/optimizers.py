@@ -37,7 +37,7 @@ class Optimizer:
 
     Raises:
         UnknownNameError: There is no such optimizer.
-        ConfigError: A number out of range, or no regular expression.
+        ConfigError: A number out of range, or an invalid regular expression.
     """
 
     name: str = "adafactor"
@@ -57,7 +57,7 @@ class Optimizer:
                 re.compile(pattern)
             except re.error as error:
                 raise ConfigError(
-                    f"freeze: {pattern!r} is no regular expression: {error}"
+                    f"freeze: {pattern!r} is not a regular expression: {error}"
                 ) from error
 
     def trained(self, params: Params) -> Params:

@@ -59,7 +59,7 @@ class MemoryNeed(NamedTuple):
 
     @property
     def least(self) -> int:
-        """The bytes that are needed whatever the compiler does."""
+        """The bytes that are needed at least, without activations."""
         return self.params + self.opt_state + self.gradients + self.logits
 
     @property
@@ -227,8 +227,8 @@ def _multiply_adds(config: models.Config, inputs: int, targets: int) -> float:
 def peak_flops(dtype: str) -> float | None:
     """Returns operations a second of all devices together; None for unknown devices.
 
-    Of an accelerator bfloat16's, from `PEAKS`, whatever is computed in: MFU is defined by it. Of
-    CPUs what a matrix product of this dtype reaches here, measured once.
+    Of an accelerator bfloat16's, from `PEAKS`, whatever `dtype` is: MFU is defined by it. Of CPUs
+    what a matrix product of this dtype reaches here, measured once.
     """
     device = jax.devices()[0]
     if device.platform == "cpu":

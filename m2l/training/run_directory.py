@@ -6,7 +6,6 @@ import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 
 import jax
 import ml_dtypes
@@ -26,13 +25,10 @@ from m2l.training.resources import MemoryNeed
 from m2l.training.settings import TrainSettings
 from m2l.training.validation import EarlyStopping
 
-_RECORD = "finished.json"
-
-
 # --- checkpoints ---
 
 
-class Saves:
+class RunDirectory(RunCheckpoints):
     """The checkpoints of a run, and the record of its end. A context manager.
 
     Args:
@@ -41,18 +37,14 @@ class Saves:
     """
 
     def __init__(self, out: AnyPath, keep: int):
-        self._checkpoints = RunCheckpoints(out / checkpoints.STEPS, keep)
-        self._record = out / _RECORD
-        self.directory = self._checkpoints.directory
-        self.finished_steps = self._checkpoints.finished
-        self.save, self.check = self._checkpoints.save, self._checkpoints.check
-        self.wait, self.check_space = self._checkpoints.wait, self._checkpoints.check_space
+        super().__init__(out / checkpoints.STEPS, keep)
+        self._out = out
 
     def quarantine(self, step: int) -> None:
         """Renames a damaged checkpoint so that no run resumes from it; in a bucket, removes it."""
         if not processes.is_first():
             return
-        damaged = self._checkpoints.path(step)
+        damaged = self.path(step)
         if not isinstance(damaged, Path):
             checkpoints.remove(damaged)
             return
@@ -60,8 +52,12 @@ class Saves:
         shutil.rmtree(renamed, ignore_errors=True)
         damaged.rename(renamed)
 
-    def finished(self) -> AnyPath | None:
-        """Returns the checkpoint that a finished run is left with; None if it is not finished."""
+    @property
+    def _record(self) -> AnyPath:
+        return self._out / "finished.json"
+
+    def result(self) -> AnyPath | None:
+        """Returns the checkpoint of a finished run; None if it is not finished."""
         if not self._record.exists():
             return None
         name = files.read_record(self._record, required=False).get("checkpoint")
@@ -80,10 +76,10 @@ class Saves:
             cut: How many examples it has seen, and how many of them were cut.
 
         Returns:
-            The checkpoint that the run is left with.
+            The run's result.
         """
         self.wait()
-        remaining = last if best is None else self._checkpoints.path(best)
+        remaining = last if best is None else self.path(best)
         if processes.is_first():
             files.write_record(self._record, {"checkpoint": remaining.name, "why": why, **cut})
         self.prune(remaining if best is not None else None)
@@ -93,24 +89,13 @@ class Saves:
         """Removes every checkpoint but `only`; None: nothing."""
         if only is None:
             return
-        for step, directory in self.finished_steps().items():
+        for step, directory in self.finished().items():
             if directory != only:
-                self._checkpoints.remove(step)
-
-    def __enter__(self) -> "Saves":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._checkpoints.__exit__(kind, error, traceback)
+                self.remove(step)
 
 
 def resume(
-    saves: Saves,
+    run: RunDirectory,
     config: models.Config,
     settings: TrainSettings,
     shardings: state.TrainState,
@@ -122,7 +107,7 @@ def resume(
         CheckpointError: There are some, and all are damaged.
     """
     damaged: list[int] = []
-    for step, directory in reversed(saves.finished_steps().items()):
+    for step, directory in reversed(run.finished().items()):
         try:
             manifest = checkpoints.read_manifest(directory)
             positions = checkpoints.restore_data_state(directory)
@@ -134,12 +119,12 @@ def resume(
         batches = open_feed(positions)
         processes.wait_for_all("restored")
         for earlier in damaged:
-            saves.quarantine(earlier)
+            run.quarantine(earlier)
         validation = manifest.made_by.get("validation", {})
         return directory, current, batches, EarlyStopping(**validation)
     if damaged:
         raise CheckpointError(
-            f"{saves.directory}: every checkpoint of this run is damaged; delete the run's folder "
+            f"{run.directory}: every checkpoint of this run is damaged; delete the run's directory "
             "to start it again"
         )
     return None
@@ -165,13 +150,21 @@ def _restored(
     )
 
 
-def export(checkpoint: AnyPath, out: AnyPath, dtype: str) -> None:
-    """Writes a checkpoint's parameters alone, in another dtype, as a checkpoint at `out`."""
+def export(checkpoint: AnyPath, exported: AnyPath, dtype: str) -> None:
+    """Writes a checkpoint's parameters alone, in another dtype, unless they are written.
+
+    Args:
+        checkpoint: The checkpoint.
+        exported: The directory to write to.
+        dtype: "float32" or "bfloat16"; "": nothing is written.
+    """
+    if not dtype or exported.exists():
+        return
     manifest = checkpoints.read_manifest(checkpoint)
     number = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
     params = jax.tree.map(lambda leaf: leaf.astype(number), checkpoints.restore(checkpoint))
     checkpoints.save(
-        out,
+        exported,
         params,
         model=manifest.model,
         vocabulary=manifest.vocabulary,

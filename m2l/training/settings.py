@@ -21,7 +21,7 @@ class TrainSettings:
     """One training run, apart from its model and the checkpoint it starts from.
 
     In gin files, in run.json and in manifests the settings are flat: those of `optimizer`,
-    `objective` and `execution` stand under their own names (see `flat` and `from_flat`).
+    `objective` and `execution` are named on their own (see `flat` and `from_flat`).
 
     Attributes:
         mixture: The seqio task or mixture to train on.
@@ -41,8 +41,8 @@ class TrainSettings:
         seed: Decides the order of the data, the dropout and, from scratch, the first parameters.
         save_every: Steps between checkpoints; the last step is always saved.
         log_every: Steps between lines of metrics.
-        keep: How many of the newest checkpoints stay. The one before the newest is what a run
-            goes on from if the newest turns out damaged.
+        keep: How many of the newest checkpoints stay. If the newest is damaged, a run resumes from
+            the one before it.
         validation: The task or mixture whose validation split is evaluated by; "": none.
         evaluate_every: Steps between evaluations.
         validation_batches: Batches of an evaluation, the same ones each time.
@@ -103,7 +103,7 @@ class TrainSettings:
 
     @property
     def lengths(self) -> dict[str, int]:
-        """The longest inputs and targets, as seqio takes them."""
+        """The longest inputs and targets, as in seqio."""
         return {"inputs": self.input_length, "targets": self.target_length}
 
     def flat(self) -> dict[str, object]:

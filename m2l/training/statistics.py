@@ -191,7 +191,7 @@ def gather(
         kind: Of KINDS.
         mixture: The task's or mixture's name.
         examples: How many examples to look at.
-        vocabulary: The vocabulary's description, as `vocabularies.describe` gives it.
+        vocabulary: The vocabulary's description, as `vocabularies.describe` returns it.
         data: Where the records come from, as plain JSON values; recorded in the manifest.
         split: Of every task.
         batch_size: Rows at a time; decides nothing of the Fisher but how it is rounded.

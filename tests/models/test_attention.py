@@ -246,7 +246,7 @@ def _on_gpu(monkeypatch):
 
 HALF = {"dtype": jnp.bfloat16}
 OBSTACLES = {
-    "splash: a bias": ("splash", {}, {"bias": True}, "it takes no bias"),
+    "splash: a bias": ("splash", {}, {"bias": True}, "it supports no bias"),
     "splash: a length": (
         "splash",
         {"length": 130, "size": 128},
@@ -254,9 +254,9 @@ OBSTACLES = {
         "130 positions of 128 features are not both multiples of 128",
     ),
     "splash: a size": ("splash", {"length": 128, "size": 64}, {}, "of 64 features"),
-    "splash: dropout": ("splash", {}, {"dropout": True}, "drops no attention weights"),
+    "splash: dropout": ("splash", {}, {"dropout": True}, "no dropout of attention weights"),
     "splash: traced": ("splash", {}, {"window": jnp.int32(3)}, "different windows"),
-    "xla: dropout": ("xla", {}, {"dropout": True}, "drops no attention weights"),
+    "xla: dropout": ("xla", {}, {"dropout": True}, "no dropout of attention weights"),
     "xla: traced": ("xla", {}, {"window": jnp.int32(3)}, "different windows"),
     "xla: softcap": ("xla", {}, {"softcap": 2.0}, "it has no softcap"),
     "cudnn: softcap": ("cudnn", {}, {"softcap": 2.0}, "it has no softcap"),
@@ -284,10 +284,10 @@ def test_a_kernel_that_cannot_gives_way_to_the_einsums_and_says_why(case, told, 
     expected = attend(*given, visible, implementation="einsum", **how)
     if device:
         _on_gpu(monkeypatch)
-    with pytest.warns(UserWarning, match="gives way to einsum") as given_warnings:
+    with pytest.warns(UserWarning, match="falling back to einsum") as given_warnings:
         found = attend(*given, visible, implementation=implementation, **how)
         again = attend(*given, visible, implementation=implementation, **how)
-    [warning] = [w for w in given_warnings if "gives way" in str(w.message)]
+    [warning] = [w for w in given_warnings if "falling back" in str(w.message)]
     assert reason in str(warning.message)
     np.testing.assert_array_equal(found, expected)
     np.testing.assert_array_equal(again, expected)
@@ -323,7 +323,7 @@ def apart(rows, groups):
     with jax.set_mesh(mesh), warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         found = run("splash")
-    told = [str(w.message) for w in told if "gives way" in str(w.message)]
+    told = [str(w.message) for w in told if "falling back" in str(w.message)]
     distances = [float(np.abs(np.asarray(a) - np.asarray(b)).max())
                  for a, b in zip(found, expected)]
     return max(distances), told
