@@ -75,9 +75,9 @@ def close(found, expected, atol=2e-6):
 @pytest.fixture
 def told():
     """Warnings that were given once are given again."""
-    attention._tell.cache_clear()
+    attention._warn.cache_clear()
     yield
-    attention._tell.cache_clear()
+    attention._warn.cache_clear()
 
 
 # The reference.
@@ -265,7 +265,7 @@ OBSTACLES = {
     "cudnn: a size": ("cudnn on a gpu", {"length": 8, "size": 12}, HALF, "heads of 12 features"),
     "cudnn: large": ("cudnn on a gpu", {"length": 8, "size": 136}, HALF, "heads of 136 features"),
     "cudnn: a length": ("cudnn on a gpu", {"length": 7, "size": 8}, HALF, "7 positions"),
-    "auto: a gpu": ("auto on a gpu", {"size": 8}, {}, "this device's attention kernel, cudnn"),
+    "auto: a gpu": ("auto on a gpu", {"size": 8}, {}, "this device's attention kernel 'cudnn'"),
 }
 
 
