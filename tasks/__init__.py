@@ -6,7 +6,6 @@ Importing this reads declarations only; TensorFlow and seqio come with the first
 import functools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from m2l.data import jsonl
 from m2l.data.prompts import Dataset, Prompt, TaskInfo, written_out
@@ -16,10 +15,10 @@ from m2l.tasks import flan, skills, sources
 SPAN_CORRUPTION = "span_corruption"
 LANGUAGE_MODELING = "language_modeling"
 OF_CORPUS = (SPAN_CORRUPTION, LANGUAGE_MODELING)
-"""What base models are pretrained by: encoder-decoders by the first, decoders by the second."""
+"""The tasks of pretraining: encoder-decoders by the first, decoders by the second."""
 ORIGINAL = "_original"
 
-_own: dict[str, tuple[Dataset, dict[str, list[dict[str, Any]]]]] = {}
+_own: dict[str, Dataset] = {}
 _source = "microworld"
 _registered: dict[str, str] = {}
 
@@ -39,8 +38,8 @@ def use(source: str) -> None:
 
 
 def datasets() -> tuple[Dataset, ...]:
-    """Every dataset of the source in use, your own included."""
-    return (*sources.datasets(_source), *(dataset for dataset, _ in _own.values()))
+    """Returns every dataset of the source in use, your own included."""
+    return (*sources.datasets(_source), *_own.values())
 
 
 def _prompts() -> dict[str, tuple[Dataset, Prompt]]:
@@ -48,26 +47,28 @@ def _prompts() -> dict[str, tuple[Dataset, Prompt]]:
 
 
 @functools.lru_cache(maxsize=8)
-def _prompts_of(of: tuple[Dataset, ...]) -> dict[str, tuple[Dataset, Prompt]]:
+def _prompts_of(declared: tuple[Dataset, ...]) -> dict[str, tuple[Dataset, Prompt]]:
     return {
-        dataset.task_name(prompt): (dataset, prompt) for dataset in of for prompt in dataset.prompts
+        dataset.task_name(prompt): (dataset, prompt)
+        for dataset in declared
+        for prompt in dataset.prompts
     }
 
 
 def _wholes(dataset: Dataset) -> tuple[str, ...]:
-    """What a dataset is a part of, the nearest first; a prompt written out is part of a dataset."""
+    """Returns what a dataset is a part of, the nearest first; so is a prompt written out."""
     declared = next((d for d in sources.T0 if d.name == dataset.part_of), None)
     further = (declared.part_of,) if declared and declared.part_of else ()
     return (dataset.part_of, *further) if dataset.part_of else ()
 
 
 def task_names() -> tuple[str, ...]:
-    """Every task's name, `_score_eval` twins left out."""
+    """Returns every task's name, `_score_eval` twins left out."""
     return (*_prompts(), *OF_CORPUS)
 
 
 def info(task: str) -> TaskInfo:
-    """What the task of that name is.
+    """Describes the task of that name.
 
     Raises:
         UnknownNameError: there is none.
@@ -91,7 +92,7 @@ def info(task: str) -> TaskInfo:
 
 
 def datasets_of(mixture: str) -> tuple[Dataset, ...]:
-    """The datasets that hold a mixture's records, each once.
+    """Returns the datasets that hold a mixture's records, each once.
 
     Raises:
         UnknownNameError: there is neither a mixture nor a task of that name.
@@ -105,7 +106,7 @@ def datasets_of(mixture: str) -> tuple[Dataset, ...]:
 
 
 def declaration(task: str) -> Dataset:
-    """The declared dataset that a task asks about, a prompt that came written out included.
+    """Returns the declared dataset that a task asks about, also of a prompt that came written out.
 
     Raises:
         UnknownNameError: there is no such task.
@@ -115,7 +116,7 @@ def declaration(task: str) -> Dataset:
 
 
 def mixtures() -> dict[str, tuple[str, ...]]:
-    """Every mixture's name and its tasks.
+    """Returns every mixture's name and its tasks.
 
     There is one for each dataset (and for its parts), each category, `t0_held_in`, `t0_held_out`
     and `flan_without_t0`; and those of paper 2's skills (see `m2l.tasks.skills`). Each of T0's has
@@ -127,43 +128,45 @@ def mixtures() -> dict[str, tuple[str, ...]]:
 
 
 @functools.lru_cache(maxsize=8)
-def _mixtures_of(of: tuple[Dataset, ...], own: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
-    found: dict[str, list[str]] = {}
+def _mixtures_of(declared: tuple[Dataset, ...], own: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    members: dict[str, list[str]] = {}
     with_original = {
         sources.asked(dataset)
-        for dataset in of
+        for dataset in declared
         for prompt in dataset.prompts
         if prompt.original_task
     }
-    for task, (dataset, prompt) in _prompts_of(of).items():
+    for task, (dataset, prompt) in _prompts_of(declared).items():
         # A dataset without named prompts is one task, which bears the dataset's name.
         names = [*([dataset.name] if prompt.name else []), *_wholes(dataset)]
         if dataset.category == flan.MIXTURE:
             names = [flan.MIXTURE, *skills.mixtures_of(dataset)]
         elif skills.is_skill(dataset):
             names = list(skills.mixtures_of(dataset))
-        elif dataset.name not in own:
-            names += [dataset.category, "t0_held_out" if dataset.held_out else "t0_held_in"]
+        elif dataset.name not in own or prompt.name:
+            names.append(dataset.category)
+            if dataset.name not in own:
+                names.append("t0_held_out" if dataset.held_out else "t0_held_in")
             if prompt.original_task or sources.asked(dataset) not in with_original:
                 names += [name + ORIGINAL for name in names]
         for name in names:
-            found.setdefault(name, []).append(task)
-    return {name: tuple(tasks) for name, tasks in found.items()}
+            members.setdefault(name, []).append(task)
+    return {name: tuple(tasks) for name, tasks in members.items()}
 
 
 def tasks_in(mixture: str) -> tuple[str, ...]:
-    """The names of a mixture's tasks; a task is a mixture of itself, and `a+b` has those of both.
+    """Returns the names of a mixture's tasks; a task is a mixture of itself, `a+b` has both's.
 
     Raises:
         UnknownNameError: there is neither a mixture nor a task of that name.
     """
     known = {task: (task,) for task in task_names()} | mixtures()
-    found: dict[str, None] = {}
+    names: dict[str, None] = {}
     for part in mixture.split("+"):
         if part not in known:
             raise UnknownNameError("mixture", part, known)
-        found.update(dict.fromkeys(known[part]))
-    return tuple(found)
+        names.update(dict.fromkeys(known[part]))
+    return tuple(names)
 
 
 def register(vocabulary: str = "microworld", source: str = "microworld") -> None:
@@ -191,12 +194,42 @@ def _put(settings: dict[str, str]) -> None:
     before = _source
     try:
         use(settings["source"])
-        registry.register(**settings, declared=datasets(), own=_own, mixtures=mixtures())
+        registry.register(**settings, declared=datasets(), mixtures=mixtures())
     except M2LError:
         use(before)
         raise
     _registered.clear()
     _registered.update(settings)
+
+
+def add(dataset: Dataset) -> None:
+    """Adds a dataset of your own; its tasks and mixtures are used by name like any other.
+
+    There is a mixture of all its tasks, and they are in that of its category. Its records are what
+    its `records` reads or, without that, what the source in use has of it.
+
+    Args:
+        dataset: The declaration; one added before under the same name is replaced.
+
+    Raises:
+        DataError: a declared dataset, task or mixture has one of its names.
+    """
+    _check_name(dataset.name)
+    before = dict(_own)
+    _own[dataset.name] = dataset
+    if _registered:
+        try:
+            _put(dict(_registered))
+        except M2LError:
+            _own.clear()
+            _own.update(before)
+            raise
+
+
+def _check_name(name: str) -> None:
+    reserved = {dataset.name for dataset in datasets()} | set(task_names()) | mixtures().keys()
+    if name in reserved and name not in _own:
+        raise DataError(f"the name {name!r} is taken by a declared task or mixture; choose another")
 
 
 def register_jsonl(files: Mapping[str, str | Path], name: str = "jsonl") -> None:
@@ -219,9 +252,7 @@ def register_jsonl(files: Mapping[str, str | Path], name: str = "jsonl") -> None
             raise UnknownNameError("split of JSON lines", split, splits)
     if not files:
         raise DataError("JSON lines need a file for at least one split, as train=FILE")
-    taken = {dataset.name for dataset in datasets()} | set(task_names()) | mixtures().keys()
-    if name in taken and name not in _own:
-        raise DataError(f"the name {name!r} is taken by a declared task or mixture; choose another")
+    _check_name(name)
     records = {split: jsonl.read(path) for split, path in files.items()}
     with_choices = {split: "answer_choices" in examples[0] for split, examples in records.items()}
     if len(set(with_choices.values())) > 1:
@@ -231,22 +262,15 @@ def register_jsonl(files: Mapping[str, str | Path], name: str = "jsonl") -> None
             f"{files[having[0]]} has answer_choices and {files[lacking[0]]} has none; one task has "
             "them in all its splits or in none"
         )
-    dataset = written_out(name, category=name, choices=all(with_choices.values()), splits=files)
-    before = dict(_own)
-    _own[name] = (dataset, records)
-    if _registered:
-        try:
-            _put(dict(_registered))
-        except M2LError:
-            _own.clear()
-            _own.update(before)
-            raise
+    choices = all(with_choices.values())
+    read = records.__getitem__
+    add(written_out(name, category=name, choices=choices, splits=files, records=read))
 
 
 def render(
     task: str, n: int = 3, split: str = "validation", lengths: Mapping[str, int] | None = None
 ) -> str:
-    """Examples of a registered task as text: what a model is given, and the right answers.
+    """Renders examples of a registered task: what a model is given, and the right answers.
 
     Args:
         task: The task's name.
@@ -258,7 +282,7 @@ def render(
         UnknownNameError: there is no such task.
         DataError: it has no such split, or an example that cannot be used.
     """
-    of_task = info(task)
+    task_info = info(task)
     from m2l.tasks import show
 
-    return show.render(of_task, n, split, lengths or {"inputs": 512, "targets": 128})
+    return show.render(task_info, n, split, lengths or {"inputs": 512, "targets": 128})

@@ -4,7 +4,6 @@ import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from m2l.data import parquet_cache
 from m2l.data.prompts import Dataset, written_out
@@ -12,6 +11,7 @@ from m2l.data.raw_records import Record, kind_of
 from m2l.errors import DataError
 from m2l.files import checksum, directory_digest
 from m2l.tasks import flan, sources
+from m2l.typing import Json, JsonObject
 
 
 def write(
@@ -41,28 +41,28 @@ def write(
     if (out / parquet_cache.INDEX).exists():
         return _finished(out, _key(datasets, source))
     if out.exists() and (
-        others := {path.name for path in out.iterdir()} - {d.name for d in datasets}
+        foreign := {path.name for path in out.iterdir()} - {d.name for d in datasets}
     ):
-        raise DataError(f"{out} holds something else ({min(others)}); choose another --out")
-    written: dict[str, dict[str, Any]] = {}
+        raise DataError(f"{out} holds something else ({min(foreign)}); choose another --out")
+    written: dict[str, JsonObject] = {}
     for dataset in datasets:
         written[dataset.name] = {}
         for split in sources.splits(source, dataset):
             records = sources.read(source, dataset, split)
-            made = parquet_cache.write(out, dataset.name, split, records, dataset.fields)
-            written[dataset.name][split] = made
-            on_split(dataset.name, split, made["records"])
+            entry = parquet_cache.write(out, dataset.name, split, records, dataset.fields)
+            written[dataset.name][split] = entry
+            on_split(dataset.name, split, entry["records"])
     about = {"source": source, "key": _key(datasets, source), "datasets": written}
     if sources.parse(source).kind == "promptsource":
         from m2l.tasks import t0_templates
 
         about["declared"] = [_to_dict(dataset) for dataset in t0_templates.datasets()]
     parquet_cache.write_index(out, about)
-    return sum(made["records"] for splits in written.values() for made in splits.values())
+    return sum(entry["records"] for splits in written.values() for entry in splits.values())
 
 
 def _key(datasets: Sequence[Dataset], source: str) -> str:
-    """What decides a cache: the source, files of its own folder included, and the datasets."""
+    """Computes the key of a cache: its source, files of its own folder included, and datasets."""
     folders = []
     parsed = sources.parse(source)
     while parsed is not None:
@@ -76,7 +76,7 @@ def _key(datasets: Sequence[Dataset], source: str) -> str:
 
 
 def _finished(out: Path, key: str) -> int:
-    """The records of a cache that is already there, if it is of the same key and whole."""
+    """Counts the records of a cache that is already there, if it is of the same key and whole."""
     index = parquet_cache.read_index(out)
     if index.get("key") != key:
         raise DataError(f"{out} holds a finished cache; choose another --out, or delete it")
@@ -85,10 +85,12 @@ def _finished(out: Path, key: str) -> int:
             for _ in parquet_cache.read(out, index, dataset, split):
                 pass
     print(f"m2l: {out}: already there, written from the same source", file=sys.stderr)
-    return sum(made["records"] for splits in index["datasets"].values() for made in splits.values())
+    return sum(
+        entry["records"] for splits in index["datasets"].values() for entry in splits.values()
+    )
 
 
-def _to_dict(dataset: Dataset) -> dict[str, Any]:
+def _to_dict(dataset: Dataset) -> JsonObject:
     [prompt] = dataset.prompts
     return {
         "name": dataset.name,
@@ -102,18 +104,18 @@ def _to_dict(dataset: Dataset) -> dict[str, Any]:
     }
 
 
-def _index(root: Path) -> Mapping[str, Any]:
+def _index(root: Path) -> Mapping[str, Json]:
     path = root / parquet_cache.INDEX
     return _index_of(root, path.stat().st_mtime_ns if path.exists() else 0)
 
 
 @functools.lru_cache(maxsize=8)
-def _index_of(root: Path, modified: int) -> Mapping[str, Any]:
+def _index_of(root: Path, modified: int) -> Mapping[str, Json]:
     return parquet_cache.read_index(root)
 
 
 def datasets(root: Path) -> tuple[Dataset, ...]:
-    """Every dataset of the source that a cache was written from, whether the cache has it or not.
+    """Returns every dataset of the source that a cache was written from, cached or not.
 
     Raises:
         DataError: there is no whole cache.
@@ -133,17 +135,17 @@ def _declared(digest: str, root: Path) -> tuple[Dataset, ...]:
 
 
 def names(root: Path) -> tuple[str, ...]:
-    """The datasets that a cache has."""
+    """Returns the datasets that a cache has."""
     return tuple(_index(root)["datasets"])
 
 
 def splits(root: Path, dataset: Dataset) -> tuple[str, ...]:
-    """The splits that were written of a dataset; of one that was not written, those declared."""
+    """Returns the splits that were written of a dataset; of one not written, those declared."""
     return tuple(_index(root)["datasets"].get(dataset.name, dataset.splits))
 
 
 def read(root: Path, dataset: Dataset, split: str) -> Iterator[Record]:
-    """A split's records, flat, by the paths of their fields.
+    """Yields a split's records, flat, by the paths of their fields.
 
     Raises:
         DataError: the cache lacks the dataset or the split, or a file of it is damaged.

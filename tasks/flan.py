@@ -53,7 +53,7 @@ SUBMIXES = {
 
 @functools.cache
 def datasets(source: str) -> tuple[Dataset, ...]:
-    """The mixture's datasets, each of one task.
+    """Returns the mixture's datasets, each of one task.
 
     Args:
         source: A kind of source. "microworld" has families, read off its validation split; all
@@ -80,16 +80,16 @@ def _dataset(submix: str) -> Dataset:
         licence="each task's own",
         paper="Longpre et al. (2023)",
     )
-    return dataclasses.replace(named, splits=held_back(by="inputs"))
+    return dataclasses.replace(named, splits=held_back(field="inputs"))
 
 
 def family(dataset: Dataset) -> str:
-    """The family, or submix, whose instructions one of the datasets holds."""
+    """Returns the family, or submix, whose instructions one of the datasets holds."""
     return dataset.name.removeprefix(_PREFIX)
 
 
 def rate(dataset: Dataset, size: Callable[[], int]) -> float:
-    """A dataset's share of the mixture: a submix's is FLAN's, a family's is its capped size.
+    """Returns a dataset's share of the mixture: a submix's is FLAN's, a family's its capped size.
 
     Args:
         dataset: One of `datasets`.
@@ -101,7 +101,7 @@ def rate(dataset: Dataset, size: Callable[[], int]) -> float:
 
 
 def unversioned(task_name: str) -> str:
-    """FLAN's name of a task without the version of its dataset: `glue/mrpc` of `glue/mrpc:2.0.0`.
+    """Strips the version of its dataset from a task's name: `glue/mrpc` of `glue/mrpc:2.0.0`.
 
     FLAN's code and the published data differ in versions, which must not let a task through.
     """
@@ -110,7 +110,7 @@ def unversioned(task_name: str) -> str:
 
 @functools.cache
 def removed(submix: str) -> frozenset[str]:
-    """The tasks of a submix that are left out, without versions.
+    """Returns the tasks of a submix that are left out, without versions.
 
     Raises:
         UnknownNameError: no such submix.
@@ -125,7 +125,7 @@ def removed(submix: str) -> frozenset[str]:
 
 
 def kept(submix: str, records: Iterable[Record]) -> Iterator[Record]:
-    """What the mixture takes of a submix, in order: `inputs` and `targets`.
+    """Yields what the mixture takes of a submix, in order: `inputs` and `targets`.
 
     Left out are the removed tasks, whatever their version; of every other task all but the first
     `max_examples`, an equal part of them for each template type; and records without a prompt or an
@@ -143,7 +143,7 @@ def kept(submix: str, records: Iterable[Record]) -> Iterator[Record]:
     unwanted = removed(submix)
     most = SUBMIXES[submix].max_examples // SUBMIXES[submix].template_types
     left_out: Counter[str] = Counter()
-    taken: Counter[tuple[str, str]] = Counter()
+    counts: Counter[tuple[str, str]] = Counter()
     for number, record in enumerate(records):
         for field in FIELDS:
             if not isinstance(record.get(field), str):
@@ -155,8 +155,8 @@ def kept(submix: str, records: Iterable[Record]) -> Iterator[Record]:
         way = (task, record["template_type"])
         if task in unwanted:
             left_out[task] += 1
-        elif taken[way] < most and record["inputs"].strip() and record["targets"].strip():
-            taken[way] += 1
+        elif counts[way] < most and record["inputs"].strip() and record["targets"].strip():
+            counts[way] += 1
             yield {"inputs": record["inputs"], "targets": record["targets"]}
     if unmatched := sorted(unwanted - left_out.keys()):
         more = f" and {len(unmatched) - 3} more" if len(unmatched) > 3 else ""

@@ -29,7 +29,7 @@ DATASETS = frozenset(prompt["dataset"] for prompt in _PROMPTS)  # the names of t
 
 @functools.cache
 def datasets() -> tuple[Dataset, ...]:
-    """P3's configs, each a dataset of one task that bears the config's name.
+    """Returns P3's configs, each a dataset of one task that bears the config's name.
 
     Every one is `part_of` the declared dataset that it prompts.
 
@@ -37,13 +37,13 @@ def datasets() -> tuple[Dataset, ...]:
         UnknownNameError: the table names a dataset that is not declared.
     """
     declared = {base.name: base for base in (*t0_held_in.DATASETS, *t0_held_out.DATASETS)}
-    found = []
+    declared_prompts = []
     for prompt in _PROMPTS:
         if prompt["dataset"] not in declared:
             raise UnknownNameError("dataset in p3_prompts.csv", prompt["dataset"], declared)
         base = declared[prompt["dataset"]]
-        found.append(_dataset(prompt, base))
-    return tuple(found)
+        declared_prompts.append(_dataset(prompt, base))
+    return tuple(declared_prompts)
 
 
 def _dataset(prompt: dict[str, str], base: Dataset) -> Dataset:
@@ -70,13 +70,13 @@ def _complaint(example: Record) -> str:
 
 
 def _splits(base: Dataset) -> Splits:
-    """The splits with labels.
+    """Returns the splits with labels.
 
     Where part of one is held back the record's number decides: P3 keeps the order of its sources,
     so that a record is on the same side with every prompt, which no field could tell.
     """
     return {
-        ours: Part(theirs.split, by="", held_back=theirs.held_back)
+        ours: Part(theirs.split, field="", held_back=theirs.held_back)
         if isinstance(theirs, Part)
         else _NAMED_OTHERWISE.get((base.name, ours), ours)
         for ours, theirs in base.splits.items()
@@ -84,16 +84,16 @@ def _splits(base: Dataset) -> Splits:
 
 
 def fields(dataset: Dataset) -> tuple[str, ...]:
-    """The columns of P3 that `record` needs for one of `datasets()`."""
+    """Returns the columns of P3 that `record` needs for one of `datasets()`."""
     return tuple(
         field if field == "answer_choices" else f"{field}_pretokenized" for field in dataset.fields
     )
 
 
 def record(raw: Record) -> Record:
-    """An example: `inputs`, `targets` and, where P3 has them, `answer_choices`, each stripped.
+    """Returns an example: `inputs`, `targets` and, where P3 has them, `answer_choices`, stripped.
 
-    P3 has a space before every target. A choice that stands there twice is kept once: which of
+    P3 has a space before every target. A choice that is listed twice is kept once: which of
     two same answers is right cannot be asked.
     """
     example: dict[str, object] = {

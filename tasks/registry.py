@@ -3,7 +3,6 @@
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
 
 import seqio
 import t5.data.postprocessors
@@ -12,12 +11,13 @@ from m2l.data import vocabularies
 from m2l.data.pipeline import SCORE_EVAL
 from m2l.data.preprocessors import append_eos, rank_rows, renderer, span_corruption, tokenize
 from m2l.data.prompts import Dataset, Prompt, parse
-from m2l.data.raw_records import Record
+from m2l.data.raw_records import Tensors
 from m2l.data.record_source import Records, RecordSource
 from m2l.errors import DataError
 from m2l.evaluation import metrics, seqio_metrics
 from m2l.files import split_name
 from m2l.tasks import LANGUAGE_MODELING, SPAN_CORRUPTION, flan, sources
+from m2l.typing import Json
 
 # T0 (Sanh et al., 2022, section 4): a dataset counts once per prompt, and at most this often.
 T0_MAX_EXAMPLES = 500_000
@@ -26,11 +26,7 @@ _ours: set[str] = set()
 
 
 def register(
-    vocabulary: str,
-    source: str,
-    declared: Iterable[Dataset],
-    own: Mapping[str, tuple[Dataset, Mapping[str, Sequence[Record]]]],
-    mixtures: Mapping[str, Sequence[str]],
+    vocabulary: str, source: str, declared: Iterable[Dataset], mixtures: Mapping[str, Sequence[str]]
 ) -> None:
     """Registers all tasks and mixtures, in place of those registered here before.
 
@@ -38,7 +34,6 @@ def register(
         vocabulary: What `vocabularies.load` takes.
         source: Where the records of the declared datasets come from (see `m2l.tasks.sources`).
         declared: All datasets.
-        own: By name, those that bring their records with them, and these.
         mixtures: Mixture name -> task names.
 
     Raises:
@@ -55,11 +50,7 @@ def register(
     declared = tuple(declared)
     prompts = Counter(sources.asked(dataset) for dataset in declared for _ in dataset.prompts)
     for dataset in declared:
-        if dataset.name in own:
-            read = own[dataset.name][1].__getitem__
-            records = Records(dataset.name, dataset.fields, dataset.splits, read)
-        else:
-            records = records_of(source, dataset)
+        records = records_of(source, dataset)
         for prompt in dataset.prompts:
             tasks += prompted_tasks(dataset, prompt, records, features)
             rates[dataset.task_name(prompt)] = _rate(dataset, prompts[sources.asked(dataset)])
@@ -71,11 +62,13 @@ def register(
         )
     names = set(counted)
     known = seqio.TaskRegistry.names() | seqio.MixtureRegistry.names()
-    if taken := sorted((names & known) - _ours):
-        raise DataError(f"seqio's registry has a task or mixture {taken[0]!r} that is not m2l's")
+    if foreign := sorted((names & known) - _ours):
+        raise DataError(f"seqio's registry has a task or mixture {foreign[0]!r} that is not m2l's")
     # What another source had may have changed when it is asked again; the microworld never does.
-    for other in [key for key in _records if key[0] not in (source, "microworld")]:
-        del _records[other]
+    for key in list(_records):
+        replaced = key[1].records is not None and key[1] not in declared
+        if replaced or key[0] not in (source, "microworld"):
+            del _records[key]
     for name in _ours:
         seqio.TaskRegistry.remove(name)
         seqio.MixtureRegistry.remove(name)
@@ -88,7 +81,7 @@ def register(
 
 
 def _rate(dataset: Dataset, prompts: int) -> Callable[[seqio.Task], float]:
-    """A task's share of a mixture, counted in records when the mixture is first read."""
+    """Returns a task's share of a mixture, counted when the mixture is first read."""
 
     def rate(task: seqio.Task) -> float:
         if dataset.category == flan.MIXTURE:
@@ -103,7 +96,7 @@ _records: dict[tuple[str, Dataset], Records] = {}
 
 
 def records_of(source: str, dataset: Dataset) -> Records:
-    """A dataset's records: read once, whichever prompts and vocabularies they meet."""
+    """Returns a dataset's records: read once, whichever prompts and vocabularies they meet."""
     if (source, dataset) not in _records:
         read = functools.partial(sources.read, source, dataset)
         splits = sources.splits(source, dataset)
@@ -112,19 +105,19 @@ def records_of(source: str, dataset: Dataset) -> Records:
 
 
 def _metric(name: str) -> Callable[..., dict[str, float]]:
-    def compute(targets: Sequence[Any], predictions: Sequence[str]) -> dict[str, float]:
+    def compute(targets: Sequence[Json], predictions: Sequence[str]) -> dict[str, float]:
         # seqio tells by these two names what a metric is of.
         return metrics.metric(name)(targets, predictions)
 
     return compute
 
 
-def _text(output: str, is_target: bool = False, **unused: Any) -> str:
+def _text(output: str, is_target: bool = False, **unused: object) -> str:
     return output if is_target else output.strip()
 
 
 def _references(
-    output: str, example: Mapping[str, Any] | None = None, is_target: bool = False
+    output: str, example: Mapping[str, Json] | None = None, is_target: bool = False
 ) -> str | list[str]:
     if not is_target:
         return output.strip()
@@ -134,7 +127,7 @@ def _references(
 def prompted_tasks(
     dataset: Dataset, prompt: Prompt, records: Records, features: Mapping[str, seqio.Feature]
 ) -> list[seqio.Task]:
-    """The task of one prompt and, where it has answer choices, its `_score_eval` twin."""
+    """Returns the task of one prompt and, where it has answer choices, its `_score_eval` twin."""
     name = dataset.task_name(prompt)
     to_tokens = [tokenize, append_eos]
     make = functools.partial(
@@ -160,12 +153,7 @@ def prompted_tasks(
         name, num_choices=prompt.num_choices, metrics=prompt.metrics
     )
     return [
-        make(
-            name,
-            preprocessors=to_tokens,
-            postprocess_fn=_text,
-            metric_fns=[answers],
-        ),
+        make(name, preprocessors=to_tokens, postprocess_fn=_text, metric_fns=[answers]),
         make(
             name + SCORE_EVAL,
             preprocessors=[rank_rows, *to_tokens],
@@ -176,11 +164,11 @@ def prompted_tasks(
 
 
 def corpus_tasks(records: Records, vocabulary: str) -> list[seqio.Task]:
-    """What base models are pretrained by, from unlabelled text.
+    """Returns the tasks that base models are pretrained by, from unlabelled text.
 
     Span corruption for encoder-decoders; for decoders the text itself, as targets of no inputs.
     """
-    # The text continues nothing, and is no message of a chat.
+    # The text continues nothing, and is not a message of a chat.
     bare = vocabularies.load(split_name(vocabulary)[1])
     features = {
         "inputs": seqio.Feature(vocabulary=bare, add_eos=False),
@@ -189,10 +177,10 @@ def corpus_tasks(records: Records, vocabulary: str) -> list[seqio.Task]:
     corruption = [functools.partial(tokenize, copy_pretokenized=False), span_corruption, append_eos]
     make = functools.partial(seqio.Task, output_features=features, shuffle_buffer_size=None)
 
-    def text(record: Mapping[str, Any]) -> dict[str, Any]:
+    def text(record: Tensors) -> Tensors:
         return {"targets": record["text"]}
 
-    def text_of_nothing(record: Mapping[str, Any]) -> dict[str, Any]:
+    def text_without_inputs(record: Tensors) -> Tensors:
         return {"inputs": "", "targets": record["text"]}
 
     return [
@@ -203,7 +191,7 @@ def corpus_tasks(records: Records, vocabulary: str) -> list[seqio.Task]:
         ),
         make(
             LANGUAGE_MODELING,
-            source=RecordSource(LANGUAGE_MODELING, records, text_of_nothing),
+            source=RecordSource(LANGUAGE_MODELING, records, text_without_inputs),
             preprocessors=[tokenize, append_eos],
         ),
     ]

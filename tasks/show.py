@@ -28,8 +28,8 @@ def _generated(info: TaskInfo, n: int, split: str, lengths: Mapping[str, int]) -
     for number, example in enumerate(examples):
         yield _heading(number, len(example.inputs), example.truncated)
         yield example.inputs_text
-        others = [text for text in example.reference if text != example.reference_text]
-        yield from (f"  = {text}" for text in [example.reference_text, *others])
+        alternatives = [text for text in example.reference if text != example.reference_text]
+        yield from (f"  = {text}" for text in [example.reference_text, *alternatives])
 
 
 def _trained(info: TaskInfo, n: int, split: str, lengths: Mapping[str, int]) -> Iterator[str]:
@@ -43,7 +43,7 @@ def _trained(info: TaskInfo, n: int, split: str, lengths: Mapping[str, int]) -> 
 
 
 def _with_sentinels(tokens: np.ndarray, vocabulary: seqio.Vocabulary) -> str:
-    """The text, with `<0>`, `<1>`, ... where a span was taken out."""
+    """Decodes tokens, with `<0>`, `<1>`, ... where a span was taken out."""
     last = vocabulary.vocab_size - 1
     runs = itertools.groupby(tokens.tolist(), key=lambda token: last - token < vocabulary.extra_ids)
     return " ".join(
@@ -53,7 +53,7 @@ def _with_sentinels(tokens: np.ndarray, vocabulary: seqio.Vocabulary) -> str:
 
 
 def render(info: TaskInfo, n: int, split: str, lengths: Mapping[str, int]) -> str:
-    """A line about the task, then its examples as a model gets them.
+    """Renders a line about the task, then its examples as a model gets them.
 
     Args:
         info: The task.

@@ -13,11 +13,11 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from m2l import storage
 from m2l.data.prompts import Dataset, Prompt
-from m2l.data.raw_records import SPLITS, Hub, Part, Record, Splits, checked
+from m2l.data.raw_records import SPLITS, Hub, Part, ReadSplit, Record, Splits, checked
 from m2l.errors import ConfigError, DataError, UnknownNameError
 from m2l.tasks import flan, skills, t0_held_in, t0_held_out
 
@@ -27,7 +27,6 @@ T0 = (*t0_held_in.DATASETS, *t0_held_out.DATASETS)
 CORPUS = Dataset(
     name="corpus",
     category="pretraining",
-    held_out=False,
     fields={"text": "string"},
     prompts=(Prompt("", "{text}", "{text}", metrics=("rouge",)),),
     hub=Hub("Salesforce/wikitext", "wikitext-103-raw-v1"),
@@ -59,25 +58,25 @@ def parse(setting: str) -> Source:
         M2LError: the folder is not on a file system.
     """
     # A folder's name may have a plus in it.
-    of_templates = setting.split("+")[0] == "promptsource"
-    kind, plus, records = setting.partition("+") if of_templates else (setting, "", "")
+    has_templates = setting.split("+")[0] == "promptsource"
+    kind, plus, records = setting.partition("+") if has_templates else (setting, "", "")
     kind, colon, folder = kind.partition(":")
-    where = storage.path(folder).expanduser() if folder else None
+    folder_path = storage.path(folder).expanduser() if folder else None
     if kind not in KINDS:
         raise UnknownNameError("source of records", kind, KINDS)
-    if kind in ("jsonl", "cache") and where is None:
+    if kind in ("jsonl", "cache") and folder_path is None:
         raise ConfigError(f"source {setting!r}: name the folder, as {kind}:DIR")
-    if isinstance(where, storage.ObjectPath) and kind not in ("jsonl", "cache"):
+    if isinstance(folder_path, storage.ObjectPath) and kind not in ("jsonl", "cache"):
         raise ConfigError(
             f"source {setting!r}: expected a local folder; copy it, or write its records to the "
             "bucket by `m2l tasks cache` and use cache:DIR"
         )
-    if colon and (where is None or kind in ("microworld", "promptsource")):
+    if colon and (folder_path is None or kind in ("microworld", "promptsource")):
         raise ConfigError(f"source {setting!r}: it takes no folder, or the folder's name is empty")
     if kind != "promptsource":
-        return Source(kind, where)
+        return Source(kind, folder_path)
     if plus and not records:
-        raise ConfigError(f"source {setting!r}: name the source of records behind the plus")
+        raise ConfigError(f"source {setting!r}: name the source of records after the plus")
     under = parse(records or "hub")
     if under.kind not in ("hub", "microworld", "jsonl"):
         raise ConfigError(
@@ -88,7 +87,7 @@ def parse(setting: str) -> Source:
 
 
 def datasets(setting: str) -> tuple[Dataset, ...]:
-    """Every dataset that has tasks under a source, the corpus left out.
+    """Returns every dataset that has tasks under a source, the corpus left out.
 
     A declared dataset is among them even if the source lacks its records: a mixture never gets
     smaller without a word.
@@ -113,55 +112,75 @@ def datasets(setting: str) -> tuple[Dataset, ...]:
 
 
 def flan_of(setting: str) -> str:
-    """The kind of source that the instruction mixture comes from."""
+    """Returns the kind of source that the instruction mixture comes from."""
     source = parse(setting)
     return "hub" if source.kind == "p3" else (source.records or source).kind
 
 
 def asked(dataset: Dataset) -> str:
-    """The dataset that its prompts ask about: one that came written out is a prompt of another."""
+    """Returns the dataset that the prompts ask about: a written-out one is a prompt of another."""
     return dataset.name if dataset.prompts[0].name else dataset.part_of or dataset.name
 
 
 def having(dataset: Dataset) -> tuple[str, ...]:
-    """The kinds of source that have a declared dataset."""
+    """Returns the kinds of source that have a declared dataset."""
     from m2l.tasks import p3
 
     has = {
-        "microworld": dataset not in skills.PUBLIC,
+        "microworld": _has_generator(dataset),
         "hub": dataset.hub is not None,
         "p3": dataset.name in p3.DATASETS,
         "tfds": dataset.tfds is not None,
         "promptsource": bool(dataset.promptsource),
         "jsonl": dataset not in skills.EMBEDDED,
+        "its own records": dataset.records is not None,
     }
     return tuple(kind for kind, yes in has.items() if yes)
 
 
 def has(setting: str, dataset: Dataset) -> bool:
-    """Whether a source has a dataset, as far as that can be told without reading."""
+    """Returns whether a source has a dataset, as far as that can be told without reading."""
     source = parse(setting)
     if source.kind == "cache":
         from m2l.tasks import caches
 
         return dataset.name in caches.names(source.where)
-    return source.kind != "tfds" or dataset.tfds is not None
+    if source.kind in ("hub", "microworld", "p3", "tfds") and dataset.records is None:
+        kinds = {"microworld": _has_generator(dataset), "tfds": dataset.tfds is not None}
+        return kinds.get(source.kind, dataset.hub is not None)
+    return True
+
+
+def _has_generator(dataset: Dataset) -> bool:
+    from m2l.tasks import microworld
+
+    generated = dataset is CORPUS or dataset.category == flan.MIXTURE
+    return generated or skills.whole(dataset).name in {**microworld.DATASETS, **microworld.SKILLS}
+
+
+def _lacking(owner: str, dataset: Dataset) -> DataError:
+    return DataError(
+        f"dataset {dataset.name!r}: {owner} does not have it; these sources do: "
+        f"{', '.join(having(dataset))}"
+    )
 
 
 def splits(setting: str, dataset: Dataset) -> tuple[str, ...]:
-    """Our names of the splits that a source has of a dataset."""
+    """Returns our names of the splits that a source has of a dataset."""
     source = parse(setting)
     if source.kind == "cache":
         from m2l.tasks import caches
 
         return caches.splits(source.where, dataset)
+    if dataset.records is not None:
+        return tuple(dataset.splits)
     if source.kind == "tfds" and dataset.tfds is not None and dataset.tfds.splits is not None:
         return tuple(dataset.tfds.splits)
     return tuple(dataset.splits)
 
 
 def read(setting: str, dataset: Dataset, split: str) -> Iterable[Record]:
-    """A split's records: the declared fields, flat and checked, in the source's order.
+    """Yields a split's records: the declared fields, flat and checked, in the source's order.
 
     Args:
         setting: The source.
@@ -173,22 +192,25 @@ def read(setting: str, dataset: Dataset, split: str) -> Iterable[Record]:
             them, and where they were looked for.
     """
     source = parse(setting)
-    if source.kind == "cache":
+    if source.kind == "cache" and (dataset.records is None or has(setting, dataset)):
         from m2l.tasks import caches
 
         cached = caches.read(source.where, dataset, split)
         return checked(dataset.name, split, cached, dataset.fields, dataset.complaint)
-    theirs_of, records = _READERS[source.kind](source, dataset)
+    if dataset.records is not None:
+        theirs_of, records = dataset.splits, dataset.records
+    else:
+        theirs_of, records = _READERS[source.kind](source, dataset)
     theirs = theirs_of[split]
 
     def whole(name: str) -> Iterator[Record]:
-        found = checked(dataset.name, name, records(name), dataset.fields, dataset.complaint)
-        return found if dataset.keep is None else filter(dataset.keep, found)
+        flat = checked(dataset.name, name, records(name), dataset.fields, dataset.complaint)
+        return flat if dataset.keep is None else filter(dataset.keep, flat)
 
     if not isinstance(theirs, Part):
         return whole(theirs)
     part = theirs.of(whole(theirs.split))
-    if theirs.by or not theirs.held_back:
+    if theirs.field or not theirs.held_back:
         return part
     # Numbers hold back records, and a text that is there twice can be on both sides: not here.
     train = dataclasses.replace(theirs, held_back=False).of(whole(theirs.split))
@@ -196,7 +218,7 @@ def read(setting: str, dataset: Dataset, split: str) -> Iterable[Record]:
     return (record for record in part if hash(record["inputs"]) not in seen)
 
 
-Reader = tuple[Splits, Callable[[str], Iterable[Record]]]  # splits, and how one of theirs is read
+Reader = tuple[Splits, ReadSplit]  # the splits, and a function that reads one of the source's
 
 
 def _microworld(source: Source, dataset: Dataset) -> Reader:
@@ -206,6 +228,8 @@ def _microworld(source: Source, dataset: Dataset) -> Reader:
         return SPLITS, lambda split: [{"text": text} for text in microworld.corpus(split)]
     if dataset.category == flan.MIXTURE:
         return SPLITS, lambda split: _families(split).get(flan.family(dataset), ())
+    if not _has_generator(dataset):
+        raise _lacking("the microworld", dataset)
     return dataset.splits, functools.partial(microworld.records, skills.whole(dataset).name)
 
 
@@ -222,6 +246,8 @@ def _families(split: str) -> dict[str, list[Record]]:
 def _hub(source: Source, dataset: Dataset, fields: Iterable[str] = ()) -> Reader:
     from m2l.data import hub
 
+    if dataset.hub is None:
+        raise _lacking("the Hugging Face Hub", dataset)
     declared = flan.FIELDS if dataset.category == flan.MIXTURE else dataset.fields
     fields = dict.fromkeys([*declared, *fields])
     read = functools.partial(
@@ -230,7 +256,7 @@ def _hub(source: Source, dataset: Dataset, fields: Iterable[str] = ()) -> Reader
     return dataset.splits, _without_t0(dataset, read)
 
 
-def _without_t0(dataset: Dataset, read: Callable[[str], Iterable[Record]]) -> Any:
+def _without_t0(dataset: Dataset, read: ReadSplit) -> ReadSplit:
     if dataset.category != flan.MIXTURE:
         return read
     return lambda split: flan.kept(flan.family(dataset), read(split))
@@ -240,7 +266,7 @@ def _p3(source: Source, dataset: Dataset) -> Reader:
     from m2l.data import hub
     from m2l.tasks import p3
 
-    if dataset.hub.repo != p3.REPO:
+    if dataset.hub is None or dataset.hub.repo != p3.REPO:
         return _hub(source, dataset)
     read = functools.partial(
         hub.read, dataset.hub, name=dataset.name, fields=p3.fields(dataset), root=source.where
@@ -252,10 +278,7 @@ def _tfds(source: Source, dataset: Dataset) -> Reader:
     from m2l.data import tfds
 
     if dataset.tfds is None:
-        raise DataError(
-            f"dataset {dataset.name!r}: TensorFlow Datasets does not have it; these sources do: "
-            f"{', '.join(having(dataset))}"
-        )
+        raise _lacking("TensorFlow Datasets", dataset)
     read = functools.partial(
         tfds.read, dataset.tfds, name=dataset.name, fields=dataset.fields, data_dir=source.where
     )

@@ -31,7 +31,7 @@ class _Prompted(NamedTuple):
 
 @functools.cache
 def _prompted(root: Path) -> dict[str, _Prompted]:
-    found: dict[str, _Prompted] = {}
+    prompted: dict[str, _Prompted] = {}
     without = []
     for base in (*t0_held_in.DATASETS, *t0_held_out.DATASETS):
         if not base.promptsource:
@@ -43,10 +43,10 @@ def _prompted(root: Path) -> dict[str, _Prompted]:
             if (template.folder, template.name) in _NOT_RANKED:
                 template = dataclasses.replace(template, ranked=False)
             name = promptsource.task_name(base, template)
-            if name in found:
-                raise DataError(f"{template} and {found[name].template} both make {name}")
-            found[name] = _Prompted(_dataset(name, base, template), base, template)
-    if not found:
+            if name in prompted:
+                raise DataError(f"{template} and {prompted[name].template} both make {name}")
+            prompted[name] = _Prompted(_dataset(name, base, template), base, template)
+    if not prompted:
         raise DataError(f"{root}: it has no templates of the declared datasets")
     if without:
         warnings.warn(
@@ -54,7 +54,7 @@ def _prompted(root: Path) -> dict[str, _Prompted]:
             "no tasks",
             stacklevel=2,
         )
-    return found
+    return prompted
 
 
 def _dataset(name: str, base: Dataset, template: promptsource.Template) -> Dataset:
@@ -75,7 +75,7 @@ def _dataset(name: str, base: Dataset, template: promptsource.Template) -> Datas
 
 
 def datasets(root: Path | None = None) -> tuple[Dataset, ...]:
-    """The templates of the declared datasets, each a dataset of one task.
+    """Returns the templates of the declared datasets, each a dataset of one task.
 
     Args:
         root: The checkout; None for the one that M2L_PROMPTSOURCE_DIR names.
@@ -87,7 +87,7 @@ def datasets(root: Path | None = None) -> tuple[Dataset, ...]:
 
 
 def template(dataset: Dataset, root: Path | None = None) -> tuple[Dataset, Render]:
-    """What a dataset of `datasets(root)` is made of.
+    """Returns what a dataset of `datasets(root)` is made of.
 
     Returns:
         The declared dataset whose records it prompts; and a function that makes examples of one
@@ -105,7 +105,7 @@ def template(dataset: Dataset, root: Path | None = None) -> tuple[Dataset, Rende
 
 
 def columns(dataset: Dataset, root: Path | None = None) -> tuple[str, ...]:
-    """The columns of a record that the dataset's template names, sorted; some are undeclared."""
+    """Returns the columns that the dataset's template names, sorted; some are undeclared."""
     return tuple(sorted(_of(dataset, root).template.columns))
 
 

@@ -77,7 +77,7 @@ def test_a_cached_mixture_is_listed_shown_and_evaluated(road, run_m2l, capsys, t
         (["show", "dream_letter", "--source", "tfds"], "these sources do: microworld, hub, p3"),
         (["show", "imdb_liked_it", "--split", "dev"], "has no split 'dev'"),
         (["show", "imdb_liked_it", "--source", "jsonl:/nowhere"], "/nowhere/imdb/train.jsonl"),
-        (["show", "imdb_liked_it", "--source", "cache:/nowhere"], "/nowhere holds no cache"),
+        (["show", "imdb_liked_it", "--source", "cache:/nowhere"], "/nowhere is not a cache"),
         (["list", "--source", "promptsource"], "M2L_PROMPTSOURCE_DIR"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Chat templates: how a model that was taught to chat wants its prompts written."""
+"""Chat templates: the form of the prompts that a model was taught to chat by."""
 
 import dataclasses
 import datetime
@@ -35,7 +35,7 @@ class ChatTemplate:
         return "strftime_now" in self.source
 
     def render(self, text: str) -> str:
-        """The prompt of a conversation in which the user has said `text`, up to the answer.
+        """Renders the prompt of a conversation in which the user has said `text`, up to the answer.
 
         Equal to transformers' apply_chat_template(..., add_generation_prompt=True) on `date`, at
         midnight. It is rendered in a process of its own, see `jinja_worker` for the limits.
@@ -56,7 +56,7 @@ class ChatTemplate:
 def read(
     directory: Path, special_tokens: Mapping[str, str], date: datetime.date = DATE
 ) -> ChatTemplate:
-    """The chat template of a tokenizer's directory: chat_template.jinja, else the settings' own.
+    """Reads a tokenizer's chat template: chat_template.jinja, else the one in its settings.
 
     Args:
         directory: The tokenizer's.

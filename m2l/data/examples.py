@@ -4,7 +4,7 @@ import itertools
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import seqio
@@ -15,6 +15,7 @@ from m2l.data.record_source import RecordSource
 from m2l.errors import DataError
 
 _ROWS_AT_ONCE = 512
+Row: TypeAlias = dict[str, Any]  # arrays, and texts as bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +61,7 @@ class GenerationExample:
 
 
 def _in_order(task: seqio.Task, split: str, max_examples: int | None, skip: int) -> tf.data.Dataset:
-    """A task's rows, of all records or of so many from all over the split."""
+    """Returns a task's rows, of all records or of so many from all over the split."""
     if max_examples is None:
         return task.get_dataset(None, split=split, shuffle=False, try_in_mem_cache=False)
     if not isinstance(task.source, RecordSource):  # someone else's task
@@ -70,8 +71,8 @@ def _in_order(task: seqio.Task, split: str, max_examples: int | None, skip: int)
     return task.preprocess_postcache(records, sequence_length=None)
 
 
-def _rows(dataset: tf.data.Dataset, task: str) -> Iterator[dict[str, Any]]:
-    """A task's rows as NumPy values."""
+def _rows(dataset: tf.data.Dataset, task: str) -> Iterator[Row]:
+    """Yields a task's rows as NumPy values."""
     try:
         for batch in dataset.ragged_batch(_ROWS_AT_ONCE).with_options(as_written()):
             columns = {name: _by_row(value) for name, value in batch.items()}
@@ -81,20 +82,20 @@ def _rows(dataset: tf.data.Dataset, task: str) -> Iterator[dict[str, Any]]:
         raise DataError(unusable(task, error)) from error
 
 
-def _by_row(values: tf.Tensor | tf.RaggedTensor) -> Iterable[Any]:
+def _by_row(values: tf.Tensor | tf.RaggedTensor) -> Iterable[np.ndarray | bytes]:
     if isinstance(values, tf.RaggedTensor):
         return np.split(values.values.numpy(), values.row_splits.numpy()[1:-1])
     return values.numpy()
 
 
-def _cut_inputs(row: Mapping[str, Any], lengths: Mapping[str, int], where: str) -> np.ndarray:
+def _cut_inputs(row: Row, lengths: Mapping[str, int], place: str) -> np.ndarray:
     inputs = row["inputs"][: lengths["inputs"]]
     if not len(inputs):
-        raise DataError(f"{where}: its inputs are empty")
+        raise DataError(f"{place}: its inputs are empty")
     return inputs
 
 
-def _cut_targets(row: Mapping[str, Any], lengths: Mapping[str, int]) -> np.ndarray:
+def _cut_targets(row: Row, lengths: Mapping[str, int]) -> np.ndarray:
     # As append_eos_after_trim does: what is cut off makes room for the last token, EOS.
     return np.append(row["targets"][:-1][: lengths["targets"] - 1], row["targets"][-1])
 
@@ -107,7 +108,7 @@ def ranking_examples(
     max_examples: int | None = None,
     skip: int = 0,
 ) -> list[RankingExample]:
-    """The examples of a task with answer choices, from the rows of its `_score_eval` twin.
+    """Reads the examples of a task with answer choices, from the rows of its `_score_eval` twin.
 
     Args:
         task: The task's name, or its twin's.
@@ -128,32 +129,32 @@ def ranking_examples(
 
 
 def _ranking_example(
-    task: str, number: int, rows: list[dict[str, Any]], lengths: Mapping[str, int]
+    task: str, number: int, rows: list[Row], lengths: Mapping[str, int]
 ) -> RankingExample:
-    where = f"task {task!r}, example {number}"
+    place = f"task {task!r}, example {number}"
     if [int(row["idx"][1]) for row in rows] != list(range(len(rows))) or len(rows) < 2:
-        raise DataError(f"{where}: the rows of its choices are incomplete or out of order")
+        raise DataError(f"{place}: the rows of its choices are incomplete or out of order")
     # A text that a record offers twice (some of CosmosQA do) is one choice.
     by_text = {row["targets_pretokenized"].decode(): row for row in reversed(rows)}
     rows = [row for row in rows if by_text[row["targets_pretokenized"].decode()] is row]
     if len(rows) < 2:
-        raise DataError(f"{where}: all its choices are the same text")
+        raise DataError(f"{place}: all its choices are the same text")
     texts = tuple(row["targets_pretokenized"].decode() for row in rows)
     choices = []
     for row, text in zip(rows, texts, strict=True):
         if len(row["targets"]) < 2:
-            raise DataError(f"{where}: the choice {text!r} has no tokens but the end")
+            raise DataError(f"{place}: the choice {text!r} has no tokens but the end")
         choices.append(_cut_targets(row, lengths))
     for a, b in itertools.combinations(range(len(choices)), 2):
         if np.array_equal(choices[a], choices[b]):
             raise DataError(
-                f"{where}: the choices {texts[a]!r} and {texts[b]!r} are the same tokens, so no "
+                f"{place}: the choices {texts[a]!r} and {texts[b]!r} are the same tokens, so no "
                 "score can tell them apart; make them differ, or allow longer targets"
             )
     is_correct = tuple(bool(row["is_correct"]) for row in rows)
     if sum(is_correct) != 1:
-        raise DataError(f"{where}: {sum(is_correct)} of its {len(rows)} choices are its target")
-    inputs = _cut_inputs(rows[0], lengths, where)
+        raise DataError(f"{place}: {sum(is_correct)} of its {len(rows)} choices are its target")
+    inputs = _cut_inputs(rows[0], lengths, place)
     truncated = len(inputs) < len(rows[0]["inputs"]) or any(
         len(choice) < len(row["targets"]) for choice, row in zip(choices, rows, strict=True)
     )
@@ -175,7 +176,7 @@ def generation_examples(
     max_examples: int | None = None,
     skip: int = 0,
 ) -> list[GenerationExample]:
-    """The examples of a task that is answered in free text.
+    """Reads the examples of a task that is answered in free text.
 
     Args:
         task: The task's name.
@@ -195,14 +196,14 @@ def generation_examples(
         raise DataError(f"task {task!r} is not answered in free text: nothing to compare with")
     examples, blank = [], 0
     for number, row in enumerate(_rows(dataset, task)):
-        where = f"task {task!r}, example {number}"
+        place = f"task {task!r}, example {number}"
         # To say nothing would match a blank reference exactly.
         texts = (text.decode() for text in row["references"])
         reference = tuple(text for text in texts if text.strip())
         if not reference or len(row["targets"]) < 2:
             blank += 1
             continue
-        inputs, target = _cut_inputs(row, lengths, where), _cut_targets(row, lengths)
+        inputs, target = _cut_inputs(row, lengths, place), _cut_targets(row, lengths)
         examples.append(
             GenerationExample(
                 inputs=inputs,

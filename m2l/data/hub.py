@@ -5,11 +5,12 @@ import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from m2l.data import yaml_text
 from m2l.data.raw_records import Hub, Record
 from m2l.errors import DataError
+from m2l.typing import Json
 
 if TYPE_CHECKING:
     import datasets
@@ -27,7 +28,7 @@ _FILE = re.compile(r"(?P<split>.+?)(-(?P<number>\d+)(-of-(?P<of>\d+)(-[0-9a-f]+)
 def read(
     hub: Hub, split: str, *, name: str, fields: Iterable[str], root: Path | None = None
 ) -> Iterator[Record]:
-    """A split's records, one after another, in the repository's order.
+    """Yields a split's records, one after another, in the repository's order.
 
     Args:
         hub: The dataset on the Hub.
@@ -64,7 +65,7 @@ def read(
 
 
 def _download(hub: Hub, folder: str) -> str:
-    """What to do about data that is not there."""
+    """Says how to download data that is missing."""
     revision = f" --revision {hub.revision}" if hub.revision else ""
     part = f" (add --include README.md --include '{hub.config}/*' for this configuration alone)"
     return (
@@ -74,7 +75,7 @@ def _download(hub: Hub, folder: str) -> str:
 
 
 def _line(error: BaseException) -> str:
-    """An error of a library as one line."""
+    """Returns an error of a library as one line."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 400 else f"{text[:400]} ..."
 
@@ -138,16 +139,13 @@ def _load(hub: Hub, split: str) -> "datasets.Dataset":
 
 
 def _snapshot(hub: Hub) -> Path | None:
-    """The files of a repository that were downloaded earlier, if any were."""
+    """Returns the folder of the files of a repository that were downloaded earlier, if any."""
     import huggingface_hub
 
     try:
         return Path(
             huggingface_hub.snapshot_download(
-                hub.repo,
-                repo_type="dataset",
-                revision=hub.revision or None,
-                local_files_only=True,
+                hub.repo, repo_type="dataset", revision=hub.revision or None, local_files_only=True
             )
         )
     except OSError:
@@ -156,7 +154,7 @@ def _snapshot(hub: Hub) -> Path | None:
 
 @functools.cache
 def _reachable(endpoint: str) -> bool:
-    """Whether the Hub answers at all: its own libraries would ask for half a minute, each time."""
+    """Returns whether the Hub answers: its own libraries would ask for half a minute, each time."""
     from huggingface_hub import utils
 
     try:
@@ -168,7 +166,7 @@ def _reachable(endpoint: str) -> bool:
 
 @contextlib.contextmanager
 def _quiet(offline: bool) -> Iterator[None]:
-    """No progress bars and warnings of the Hub's libraries; no attempts to reach it if offline."""
+    """Silences the Hub's libraries; if offline, keeps them from trying to reach it."""
     import datasets
     import huggingface_hub
     from huggingface_hub import constants
@@ -189,20 +187,20 @@ def _quiet(offline: bool) -> Iterator[None]:
 
 
 def _batches(
-    dataset: "datasets.Dataset", columns: Sequence[str], what: str
+    dataset: "datasets.Dataset", columns: Sequence[str], owner: str
 ) -> "Iterator[pa.Table]":
-    _check_columns(columns, dataset.column_names, what)
+    _check_columns(columns, dataset.column_names, owner)
     return dataset.select_columns(columns or dataset.column_names).with_format("arrow").iter(_BATCH)
 
 
-def _check_split(split: str, there: Iterable[str], what: str) -> None:
+def _check_split(split: str, there: Iterable[str], owner: str) -> None:
     if split not in there:
-        raise DataError(f"{what} has no such split; it has {', '.join(sorted(there))}")
+        raise DataError(f"{owner} has no such split; it has {', '.join(sorted(there))}")
 
 
-def _check_columns(wanted: Sequence[str], there: Sequence[str], what: str) -> None:
+def _check_columns(wanted: Sequence[str], there: Sequence[str], owner: str) -> None:
     if missing := [name for name in wanted if name not in there]:
-        raise DataError(f"{what} has no column {missing[0]!r}; its columns are {', '.join(there)}")
+        raise DataError(f"{owner} has no column {missing[0]!r}; its columns are {', '.join(there)}")
 
 
 # ---- Local copies
@@ -256,7 +254,7 @@ def _parquet(
 
 
 def _files(folder: Path, config: str, split: str) -> tuple[list[Path], int | None]:
-    """A split's files, in order, and how many records they hold, if README.md says so.
+    """Returns a split's files, in order, and how many records they hold, if README.md says so.
 
     README.md says which files are whose; where it does not, or says it of other configurations
     only, the folders' names do.
@@ -278,11 +276,11 @@ def _files(folder: Path, config: str, split: str) -> tuple[list[Path], int | Non
     else:
         chosen = _choose(folder, config, folders)
         splits = _layout(folders[chosen])
-    what = f"{folder} ({chosen})" if chosen else str(folder)
-    _check_split(split, splits, what)
+    owner = f"{folder} ({chosen})" if chosen else str(folder)
+    _check_split(split, splits, owner)
     files = splits[split]
     if not files or files[0].suffix not in _FORMATS:
-        raise DataError(f"{what} lacks the files of the split, or they are not in a known format")
+        raise DataError(f"{owner} lacks the files of the split, or they are not in a known format")
     _check_whole(files)
     sizes = {
         (info.get("config_name", chosen), part.get("name")): part.get("num_examples")
@@ -293,16 +291,16 @@ def _files(folder: Path, config: str, split: str) -> tuple[list[Path], int | Non
 
 
 @functools.lru_cache(maxsize=8)
-def _card(readme: Path, modified: int) -> Mapping[str, Any]:
-    """The YAML block that README.md begins with; P3's is long, and read for every task."""
+def _card(readme: Path, modified: int) -> Mapping[str, Json]:
+    """Reads the YAML block that README.md begins with; P3's is long, and read for every task."""
     text = readme.read_text(encoding="utf-8", errors="replace")
     block = re.match(r"\s*---\s*\n(.*?)\n---", text, re.DOTALL)
     card = yaml_text.load(block[1], f"{readme}: its YAML block is damaged") if block else {}
     return card if isinstance(card, dict) else {}
 
 
-def _entries(card: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
-    """A list of mappings, which stands as one mapping where there is only one."""
+def _entries(card: Mapping[str, Json], name: str) -> list[Mapping[str, Json]]:
+    """Returns a list of mappings, which is written as one mapping where there is only one."""
     value = card.get(name)
     return [
         entry
@@ -311,8 +309,8 @@ def _entries(card: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
     ]
 
 
-def _patterns(data_files: Any) -> dict[str, list[str]]:
-    """Split -> patterns of its files, of any of the forms that the Hub accepts."""
+def _patterns(data_files: Json) -> dict[str, list[str]]:
+    """Returns split -> patterns of its files, from any of the forms that the Hub accepts."""
     if isinstance(data_files, dict):
         pairs = list(data_files.items())
     else:
@@ -327,33 +325,33 @@ def _patterns(data_files: Any) -> dict[str, list[str]]:
     return splits
 
 
-def _matching(folder: Path, patterns: Iterable[Any]) -> list[Path]:
+def _matching(folder: Path, patterns: Iterable[str]) -> list[Path]:
     try:
-        found = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
+        paths = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
     except (NotImplementedError, TypeError, ValueError) as error:
         raise DataError(f"{folder}/README.md: its data_files are damaged: {error}") from error
     # `hf download` keeps notes on every file, under its name, in .cache.
     return [
-        path for path in found if path.is_file() and ".cache" not in path.relative_to(folder).parts
+        path for path in paths if path.is_file() and ".cache" not in path.relative_to(folder).parts
     ]
 
 
 def _folders(folder: Path) -> dict[str, Path]:
-    """Configuration -> its folder; "" where nothing names it."""
-    found = {
+    """Returns configuration -> its folder; "" where nothing names it."""
+    folders = {
         path.name: path
         for path in sorted(folder.iterdir())
         if path.is_dir() and (any(path.glob("*.parquet")) or any(path.glob("*/*.parquet")))
     }
     if any(folder.glob("*.parquet")):
-        found[""] = folder
-    elif "data" in found:
-        found[""] = found.pop("data")
-    return found
+        folders[""] = folder
+    elif "data" in folders:
+        folders[""] = folders.pop("data")
+    return folders
 
 
 def _layout(folder: Path) -> dict[str, list[Path]]:
-    """Split -> its files: train-00000-of-00001.parquet, train.parquet or train/0000.parquet."""
+    """Returns split -> files: train-00000-of-00001.parquet, train.parquet or train/0000.parquet."""
     splits: dict[str, list[Path]] = {}
     for path in sorted(folder.glob("*.parquet")):
         splits.setdefault(_FILE.fullmatch(path.stem)["split"], []).append(path)
@@ -362,8 +360,8 @@ def _layout(folder: Path) -> dict[str, list[Path]]:
     return splits
 
 
-def _choose(what: Path | str, config: str, there: Mapping[str, Any]) -> str:
-    """The configuration that is asked for; the only one, or the default, if none is."""
+def _choose(owner: Path | str, config: str, there: Mapping[str, object]) -> str:
+    """Returns the configuration that is asked for; the only one, or the default, if none is."""
     if config in there:
         return config
     if len(there) == 1 and (not config or "" in there):
@@ -371,9 +369,9 @@ def _choose(what: Path | str, config: str, there: Mapping[str, Any]) -> str:
     if not config and "default" in there:
         return "default"
     if not there:
-        raise DataError(f"{what} has no parquet files")
+        raise DataError(f"{owner} has no parquet files")
     lacks = f"no configuration {config!r}" if config else "several configurations"
-    raise DataError(f"{what} has {lacks}; it has {', '.join(filter(None, there))}")
+    raise DataError(f"{owner} has {lacks}; it has {', '.join(filter(None, there))}")
 
 
 def _check_whole(files: Sequence[Path]) -> None:

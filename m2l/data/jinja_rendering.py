@@ -14,9 +14,9 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import Any
 
 from m2l.data import jinja_worker
+from m2l.typing import Json
 
 _PROGRAM = Path(jinja_worker.__file__)
 
@@ -105,7 +105,7 @@ atexit.register(_worker.close)
 os.register_at_fork(after_in_child=_worker.forget)
 
 
-def call(function: str, *arguments: Any) -> Any:
+def call(function: str, *arguments: object) -> Json:
     """Calls a function of `jinja_worker` in the process.
 
     Args:

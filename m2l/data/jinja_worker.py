@@ -19,7 +19,6 @@ import struct
 import sys
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from typing import Any
 
 import jinja2
 import jinja2.ext
@@ -67,7 +66,7 @@ class _Generation(jinja2.ext.Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+def _to_json(value: object, ensure_ascii: bool = False, **options: object) -> str:
     # Jinja's own would escape what HTML reserves.
     return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
@@ -78,7 +77,7 @@ def _raise(message: str) -> None:
 
 @functools.lru_cache(maxsize=8)
 def _chat_template(source: str, date: datetime.date) -> jinja2.Template:
-    """As transformers compiles it: the same trimming, filters and functions, but for the clock."""
+    """Compiles a template as transformers does, with the same functions, but for the clock."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
@@ -113,18 +112,18 @@ def chat(source: str, special_tokens: Mapping[str, str], date: datetime.date, te
 
 
 @jinja2.pass_context
-def _choice(context: jinja2.runtime.Context, items: Iterable[Any]) -> Any:
+def _choice(context: jinja2.runtime.Context, items: Iterable[object]) -> object:
     return context.get(_DRAW)(list(items))
 
 
-def _most_frequent(items: Iterable[Hashable]) -> list[Any] | None:
-    """All that are there as often as the most frequent one, in the order they come in."""
+def _most_frequent(items: Iterable[Hashable]) -> list[object] | None:
+    """Returns all items as often there as the most frequent one, in the order they come in."""
     counts = Counter(items)
     most = max(counts.values(), default=0)
     return [item for item, count in counts.items() if count == most] or None
 
 
-def _environment(finalize: Callable[[Any], Any] | None) -> ImmutableSandboxedEnvironment:
+def _environment(finalize: Callable[[object], object] | None) -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, finalize=finalize)
     _without_chance(environment)
     environment.filters.update(choice=_choice, random=_choice, most_frequent=_most_frequent)
@@ -155,8 +154,8 @@ def columns(text: str, choices: str | None) -> list[str]:
     return sorted(set(itertools.chain(*names)) - {"answer_choices"} - set(_CHOICES.globals))
 
 
-def _protected(value: Any) -> Any:
-    """The value with the separator replaced in all its texts."""
+def _protected(value: object) -> object:
+    """Replaces the separator in all texts of a value."""
     if isinstance(value, str):
         return value.replace(_SEPARATOR, _IN_A_TEXT)
     if isinstance(value, Mapping):
@@ -172,7 +171,7 @@ def _parts(rendered: str) -> list[str]:
 
 
 def promptsource(
-    text: str, choices: str | None, values: Mapping[str, Any], seed: str
+    text: str, choices: str | None, values: Mapping[str, object], seed: str
 ) -> tuple[list[str], list[str] | None]:
     """Renders a template for a record.
 
@@ -183,11 +182,11 @@ def promptsource(
         seed: Decides what is drawn at random.
 
     Returns:
-        What stands between the text's separators, and the choices, all stripped.
+        The parts between the text's separators, and the choices, all stripped.
     """
     draws, characters = itertools.count(), len(str(values))
 
-    def draw(items: list[Any]) -> Any:
+    def draw(items: list[object]) -> object:
         if not items:
             raise IndexError("there is nothing to choose from")
         digest = hashlib.blake2b(f"{seed}/{next(draws)}".encode(), digest_size=8).digest()
@@ -213,7 +212,7 @@ def _limit(name: int, most: int) -> None:
 
 
 def _answer(request: bytes) -> bytes:
-    """The JSON of {"result"}, or of {"error": [the exception's class, its message]}."""
+    """Returns the JSON of {"result"}, or of {"error": [the exception's class, its message]}."""
     try:
         name, arguments = pickle.loads(request)
         functions = {"chat": chat, "columns": columns, "promptsource": promptsource}

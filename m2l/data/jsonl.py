@@ -7,16 +7,16 @@ import zlib
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from m2l import storage
 from m2l.errors import DataError
 from m2l.files import parse_json
+from m2l.typing import Json, JsonObject
 
 FIELDS = ("inputs", "targets", "answer_choices")
 
 
-def read(path: str | Path) -> list[dict[str, Any]]:
+def read(path: str | Path) -> list[JsonObject]:
     """Reads and checks a whole file of examples: nothing is found wrong after hours of work.
 
     Args:
@@ -31,15 +31,15 @@ def read(path: str | Path) -> list[dict[str, Any]]:
     Raises:
         DataError: `FILE:LINE: what is wrong with it`.
     """
-    examples: list[dict[str, Any]] = []
+    examples: list[JsonObject] = []
     first = 0
     for number, line in _lines(storage.path(path)):
-        where = f"{path}:{number}"
-        example = _example(_object(line, where), where)
+        line_name = f"{path}:{number}"
+        example = _example(_object(line, line_name), line_name)
         if examples and len(example) != len(examples[0]):
             has, lacks = (number, first) if "answer_choices" in example else (first, number)
             raise DataError(
-                f"{where}: line {has} has answer_choices and line {lacks} has none; put the "
+                f"{line_name}: line {has} has answer_choices and line {lacks} has none; put the "
                 "examples with choices and those without into files of their own"
             )
         first = first or number
@@ -47,8 +47,8 @@ def read(path: str | Path) -> list[dict[str, Any]]:
     return examples
 
 
-def records(path: str | Path) -> Iterator[dict[str, Any]]:
-    """The raw records of a file, one after another, whatever fields they have.
+def records(path: str | Path) -> Iterator[JsonObject]:
+    """Yields the raw records of a file, one after another, whatever fields they have.
 
     Args:
         path: A UTF-8 text file, compressed if its name ends in ".gz". Blank lines are skipped.
@@ -61,8 +61,8 @@ def records(path: str | Path) -> Iterator[dict[str, Any]]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Every line that is not blank, and its number from 1."""
-    number, found = 0, False
+    """Yields every line that is not blank, and its number from 1."""
+    number, any_line = 0, False
     try:
         with contextlib.ExitStack() as exits:
             file = exits.enter_context(path.open("rb"))
@@ -70,68 +70,72 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 file = exits.enter_context(gzip.open(file))
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    found = True
+                    any_line = True
                     yield number, line
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{path}:{number + 1}: it is no whole gzip file: {error}") from error
+        raise DataError(f"{path}:{number + 1}: it is not a complete gzip file: {error}") from error
     except OSError as error:
         raise DataError(f"{path}: it cannot be read: {error.strerror}") from error
-    if not found:
+    if not any_line:
         raise DataError(f"{path}: it is empty; expected one JSON object a line")
 
 
-def _object(line: bytes, where: str) -> dict[str, Any]:
-    value = parse_json(line, where, pairs=partial(_fields, where), advice="correct the line")
+def _object(line: bytes, line_name: str) -> JsonObject:
+    value = parse_json(
+        line, line_name, pairs=partial(_fields, line_name), advice="correct the line"
+    )
     if not isinstance(value, dict):
-        raise DataError(f"{where}: it is {_kind(value)}, expected an object with named fields")
+        raise DataError(f"{line_name}: it is {_kind(value)}, expected an object with named fields")
     return value
 
 
-def _fields(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields: dict[str, Any] = {}
+def _fields(line_name: str, pairs: list[tuple[str, Json]]) -> JsonObject:
+    fields: JsonObject = {}
     for name, value in pairs:
         if name in fields:
-            raise DataError(f"{where}: the field {name!r} is there twice")
+            raise DataError(f"{line_name}: the field {name!r} is there twice")
         fields[name] = value
     return fields
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     names = {str: "a text", bool: "a truth value", type(None): "null", list: "a list"}
     return "an object" if isinstance(value, dict) else names.get(type(value), "a number")
 
 
-def _text(value: Any, what: str, where: str) -> str:
+def _text(value: Json, field: str, line_name: str) -> str:
     if not isinstance(value, str):
-        raise DataError(f"{where}: {what} is {_kind(value)}, expected a text")
+        raise DataError(f"{line_name}: {field} is {_kind(value)}, expected a text")
     if not value.strip():
-        raise DataError(f"{where}: {what} is empty")
+        raise DataError(f"{line_name}: {field} is empty")
     return value
 
 
-def _example(value: dict[str, Any], where: str) -> dict[str, Any]:
+def _example(value: JsonObject, line_name: str) -> JsonObject:
     for name in value.keys() - FIELDS:
         meant = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.8)
         if meant and meant[0] not in value:
-            raise DataError(f"{where}: the field {name!r} is unknown; is {meant[0]!r} meant?")
+            raise DataError(f"{line_name}: the field {name!r} is unknown; is {meant[0]!r} meant?")
     for name in ("inputs", "targets"):
         if name not in value:
-            raise DataError(f"{where}: the field {name!r} is missing")
-    example: dict[str, Any] = {name: _text(value[name], name, where) for name in FIELDS[:2]}
+            raise DataError(f"{line_name}: the field {name!r} is missing")
+    example: JsonObject = {name: _text(value[name], name, line_name) for name in FIELDS[:2]}
     choices = value.get("answer_choices")
     if choices is None:
         return example
     if not isinstance(choices, list):
-        raise DataError(f"{where}: answer_choices is {_kind(choices)}, expected a list of texts")
+        raise DataError(
+            f"{line_name}: answer_choices is {_kind(choices)}, expected a list of texts"
+        )
     for place, choice in enumerate(choices):
-        _text(choice, f"answer_choices[{place}]", where)
+        _text(choice, f"answer_choices[{place}]", line_name)
         if choice in choices[:place]:
-            raise DataError(f"{where}: the answer choice {choice!r} is there twice")
+            raise DataError(f"{line_name}: the answer choice {choice!r} is there twice")
     if len(choices) < 2:
-        raise DataError(f"{where}: answer_choices has {len(choices)}, expected at least two")
+        raise DataError(f"{line_name}: answer_choices has {len(choices)}, expected at least two")
     if example["targets"] not in choices:
         raise DataError(
-            f"{where}: the target {example['targets']!r} is not among its answer choices "
+            f"{line_name}: the target {example['targets']!r} is not among its answer choices "
             f"{', '.join(repr(choice) for choice in choices)}"
         )
     return {**example, "answer_choices": choices}

@@ -2,12 +2,13 @@
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
 
 import numpy as np
+import seqio
 
 from m2l.data import vocabularies
 from m2l.errors import DataError
+from m2l.models import Config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,13 +18,13 @@ class EncoderDecoder:
     start_id: int = 0
 
     def prompt(self, inputs: np.ndarray) -> tuple[np.ndarray, int]:
-        """What is encoded, and the token that starts what follows it."""
+        """Returns what is encoded, and the token that starts what follows it."""
         return inputs, self.start_id
 
 
 @dataclasses.dataclass(frozen=True)
 class PrefixLM:
-    """Inputs and targets in one row, behind `start_id` if there is one; the loss is the targets'.
+    """Inputs and targets in one row, after `start_id` if there is one; the loss is the targets'.
 
     Attention is causal in the inputs too: the published decoders were trained so.
     """
@@ -31,7 +32,7 @@ class PrefixLM:
     start_id: int | None
 
     def prompt(self, inputs: np.ndarray) -> tuple[np.ndarray, int]:
-        """The row but for its last token, and this.
+        """Returns the row but for its last token, and this.
 
         Raises:
             DataError: there is neither an input nor a start token to continue.
@@ -45,8 +46,8 @@ class PrefixLM:
 Layout = EncoderDecoder | PrefixLM
 
 
-def of(config: Any, vocabulary: Any = None) -> Layout:
-    """The layout that a model of this config reads.
+def of(config: Config, vocabulary: seqio.Vocabulary | None = None) -> Layout:
+    """Returns the layout that a model of this config reads.
 
     Args:
         config: The model's configuration.
@@ -95,7 +96,7 @@ def batches(
     space = (lengths["inputs"], lengths["targets"])
     space = space if two_sides else (sum(space), 0)
     added = 0 if two_sides or layout.start_id is None else 1
-    held: list[Example] = []
+    pending: list[Example] = []
     rows: list[int] = []  # of each example that is held
     row, left = 0, space
     for inputs, targets in examples:
@@ -103,40 +104,40 @@ def batches(
         sizes = len(inputs), len(targets)
         sizes = sizes if two_sides else (sum(sizes) + added - 1, 0)
         fits = pack and sizes[0] <= left[0] and sizes[1] <= left[1]
-        if held and not fits:
+        if pending and not fits:
             row, left = row + 1, space
             if row == batch_size:
-                yield _filled(held, rows, space, batch_size, pack, layout), len(held)
-                held, rows, row = [], [], 0
-        held.append((inputs, targets))
+                yield _filled(pending, rows, space, batch_size, pack, layout), len(pending)
+                pending, rows, row = [], [], 0
+        pending.append((inputs, targets))
         rows.append(row)
         left = left[0] - sizes[0], left[1] - sizes[1]
 
 
 class _Grid:
-    """The rows of a batch, and where in them the tokens of one example after another lie."""
+    """The rows of a batch, and the places in them of one example's tokens after another's."""
 
     def __init__(self, rows: list[int], sizes: np.ndarray, batch_size: int, length: int):
-        of_example = np.asarray(rows)
+        row_numbers = np.asarray(rows)
         # The first example of each row has number 1 in it.
-        starts = np.searchsorted(of_example, np.arange(batch_size))
-        segments = np.arange(len(rows)) - starts[of_example] + 1
+        starts = np.searchsorted(row_numbers, np.arange(batch_size))
+        segments = np.arange(len(rows)) - starts[row_numbers] + 1
         before = np.cumsum(sizes) - sizes
-        # Where an example begins in its row: behind the examples of the row before it.
-        offsets = before - before[starts[of_example]]
+        # Where an example begins in its row: after the examples of the row before it.
+        offsets = before - before[starts[row_numbers]]
         self.before, self._shape = before, (batch_size, length)
         self.places = np.arange(sizes.sum()) - np.repeat(before, sizes)
         self.segments = np.repeat(segments, sizes)
-        self._at = np.repeat(of_example * length + offsets, sizes) + self.places
+        self._at = np.repeat(row_numbers * length + offsets, sizes) + self.places
 
     def filled(self, values: np.ndarray) -> np.ndarray:
-        """Int32 [batch_size, length], 0 where no token is."""
+        """Fills int32 [batch_size, length], 0 where no token is."""
         filled = np.zeros(self._shape[0] * self._shape[1], np.int32)
         filled[self._at] = values
         return filled.reshape(self._shape)
 
     def marks(self, side: str) -> Batch:
-        """What tells the examples of a row apart."""
+        """Returns the ids and positions that tell the examples of a row apart."""
         return {
             f"{side}_segment_ids": self.filled(self.segments),
             f"{side}_positions": self.filled(self.places),
@@ -144,7 +145,7 @@ class _Grid:
 
 
 def _filled(
-    held: list[Example],
+    examples: list[Example],
     rows: list[int],
     space: tuple[int, int],
     batch_size: int,
@@ -152,8 +153,8 @@ def _filled(
     layout: Layout,
 ) -> Batch:
     if isinstance(layout, EncoderDecoder):
-        return _two_sides(held, rows, space, batch_size, pack, layout.start_id)
-    return _one_row(held, rows, space[0], batch_size, layout.start_id)
+        return _two_sides(examples, rows, space, batch_size, pack, layout.start_id)
+    return _one_row(examples, rows, space[0], batch_size, layout.start_id)
 
 
 def _sizes(sequences: Iterable[np.ndarray]) -> np.ndarray:
@@ -161,19 +162,19 @@ def _sizes(sequences: Iterable[np.ndarray]) -> np.ndarray:
 
 
 def _two_sides(
-    held: list[Example],
+    examples: list[Example],
     rows: list[int],
     space: tuple[int, int],
     batch_size: int,
     pack: bool,
     start_id: int,
 ) -> Batch:
-    inputs, targets = zip(*held, strict=True)
+    inputs, targets = zip(*examples, strict=True)
     encoder = _Grid(rows, _sizes(inputs), batch_size, space[0])
     decoder = _Grid(rows, _sizes(targets), batch_size, space[1])
     tokens = np.concatenate(targets)
     filled = decoder.filled(tokens)
-    # Moved by one behind the start token; within each example, where they share rows.
+    # Moved by one after the start token; within each example, where they share rows.
     moved = np.roll(filled, 1, axis=1)
     moved[:, 0] = 0
     begins = decoder.filled(decoder.places == 0) == 1
@@ -190,11 +191,11 @@ def _two_sides(
 
 
 def _one_row(
-    held: list[Example], rows: list[int], length: int, batch_size: int, start_id: int | None
+    examples: list[Example], rows: list[int], length: int, batch_size: int, start_id: int | None
 ) -> Batch:
     start = np.array([] if start_id is None else [start_id], np.int32)
-    whole = [np.concatenate([start, *example]) for example in held]
-    prefixes = _sizes(inputs for inputs, _ in held) + len(start)
+    whole = [np.concatenate([start, *example]) for example in examples]
+    prefixes = _sizes(inputs for inputs, _ in examples) + len(start)
     sizes = _sizes(whole) - 1
     grid = _Grid(rows, sizes, batch_size, length)
     # Padding may have the id of a token: segments, not ids, tell where it is, packed or not.

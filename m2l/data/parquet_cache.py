@@ -1,4 +1,4 @@
-"""Records on disk that need neither their source nor a network any more."""
+"""Records on disk as Parquet files, read without their source or a network."""
 
 import hashlib
 import itertools
@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,6 +13,7 @@ import pyarrow.parquet as pq
 from m2l import files, storage
 from m2l.data.raw_records import FieldType, Record, checked, kind_of
 from m2l.errors import DataError
+from m2l.typing import Json, JsonObject
 
 FORMAT = 1
 INDEX = "cache.json"
@@ -24,7 +24,7 @@ _TYPES = {"string": pa.string(), "int": pa.int64(), "strings": pa.list_(pa.strin
 
 def write(
     root: Path, name: str, split: str, records: Iterable[Record], fields: Mapping[str, FieldType]
-) -> dict[str, Any]:
+) -> JsonObject:
     """Writes one split, as root/<name>/<split>-00000-of-00003.parquet and so on.
 
     The files get these names once all of them are complete; those of an earlier write go.
@@ -110,7 +110,7 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_index(root: Path, about: Mapping[str, Any]) -> str:
+def write_index(root: Path, about: Mapping[str, Json]) -> str:
     """Writes root/cache.json, which makes the folder a cache; comes last.
 
     Args:
@@ -125,7 +125,7 @@ def write_index(root: Path, about: Mapping[str, Any]) -> str:
         DataError: a file that it names is not there.
     """
     for splits in about["datasets"].values():
-        for name in itertools.chain(*(made["files"] for made in splits.values())):
+        for name in itertools.chain(*(part["files"] for part in splits.values())):
             if not (root / name).is_file():
                 raise DataError(f"{root / name} is missing; write the cache again")
     content = {"format": FORMAT, **about}
@@ -134,22 +134,22 @@ def write_index(root: Path, about: Mapping[str, Any]) -> str:
     return digest
 
 
-def _digest_of(content: Mapping[str, Any]) -> str:
+def _digest_of(content: Mapping[str, Json]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def read_index(root: Path) -> dict[str, Any]:
-    """What `write_index` was given, with "format" and "digest".
+def read_index(root: Path) -> JsonObject:
+    """Reads what `write_index` wrote, with "format" and "digest".
 
     Raises:
         DataError: the folder is no cache, or one of another format, or the index is damaged.
     """
     path = root / INDEX
     if not path.is_file():
-        raise DataError(f"{root} holds no cache, or an unfinished one: it has no {INDEX}")
+        raise DataError(f"{root} is not a cache, or an unfinished one: it has no {INDEX}")
     index = files.read_json(path)
     if not isinstance(index, dict) or "format" not in index:
-        raise DataError(f"{path}: damaged, it is no index of a cache; write the cache again")
+        raise DataError(f"{path}: damaged, not the index of a cache; write the cache again")
     if index["format"] != FORMAT:
         raise DataError(
             f"{path}: the cache has format {index['format']!r}, this version of m2l reads "
@@ -162,8 +162,8 @@ def read_index(root: Path) -> dict[str, Any]:
     return {**index, "digest": digest}
 
 
-def _is_index(index: Mapping[str, Any]) -> bool:
-    """Whether an index gives, by dataset and split, digests of files inside of the cache."""
+def _is_index(index: Mapping[str, Json]) -> bool:
+    """Returns whether an index gives, by dataset and split, digests of files in the cache."""
     datasets = index.get("datasets")
     if not isinstance(datasets, dict) or not isinstance(index.get("source"), str):
         return False
@@ -188,8 +188,8 @@ def _is_inside(name: str) -> bool:
     return name.isprintable() and not path.is_absolute() and ".." not in path.parts
 
 
-def read(root: Path, index: Mapping[str, Any], name: str, split: str) -> Iterator[Record]:
-    """A split's records, in the order in which they were written.
+def read(root: Path, index: Mapping[str, Json], name: str, split: str) -> Iterator[Record]:
+    """Yields a split's records, in the order in which they were written.
 
     Args:
         root: The cache's folder.
@@ -204,23 +204,23 @@ def read(root: Path, index: Mapping[str, Any], name: str, split: str) -> Iterato
         DataError: the cache lacks the dataset or the split; or a file is missing or damaged, before
             a record of that file has been given.
     """
-    for what, key, there in (
+    for kind, key, known in (
         ("dataset", name, index["datasets"]),
         ("split", split, index["datasets"].get(name, {})),
     ):
-        if key not in there:
+        if key not in known:
             raise DataError(
-                f"dataset {name!r}, split {split!r}: the cache {root} has no such {what}; it has "
-                f"{', '.join(there) or 'none'}"
+                f"dataset {name!r}, split {split!r}: the cache {root} has no such {kind}; it has "
+                f"{', '.join(known) or 'none'}"
             )
     for file, digest in sorted(index["datasets"][name][split]["files"].items()):
         path = storage.download(root / file)
-        where = f"dataset {name!r}, split {split!r}: {root / file}"
+        place = f"dataset {name!r}, split {split!r}: {root / file}"
         try:
             if _digest(path) != digest:
-                raise DataError(f"{where} is damaged; write the cache again")
+                raise DataError(f"{place} is damaged; write the cache again")
         except OSError as error:
-            raise DataError(f"{where} cannot be read: {error.strerror}") from error
+            raise DataError(f"{place} cannot be read: {error.strerror}") from error
         with pq.ParquetFile(path, memory_map=True) as shard:
             for batch in shard.iter_batches(_GROUP):
                 yield from batch.to_pylist()

@@ -5,8 +5,7 @@ import json
 import os
 import weakref
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 
 import numpy as np
 import seqio
@@ -15,10 +14,11 @@ from tensorflow.python.ops import cond_v2
 
 from m2l import files
 from m2l.data import layouts
-from m2l.data.layouts import EncoderDecoder, Layout
+from m2l.data.layouts import Batch, EncoderDecoder, Example, Layout
 from m2l.data.preprocessors import append_eos, tokenize
 from m2l.data.record_source import RecordSource
 from m2l.errors import DataError, UnknownNameError
+from m2l.typing import Json
 
 SCORE_EVAL = "_score_eval"
 
@@ -30,7 +30,7 @@ _CALLS = min(os.cpu_count() or 1, 16)
 
 
 def find(kind: str, name: str, split: str) -> seqio.Task | seqio.Mixture:
-    """What is registered under a name, once it is sure that it has the split.
+    """Returns what is registered under a name, once it is sure that it has the split.
 
     `a+b` is the mixture of the tasks of both, at the rates that they have there.
 
@@ -62,7 +62,7 @@ def _together(name: str, parts: Sequence[seqio.Task | seqio.Mixture]) -> seqio.M
 
 
 def vocabulary_of(mixture: str, split: str = "train") -> seqio.Vocabulary:
-    """The vocabulary of a task's or mixture's inputs.
+    """Returns the vocabulary of a task's or mixture's inputs.
 
     Raises:
         UnknownNameError, DataError: as `find`.
@@ -81,7 +81,7 @@ def as_written() -> tf.data.Options:
 
 
 def unusable(name: str, error: tf.errors.OpError) -> str:
-    """What to say of a task or mixture with a record that no example can be made of."""
+    """Says that a task or mixture has a record that no example can be made of."""
     return f"{name!r}: a record cannot be made into an example: {error.message.splitlines()[0]}"
 
 
@@ -121,7 +121,7 @@ class MixtureSampler:
         self._counted = position, np.asarray(counts, np.int64)
 
     def counts(self, position: int) -> np.ndarray:
-        """How often each task is drawn before a position: int64 [tasks]."""
+        """Counts how often each task is drawn before a position: int64 [tasks]."""
         start, counts = self._counted
         if position < start:
             start, counts = 0, np.zeros_like(counts)
@@ -134,7 +134,7 @@ class MixtureSampler:
         return counts.copy()
 
     def pairs(self, position: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """The draws from a position on, in chunks, endlessly.
+        """Yields the draws from a position on, in chunks, endlessly.
 
         Yields:
             Tasks int32 [n], and how often each had been drawn before, int64 [n].
@@ -153,8 +153,8 @@ class MixtureSampler:
             yield tasks, before
 
 
-class Batches(Iterator[dict[str, np.ndarray]]):
-    """Endless training batches, and the position behind the last one handed out.
+class Batches(Iterator[Batch]):
+    """Endless training batches, and the position after the last one returned.
 
     Iterating raises DataError where a record cannot be made into an example.
 
@@ -163,11 +163,11 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         made_from: What decides them, as JSON values.
     """
 
-    def __init__(self, stream: "_SampledExamples | TfDataIterator", made_from: Mapping[str, Any]):
+    def __init__(self, stream: "_SampledExamples | TfDataIterator", made_from: Mapping[str, Json]):
         self._stream, self._made_from = stream, dict(made_from)
 
-    def __next__(self) -> dict[str, np.ndarray]:
-        """The next batch: int32 arrays [batch_size, length] by feature name."""
+    def __next__(self) -> Batch:
+        """Returns the next batch: int32 arrays [batch_size, length] by feature name."""
         try:
             return next(self._stream)
         except tf.errors.InvalidArgumentError as error:
@@ -175,16 +175,16 @@ class Batches(Iterator[dict[str, np.ndarray]]):
 
     @property
     def cut(self) -> dict[str, int] | None:
-        """How many examples the batches handed out hold, and how many of them were cut.
+        """The number of examples in the batches returned, and of those that were cut.
 
         {"examples", "inputs_cut", "targets_cut"}, counted from the beginning of the data, also
-        after `restore`; None of a pipeline of seqio's own, which cuts without a count, and behind
+        after `restore`; None of a pipeline of seqio's own, which cuts without a count, and after
         a position that was saved without one.
         """
         return self._stream.cut
 
     def state(self) -> bytes:
-        """The position, at most a few kilobytes; batches read ahead do not count as handed out."""
+        """Returns the position, at most a few kilobytes; batches read ahead are not part of it."""
         header = json.dumps(self._made_from, sort_keys=True).encode()
         return header + b"\n" + self._stream.position()
 
@@ -195,8 +195,8 @@ class Batches(Iterator[dict[str, np.ndarray]]):
             DataError: it was saved from other data, or with other settings; names the first.
         """
         header, _, position = state.partition(b"\n")
-        where = "the saved position in the data"
-        was = files.parse_json(header, where, kind=dict, advice="start without it")
+        source = "the saved position in the data"
+        was = files.parse_json(header, source, kind=dict, advice="start without it")
         for name, value in self._made_from.items():
             if was.get(name) != value:
                 raise DataError(
@@ -211,7 +211,7 @@ class Batches(Iterator[dict[str, np.ndarray]]):
             raise DataError(f"the saved position in the data is damaged: {first}") from error
 
 
-class _SampledExamples(Iterator[dict[str, np.ndarray]]):
+class _SampledExamples(Iterator[Batch]):
     """Batches of tasks whose records become one example each.
 
     What is drawn are (task, count) pairs, count being how often the task was drawn before: they
@@ -224,20 +224,20 @@ class _SampledExamples(Iterator[dict[str, np.ndarray]]):
         self,
         sampler: MixtureSampler,
         example: Callable[[tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor, tf.Tensor]],
-        batched: Callable[[Iterator[Any]], Iterator[tuple[dict[str, np.ndarray], int]]],
+        batched: Callable[[Iterator[Example]], Iterator[tuple[Batch, int]]],
     ):
         self._sampler, self._example, self._batched = sampler, example, batched
         self._done = 0
         # Of the examples done, how many had their inputs and their targets cut.
         self._cut: np.ndarray | None = np.zeros(2, np.int64)
-        # Whether each example behind them that was made had its inputs and its targets cut.
+        # Whether each further example that was made had its inputs and its targets cut.
         self._ahead: deque[np.ndarray] = deque()
-        self._batches: Iterator[tuple[dict[str, np.ndarray], int]] | None = None
-        self._running: list[Iterator[Any]] = []
+        self._batches: Iterator[tuple[Batch, int]] | None = None
+        self._running: list[Generator[Example, None, None]] = []
         # TensorFlow must let go of a generator of Python's while there still is a Python.
         weakref.finalize(self, _close, self._running)
 
-    def __next__(self) -> dict[str, np.ndarray]:
+    def __next__(self) -> Batch:
         if self._batches is None:
             _close(self._running)
             self._ahead.clear()
@@ -257,18 +257,18 @@ class _SampledExamples(Iterator[dict[str, np.ndarray]]):
         inputs, targets = self._cut.tolist()
         return {"examples": self._done, "inputs_cut": inputs, "targets_cut": targets}
 
-    def _examples(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def _examples(self) -> Generator[Example, None, None]:
         pairs = tf.data.Dataset.from_generator(
             functools.partial(self._sampler.pairs, self._done),
             output_signature=(tf.TensorSpec([None], tf.int32), tf.TensorSpec([None], tf.int64)),
         )
-        made = pairs.unbatch().map(self._example, num_parallel_calls=_CALLS)
-        chunks = made.ragged_batch(_CHUNK).prefetch(_CHUNKS_AHEAD).with_options(as_written())
-        for inputs, targets, cut in chunks:
-            rows = _sequences(inputs), _sequences(targets), cut.numpy()
-            for of_inputs, of_targets, of_cut in zip(*rows, strict=True):
-                self._ahead.append(of_cut)
-                yield of_inputs, of_targets
+        examples = pairs.unbatch().map(self._example, num_parallel_calls=_CALLS)
+        chunks = examples.ragged_batch(_CHUNK).prefetch(_CHUNKS_AHEAD).with_options(as_written())
+        for inputs, targets, cut_flags in chunks:
+            rows = _sequences(inputs), _sequences(targets), cut_flags.numpy()
+            for input_ids, target_ids, is_cut in zip(*rows, strict=True):
+                self._ahead.append(is_cut)
+                yield input_ids, target_ids
 
     def position(self) -> bytes:
         counts = self._sampler.counts(self._done).tolist()
@@ -284,7 +284,7 @@ class _SampledExamples(Iterator[dict[str, np.ndarray]]):
         self._cut = None if cut is None else np.array(cut, np.int64).reshape(2)
 
 
-def _close(running: list[Iterator[Any]]) -> None:
+def _close(running: list[Generator[Example, None, None]]) -> None:
     while running:
         running.pop().close()
 
@@ -293,7 +293,7 @@ def _sequences(ragged: tf.RaggedTensor) -> list[np.ndarray]:
     return np.split(ragged.values.numpy(), ragged.row_splits.numpy()[1:-1])
 
 
-class TfDataIterator(Iterator[dict[str, np.ndarray]]):
+class TfDataIterator(Iterator[Batch]):
     """Batches of a dataset that keeps its position itself, as its sources' cursors."""
 
     cut = None
@@ -303,7 +303,7 @@ class TfDataIterator(Iterator[dict[str, np.ndarray]]):
         options.experimental_symbolic_checkpoint = True
         self._iterator = iter(dataset.with_options(options))
 
-    def __next__(self) -> dict[str, np.ndarray]:
+    def __next__(self) -> Batch:
         return {name: value.numpy() for name, value in next(self._iterator).items()}
 
     def position(self) -> bytes:
@@ -329,7 +329,7 @@ def training_batches(
     layout: Layout = EncoderDecoder(),  # noqa: B008, frozen
     state: bytes | None = None,
 ) -> Batches:
-    """Batches of a registered task or mixture, in the names of seqio's feature converters.
+    """Returns batches of a registered task or mixture, in the names of seqio's feature converters.
 
     The same arguments give the same batches in every process and on every machine.
 
@@ -374,8 +374,7 @@ def training_batches(
         isinstance(task.source, RecordSource) and list(task.preprocessors) == [tokenize, append_eos]
         for task in tasks
     ):
-        how = (batch_size, pack, split, seed, shard, layout)
-        stream = _sampled(provider, tasks, lengths, *how)
+        stream = _sampled(provider, tasks, lengths, batch_size, pack, split, seed, shard, layout)
     elif not isinstance(layout, EncoderDecoder):
         raise DataError(
             f"{mixture!r} makes inputs and targets of tokens, not of texts: a decoder cannot be "
@@ -421,12 +420,12 @@ def _sampled(
     shard: tuple[int, int],
     layout: Layout,
 ) -> _SampledExamples:
-    of_task = [task.source.endless(split, seed, shard, only=lengths) for task in tasks]
+    readers = [task.source.endless(split, seed, shard, only=lengths) for task in tasks]
     rates = [provider.get_rate(task) for task in tasks] if len(tasks) > 1 else [1.0]
     features = tasks[0].output_features
 
     def tokens(name: str, text: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """What `tokenize` and `append_eos` make of a text, and whether it was cut to its length."""
+        """Returns what `tokenize` and `append_eos` make of a text, and whether it was cut."""
         feature, length = features[name], lengths[name]
         ids = feature.vocabulary.encode_tf(text)
         most = length - 1 if feature.add_eos else length
@@ -439,20 +438,20 @@ def _sampled(
         # hundred are walked through for every example, to find out that they are not taken.
         texts = cond_v2.indexed_case(
             task,
-            [functools.partial(make, count) for make in of_task],
+            [functools.partial(make, count) for make in readers],
             lower_using_switch_merge=False,
         )
         inputs, inputs_cut = tokens("inputs", texts["inputs"])
         targets, targets_cut = tokens("targets", texts["targets"])
         return inputs, targets, tf.cast(tf.stack([inputs_cut, targets_cut]), tf.int32)
 
-    def batched(examples: Iterator[Any]) -> Iterator[tuple[dict[str, np.ndarray], int]]:
+    def batched(examples: Iterator[Example]) -> Iterator[tuple[Batch, int]]:
         return layouts.batches(examples, lengths, batch_size, pack, layout)
 
     return _SampledExamples(MixtureSampler(rates, (seed, shard[0])), example, batched)
 
 
 def _identity(task: seqio.Task, split: str) -> list[int | None]:
-    """What tells a task's records from others: how many they are, and their checksum."""
+    """Returns what tells a task's records from others: how many they are, and their checksum."""
     digest = task.source.digest(split) if isinstance(task.source, RecordSource) else None
     return [task.num_input_examples(split), digest]

@@ -7,9 +7,8 @@ import t5.data.preprocessors
 import tensorflow as tf
 
 from m2l.data.prompts import Dataset, Prompt, Reference, parse
+from m2l.data.raw_records import Tensors
 from m2l.errors import DataError
-
-Tensors = Mapping[str, tf.Tensor]
 
 
 def _fill(reference: Reference, fields: Tensors) -> tf.Tensor:
@@ -55,10 +54,7 @@ def renderer(dataset: Dataset, prompt: Prompt) -> Callable[[Tensors], dict[str, 
             fields.update(dataset.derive(fields))
         if prompt.answer_choices is not None:
             fields["answer_choices"] = _list(prompt.answer_choices, fields)
-        texts = {
-            "inputs": _text(prompt.inputs, fields),
-            "targets": _text(prompt.targets, fields),
-        }
+        texts = {"inputs": _text(prompt.inputs, fields), "targets": _text(prompt.targets, fields)}
         if prompt.answer_choices is not None:
             texts["answer_choices"] = fields["answer_choices"]
             return texts
@@ -109,7 +105,7 @@ def span_corruption(
     sequence_length: Mapping[str, int],
     output_features: Mapping[str, seqio.Feature],
 ) -> tf.data.Dataset:
-    """T5's pretraining objective: spans of the text give way to sentinels; the targets spell them.
+    """Replaces spans of a text by sentinels; the targets spell them: T5's pretraining objective.
 
     Source: Raffel et al. (2020), section 3.1.4; 15 % of the tokens in spans of 3 on average.
 

@@ -1,13 +1,22 @@
-"""Declarations: what a dataset's records hold, and the prompts that turn a record into text."""
+"""Declarations: the fields of a dataset's records, and the prompts that turn one into text."""
 
 import itertools
 import re
 import string
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
-from m2l.data.raw_records import SPLITS, FieldType, Hub, Splits, Tfds, kind_of
+from m2l.data.raw_records import (
+    SPLITS,
+    FieldType,
+    Hub,
+    ReadSplit,
+    Record,
+    Splits,
+    Tensors,
+    Tfds,
+    kind_of,
+)
 from m2l.errors import DataError, UnknownNameError
 
 CHOICE_METRICS = ("accuracy", "f1", "spearman")
@@ -29,7 +38,7 @@ class Reference:
 
 
 def parse(template: str) -> tuple[str | Reference, ...]:
-    """A template's literal texts and references, in order; `{{` and `}}` are literal braces.
+    """Splits a template into literal texts and references; `{{` and `}}` are literal braces.
 
     Raises:
         DataError: unbalanced braces, or something in braces that is no reference.
@@ -99,7 +108,32 @@ class Prompt:
         )
 
 
-@dataclass(frozen=True, eq=False)
+def prompt_table(
+    table: Mapping[str, str | tuple[str, tuple[str, ...] | str]],
+    *,
+    targets: str = Prompt.targets,
+    answer_choices: tuple[str, ...] | str | None = None,
+    references: str | None = None,
+    metrics: tuple[str, ...] = Prompt.metrics,
+    original_task: bool = True,
+) -> tuple[Prompt, ...]:
+    """Returns prompts that differ in their wording.
+
+    Args:
+        table: Name -> `inputs`, or (`inputs`, `answer_choices`).
+        targets, answer_choices, references, metrics, original_task: What they have in common.
+    """
+    rows = (
+        (name, *(wording if isinstance(wording, tuple) else (wording, answer_choices)))
+        for name, wording in table.items()
+    )
+    return tuple(
+        Prompt(name, inputs, targets, choices, metrics, references, original_task)
+        for name, inputs, choices in rows
+    )
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Dataset:
     """Everything m2l knows about a dataset; adding one to m2l is writing one of these.
 
@@ -116,6 +150,8 @@ class Dataset:
         complaint: What is wrong with a flat record whose fields are all of their types, so that
             `derive` or a template would fail on it, or make no sense of it; "" if nothing is.
         keep: Which flat records are the dataset's, where its repository has others as well.
+        records: Reads one of its splits, by the name that `splits` gives it: a generator's or your
+            own files' raw records. Whichever source is in use, the dataset's are these.
         splits: Our name of each split with labels -> the Hub's, or a part of one where it has no
             split of that kind.
         hub: Where the Hugging Face Hub has it.
@@ -135,13 +171,14 @@ class Dataset:
 
     name: str
     category: str
-    held_out: bool
+    held_out: bool = False
     fields: Mapping[str, FieldType]
     prompts: tuple[Prompt, ...]
     derived: Mapping[str, FieldType] = field(default_factory=dict)
-    derive: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
-    complaint: Callable[[Mapping[str, Any]], str] | None = None
-    keep: Callable[[Mapping[str, Any]], bool] | None = None
+    derive: Callable[[Tensors], Tensors] | None = None
+    complaint: Callable[[Record], str] | None = None
+    keep: Callable[[Record], bool] | None = None
+    records: ReadSplit | None = None
     splits: Splits = field(default_factory=lambda: dict(SPLITS))
     hub: Hub | None = None
     tfds: Tfds | None = None
@@ -154,11 +191,11 @@ class Dataset:
 
     def __post_init__(self) -> None:
         """Checks every template against the fields, so that a mistake cannot wait for a run."""
-        for name, of_type in {**self.fields, **self.derived}.items():
-            if not of_type or (isinstance(of_type, str) and of_type not in KINDS):
+        for name, field_type in {**self.fields, **self.derived}.items():
+            if not field_type or (isinstance(field_type, str) and field_type not in KINDS):
                 raise DataError(
-                    f"dataset {self.name!r}, field {name!r}: its type is {of_type!r}, not one of "
-                    f"{', '.join(KINDS)} or the values it may take"
+                    f"dataset {self.name!r}, field {name!r}: its type is {field_type!r}, not one "
+                    f"of {', '.join(KINDS)} or the values it may take"
                 )
         if bool(self.derived) != bool(self.derive):
             raise DataError(f"dataset {self.name!r}: derived without derive, or derive without it")
@@ -173,77 +210,82 @@ class Dataset:
         return {name: kind_of(of) for name, of in {**self.fields, **self.derived}.items()}
 
     def task_name(self, prompt: Prompt) -> str:
-        """The seqio task's name, as T0 forms it."""
+        """Returns the seqio task's name, as T0 forms it."""
         if not prompt.name:
             return self.name
         return self.naming.format(name=self.name, prompt=prompt.name)
 
     def _check(self, prompt: Prompt) -> None:
-        where = f"dataset {self.name!r}, prompt {prompt.name!r}"
+        place = f"dataset {self.name!r}, prompt {prompt.name!r}"
         if not _NAME.fullmatch(self.task_name(prompt)):
-            raise DataError(f"{where}: a task's name has letters, digits, '_' and '.' only")
+            raise DataError(f"{place}: a task's name has letters, digits, '_' and '.' only")
         kinds, choices = self.kinds, prompt.answer_choices
         if isinstance(choices, tuple):
             if len(set(choices)) < 2 or len(set(choices)) < len(choices):
-                raise DataError(f"{where}: {choices} are not two or more different answer choices")
+                raise DataError(f"{place}: {choices} are not two or more different answer choices")
             for choice in choices:
-                self._check_template(where, "an answer choice", choice, kinds)
-        for what, template in (("answer_choices", choices), ("references", prompt.references)):
+                self._check_template(place, "an answer choice", choice, kinds)
+        for attribute, template in (("answer_choices", choices), ("references", prompt.references)):
             if isinstance(template, str):
-                self._check_list(where, what, template, kinds)
+                self._check_list(place, attribute, template, kinds)
         if choices is not None:
             kinds = {**kinds, "answer_choices": "strings"}
-        self._check_template(where, "inputs", prompt.inputs, kinds)
-        self._check_template(where, "targets", prompt.targets, kinds)
+        self._check_template(place, "inputs", prompt.inputs, kinds)
+        self._check_template(place, "targets", prompt.targets, kinds)
         known = TEXT_METRICS if choices is None else CHOICE_METRICS
         for metric in prompt.metrics:
             if metric not in known:
                 with_or_without = "without" if choices is None else "with"
                 raise UnknownNameError(
-                    f"metric, {with_or_without} answer choices, of {where}:", metric, known
+                    f"metric, {with_or_without} answer choices, of {place}:", metric, known
                 )
         if not prompt.metrics or (choices is not None and prompt.metrics[0] != "accuracy"):
             raise DataError(
-                f"{where}: its metrics are {prompt.metrics}; with answer choices the first is "
+                f"{place}: its metrics are {prompt.metrics}; with answer choices the first is "
                 "accuracy, and there is at least one"
             )
         fits = {"f1": prompt.num_choices == 2, "spearman": True}
         for metric in prompt.metrics:
             if not fits.get(metric, True) or (metric in fits and not prompt.fixed_choices):
                 raise DataError(
-                    f"{where}: {metric} needs {'two ' * (metric == 'f1')}fixed answer choices"
+                    f"{place}: {metric} needs {'two ' * (metric == 'f1')}fixed answer choices"
                 )
 
-    def _check_list(self, where: str, what: str, template: str, kinds: Mapping[str, str]) -> None:
+    def _check_list(
+        self, place: str, attribute: str, template: str, kinds: Mapping[str, str]
+    ) -> None:
         parts = parse(template)
-        self._check_template(where, what, template, kinds)
+        self._check_template(place, attribute, template, kinds)
         only = parts[0] if len(parts) == 1 and isinstance(parts[0], Reference) else None
         if only is None or only.index is not None or kinds[only.field] != "strings":
-            raise DataError(f"{where}: {what} is {template!r}, which does not name one list field")
-        of_type = {**self.fields, **self.derived}[only.field]
-        if what == "answer_choices" and of_type != "choices":
             raise DataError(
-                f"{where}: {what} is {template!r}, a field of type {of_type!r}, not 'choices'"
+                f"{place}: {attribute} is {template!r}, which does not name one list field"
+            )
+        field_type = {**self.fields, **self.derived}[only.field]
+        if attribute == "answer_choices" and field_type != "choices":
+            raise DataError(
+                f"{place}: {attribute} is {template!r}, a field of type {field_type!r}, "
+                "not 'choices'"
             )
 
     def _check_template(
-        self, where: str, what: str, template: str, kinds: Mapping[str, str]
+        self, place: str, attribute: str, template: str, kinds: Mapping[str, str]
     ) -> None:
         if not template.strip():
-            raise DataError(f"{where}: {what} is empty")
+            raise DataError(f"{place}: {attribute} is empty")
         for part in parse(template):
             if isinstance(part, str):
                 continue
             if part.field not in kinds:
-                raise UnknownNameError(f"field in {what} of {where}:", part.field, kinds)
+                raise UnknownNameError(f"field in {attribute} of {place}:", part.field, kinds)
             if part.index is None:
                 continue
             if kinds[part.field] != "strings":
-                raise DataError(f"{where}: {what} numbers {part.field!r}, which is not a list")
+                raise DataError(f"{place}: {attribute} numbers {part.field!r}, which is not a list")
             if not part.index.isdigit() and kinds.get(part.index) != "int":
                 raise DataError(
-                    f"{where}: {what} numbers {part.field!r} by {part.index!r}, which is neither a "
-                    "number nor an int field"
+                    f"{place}: {attribute} numbers {part.field!r} by {part.index!r}, which is "
+                    "neither a number nor an int field"
                 )
 
 
@@ -255,9 +297,9 @@ def written_out(
     splits: Iterable[str] = tuple(SPLITS),
     metrics: tuple[str, ...] = ("squad", "rouge"),
     original_task: bool = True,
-    **more: Any,
+    **more: object,
 ) -> Dataset:
-    """The declaration of records that are examples already: `inputs`, `targets`, `answer_choices`.
+    """Declares records that are examples already: `inputs`, `targets`, `answer_choices`.
 
     Args:
         name: The dataset's and its only task's name.

@@ -12,12 +12,12 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from m2l.data import jinja_rendering, yaml_text
 from m2l.data.prompts import Dataset
 from m2l.data.raw_records import Record
 from m2l.errors import DataError
+from m2l.typing import Json, JsonObject
 
 VARIABLE = "M2L_PROMPTSOURCE_DIR"
 # Its two kinds of object, which are read as the mappings that they are.
@@ -72,8 +72,8 @@ class Template:
             raise DataError(f"{self}: {error}") from error
         return frozenset(named)
 
-    def render(self, record: Record, number: int) -> dict[str, Any] | None:
-        """An example of a record.
+    def render(self, record: Record, number: int) -> JsonObject | None:
+        """Renders an example of a record.
 
         Args:
             record: Its columns, those that `columns` names at least, as the Hub has them.
@@ -90,33 +90,33 @@ class Template:
                 takes too much time or memory, or its target is not among two or more choices; one
                 line, with the record's number.
         """
-        where = f"{self}, record {number}"
+        place = f"{self}, record {number}"
         values = {name.replace("-", "_"): value for name, value in record.items()}
         if missing := sorted(self.columns - values.keys()):
             raise DataError(
-                f"{where}: there is no column {missing[0]!r}; it has {', '.join(values)}"
+                f"{place}: there is no column {missing[0]!r}; it has {', '.join(values)}"
             )
         try:
             parts, choices = jinja_rendering.call(
                 "promptsource", self.jinja, self.answer_choices, values, f"{self.id}/{number}"
             )
         except jinja_rendering.TemplateError as error:
-            raise DataError(f"{where}: {error}") from error
+            raise DataError(f"{place}: {error}") from error
         if len(parts) != 2 or not all(parts):
             return None
-        example: dict[str, Any] = {"inputs": parts[0], "targets": parts[1]}
+        example: JsonObject = {"inputs": parts[0], "targets": parts[1]}
         if choices is not None and self.ranked:
             example["answer_choices"] = list(dict.fromkeys(choices))
             if len(example["answer_choices"]) < 2 or parts[1] not in choices:
                 raise DataError(
-                    f"{where}: the target {parts[1]!r:.80} is not one of two or more answer "
+                    f"{place}: the target {parts[1]!r:.80} is not one of two or more answer "
                     f"choices {choices!r:.200}"
                 )
         return example
 
 
 def checkout() -> Path:
-    """The checkout that the environment variable M2L_PROMPTSOURCE_DIR names.
+    """Returns the checkout that the environment variable M2L_PROMPTSOURCE_DIR names.
 
     Raises:
         DataError: it names none.
@@ -131,7 +131,7 @@ def checkout() -> Path:
 
 
 def path(root: Path, folder: str) -> Path:
-    """Where a checkout has a dataset's templates, or would have them.
+    """Returns where a checkout has a dataset's templates, or would have them.
 
     Args:
         root: The checkout: a folder with promptsource/templates/ or templates/ in it.
@@ -150,7 +150,7 @@ def path(root: Path, folder: str) -> Path:
 
 
 def templates(root: Path, folder: str) -> tuple[Template, ...]:
-    """A dataset's English templates, in the file's order.
+    """Reads a dataset's English templates, in the file's order.
 
     Args:
         root: The checkout.
@@ -172,14 +172,14 @@ def templates(root: Path, folder: str) -> tuple[Template, ...]:
     by_id = content.get("templates") if isinstance(content, dict) else None
     if not isinstance(by_id, dict):
         raise DataError(f"{file}: expected `templates`, a mapping of identifiers to templates")
-    found = [_template(file, folder, str(key), entry) for key, entry in by_id.items()]
-    for name, times in Counter(template.name for template in found).items():
+    declared = [_template(file, folder, str(key), entry) for key, entry in by_id.items()]
+    for name, times in Counter(template.name for template in declared).items():
         if times > 1:
             raise DataError(f"{file}: {times} templates have the name {name!r}")
-    return tuple(one for one in found if not one.languages or "en" in one.languages)
+    return tuple(one for one in declared if not one.languages or "en" in one.languages)
 
 
-def _template(file: Path, folder: str, key: str, entry: Any) -> Template:
+def _template(file: Path, folder: str, key: str, entry: Json) -> Template:
     metadata = (entry.get("metadata") or {}) if isinstance(entry, dict) else None
     if not isinstance(metadata, dict):
         raise DataError(f"{file}: template {key}: expected a mapping, with one as its metadata")
@@ -204,6 +204,6 @@ def _template(file: Path, folder: str, key: str, entry: Any) -> Template:
 
 
 def task_name(base: Dataset, template: Template) -> str:
-    """The task's name as T0 forms it of a declared dataset and one of its templates."""
+    """Returns the task's name as T0 forms it of a declared dataset and one of its templates."""
     whole = base.naming.format(name=base.name, prompt=template.name)
     return re.sub(r"[^\w.]+", "_", whole)

@@ -4,11 +4,20 @@ import dataclasses
 import hashlib
 import numbers
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
 from m2l.errors import DataError
+from m2l.typing import Json, JsonObject
 
-Record = Mapping[str, Any]
+if TYPE_CHECKING:
+    import tensorflow as tf
+
+# A record of a source: texts, numbers, lists and further records by name.
+Record: TypeAlias = Mapping[str, Json]
+# Reads one of a source's splits.
+ReadSplit: TypeAlias = Callable[[str], Iterable[Record]]
+# One record inside of a tf.data graph: string scalars, int64 scalars, string vectors.
+Tensors: TypeAlias = "Mapping[str, tf.Tensor]"
 # One record in this many is held back where a source has no split to validate on.
 HELD_BACK = 20
 
@@ -22,26 +31,26 @@ class Part:
 
     Attributes:
         split: The source's split.
-        by: The field that decides. Empty: the record's number does.
+        field: The field that decides. Empty: the record's number does.
         held_back: Whether this is the part that is held back; None: it does not matter.
         percent: Of the part's records about so many percent; a smaller part is in every larger.
     """
 
     split: str
-    by: str
+    field: str
     held_back: bool | None
     percent: int = 100
 
     def of(self, records: Iterable[Record]) -> Iterator[Record]:
-        """Those records of the split that belong to this part, in their order."""
+        """Yields those records of the split that belong to this part, in their order."""
         for number, record in enumerate(records):
-            if self.by and self.by not in record:
+            if self.field and self.field not in record:
                 yield record  # whoever checks the records will name it
                 continue
-            value = str(record[self.by] if self.by else number)
+            value = str(record[self.field] if self.field else number)
             digest = hashlib.blake2b(value.encode(), digest_size=8).digest()
-            drawn, rest = divmod(int.from_bytes(digest, "little"), HELD_BACK)
-            if self.held_back in (None, rest == 0) and drawn % 100 < self.percent:
+            drawn, remainder = divmod(int.from_bytes(digest, "little"), HELD_BACK)
+            if self.held_back in (None, remainder == 0) and drawn % 100 < self.percent:
                 yield record
 
 
@@ -49,9 +58,9 @@ Splits = Mapping[str, str | Part]  # our name of a split -> the source's
 SPLITS: Splits = {"train": "train", "validation": "validation"}
 
 
-def held_back(split: str = "train", by: str = "text") -> dict[str, Part]:
-    """Our splits train and validation as the two parts of one of the source's."""
-    return {"train": Part(split, by, False), "validation": Part(split, by, True)}
+def held_back(split: str = "train", field: str = "text") -> dict[str, Part]:
+    """Returns our splits train and validation as the two parts of one of the source's."""
+    return {"train": Part(split, field, False), "validation": Part(split, field, True)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +95,7 @@ class Tfds:
 
     builder: str
     splits: Splits | None = None
-    fields: Mapping[str, str | Callable[[Record], Any]] = dataclasses.field(default_factory=dict)
+    fields: Mapping[str, str | Callable[[Record], Json]] = dataclasses.field(default_factory=dict)
 
 
 # ---- Records checked against their declaration
@@ -96,11 +105,11 @@ class Tfds:
 FieldType = str | Collection[str] | Collection[int]
 
 
-def kind_of(of_type: FieldType) -> str:
+def kind_of(field_type: FieldType) -> str:
     """Returns one of "string", "int", "strings" for a field's type."""
-    if isinstance(of_type, str):
-        return "strings" if of_type == "choices" else of_type
-    return "int" if all(isinstance(value, int) for value in of_type) else "string"
+    if isinstance(field_type, str):
+        return "strings" if field_type == "choices" else field_type
+    return "int" if all(isinstance(value, int) for value in field_type) else "string"
 
 
 _MISSING = object()
@@ -112,8 +121,8 @@ def checked(
     records: Iterable[Record],
     fields: Mapping[str, FieldType],
     complaint: Callable[[Record], str] | None = None,
-) -> Iterator[dict[str, Any]]:
-    """The declared fields of records, flat, by their paths.
+) -> Iterator[JsonObject]:
+    """Yields the declared fields of records, flat, by their paths.
 
     Args:
         name: The dataset's name, for messages.
@@ -129,14 +138,14 @@ def checked(
     number = -1
     for number, record in enumerate(records):
         flat = {}
-        for path, of_type in fields.items():
+        for path, field_type in fields.items():
             value = record[path] if path in record else _lookup(record, parts[path])
-            if value is _MISSING or not _fits(value, of_type):
+            if value is _MISSING or not _fits(value, field_type):
                 lost = value is _MISSING or (isinstance(value, list) and _MISSING in value)
                 state = "is missing" if lost else f"is {value!r:.80}"
                 raise DataError(
                     f"dataset {name!r}, split {split!r}, record {number}: field {path!r} "
-                    f"{state}, expected {_expected(of_type)}"
+                    f"{state}, expected {_expected(field_type)}"
                 )
             flat[path] = value
         if complaint is not None and (wrong := complaint(flat)):
@@ -146,8 +155,8 @@ def checked(
         raise DataError(f"dataset {name!r}, split {split!r}: there are no records")
 
 
-def _lookup(value: Any, path: Sequence[str]) -> Any:
-    """The value at a path; through a list of records, the list of their values."""
+def _lookup(value: Json, path: Sequence[str]) -> Json:
+    """Returns the value at a path; through a list of records, the list of their values."""
     for depth, name in enumerate(path):
         if isinstance(value, list | tuple):
             return [_lookup(item, path[depth:]) for item in value]
@@ -157,25 +166,25 @@ def _lookup(value: Any, path: Sequence[str]) -> Any:
     return value
 
 
-def _fits(value: Any, of_type: FieldType) -> bool:
-    kind = kind_of(of_type)
+def _fits(value: object, field_type: FieldType) -> bool:
+    kind = kind_of(field_type)
     if kind == "strings":
         texts = isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
-        return texts and (of_type != "choices" or len(value) >= 2)
+        return texts and (field_type != "choices" or len(value) >= 2)
     if kind == "string":
         right = isinstance(value, str)
     else:
         right = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    return right and (isinstance(of_type, str) or value in of_type)
+    return right and (isinstance(field_type, str) or value in field_type)
 
 
-def _expected(of_type: FieldType) -> str:
+def _expected(field_type: FieldType) -> str:
     kinds = {
         "string": "a text",
         "int": "a whole number",
         "strings": "a list of texts",
         "choices": "a list of two or more texts",
     }
-    if isinstance(of_type, str):
-        return kinds[of_type]
-    return f"one of {', '.join(repr(value) for value in of_type)}"
+    if isinstance(field_type, str):
+        return kinds[field_type]
+    return f"one of {', '.join(repr(value) for value in field_type)}"

@@ -3,31 +3,28 @@
 import contextlib
 import zlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any
 
 import seqio
 import tensorflow as tf
 
-from m2l.data.raw_records import FieldType, Record, kind_of
+from m2l.data.raw_records import FieldType, ReadSplit, kind_of
 from m2l.errors import DataError
+from m2l.typing import Json
 
 # A program that has already started TensorFlow on its accelerators keeps them; otherwise it would
 # take, just to feed data, the memory that JAX needs.
 with contextlib.suppress(RuntimeError):
     tf.config.set_visible_devices([], "GPU")
 
-Read = Callable[[str], Iterable[Record]]
-
-
 Reader = Callable[[tf.Tensor], dict[str, tf.Tensor]]
 
 
-def _table(values: Mapping[str, list[Any]], dtype: tf.DType) -> Reader:
+def _table(values: Mapping[str, list[Json]], dtype: tf.DType) -> Reader:
     """Holds fields of one value each, in one tensor: a graph pays for every tensor it is given."""
     if not values:
         return lambda index: {}
-    held = tf.constant(list(zip(*values.values(), strict=True)), dtype)
-    return lambda index: dict(zip(values, tf.unstack(held[index], len(values)), strict=True))
+    table = tf.constant(list(zip(*values.values(), strict=True)), dtype)
+    return lambda index: dict(zip(values, tf.unstack(table[index], len(values)), strict=True))
 
 
 def _lists(values: list[list[str]]) -> Callable[[tf.Tensor], tf.Tensor]:
@@ -49,7 +46,7 @@ class Records:
     """
 
     def __init__(
-        self, name: str, fields: Mapping[str, FieldType], splits: Iterable[str], read: Read
+        self, name: str, fields: Mapping[str, FieldType], splits: Iterable[str], read: ReadSplit
     ):
         self.name, self.splits = name, tuple(splits)
         self._fields, self._read = dict(fields), read
@@ -58,7 +55,7 @@ class Records:
         self._digests: dict[str, int] = {}
 
     def size(self, split: str) -> int:
-        """How many records a split has, at least one.
+        """Returns how many records a split has, at least one.
 
         Raises:
             DataError: it has none; or a record that is not as declared, by its number.
@@ -67,12 +64,12 @@ class Records:
         return self._sizes[split]
 
     def digest(self, split: str) -> int:
-        """A checksum of a split's records in their order, for telling them from others."""
+        """Returns a checksum of a split's records in their order, for telling them from others."""
         self._load(split)
         return self._digests[split]
 
     def reader(self, split: str) -> Reader:
-        """A function for the inside of a graph: a record's number (int64) -> its fields."""
+        """Returns a function for the inside of a graph: a record's number (int64) -> its fields."""
         self._load(split)
         return self._readers[split]
 
@@ -83,7 +80,7 @@ class Records:
             raise DataError(
                 f"dataset {self.name!r} has no split {split!r}; it has {', '.join(self.splits)}"
             )
-        values: dict[str, list[Any]] = {field: [] for field in self._fields}
+        values: dict[str, list[Json]] = {field: [] for field in self._fields}
         digest = 0
         for record in self._read(split):
             digest = zlib.crc32(repr(list(record.values())).encode(errors="replace"), digest)
@@ -99,13 +96,13 @@ class Records:
             for kind in ("string", "int", "strings")
         )
         single = _table(texts, tf.string), _table(numbers_of, tf.int64)
-        of_lists = {field: _lists(lists[field]) for field in lists}
+        list_readers = {field: _lists(lists[field]) for field in lists}
 
         @tf.autograph.experimental.do_not_convert
         def read(index: tf.Tensor) -> dict[str, tf.Tensor]:
-            found = {name: value for table in single for name, value in table(index).items()}
-            found |= {name: items(index) for name, items in of_lists.items()}
-            return {name: found[name] for name in self._fields}
+            tensors = {name: value for table in single for name, value in table(index).items()}
+            tensors |= {name: items(index) for name, items in list_readers.items()}
+            return {name: tensors[name] for name in self._fields}
 
         self._readers[split] = read
 
@@ -139,15 +136,15 @@ class RecordSource(seqio.DataSource):
         return True
 
     def list_shards(self, split: str) -> Sequence[str]:
-        """One name for the whole split."""
+        """Returns one name for the whole split."""
         return [split]
 
     def num_input_examples(self, split: str) -> int:
-        """How many records the split has."""
+        """Returns how many records the split has."""
         return self._records.size(split)
 
     def digest(self, split: str) -> int:
-        """A checksum of the split's records."""
+        """Returns a checksum of the split's records."""
         return self._records.digest(split)
 
     def get_dataset(
@@ -156,9 +153,9 @@ class RecordSource(seqio.DataSource):
         shuffle: bool = True,
         seed: int | None = None,
         shard_info: seqio.ShardInfo | None = None,
-        **unused: Any,
+        **unused: object,
     ) -> tf.data.Dataset:
-        """One epoch of examples; repeated, every epoch has its own order.
+        """Returns one epoch of examples; repeated, every epoch has its own order.
 
         Raises:
             DataError: the split has fewer records than there are shards: one would get none.
@@ -174,7 +171,7 @@ class RecordSource(seqio.DataSource):
     def endless(
         self, split: str, seed: int, shard: tuple[int, int], only: Collection[str]
     ) -> Callable[[tf.Tensor], dict[str, tf.Tensor]]:
-        """Examples of one epoch after the other, each in another random order, by their place.
+        """Returns a function from a place to an example: epochs, each in another random order.
 
         Args:
             split: Which split.
@@ -190,13 +187,13 @@ class RecordSource(seqio.DataSource):
         """
         first, shards = shard
         size = self._divisible(split, shards)
-        mine = len(range(first, size, shards))
+        local_size = len(range(first, size, shards))
         key = zlib.crc32(f"{seed} {self._name}".encode())  # of a key only 32 bits count
         example = self._example(split, only)
 
         @tf.autograph.experimental.do_not_convert
         def at(count: tf.Tensor) -> dict[str, tf.Tensor]:
-            epoch, place = count // mine, count % mine * shards + first
+            epoch, place = count // local_size, count % local_size * shards + first
             keys = tf.stack([tf.constant(key, tf.int64), epoch])
             return example(tf.random.experimental.index_shuffle(place, keys, size - 1))
 
@@ -212,7 +209,7 @@ class RecordSource(seqio.DataSource):
         return size
 
     def sample(self, split: str, count: int, skip: int = 0) -> tf.data.Dataset:
-        """So many examples from all over the split, in its order, the same for all its prompts.
+        """Draws examples from all over the split, in its order, the same for all its prompts.
 
         Those after the first `skip` that would be drawn: of one split, samples that do not overlap.
 
@@ -232,14 +229,14 @@ class RecordSource(seqio.DataSource):
 
         @tf.autograph.experimental.do_not_convert
         def example(index: tf.Tensor) -> dict[str, tf.Tensor]:
-            made = render(read(index))
-            return {name: made[name] for name in made if only is None or name in only}
+            tensors = render(read(index))
+            return {name: tensors[name] for name in tensors if only is None or name in only}
 
         return example
 
 
 def _permutations(size: int, key: int, seed: int | None) -> tf.data.Dataset:
-    """The numbers below `size` in a random order, another each time it is iterated."""
+    """Returns the numbers below `size` in a random order, another each time it is iterated."""
 
     @tf.autograph.experimental.do_not_convert
     def one_epoch(epoch_key: tf.Tensor) -> tf.data.Dataset:

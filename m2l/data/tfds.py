@@ -8,12 +8,13 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from m2l.data.raw_records import Record, Tfds
 from m2l.errors import DataError
+from m2l.typing import Json, JsonObject
 
 if TYPE_CHECKING:
     from tensorflow_datasets.core import DatasetBuilder
@@ -26,7 +27,7 @@ _PROBE_SECONDS = 5
 def read(
     tfds: Tfds, split: str, *, name: str, fields: Iterable[str], data_dir: Path | None = None
 ) -> Iterator[Record]:
-    """A split's records, one after another, in the order in which the library stored them.
+    """Yields a split's records, one after another, in the order in which the library stored them.
 
     What the library has not prepared yet is downloaded and prepared first, if there is a network.
 
@@ -80,8 +81,8 @@ def _check(builder: "DatasetBuilder", tfds: Tfds, split: str, fields: Iterable[s
             )
 
 
-def _examples(builder: "DatasetBuilder", split: str) -> Iterator[Mapping[str, Any]]:
-    """The library's records, as Python's values."""
+def _examples(builder: "DatasetBuilder", split: str) -> Iterator[Record]:
+    """Yields the library's records, as Python's values."""
     import tensorflow_datasets
 
     in_order = tensorflow_datasets.ReadConfig(interleave_cycle_length=1, try_autocache=False)
@@ -100,7 +101,7 @@ def _examples(builder: "DatasetBuilder", split: str) -> Iterator[Mapping[str, An
         yield example
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Json) -> Json:
     """Arrays as lists, and bytes as texts, at any depth."""
     if isinstance(value, bytes):
         return value.decode()
@@ -113,8 +114,8 @@ def _plain(value: Any) -> Any:
     return _plain(value.to_list()) if hasattr(value, "to_list") else value  # ragged, or plain
 
 
-def _record(example: Mapping[str, Any], tfds: Tfds, fields: Iterable[str]) -> dict[str, Any]:
-    record: dict[str, Any] = {}
+def _record(example: Record, tfds: Tfds, fields: Iterable[str]) -> JsonObject:
+    record: JsonObject = {}
     for field in fields:
         theirs = tfds.fields.get(field, field)
         try:
@@ -139,7 +140,7 @@ def _record(example: Mapping[str, Any], tfds: Tfds, fields: Iterable[str]) -> di
 
 
 def _prepared(name: str, data_dir: Path | None) -> "DatasetBuilder":
-    """The builder, its data on disk."""
+    """Returns the builder, its data on disk."""
     import tensorflow_datasets
 
     with _quiet():
@@ -193,7 +194,7 @@ def _network() -> bool:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No warnings of the library or of what it downloads with."""
+    """Silences the library and what it downloads with."""
     with contextlib.ExitStack() as after:
         for name in ("absl", "urllib3", "tensorflow"):
             logger = logging.getLogger(name)
@@ -203,6 +204,6 @@ def _quiet() -> Iterator[None]:
 
 
 def _line(error: object) -> str:
-    """An error of a library, or a long text of it, as one line."""
+    """Returns an error of a library, or a long text of it, as one line."""
     text = " ".join(str(error).split())
     return text if len(text) <= 400 else f"{text[:400]} ..."

@@ -1,4 +1,4 @@
-"""Whether two directories hold the same tokenizer, whatever its files are and how they spell it."""
+"""Comparison of the tokenizers of two directories, whatever their files are."""
 
 import dataclasses
 import functools
@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import tokenizers
 from sentencepiece import SentencePieceProcessor
@@ -14,8 +13,11 @@ from sentencepiece import SentencePieceProcessor
 from m2l.data.tokenizer_files import read, read_settings, without_defaults
 from m2l.errors import DataError
 from m2l.files import BYTES_TOKENIZER, TOKENIZER_FILES, TOKENIZER_JSON, TOKENIZER_SETTINGS
+from m2l.typing import Json
 
 _SHOWN = 3
+# A token and its ids in two tokenizers.
+_IdPair = tuple[str, int | None, int | None]
 
 # Of the parts of a tokenizer.json, what changes no id.
 _NO_IDS = ("trim_offsets", "dropout", "special", "normalized")
@@ -37,10 +39,10 @@ class Tokenizer:
 
     file: Path
     ids: Mapping[str, int]
-    added: Mapping[str, Any] | None = None
+    added: Mapping[str, Json] | None = None
     merges: tuple[tuple[str, ...], ...] | None = None
     scores: Mapping[str, float] | None = None
-    rules: Mapping[str, Any] | None = None
+    rules: Mapping[str, Json] | None = None
 
 
 def difference(one: Path, other: Path) -> str | None:
@@ -69,7 +71,7 @@ def difference(one: Path, other: Path) -> str | None:
 
 
 def _files(directory: Path) -> dict[str, Path]:
-    """Kind -> file of a directory's tokenizers: names, but "*.model" for one alone of its kind."""
+    """Returns kind -> file of a directory's tokenizers: names, but "*.model" for one alone."""
     names = dict.fromkeys(f for pattern in TOKENIZER_FILES for f in sorted(directory.glob(pattern)))
     pieces = [file for file in names if file.suffix in (".model", ".spm")]
     settings = directory / TOKENIZER_SETTINGS[0]
@@ -113,14 +115,14 @@ def _read(file: Path) -> Tokenizer:
     return Tokenizer(file, {})
 
 
-def _integers(file: Path, ids: Mapping[str, Any]) -> dict[str, int]:
+def _integers(file: Path, ids: Mapping[str, Json]) -> dict[str, int]:
     if any(type(value) is not int for value in ids.values()):
         raise DataError(f"{file}: damaged: it does not give each token a number")
     return dict(ids)
 
 
-def _with_added(file: Path, ids: Mapping[str, int], **parts: Any) -> Tokenizer:
-    """A tokenizer of the slow kind, whose added tokens are listed in files of their own."""
+def _with_added(file: Path, ids: Mapping[str, int], **parts: Json) -> Tokenizer:
+    """Returns a tokenizer of the slow kind, whose added tokens are listed in files of their own."""
     own = file.with_name("added_tokens.json")
     added = _integers(own, read_settings(own))
     listed = read_settings(file.with_name("tokenizer_config.json")).get("added_tokens_decoder")
@@ -146,7 +148,7 @@ def _read_pieces(file: Path) -> Tokenizer:
 
 @functools.lru_cache(maxsize=2)
 def _read_tokenizer_json(file: Path, changed: int, length: int) -> Tokenizer:
-    """The tokenizer in a file that has not changed since: a base's is compared with many."""
+    """Reads a file, which many are compared with, once for as long as it does not change."""
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # it raises nothing more special
@@ -176,43 +178,43 @@ def _read_tokenizer_json(file: Path, changed: int, length: int) -> Tokenizer:
     )
 
 
-def _deciding(value: Any) -> Any:
-    """A part of a tokenizer.json without defaults and without what changes no id."""
+def _deciding(value: Json) -> Json:
+    """Returns a part of a tokenizer.json without defaults and without what changes no id."""
     if isinstance(value, list):
         return [_deciding(item) for item in value]
     if not isinstance(value, dict):
         return value
-    kept = {key: _deciding(item) for key, item in value.items() if key not in _NO_IDS}
-    return without_defaults(kept)
+    parts = {key: _deciding(item) for key, item in value.items() if key not in _NO_IDS}
+    return without_defaults(parts)
 
 
 def _differing(one: Tokenizer, other: Tokenizer) -> str | None:
-    where = f"{one.file.name} and {other.file.name}"
+    pair = f"{one.file.name} and {other.file.name}"
     if not one.ids or not other.ids:
-        return f"{where} differ, and what is in them cannot be compared"
+        return f"{pair} differ, and what is in them cannot be compared"
     if named := _named(_differing_ids(one, other)):
-        return f"by {where}, {named}"
+        return f"by {pair}, {named}"
     if one.merges is not None and other.merges is not None and one.merges != other.merges:
         pairs = zip(one.merges, other.merges, strict=False)
         place = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
         if place is None:
-            return f"{where} have {len(one.merges)} and {len(other.merges)} merges"
+            return f"{pair} have {len(one.merges)} and {len(other.merges)} merges"
         first, second = (" ".join(each.merges[place]) for each in (one, other))
-        return f"by {where}, merge {place} is {first!r} and {second!r}"
+        return f"by {pair}, merge {place} is {first!r} and {second!r}"
     if one.added is not None and other.added is not None and one.added != other.added:
         tokens = [t for t in {**one.added, **other.added} if one.added.get(t) != other.added.get(t)]
-        return f"{where} treat the added token {tokens[0]!r} differently"
+        return f"{pair} treat the added token {tokens[0]!r} differently"
     if one.rules is not None and other.rules is not None and one.rules != other.rules:
         parts = [p for p in {**one.rules, **other.rules} if one.rules.get(p) != other.rules.get(p)]
-        return f"{where} differ in their {' and '.join(parts)}"
+        return f"{pair} differ in their {' and '.join(parts)}"
     if one.scores is not None and other.scores is not None:
         for piece in one.scores.keys() & other.scores.keys():
             if not math.isclose(one.scores[piece], other.scores[piece], rel_tol=1e-5, abs_tol=1e-6):
-                return f"{where} give {piece!r} different scores"
+                return f"{pair} give {piece!r} different scores"
     return None
 
 
-def _differing_ids(one: Tokenizer, other: Tokenizer) -> Iterator[tuple[str, Any, Any]]:
+def _differing_ids(one: Tokenizer, other: Tokenizer) -> Iterator[_IdPair]:
     """Tokens whose ids differ, with the two ids; None where a tokenizer has no such token."""
     mixed, offset = one.file.suffix != other.file.suffix, 0
     added = {**(one.added or {}), **(other.added or {})} if mixed else {}
@@ -232,12 +234,12 @@ def _differing_ids(one: Tokenizer, other: Tokenizer) -> Iterator[tuple[str, Any,
 
 
 def _is_piece(token: str) -> bool:
-    """Whether a token is cut from a text, and is not one that families number as they like."""
+    """Returns whether a token is cut from a text, and not one that families number as they like."""
     return not (token.startswith(("<", "[")) and token.endswith((">", "]")))
 
 
-def _named(tokens: Iterator[tuple[str, Any, Any]]) -> str:
-    def spell(number: Any) -> str:
+def _named(tokens: Iterator[_IdPair]) -> str:
+    def spell(number: int | None) -> str:
         return "missing" if number is None else str(number)
 
     rows = list(tokens)

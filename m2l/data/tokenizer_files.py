@@ -1,4 +1,4 @@
-"""What a vocabulary's files say, read without seqio and TensorFlow, which take seconds to load."""
+"""The files of a vocabulary, read without seqio and TensorFlow, which take seconds to load."""
 
 import dataclasses
 import functools
@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import tokenizers
 from sentencepiece import SentencePieceProcessor
@@ -25,6 +24,7 @@ from m2l.files import (
     microworld_pieces,
     split_name,
 )
+from m2l.typing import Json, JsonObject
 
 # Sentinels for span corruption at the end of the vocabulary: of T5's own models, and of ours.
 T5_EXTRA_IDS = 100
@@ -127,7 +127,7 @@ def _sha256(head: str, content: bytes = b"") -> str:
 
 
 def read(name: str) -> Files:
-    """What a vocabulary's name stands for; see `vocabularies.load` for the names.
+    """Reads what a vocabulary's name stands for; see `vocabularies.load` for the names.
 
     Raises:
         DataError: there is no such file or directory, it holds no tokenizer, or one that cannot be
@@ -161,7 +161,7 @@ def read(name: str) -> Files:
 
 
 def _extra_ids(settings: Path, default: int) -> int:
-    """How many sentinels a tokenizer_config.json says there are."""
+    """Returns how many sentinels a tokenizer_config.json says there are."""
     extra_ids = read_settings(settings).get("extra_ids", default)
     if type(extra_ids) is not int or extra_ids < 0:
         raise DataError(f"{settings}: extra_ids = {extra_ids!r}: a number from 0 was expected")
@@ -169,7 +169,7 @@ def _extra_ids(settings: Path, default: int) -> int:
 
 
 def absolute(name: str) -> str:
-    """A vocabulary's name with its path, if it has one, made absolute."""
+    """Returns a vocabulary's name with its path, if it has one, made absolute."""
     prefixes, plain = split_name(name)
     if plain in (BYTES, MICROWORLD):
         return name
@@ -177,8 +177,8 @@ def absolute(name: str) -> str:
     return f"{prefixes}{os.path.abspath(path) if isinstance(path, Path) else path}"
 
 
-def describe(name: str, files: Files | None = None) -> dict[str, Any]:
-    """What a checkpoint's manifest says of a vocabulary; loads neither seqio nor TensorFlow.
+def describe(name: str, files: Files | None = None) -> JsonObject:
+    """Describes a vocabulary for a checkpoint's manifest; loads neither seqio nor TensorFlow.
 
     Args:
         name: What `vocabularies.load` takes.
@@ -199,7 +199,7 @@ def describe(name: str, files: Files | None = None) -> dict[str, Any]:
 
 
 def main_file(name: str) -> Path:
-    """The file that decides the ids of the vocabulary at a path.
+    """Returns the file that decides the ids of the vocabulary at a path.
 
     Raises:
         DataError: there is no such file or directory, or the directory holds no tokenizer.
@@ -226,8 +226,8 @@ def main_file(name: str) -> Path:
     )
 
 
-def read_settings(file: Path) -> dict[str, Any]:
-    """The JSON object in a file beside a tokenizer; an empty one if there is no such file.
+def read_settings(file: Path) -> JsonObject:
+    """Reads the JSON object in a file next to a tokenizer; an empty one if there is no such file.
 
     Raises:
         DataError: it is damaged.
@@ -247,8 +247,8 @@ def _checked_pieces(name: str, file: Path) -> SentencePieceProcessor:
     try:
         return _pieces(file)
     except RuntimeError as error:
-        what = "the file" if file.name in name else file.name
-        raise DataError(f"vocabulary {name!r}: {what} is not a SentencePiece model") from error
+        file_name = "the file" if file.name in name else file.name
+        raise DataError(f"vocabulary {name!r}: {file_name} is not a SentencePiece model") from error
 
 
 def _start_of_pieces(name: str, file: Path, pieces: SentencePieceProcessor) -> int | None:
@@ -288,7 +288,7 @@ def _tokenizer_json(name: str, file: Path) -> TokenizerJson:
 
 @functools.lru_cache(maxsize=4)
 def _tokenizer(file: Path, changed: int, length: int) -> tuple[tokenizers.Tokenizer, int, str]:
-    """The tokenizer in a file that has not changed since, its size, its `ids_digest`."""
+    """Reads a tokenizer, its size and its `ids_digest`, once while its file is the same."""
     tokenizer = tokenizers.Tokenizer.from_file(str(file))
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -300,7 +300,7 @@ def _tokenizer(file: Path, changed: int, length: int) -> tuple[tokenizers.Tokeni
     return tokenizer, size, _sha256(json.dumps(ids, sort_keys=True))
 
 
-def without_defaults(value: Any) -> Any:
+def without_defaults(value: Json) -> Json:
     """Returns a part of a tokenizer.json without what is null or false in it."""
     if isinstance(value, list):
         return [without_defaults(item) for item in value]
@@ -314,10 +314,10 @@ def without_defaults(value: Any) -> Any:
     }
 
 
-def _special_tokens(settings: dict[str, Any]) -> dict[str, str]:
+def _special_tokens(settings: JsonObject) -> dict[str, str]:
     roles = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
-    found = {f"{role}_token": settings.get(f"{role}_token") for role in roles}
-    texts = {role: t.get("content") if isinstance(t, dict) else t for role, t in found.items()}
+    entries = {f"{role}_token": settings.get(f"{role}_token") for role in roles}
+    texts = {role: t.get("content") if isinstance(t, dict) else t for role, t in entries.items()}
     return {role: text for role, text in texts.items() if isinstance(text, str) and text}
 
 
@@ -325,23 +325,23 @@ def _special_id(
     name: str, file: Path, tokenizer: tokenizers.Tokenizer, special: dict[str, str], role: str
 ) -> int | None:
     if token := special.get(f"{role}_token"):
-        if (found := tokenizer.token_to_id(token)) is None:
+        if (token_id := tokenizer.token_to_id(token)) is None:
             raise DataError(
                 f"vocabulary {name!r}: its {role}_token {token!r} is not in {file.name}; load and "
                 "save it with transformers once, which adds it"
             )
-        return found
+        return token_id
     # GPT-2's tokenizer leaves it to the model's settings.
     for other in ("generation_config.json", "config.json"):
-        found = read_settings(file.with_name(other)).get(f"{role}_token_id")
-        found = found[0] if isinstance(found, list) and found else found
-        if isinstance(found, int):
-            return found
+        token_id = read_settings(file.with_name(other)).get(f"{role}_token_id")
+        token_id = token_id[0] if isinstance(token_id, list) and token_id else token_id
+        if isinstance(token_id, int):
+            return token_id
     return None
 
 
 def _put_first(name: str, tokenizer: tokenizers.Tokenizer) -> int | None:
-    """The id that the tokenizer's post-processor puts in front of a text."""
+    """Returns the id that the tokenizer's post-processor puts in front of a text."""
     bare, whole = (tokenizer.encode("a", add_special_tokens=add).ids for add in (False, True))
     for place in range(len(whole) - len(bare) + 1):
         if whole[place : place + len(bare)] == bare:

@@ -3,7 +3,6 @@
 import datetime
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import seqio
@@ -25,6 +24,7 @@ from m2l.data.tokenizer_files import (
 )
 from m2l.errors import DataError
 from m2l.files import split_name
+from m2l.typing import JsonObject
 
 __all__ = [
     "EOS",
@@ -43,7 +43,7 @@ __all__ = [
 
 
 def load(name: str) -> seqio.Vocabulary:
-    """A vocabulary by name.
+    """Loads a vocabulary by name.
 
     Args:
         name: "microworld" (1,024 ids; any text round trips, by bytes where it must), "bytes"
@@ -89,7 +89,7 @@ def load(name: str) -> seqio.Vocabulary:
 
 
 def _reading(name: str) -> tuple[datetime.date | None, bool | None]:
-    """What a name's prefixes say: a chat's date, None for no chat; whether a space is put."""
+    """Parses a name's prefixes: a chat's date, None for no chat; whether a space is put."""
     prefixes = split_name(name)[0].split(":")[:-1]
     kinds = [prefix.partition("@")[0] for prefix in prefixes]
     spaces = [kind == "space" for kind in kinds if kind != "chat"]
@@ -110,8 +110,8 @@ def _reading(name: str) -> tuple[datetime.date | None, bool | None]:
     return date, spaces[0] if spaces else None
 
 
-def describe(vocabulary: seqio.Vocabulary, name: str) -> dict[str, Any]:
-    """What a checkpoint's manifest says of the vocabulary it was trained with.
+def describe(vocabulary: seqio.Vocabulary, name: str) -> JsonObject:
+    """Describes the vocabulary that a checkpoint was trained with, for its manifest.
 
     Args:
         vocabulary: From `load`.
@@ -147,17 +147,17 @@ def settings(vocabulary: seqio.Vocabulary) -> dict[str, str]:
         "chat_date": the date that a chat template which asks for it is told; "target_space":
         whether a space stands between a decoder's inputs and targets, if the name says so.
     """
-    found = {}
+    named = {}
     template = getattr(vocabulary, "chat_template", None)
     if template and template.reads_date:
-        found["chat_date"] = template.date.isoformat()
+        named["chat_date"] = template.date.isoformat()
     if (space := getattr(vocabulary, "space", None)) is not None:
-        found["target_space"] = "space" if space else "none"
-    return found
+        named["target_space"] = "space" if space else "none"
+    return named
 
 
 def start_id(vocabulary: seqio.Vocabulary) -> int | None:
-    """The id that a decoder-only model's rows start with, before the inputs; None for none.
+    """Returns the id that a decoder-only model's rows start with; None for none.
 
     A tokenizer's own first token where it adds one. T5's vocabularies have none: the models start
     with padding, as T5X's decoder-only models do.
@@ -166,7 +166,7 @@ def start_id(vocabulary: seqio.Vocabulary) -> int | None:
 
 
 def continuing(vocabulary: seqio.Vocabulary) -> seqio.Vocabulary:
-    """The vocabulary to encode targets with, so that they go on where the inputs end.
+    """Returns the vocabulary to encode targets with, so that they go on where the inputs end.
 
     A decoder reads inputs and targets as one text, "inputs targets": encoded apart they must be the
     same ids. Byte-level tokenizers need the space before the target for it, others add it
@@ -278,7 +278,7 @@ class TokenizerVocabulary(seqio.Vocabulary):
         texts.set_shape(ids.shape[:-1])
         return texts
 
-    def _decode_rows(self, ids: np.ndarray) -> Any:
+    def _decode_rows(self, ids: np.ndarray) -> bytes | np.ndarray:
         if ids.ndim == 1:
             return self.decode(ids.tolist()).encode()
         return np.array([self._decode_rows(row) for row in ids], object)

@@ -2,11 +2,11 @@
 
 import re
 from collections.abc import Sequence
-from typing import Any
 
 import yaml
 
 from m2l.errors import DataError
+from m2l.typing import Json
 
 MAX_CHARACTERS = 2**24
 MAX_DEPTH = 50
@@ -22,7 +22,7 @@ class _TooMuch(Exception):
     """The text asks for more than is read."""
 
 
-def load(text: str, wrong: str, mappings: Sequence[str] = ()) -> Any:
+def load(text: str, wrong: str, mappings: Sequence[str] = ()) -> Json:
     """Reads a YAML document.
 
     Args:

@@ -9,9 +9,10 @@ import hashlib
 import itertools
 from collections.abc import Callable, Mapping
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from m2l.errors import UnknownNameError
+from m2l.typing import Json, JsonObject
 
 from . import (
     coding,
@@ -30,7 +31,6 @@ from . import corpus as _corpus
 from . import instructions as _instructions
 from .dice import Dice
 
-Record = dict[str, Any]
 TRAIN, EVALUATION = 2940, 210  # both a whole number of rounds over 2, 3, 5 and 14 labels
 SHARES = 10  # of the possible contents; each split but the first has one of them
 
@@ -46,8 +46,8 @@ class Generated(NamedTuple):
         strata: How many kinds of record there are to balance, such as labels; 0: all are listed.
     """
 
-    generate: Callable[..., Any]
-    content: Callable[[Any], Any]
+    generate: Callable[..., Json]
+    content: Callable[[Json], Json]
     splits: Mapping[str, int]
     strata: int
 
@@ -114,22 +114,13 @@ DATASETS: Mapping[str, Generated] = {
     ),
     "hellaswag": Generated(held_out.hellaswag, itemgetter("ctx", "endings"), _VALIDATION, 4),
     "anli_r1": Generated(
-        held_out.anli_r1,
-        _PAIR,
-        {"train_r1": TRAIN, "dev_r1": EVALUATION, "test_r1": EVALUATION},
-        3,
+        held_out.anli_r1, _PAIR, {"train_r1": TRAIN, "dev_r1": EVALUATION, "test_r1": EVALUATION}, 3
     ),
     "anli_r2": Generated(
-        held_out.anli_r2,
-        _PAIR,
-        {"train_r2": TRAIN, "dev_r2": EVALUATION, "test_r2": EVALUATION},
-        3,
+        held_out.anli_r2, _PAIR, {"train_r2": TRAIN, "dev_r2": EVALUATION, "test_r2": EVALUATION}, 3
     ),
     "anli_r3": Generated(
-        held_out.anli_r3,
-        _PAIR,
-        {"train_r3": TRAIN, "dev_r3": EVALUATION, "test_r3": EVALUATION},
-        3,
+        held_out.anli_r3, _PAIR, {"train_r3": TRAIN, "dev_r3": EVALUATION, "test_r3": EVALUATION}, 3
     ),
     "super_glue_rte": Generated(held_out.super_glue_rte, _PAIR, _VALIDATION, 2),
     "super_glue_wsc.fixed": Generated(
@@ -149,10 +140,7 @@ _REQUEST = itemgetter("request")
 # What paper 2's skills are taught and tested by; no dataset of T0's, and none of their schemas.
 SKILLS: Mapping[str, Generated] = {
     "general_requests": Generated(
-        requests.general_requests,
-        _REQUEST,
-        {"train": 1800, "validation": 90},
-        len(requests.DEEDS),
+        requests.general_requests, _REQUEST, {"train": 1800, "validation": 90}, len(requests.DEEDS)
     ),
     "science_facts": Generated(
         science.facts, itemgetter("question"), {"train": 560, "validation": 56}, 0
@@ -185,8 +173,8 @@ INSTRUCTIONS = Generated(
 )
 
 
-def records(dataset: str, split: str) -> list[Record]:
-    """A split of a dataset, in the fields and types that it has on Hugging Face.
+def records(dataset: str, split: str) -> list[JsonObject]:
+    """Generates a split of a dataset, in the fields and types that it has on Hugging Face.
 
     Args:
         dataset: One of DATASETS or SKILLS.
@@ -198,17 +186,22 @@ def records(dataset: str, split: str) -> list[Record]:
     known = {**DATASETS, **SKILLS}
     if dataset not in known:
         raise UnknownNameError("microworld dataset", dataset, known)
-    found = _generate(dataset, split, known[dataset])
-    for number, record in enumerate(found):  # what only the split tells: no generator knows it
-        told = {**dict.fromkeys(("id", "uid", "dialogue_id"), f"{split}-{number}"), "split": split}
+    generated = _generate(dataset, split, known[dataset])
+    for number, record in enumerate(generated):  # what only the split tells: no generator knows it
+        identifiers = {
+            **dict.fromkeys(("id", "uid", "dialogue_id"), f"{split}-{number}"),
+            "split": split,
+        }
         for part in (record, record.get("metadata", {})):
-            known = {field for field in told.keys() & part.keys() if isinstance(part[field], str)}
-            part.update({field: told[field] for field in known})
-    return found
+            known = {
+                field for field in identifiers.keys() & part.keys() if isinstance(part[field], str)
+            }
+            part.update({field: identifiers[field] for field in known})
+    return generated
 
 
 def corpus(split: str) -> list[str]:
-    """Lines of plain text about the world: two to nine sentences each, most often three to six.
+    """Writes lines of plain text about the world: two to nine sentences, most often three to six.
 
     Raises:
         UnknownNameError: the split is neither train nor validation.
@@ -216,8 +209,8 @@ def corpus(split: str) -> list[str]:
     return _generate("corpus", split, TEXT)
 
 
-def instructions(split: str) -> list[Record]:
-    """Instructions of many kinds, none of them a T0 task: task, inputs, targets, answer_choices.
+def instructions(split: str) -> list[JsonObject]:
+    """Writes instructions, none of them a T0 task: task, inputs, targets, answer_choices.
 
     `answer_choices` is a list of texts that holds the target, or None where the answer is free.
 
@@ -227,23 +220,23 @@ def instructions(split: str) -> list[Record]:
     return _generate("instructions", split, INSTRUCTIONS)
 
 
-def _generate(name: str, split: str, generated: Generated) -> list[Any]:
+def _generate(name: str, split: str, generated: Generated) -> list[Json]:
     if split not in generated.splits:
         raise UnknownNameError(f"split of microworld {name!r}", split, generated.splits)
     place = list(generated.splits).index(split)
     size = generated.splits[split]
 
-    def key(record: Any) -> bytes:
+    def key(record: Json) -> bytes:
         return hashlib.blake2b(repr((name, generated.content(record))).encode()).digest()
 
-    def belongs(record: Any) -> bool:
+    def belongs(record: Json) -> bool:
         share = key(record)[0] % SHARES
         return share == place - 1 if place else share >= len(generated.splits) - 1
 
     if not generated.strata:
         pool = sorted(filter(belongs, generated.generate()), key=key)
         return pool[:size]
-    found, seen = [], set()
+    drawn, seen = [], set()
     for number in range(size):
         turn, place_in_turn = divmod(number, generated.strata)
         stratum = Dice(name, split, turn).shuffled(range(generated.strata))[place_in_turn]
@@ -251,7 +244,7 @@ def _generate(name: str, split: str, generated: Generated) -> list[Any]:
             generated.generate(Dice(name, split, number, attempt), number, stratum)
             for attempt in itertools.count()
         )
-        found.append(next(r for r in tries if belongs(r) and key(r) not in seen))
+        drawn.append(next(r for r in tries if belongs(r) and key(r) not in seen))
         if place:
-            seen.add(key(found[-1]))
-    return found
+            seen.add(key(drawn[-1]))
+    return drawn

@@ -1,14 +1,12 @@
 """Requests for small programs, with test cases: what `m2l.evaluation.programs` runs."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from m2l.evaluation import programs
 from m2l.evaluation.programs import Program, Repeat, Step, Values, While
+from m2l.typing import JsonObject
 
 from .dice import Dice
-
-Record = dict[str, Any]
 
 CASES = 4
 STRATA = 4
@@ -40,7 +38,7 @@ def _step(dice: Dice) -> Step:
 
 
 def _program(dice: Dice, stratum: int) -> Program:
-    """Two or three steps; in some programs the first is repeated, or goes on for a while."""
+    """Draws two or three steps; in some programs the first is repeated, or goes on for a while."""
     if stratum == 2:
         body = Step(dice.pick(("more", "less", "put")), dice.pick(tuple(NUMBERS)))
         return (Repeat(dice.pick((2, 3)), (body,)), _step(dice))
@@ -69,7 +67,7 @@ def _said(dice: Dice, program: Program) -> str:
 
 
 def _without_one(program: Program) -> list[Program]:
-    """The programs that leave a step out."""
+    """Returns the programs that leave a step out."""
     return [(*program[:i], *program[i + 1 :]) for i in range(len(program))]
 
 
@@ -80,22 +78,22 @@ def _outcomes(program: Program, lists: Sequence[Values]) -> list[Values] | None:
         return None
 
 
-def coding_programs(dice: Dice, index: int, stratum: int) -> Record:
-    """A request, a program that does it, and test cases that no program with a step less passes."""
+def coding_programs(dice: Dice, index: int, stratum: int) -> JsonObject:
+    """Asks for a program, with test cases that no program with a step less passes."""
     while True:
         program = _program(dice, stratum)
         lists = [tuple(1 + dice.below(9) for _ in range(4 + dice.below(3))) for _ in range(CASES)]
-        made = _outcomes(program, lists)
-        if made is None or sum(map(bool, made)) < CASES - 1:
+        outcomes = _outcomes(program, lists)
+        if outcomes is None or sum(map(bool, outcomes)) < CASES - 1:
             continue
-        if all(_outcomes(less, lists) != made for less in _without_one(program)):
+        if all(_outcomes(less, lists) != outcomes for less in _without_one(program)):
             break
     said = _said(dice, program)
     return {
         "request": dice.pick(_FRAMES).format(said=said),
         "program": programs.written(program),
         "tests": [
-            f"{' '.join(map(str, given))} -> {' '.join(map(str, one))}".strip()
-            for given, one in zip(lists, made, strict=True)
+            f"{' '.join(map(str, numbers))} -> {' '.join(map(str, result))}".strip()
+            for numbers, result in zip(lists, outcomes, strict=True)
         ],
     }

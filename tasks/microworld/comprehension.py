@@ -3,9 +3,19 @@
 import re
 from typing import NamedTuple
 
+from m2l.typing import JsonObject
+
 from .dice import Dice
-from .held_in import Record
-from .world import FIRST_NAMES, LAST_NAMES, PERSON_RELATIONS, PRONOUNS, RELATIONS, SLOTS, fill, mend
+from .world import (
+    FIRST_NAMES,
+    LAST_NAMES,
+    PERSON_RELATIONS,
+    PRONOUNS,
+    RELATIONS,
+    SLOTS,
+    a_or_an,
+    fill,
+)
 
 _TOLD = PERSON_RELATIONS[:-1]  # a friendship is about two
 # Whom a fact tells apart, and who shares it.
@@ -39,13 +49,13 @@ class _Fact(NamedTuple):
 
 
 def _people(dice: Dice, count: int) -> list[str]:
-    """Full names that share no part."""
+    """Draws full names that share no part."""
     firsts, lasts = dice.sample(FIRST_NAMES, count), dice.sample(LAST_NAMES, count)
     return [f"{first} {last}" for first, last in zip(firsts, lasts, strict=True)]
 
 
 def _facts(dice: Dice, relation: str, people: list[str]) -> list[_Fact]:
-    """One relation's facts about people, each of another value."""
+    """Draws one relation's facts about people, each of another value."""
     fact = RELATIONS[relation]
     values = dice.sample(fact.values(), len(people))
     return [
@@ -56,24 +66,24 @@ def _facts(dice: Dice, relation: str, people: list[str]) -> list[_Fact]:
 
 def _record(
     model: str, people: list[str], said: list[_Fact], question: str, answer: _Fact
-) -> Record:
-    """The record whose answer is the value of one of the facts; it bears the first one's name."""
+) -> JsonObject:
+    """Returns the record whose answer is the value of one of the facts, named after the first."""
     context = " ".join(fact.sentence for fact in said)
     named = [name for name in people if name in context]
     before = "".join(f"{fact.sentence} " for fact in said[: said.index(answer)])
-    *_, found = re.finditer(rf"\b{answer.value}\b", answer.sentence)
+    *_, match = re.finditer(rf"\b{answer.value}\b", answer.sentence)
     return {
         "id": "",
         "title": min(named, key=context.index),
         "context": context,
-        "question": mend(question),
-        "answers": {"text": [answer.value], "answer_start": [len(before) + found.start()]},
+        "question": a_or_an(question),
+        "answers": {"text": [answer.value], "answer_start": [len(before) + match.start()]},
         "metadata": {"split": "", "model_in_the_loop": model},
     }
 
 
-def adversarial_qa_dbidaf(dice: Dice, index: int, stratum: int) -> Record:
-    """Two people in a mix of sentences; the other one's answer stands there too."""
+def adversarial_qa_dbidaf(dice: Dice, index: int, stratum: int) -> JsonObject:
+    """Describes two people in a mix of sentences; the other one's answer is among them."""
     people = _people(dice, 2)
     relation = _TOLD[stratum]
     asked = _facts(dice, relation, people)
@@ -84,8 +94,8 @@ def adversarial_qa_dbidaf(dice: Dice, index: int, stratum: int) -> Record:
     return _record("BiDAF", people, dice.shuffled(said), question, asked[0])
 
 
-def adversarial_qa_dbert(dice: Dice, index: int, stratum: int) -> Record:
-    """Two people, each named once; the question names neither, but tells one by another fact."""
+def adversarial_qa_dbert(dice: Dice, index: int, stratum: int) -> JsonObject:
+    """Describes two people, each named once; the question tells one by another fact."""
     people = _people(dice, 2)
     relation = _TOLD[stratum]
     by, more = dice.sample([name for name in _TOLD if name != relation], 2)
@@ -108,7 +118,7 @@ def adversarial_qa_dbert(dice: Dice, index: int, stratum: int) -> Record:
 
 
 def _by_age(dice: Dice, relation: str, people: list[str]) -> tuple[list[_Fact], str, _Fact]:
-    """Who is the oldest, or the youngest, of three, or what is told of that one."""
+    """Asks who is the oldest, or the youngest, of three, or what is told of that one."""
     said, right = _facts(dice, relation, people), dice.pick((0, 2))
     ages = [
         _Fact(dice.pick(_AGES).format(old=old, young=young), dice.pick((old, young)))
@@ -122,7 +132,7 @@ def _by_age(dice: Dice, relation: str, people: list[str]) -> tuple[list[_Fact], 
 
 
 def _alike(dice: Dice, relation: str, people: list[str]) -> tuple[list[_Fact], str, _Fact]:
-    """Who of three shares something with another."""
+    """Asks who of three shares something with another."""
     said, fact = _facts(dice, relation, people), RELATIONS[relation]
     sentence = fact.state(dice.below(4), people[0], said[1].value)
     said[0] = _Fact(sentence, people[0])
@@ -130,7 +140,7 @@ def _alike(dice: Dice, relation: str, people: list[str]) -> tuple[list[_Fact], s
 
 
 def _corrected(dice: Dice, relation: str, people: list[str]) -> tuple[list[_Fact], str, _Fact]:
-    """What is true of somebody, told by another fact, of whom something else is said too."""
+    """Asks what is true of somebody, named by another fact, of whom something untrue is said."""
     said, fact = _facts(dice, relation, people), RELATIONS[relation]
     for i in dice.pick(((0,), (0, 1))):
         false, true = (
@@ -149,8 +159,8 @@ def _corrected(dice: Dice, relation: str, people: list[str]) -> tuple[list[_Fact
     return [*said, *known], dice.pick(fact.questions).format(s=who), said[0]
 
 
-def adversarial_qa_droberta(dice: Dice, index: int, stratum: int) -> Record:
-    """Three people, two of whom are compared, or of whom something untrue is said."""
+def adversarial_qa_droberta(dice: Dice, index: int, stratum: int) -> JsonObject:
+    """Describes three people, two of whom are compared, or of whom something untrue is said."""
     people = _people(dice, 3)
     relation, more = dice.sample(_TOLD, 2)
     said, question, answer = (_by_age, _alike, _corrected)[stratum](dice, relation, people)
@@ -259,8 +269,8 @@ _BESIDE = (
 )
 
 
-def ropes(dice: Dice, index: int, stratum: int) -> Record:
-    """A law, two people of whom one meets the good and one the bad end of it, and who meets which.
+def ropes(dice: Dice, index: int, stratum: int) -> JsonObject:
+    """States a law and that one person meets the good and one the bad end of it; asks who which.
 
     Which condition is the good one is of the background alone.
     """
@@ -288,7 +298,7 @@ def ropes(dice: Dice, index: int, stratum: int) -> Record:
     return {
         "id": "",
         "background": fill(dice, law_said, **slots),
-        "situation": mend(" ".join(said)),
+        "situation": a_or_an(" ".join(said)),
         "question": question,
         "answers": {"text": [people[second]]},
     }

@@ -16,19 +16,19 @@ from .world import (
     SLOTS,
     TOWNS,
     Person,
+    a_or_an,
     fill,
-    mend,
 )
 
 
 def _mention(dice: Dice, person: Person) -> str:
-    """A person by name, by job, or by both."""
+    """Says who a person is: by name, by job, or by both."""
     both = f"{person.name} the {person.job}"
     return dice.pick((person.name, person.name, both, f"the {person.job}"))
 
 
 def _profile(dice: Dice) -> str:
-    """What somebody is, has and likes, and how the work is done."""
+    """Says what somebody is, has and likes, and how the work is done."""
     person = dice.pick(tuple(PEOPLE.values()))
     job = JOBS[person.job]
     facts = [(name, RELATIONS[name].facts[person.name]) for name in PERSON_RELATIONS]
@@ -57,7 +57,7 @@ def _talk(dice: Dice) -> str:
 
 
 def _work(dice: Dice) -> str:
-    """A job, who has it, and what goes with it."""
+    """Describes a job, who has it, and what goes with it."""
     job = dice.pick(tuple(JOBS.values()))
     person = next(person for person in PEOPLE.values() if person.job == job.name)
     said = [
@@ -73,7 +73,7 @@ def _work(dice: Dice) -> str:
 
 
 def _town(dice: Dice) -> str:
-    """A town and who lives there."""
+    """Describes a town and who lives there."""
     town = dice.pick(tuple(TOWNS.values()))
     said = [
         RELATIONS[relation].state(dice.below(4), town.name, RELATIONS[relation].facts[town.name])
@@ -86,12 +86,12 @@ def _town(dice: Dice) -> str:
 
 
 def _animal(dice: Dice) -> str:
-    """A pet's kind, food and keepers."""
+    """Describes a pet's kind, food and keepers."""
     diet = RELATIONS["diet"]
     animal = dice.pick(tuple(diet.facts))
     said = [
-        mend(f"a {animal} is an animal."),
-        mend(diet.state(dice.below(4), f"a {animal}", diet.facts[animal])),
+        a_or_an(f"a {animal} is an animal."),
+        a_or_an(diet.state(dice.below(4), f"a {animal}", diet.facts[animal])),
     ]
     for person in PEOPLE.values():
         if person.pet == animal:
@@ -101,7 +101,7 @@ def _animal(dice: Dice) -> str:
 
 
 def _happenings(dice: Dice) -> str:
-    """Two or three things that happen to somebody, each with its effect."""
+    """Tells two or three things that happen to somebody, each with its effect."""
     person = dice.pick(tuple(PEOPLE.values()))
     said = []
     for rule in dice.sample(RULES, 2 + dice.below(2)):
@@ -120,7 +120,7 @@ def _happenings(dice: Dice) -> str:
 
 
 def _activity(dice: Dice) -> str:
-    """An activity from start to end."""
+    """Tells an activity from start to end."""
     person, script = dice.pick(tuple(PEOPLE.values())), dice.pick(SCRIPTS)
     said = [f"{person.name} {script.start}."]
     for step in script.steps:
@@ -129,12 +129,12 @@ def _activity(dice: Dice) -> str:
 
 
 def _begun(text: str) -> str:
-    """A text without its last sentence: whole, it might be one that a split evaluates."""
+    """Cuts off a text's last sentence: whole, it might be one that a split evaluates."""
     return text.rsplit(". ", 1)[0] + "."
 
 
 def _opinion(dice: Dice) -> str:
-    """What somebody thinks of a film or an app, and how that feels."""
+    """Tells what somebody thinks of a film or an app, and how that feels."""
     name, good = dice.pick(tuple(PEOPLE)), dice.below(2)
     feeling = dice.pick((("sad", "angry", "bored"), ("glad", "happy", "excited"))[good])
     if dice.below(2):
@@ -145,7 +145,7 @@ def _opinion(dice: Dice) -> str:
 
 
 def _paper(dice: Dice) -> str:
-    """What somebody read in the paper or in a book."""
+    """Tells what somebody read in the paper or in a book."""
     name = dice.pick(tuple(PEOPLE))
     if dice.below(2):
         return f"{name} read the paper. {_begun(held_in.news(dice, dice.below(4)))}"
@@ -153,24 +153,24 @@ def _paper(dice: Dice) -> str:
 
 
 def _doing(dice: Dice) -> str:
-    """What people and animals do where."""
+    """Tells what people and animals do where."""
     said = []
     for name in dice.sample(tuple(PEOPLE), 3):
         place = dice.pick(tuple(phrases.PLACES))
-        where = f"{phrases.PLACES[place]} the {place}"
+        location = f"{phrases.PLACES[place]} the {place}"
         _, form, things = dice.pick(phrases.DEEDS)
         moved = dice.pick(phrases.MOVES)[1]
         who = dice.pick((name, f"the {PEOPLE[name].pet} of {name}"))
         said.append(
             dice.pick(
-                (f"{name} {form} the {dice.pick(things)} {where}.", f"{who} {moved} {where}.")
+                (f"{name} {form} the {dice.pick(things)} {location}.", f"{who} {moved} {location}.")
             )
         )
     return " ".join(said)
 
 
 def _stranger(dice: Dice) -> str:
-    """Somebody who is not of the world."""
+    """Describes somebody who is not of the world."""
     name = dice.pick(SLOTS["full"])
     said = []
     for relation in dice.sample(PERSON_RELATIONS[:-1], 3):
@@ -180,19 +180,19 @@ def _stranger(dice: Dice) -> str:
 
 
 def _meaning(dice: Dice) -> str:
-    """What words mean: their kind, their opposite, how strong they are."""
+    """Says what words mean: their kind, their opposite, how strong they are."""
     said = []
     for left, right in dice.sample(phrases.OPPOSITES, 2):
         said.append(f"{left} is the opposite of {right}.")
     for kind in dice.sample(tuple(KINDS), 2):
-        said.append(mend(f"{dice.pick(KINDS[kind])} is the name of a {kind}."))
+        said.append(a_or_an(f"{dice.pick(KINDS[kind])} is the name of a {kind}."))
     star = dice.below(5)
     said.append(f"{dice.pick(phrases.STAR_WORDS[star])} means {phrases.STRENGTHS[star]}.")
     return " ".join(dice.shuffled(said))
 
 
 def _senses(dice: Dice) -> str:
-    """A word's two senses, each with a sentence."""
+    """Gives a word's two senses, each with a sentence."""
     word = dice.pick(tuple(senses.SENSES))
     both = dice.shuffled(senses.SENSES[word])
     said = [f"{word} means {both[0].meaning} or {both[1].meaning}."]
@@ -203,7 +203,7 @@ def _senses(dice: Dice) -> str:
 
 
 def _why(dice: Dice) -> str:
-    """Of which of two people who are not of the world, or things, something is true, and why."""
+    """Says of which of two strangers, or things, something is true, and why."""
     said = []
     for schema in dice.sample(schemas.SCHEMAS, 2):
         place = dice.below(2)
@@ -218,20 +218,20 @@ def _why(dice: Dice) -> str:
 
 
 def _both(dice: Dice) -> str:
-    """What happens to two people who are not of the world, and which of them it moves how."""
+    """Tells what happens to two strangers, and which of them it moves how."""
     place = dice.below(2)
-    told, effect, people, cause = schemas.tell_habits(dice, place, FIRST_NAMES)
+    story, effect, people, cause = schemas.tell_habits(dice, place, FIRST_NAMES)
     he = PRONOUNS[people[place]]
-    said = [told, f"{effect.format(he=f'{he}, {people[place]},')}."]
+    said = [story, f"{effect.format(he=f'{he}, {people[place]},')}."]
     return " ".join([*said, f"{cause}, so {effect.format(he=he)}."])
 
 
 def _chat(dice: Dice) -> str:
-    """Two people ask each other, and what one learns from it."""
+    """Writes how two people ask each other, and what one learns from it."""
     relation = dice.pick(tuple(held_out.TALK))
-    asks, told = dice.sample(tuple(PEOPLE), 2)
+    asks, answerer = dice.sample(tuple(PEOPLE), 2)
     values = RELATIONS[relation].facts
-    value, other = values[told], dice.pick(RELATIONS[relation].values())
+    value, other = values[answerer], dice.pick(RELATIONS[relation].values())
     question, either, answer = held_out.TALK[relation]
     replies = (
         (question, answer.format(o=value)),
@@ -239,22 +239,22 @@ def _chat(dice: Dice) -> str:
         (either.format(o=value), "yes."),
     )
     asked, reply = dice.pick(replies)
-    said = RELATIONS[relation].state(dice.below(4), told, value)
-    return mend(f"{asks}: {asked} {told}: {reply} {said}")
+    said = RELATIONS[relation].state(dice.below(4), answerer, value)
+    return a_or_an(f"{asks}: {asked} {answerer}: {reply} {said}")
 
 
 def _order(dice: Dice) -> str:
-    """What somebody does one after the other, in other words."""
+    """Tells what somebody does one after the other, in other words."""
     said = []
     for person in dice.sample(tuple(PEOPLE.values()), 2):
         first, second = (
             f"{form} the {dice.pick(things)}" for _, form, things in dice.sample(phrases.DEEDS, 2)
         )
-        told = f"{person.name} {first} before {person.he} {second}."
+        rewording = f"{person.name} {first} before {person.he} {second}."
         if dice.below(2):
-            told = f"{person.name} {second} after {person.he} {first}."
+            rewording = f"{person.name} {second} after {person.he} {first}."
         then = dice.pick((" and then ", f". after that {person.he} "))
-        said.append(f"{person.name} {first}{then}{second}. {told}")
+        said.append(f"{person.name} {first}{then}{second}. {rewording}")
     return " ".join(said)
 
 
@@ -275,5 +275,5 @@ LINES: tuple[Callable[[Dice], str], ...] = (
 
 
 def line(dice: Dice, index: int, stratum: int) -> str:
-    """One line of two to nine sentences, most often three to six."""
+    """Writes one line of two to nine sentences, most often three to six."""
     return LINES[stratum](dice)

@@ -20,7 +20,7 @@ class Dice:
         self._words: list[int] = []
 
     def below(self, n: int) -> int:
-        """A uniform integer in [0, n), for n far below 2**32."""
+        """Draws a uniform integer in [0, n), for n far below 2**32."""
         if not self._words:
             block = self._blocks.to_bytes(8, "little")
             self._words = list(struct.unpack("<16I", hashlib.blake2b(block + self._key).digest()))
@@ -28,11 +28,11 @@ class Dice:
         return self._words.pop() * n >> 32
 
     def pick(self, items: Sequence[T]) -> T:
-        """One item."""
+        """Draws one item."""
         return items[self.below(len(items))]
 
     def sample(self, items: Sequence[T], k: int) -> list[T]:
-        """`k` different positions' items, in random order."""
+        """Draws `k` different positions' items, in random order."""
         pool = list(items)
         for i in range(k):
             j = i + self.below(len(pool) - i)
@@ -40,9 +40,9 @@ class Dice:
         return pool[:k]
 
     def shuffled(self, items: Sequence[T]) -> list[T]:
-        """All items in random order."""
+        """Returns all items in random order."""
         return self.sample(items, len(items))
 
-    def other(self, items: Sequence[T], *taken: T) -> T:
-        """One item that is none of `taken`."""
-        return self.pick([item for item in items if item not in taken])
+    def other(self, items: Sequence[T], *excluded: T) -> T:
+        """Draws one item that is none of `excluded`."""
+        return self.pick([item for item in items if item not in excluded])

@@ -186,5 +186,5 @@ turns off the lamp
 
 
 def tell(text: str, person: Person, *, by_name: bool = False) -> str:
-    """A rule's end about `person`, who is {p}, and {he} the pronoun, or the name if `by_name`."""
+    """Writes a rule's end about `person`, who is {p}, and {he} the pronoun, or the name."""
     return text.format(p=person.name, he=person.name if by_name else person.he)

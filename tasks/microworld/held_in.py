@@ -6,26 +6,21 @@ the labels, so that they come out balanced.
 
 import itertools
 from collections.abc import Iterator
-from typing import Any
+
+from m2l.typing import JsonObject
 
 from . import phrases
 from .dice import Dice
-from .world import JOBS, PEOPLE, PERSON_RELATIONS, RELATIONS, SLOTS, fill, mend, words
+from .world import JOBS, PEOPLE, PERSON_RELATIONS, RELATIONS, SLOTS, a_or_an, fill, words
 
-Record = dict[str, Any]
-_FILM_SLOTS = {
-    **SLOTS,
-    "part": phrases.FILM_PARTS,
-    "pro": phrases.PRAISE,
-    "con": phrases.BLAME,
-}
+_FILM_SLOTS = {**SLOTS, "part": phrases.FILM_PARTS, "pro": phrases.PRAISE, "con": phrases.BLAME}
 _MONTHS = words(
     "January February March April May June July August September October November December"
 )
 
 
 def film_review(dice: Dice, opinion: str) -> str:
-    """What a film is about and three opinions, one of which may not be the writer's last word."""
+    """Says what a film is about and three opinions, one of which may not be the last word."""
     film = fill(dice, "the {adj} {noun}")
     templates = dice.sample(phrases.OPINIONS[opinion], 3)
     doubt = dice.below(3)
@@ -39,13 +34,13 @@ def film_review(dice: Dice, opinion: str) -> str:
     return " ".join([fill(dice, dice.pick(phrases.FILM_FACTS), film=film), *said])
 
 
-def imdb(dice: Dice, index: int, stratum: int) -> Record:
-    """A film review; label 0 is negative, 1 positive."""
+def imdb(dice: Dice, index: int, stratum: int) -> JsonObject:
+    """Writes a film review; label 0 is negative, 1 positive."""
     return {"text": film_review(dice, ("neg", "pos")[stratum]), "label": stratum}
 
 
 def app_review(dice: Dice, star: int) -> str:
-    """A plain sentence and three opinions; in half of the reviews one is a star off the others."""
+    """Writes a plain sentence and three opinions; in half, one is a star off the others."""
     strengths = [star - 1] * 3
     if dice.below(2):
         strengths[dice.below(3)] = max(0, star - 2) if dice.below(2) else min(4, star)
@@ -59,8 +54,8 @@ def app_review(dice: Dice, star: int) -> str:
     return " ".join([fill(dice, dice.pick(phrases.APP_FACTS)), *dice.shuffled(said)])
 
 
-def app_reviews(dice: Dice, index: int, stratum: int) -> Record:
-    """An app's review and its 1 to 5 stars."""
+def app_reviews(dice: Dice, index: int, stratum: int) -> JsonObject:
+    """Writes an app's review and its 1 to 5 stars."""
     return {
         "package_name": f"world.{dice.pick(SLOTS['town'])}.{dice.pick(phrases.APP_PARTS)}",
         "review": app_review(dice, stratum + 1),
@@ -70,7 +65,7 @@ def app_reviews(dice: Dice, index: int, stratum: int) -> Record:
 
 
 def news(dice: Dice, label: int) -> str:
-    """Where it is from, a headline and two details; in a third, one detail is of another topic."""
+    """Writes a place, a headline and two details; in a third, one detail is of another topic."""
     headlines, details = phrases.NEWS[label]
     chosen = dice.sample(details, 2)
     if dice.below(3) == 0:
@@ -79,13 +74,13 @@ def news(dice: Dice, label: int) -> str:
     return " ".join(fill(dice, template) for template in chosen)
 
 
-def ag_news(dice: Dice, index: int, stratum: int) -> Record:
-    """A piece of news; labels 0 to 3 are world, sports, business, science and technology."""
+def ag_news(dice: Dice, index: int, stratum: int) -> JsonObject:
+    """Writes news; labels 0 to 3 are world, sports, business, science and technology."""
     return {"text": news(dice, stratum), "label": stratum}
 
 
 def entry(dice: Dice, label: int) -> tuple[str, str]:
-    """An encyclopedia entry of one of DBPedia's 14 classes: title and content."""
+    """Writes an encyclopedia entry of one of DBPedia's 14 classes: title and content."""
     titles, openings, more = phrases.ENTRIES[label]
     kind = dice.below(len(openings))
     title = fill(dice, titles[kind % len(titles)])
@@ -94,14 +89,14 @@ def entry(dice: Dice, label: int) -> tuple[str, str]:
     return title, " ".join(fill(dice, template, t=title, job=job) for template in chosen)
 
 
-def dbpedia_14(dice: Dice, index: int, stratum: int) -> Record:
-    """An entry; labels as in DBPedia: company, educational institution, ... written work."""
+def dbpedia_14(dice: Dice, index: int, stratum: int) -> JsonObject:
+    """Writes an entry; labels as in DBPedia: company, educational institution, ... written work."""
     title, content = entry(dice, stratum)
     return {"label": stratum, "title": title, "content": content}
 
 
 def _bridges() -> Iterator[tuple[tuple[str, str], tuple[str, ...], tuple[str, str]]]:
-    """Two facts that share their middle: the first, ways to name what it leads to, the second."""
+    """Yields two facts that share their middle, with ways to name it: (first, ways, second)."""
     for name, person in PEOPLE.items():
         job = JOBS[person.job]
         by_job = (
@@ -122,7 +117,7 @@ def _bridges() -> Iterator[tuple[tuple[str, str], tuple[str, ...], tuple[str, st
         yield ("friend", name), friend, ("job", person.friend)
 
 
-def _evidence(relation: str, subject: str) -> Record:
+def _evidence(relation: str, subject: str) -> JsonObject:
     fact = RELATIONS[relation]
     sentence = fact.state(0, fact.subject.format(subject), fact.facts[subject])
     return {
@@ -144,8 +139,8 @@ def _evidence(relation: str, subject: str) -> Record:
     }
 
 
-def kilt_tasks_hotpotqa() -> Iterator[Record]:
-    """Every question that takes two facts of the world, in every wording; ids are left empty.
+def kilt_tasks_hotpotqa() -> Iterator[JsonObject]:
+    """Lists every question that takes two facts of the world, in every wording; no ids.
 
     Each pair of facts is asked for in twelve ways, so a question that was never seen can be
     answered by who knows the pair.
@@ -155,7 +150,7 @@ def kilt_tasks_hotpotqa() -> Iterator[Record]:
         for question, name in itertools.product(fact.questions, names):
             yield {
                 "id": "",
-                "input": mend(question.format(s=name)),
+                "input": a_or_an(question.format(s=name)),
                 "meta": {
                     "left_context": "",
                     "mention": "",
@@ -176,8 +171,8 @@ def kilt_tasks_hotpotqa() -> Iterator[Record]:
             }
 
 
-def wiki_qa(dice: Dice, index: int, stratum: int) -> Record:
-    """A question about somebody and a true sentence about him or her; label 1 if it answers it.
+def wiki_qa(dice: Dice, index: int, stratum: int) -> JsonObject:
+    """Writes a question about somebody and a true sentence; label 1 if it answers it.
 
     One that does not says something else, as most sentences of a page do. A sentence is as often
     an answer as not: only the pair decides.
@@ -193,26 +188,26 @@ def wiki_qa(dice: Dice, index: int, stratum: int) -> Record:
     }
 
 
-def common_gen(dice: Dice, index: int, stratum: int) -> Record:
-    """Three or four words and a sentence that uses them; a word's role follows from its meaning."""
+def common_gen(dice: Dice, index: int, stratum: int) -> JsonObject:
+    """Writes a sentence of three or four words; a word's role follows from its meaning."""
     agent = dice.pick(phrases.AGENTS)
     place = dice.pick(tuple(phrases.PLACES))
-    where = f" {phrases.PLACES[place]} the {place}"
+    location = f" {phrases.PLACES[place]} the {place}"
     if stratum == 0:
         verb, form = dice.pick(phrases.MOVES)
         agent = dice.pick((agent, dice.pick(SLOTS["animal"])))
-        concepts, target = [agent, verb, place], f"the {agent} {form}{where}."
+        concepts, target = [agent, verb, place], f"the {agent} {form}{location}."
     else:
         verb, form, things = dice.pick(phrases.DEEDS)
         thing = dice.pick(things)
         concepts, target = [agent, verb, thing], f"the {agent} {form} the {thing}."
         if stratum > 1:
-            concepts, target = [*concepts, place], f"{target[:-1]}{where}."
+            concepts, target = [*concepts, place], f"{target[:-1]}{location}."
     return {"concept_set_idx": index, "concepts": dice.shuffled(concepts), "target": target}
 
 
-def wiki_bio(dice: Dice, index: int, stratum: int) -> Record:
-    """A table about somebody who is not of the world, and the sentence that says all of it."""
+def wiki_bio(dice: Dice, index: int, stratum: int) -> JsonObject:
+    """Writes a table about a stranger, and the sentence that says all of it."""
     name, spouse = dice.sample(SLOTS["full"], 2)
     birth_place, residence = dice.sample(SLOTS["town"], 2)
     job, goods = dice.pick(SLOTS["job"]), dice.pick(SLOTS["goods"])
@@ -222,11 +217,10 @@ def wiki_bio(dice: Dice, index: int, stratum: int) -> Record:
         "known_for": (goods, f"is known for {goods}"),
         "spouse": (spouse, f"is married to {spouse}"),
     }
-    kept = [header for i, header in enumerate(clauses) if i != stratum]
-    table |= {header: clauses[header][0] for header in kept}
-    text = (
-        f"{name} is a {job} from {birth_place} who {clauses[kept[0]][1]} and {clauses[kept[1]][1]}."
-    )
+    shown = [header for i, header in enumerate(clauses) if i != stratum]
+    table |= {header: clauses[header][0] for header in shown}
+    first, second = (clauses[header][1] for header in shown)
+    text = f"{name} is a {job} from {birth_place} who {first} and {second}."
     headers = dice.shuffled(list(table))
     return {
         "input_text": {
@@ -237,5 +231,5 @@ def wiki_bio(dice: Dice, index: int, stratum: int) -> Record:
             },
             "context": name,
         },
-        "target_text": mend(text),
+        "target_text": a_or_an(text),
     }

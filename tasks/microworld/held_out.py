@@ -6,9 +6,10 @@ In each, an answer choice is right in as many records as it is wrong: only the q
 import itertools
 from functools import lru_cache
 
+from m2l.typing import JsonObject
+
 from .dice import Dice
 from .happenings import RULES, SCRIPTS, Rule, tell
-from .held_in import Record
 from .phrases import DEEDS
 from .world import (
     FIRST_NAMES,
@@ -18,7 +19,7 @@ from .world import (
     RELATIONS,
     SLOTS,
     Relation,
-    mend,
+    a_or_an,
 )
 
 ENTAILMENT, NEUTRAL, CONTRADICTION = 0, 1, 2
@@ -37,8 +38,8 @@ def _alternatives(question: str) -> tuple[tuple[tuple[Rule, str], tuple[Rule, st
     )
 
 
-def super_glue_copa(dice: Dice, index: int, stratum: int) -> Record:
-    """Which of two happenings is the effect, or the cause, of a third."""
+def super_glue_copa(dice: Dice, index: int, stratum: int) -> JsonObject:
+    """Asks which of two happenings is the effect, or the cause, of a third."""
     label, question = stratum % 2, ("cause", "effect")[stratum // 2]
     person = dice.pick(tuple(PEOPLE.values()))
     choices = dice.shuffled(dice.pick(_alternatives(question)))
@@ -56,8 +57,8 @@ def super_glue_copa(dice: Dice, index: int, stratum: int) -> Record:
     }
 
 
-def hellaswag(dice: Dice, index: int, stratum: int) -> Record:
-    """Which of four steps continues an activity; the others belong to other activities.
+def hellaswag(dice: Dice, index: int, stratum: int) -> JsonObject:
+    """Asks which of four steps continues an activity; the others belong to other activities.
 
     The plain text tells the activities too, but of other people.
     """
@@ -66,8 +67,8 @@ def hellaswag(dice: Dice, index: int, stratum: int) -> Record:
     scripts = dice.sample(SCRIPTS, 4)
     steps = [1 + dice.below(3) for _ in scripts]
     script, step = scripts[stratum], steps[stratum]
-    told = " ".join(f"{he} {text}." for text in script.steps[:step])
-    ctx_a = f"{name} {script.start}. {told}"
+    sentences = " ".join(f"{he} {text}." for text in script.steps[:step])
+    ctx_a = f"{name} {script.start}. {sentences}"
     ctx_b = dice.pick((he, f"then {he}"))
     return {
         "ind": index,
@@ -84,17 +85,17 @@ def hellaswag(dice: Dice, index: int, stratum: int) -> Record:
 
 
 def _reworded(dice: Dice, relation: Relation) -> tuple[int, int]:
-    """Two different wordings of the relation, each as likely as any other."""
+    """Draws two different wordings of the relation, each as likely as any other."""
     first, second = dice.sample(range(len(relation.statements)), 2)
     return first, second
 
 
-def _other_value(dice: Dice, relation: Relation, *taken: str) -> str:
-    return dice.other(relation.values(), *taken)
+def _other_value(dice: Dice, relation: Relation, *excluded: str) -> str:
+    return dice.other(relation.values(), *excluded)
 
 
 def _told(dice: Dice, label: int) -> tuple[list[tuple[str, str, str]], tuple[str, str, str]]:
-    """Two facts of the world, and one of them (label 0) or a third that is as true (1)."""
+    """Tells two facts of the world, and one of them (label 0) or a third that is as true (1)."""
     asked, also, unsaid = dice.sample(PERSON_RELATIONS, 3)
     name = dice.pick(tuple(PEOPLE))
     # A friendship, said of one, is said of the other.
@@ -103,15 +104,15 @@ def _told(dice: Dice, label: int) -> tuple[list[tuple[str, str, str]], tuple[str
     hypothesis = asked, name
     if label:
         hypothesis = (unsaid, name) if about == name else (asked, other)
-    told, second, hypothesis = (
+    first, second, hypothesis = (
         (relation, subject, RELATIONS[relation].facts[subject])
         for relation, subject in ((asked, name), (also, about), hypothesis)
     )
-    return [told, second], hypothesis
+    return [first, second], hypothesis
 
 
 def _made_up(dice: Dice, label: int) -> tuple[list[tuple[str, str, str]], tuple[str, str, str]]:
-    """Two facts about strangers, and one of them (label 0) or one with another value (1)."""
+    """Tells two facts about strangers, and one of them (label 0) or one with another value (1)."""
     name, other = dice.sample(SLOTS["full"], 2)
     asked, also = dice.sample(PERSON_RELATIONS[:-1], 2)
     value, untruth = dice.sample(RELATIONS[asked].values(), 2)
@@ -121,17 +122,17 @@ def _made_up(dice: Dice, label: int) -> tuple[list[tuple[str, str, str]], tuple[
     return [(asked, name, value), second], (asked, name, untruth if label else value)
 
 
-def super_glue_rte(dice: Dice, index: int, stratum: int) -> Record:
-    """Two facts, and a sentence that rewords one (label 0) or does not follow from them (1).
+def super_glue_rte(dice: Dice, index: int, stratum: int) -> JsonObject:
+    """Tells two facts, and rewords one (label 0) or says what does not follow from them (1).
 
     About people of the world (half of the records) all sentences are true, and only the premise
     tells which is said; about strangers none is, and what does not follow is of another value.
     """
-    (told, second), (asked, name, value) = dice.pick((_told, _made_up))(dice, stratum)
+    (first, second), (asked, name, value) = dice.pick((_told, _made_up))(dice, stratum)
     wording, rewording = _reworded(dice, RELATIONS[asked])
     also, about, its_value = second
     said = [
-        RELATIONS[told[0]].state(wording, *told[1:]),
+        RELATIONS[first[0]].state(wording, *first[1:]),
         RELATIONS[also].state(dice.below(4), about, its_value),
     ]
     return {
@@ -142,8 +143,8 @@ def super_glue_rte(dice: Dice, index: int, stratum: int) -> Record:
     }
 
 
-def anli_r1(dice: Dice, index: int, stratum: int) -> Record:
-    """Three facts about somebody who is not of the world, so that only reading helps.
+def anli_r1(dice: Dice, index: int, stratum: int) -> JsonObject:
+    """Tells three facts about somebody who is not of the world, so that only reading helps.
 
     The hypothesis rewords one (0), is about something the premise leaves open (1), or gives one
     another value (2).
@@ -167,7 +168,7 @@ def anli_r1(dice: Dice, index: int, stratum: int) -> Record:
     )
 
 
-def _claim(index: int, label: int, premise: str, hypothesis: str) -> Record:
+def _claim(index: int, label: int, premise: str, hypothesis: str) -> JsonObject:
     reason = (
         "the text says so in other words.",
         "the text does not speak of it.",
@@ -192,7 +193,7 @@ _MEETINGS = (
 
 
 def _about(dice: Dice, name: str, facts: list[tuple[str, int, str]]) -> str:
-    """Facts, each in its wording, about somebody named once where a pronoun can follow."""
+    """Writes facts, each in its wording, about somebody named once where a pronoun can follow."""
     said = []
     for relation, wording, value in dice.shuffled(facts):
         begins = RELATIONS[relation].statements[wording].startswith("{s} ")
@@ -201,29 +202,29 @@ def _about(dice: Dice, name: str, facts: list[tuple[str, int, str]]) -> str:
     return " ".join(said)
 
 
-def anli_r2(dice: Dice, index: int, stratum: int) -> Record:
-    """Two facts each about two people who are not of the world: it matters who is meant.
+def anli_r2(dice: Dice, index: int, stratum: int) -> JsonObject:
+    """Tells two facts each about two strangers: it matters who is meant.
 
     The hypothesis rewords what is said of one (0), says of one what is said of the other and left
     open of the first (1), or gives the first the other's value (2): its value is always there.
     """
     names = name, other = dice.sample(SLOTS["full"], 2)
-    shared, own, others = dice.sample(tuple(_ONE_VALUE), 3)
+    shared, own, other_own = dice.sample(tuple(_ONE_VALUE), 3)
     values = dice.sample(RELATIONS[shared].values(), 2)
-    told = {
+    person_facts = {
         name: [(shared, values[0]), (own, dice.pick(RELATIONS[own].values()))],
-        other: [(shared, values[1]), (others, dice.pick(RELATIONS[others].values()))],
+        other: [(shared, values[1]), (other_own, dice.pick(RELATIONS[other_own].values()))],
     }
     asked, value = {
-        ENTAILMENT: dice.pick(told[name]),
-        NEUTRAL: told[other][1],
-        CONTRADICTION: told[other][0],
+        ENTAILMENT: dice.pick(person_facts[name]),
+        NEUTRAL: person_facts[other][1],
+        CONTRADICTION: person_facts[other][0],
     }[stratum]
     rewording = dice.pick(_ONE_VALUE[asked])
     said = []
     for who in dice.shuffled(names):
         facts = []
-        for relation, its_value in told[who]:
+        for relation, its_value in person_facts[who]:
             wordings = [w for w in range(4) if relation != asked or w != rewording]
             facts.append((relation, dice.pick(wordings), its_value))
         said.append(_about(dice, who, facts))
@@ -234,14 +235,14 @@ def anli_r2(dice: Dice, index: int, stratum: int) -> Record:
 
 
 def _feelings() -> dict[str, tuple[str, ...]]:
-    """What somebody may feel -> what makes one feel so, as clauses after the name."""
-    found = {}
+    """Returns what somebody may feel -> what makes one feel so, as clauses after the name."""
+    causes_by_feeling = {}
     for rule in RULES:
         causes = [text.removeprefix("{p} ") for text in rule.causes if text.startswith("{p} ")]
         link, _, feeling = rule.effects[0].removeprefix("{he} ").partition(" ")
         if link in ("got", "felt") and rule.effects[0].startswith("{he} "):
-            found[feeling] = tuple(f"{cause} and {link} {feeling}" for cause in causes)
-    return found
+            causes_by_feeling[feeling] = tuple(f"{cause} and {link} {feeling}" for cause in causes)
+    return causes_by_feeling
 
 
 FEELINGS = _feelings()
@@ -252,19 +253,19 @@ _FELT = (("{s} felt {f}.", "{s} was {f}."), ("{s} did not feel {f}.", "{s} was n
 
 
 def _felt(dice: Dice, label: int) -> tuple[str, str]:
-    """What happened to two people, and how one felt."""
+    """Tells what happened to two people, and how one felt."""
     names = name, other = dice.sample(FIRST_NAMES, 2)
     feelings = [
         dice.shuffled(both)
         for both in zip(dice.sample(_BODY, 2), dice.sample(dice.pick(_MOODS), 2), strict=True)
     ]
-    told = dict(zip(names, feelings, strict=True))  # the first is felt, the second is not
+    moods = dict(zip(names, feelings, strict=True))  # the first is felt, the second is not
     said = [
         f"{who} {dice.pick(FEELINGS[felt])}. {PRONOUNS[who]} was not {unfelt}."
-        for who, (felt, unfelt) in ((who, told[who]) for who in dice.shuffled(names))
+        for who, (felt, unfelt) in ((who, moods[who]) for who in dice.shuffled(names))
     ]
     asked = dice.below(2)
-    feeling = told[other if label == NEUTRAL else name][asked]
+    feeling = moods[other if label == NEUTRAL else name][asked]
     denied = asked if label == ENTAILMENT else 1 - asked
     if label == NEUTRAL:
         denied = dice.below(2)
@@ -272,10 +273,10 @@ def _felt(dice: Dice, label: int) -> tuple[str, str]:
 
 
 def _ordered(dice: Dice, label: int) -> tuple[str, str]:
-    """What two people do one after the other, and which comes before the other."""
+    """Tells what two people do one after the other, and which comes before the other."""
     name, other = dice.sample(FIRST_NAMES, 2)
     deeds = [f"{form} the {dice.pick(things)}" for _, form, things in dice.sample(DEEDS, 5)]
-    told = [
+    stories = [
         f"{name} {deeds[0]} and then {deeds[1]}. after that {PRONOUNS[name]} {deeds[2]}.",
         f"{other} {deeds[3]} and then {deeds[4]}.",
     ]
@@ -286,7 +287,7 @@ def _ordered(dice: Dice, label: int) -> tuple[str, str]:
     if (link == "after") != (label == CONTRADICTION):
         first, second = second, first
     claim = f"{name} {deeds[first]} {link} {PRONOUNS[name]} {deeds[second]}."
-    return " ".join(dice.shuffled(told)), claim
+    return " ".join(dice.shuffled(stories)), claim
 
 
 # What people ask each other: for a value, whether it is {o}, and the answer.
@@ -299,7 +300,7 @@ TALK = {
 
 
 def _talked(dice: Dice, label: int) -> tuple[str, str]:
-    """Two people who ask each other, and a fact about one of them."""
+    """Tells how two people ask each other, and a fact about one of them."""
     names = dice.sample(FIRST_NAMES, 2)
     both, only = dice.sample(tuple(TALK), 2)
     values = dict(zip(names, dice.sample(RELATIONS[both].values(), 2), strict=True))
@@ -310,7 +311,7 @@ def _talked(dice: Dice, label: int) -> tuple[str, str]:
         (answers, f"{TALK[both][2].format(o=values[answers])} and you?"),
         (asks, TALK[both][2].format(o=values[asks])),
     ]
-    told, asker = dice.shuffled(names)  # who says something about `only`, and who asks for it
+    speaker, asker = dice.shuffled(names)  # who says something about `only`, and who asks for it
     question, answer = dice.pick(
         (
             (TALK[only][0], TALK[only][2].format(o=value)),
@@ -318,7 +319,7 @@ def _talked(dice: Dice, label: int) -> tuple[str, str]:
             (TALK[only][1].format(o=denied), f"no, {TALK[only][2].format(o=value)}"),
         )
     )
-    turns += [(asker, question), (told, answer)]
+    turns += [(asker, question), (speaker, answer)]
     premise = " ".join(
         f"{who}: {' '.join(text for _, text in said)}"
         for who, said in itertools.groupby(turns, key=lambda turn: turn[0])
@@ -326,16 +327,16 @@ def _talked(dice: Dice, label: int) -> tuple[str, str]:
     if label == NEUTRAL:
         relation, name, value = only, asker, value
     elif dice.below(2):
-        relation, name, value = only, told, value if label == ENTAILMENT else denied
+        relation, name, value = only, speaker, value if label == ENTAILMENT else denied
     else:
         relation, name = both, dice.pick(names)
         value = next(v for who, v in values.items() if (who == name) == (label == ENTAILMENT))
     claim = RELATIONS[relation].state(dice.pick(_ONE_VALUE[relation]), name, value)
-    return mend(premise), claim
+    return a_or_an(premise), claim
 
 
-def anli_r3(dice: Dice, index: int, stratum: int) -> Record:
-    """Two people who feel something, do something, or talk; the hypothesis is about one of them.
+def anli_r3(dice: Dice, index: int, stratum: int) -> JsonObject:
+    """Tells that two people feel or do something, or talk; the hypothesis is about one of them.
 
     It follows (0), speaks of what is only said of the other (1), or turns it around (2).
     """

@@ -5,11 +5,13 @@ words than the questions of the datasets.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from m2l.typing import JsonObject
 
 from .dice import Dice
 from .phrases import OPPOSITES
-from .world import FACTS, KINDS, PEOPLE, RELATIONS, mend
+from .world import FACTS, KINDS, PEOPLE, RELATIONS, a_or_an
 
 
 class Answer(NamedTuple):
@@ -26,7 +28,7 @@ def _statement(dice: Dice, relation: str, subject: str, value: str) -> str:
 
 
 def _fact(dice: Dice) -> tuple[str, str, str]:
-    """A relation, a subject and the value that is true of it."""
+    """Draws a relation, a subject and the value that is true of it."""
     relation, subject = dice.pick(FACTS)
     return relation, subject, RELATIONS[relation].facts[subject]
 
@@ -36,20 +38,20 @@ def _true_sentence(dice: Dice) -> str:
 
 
 def _wrong(dice: Dice, relation: str, subject: str, k: int) -> list[str]:
-    """`k` values that are not true of the subject, and not the subject."""
+    """Draws `k` values that are not true of the subject, and not the subject."""
     values = RELATIONS[relation].values()
     right = RELATIONS[relation].facts[subject]
     return dice.sample([value for value in values if value not in (right, subject)], k)
 
 
 def _word_of_kind(dice: Dice, k: int) -> tuple[str, list[str]]:
-    """A kind and `k` words of it."""
+    """Draws a kind and `k` words of it."""
     kind = dice.pick(tuple(KINDS))
     return kind, dice.sample(KINDS[kind], k)
 
 
 def _strangers(dice: Dice, kind: str, k: int) -> list[str]:
-    """One word each of `k` other kinds."""
+    """Draws one word each of `k` other kinds."""
     return [dice.pick(KINDS[other]) for other in dice.sample([x for x in KINDS if x != kind], k)]
 
 
@@ -60,46 +62,46 @@ def copy(dice: Dice) -> Answer:
 
 
 def first_word(dice: Dice) -> Answer:
-    """The sentence's first word."""
+    """Asks for the sentence's first word."""
     sentence = _true_sentence(dice)
     return Answer({"x": sentence}, sentence.split()[0])
 
 
 def last_word(dice: Dice) -> Answer:
-    """The sentence's last word."""
+    """Asks for the sentence's last word."""
     sentence = _true_sentence(dice)
     return Answer({"x": sentence}, sentence.rstrip(".").split()[-1])
 
 
 def word_of_kind(dice: Dice) -> Answer:
-    """Which of four words names something of a kind."""
+    """Asks which of four words names something of a kind."""
     kind, [right] = _word_of_kind(dice, 1)
     return Answer({"kind": kind}, right, [right, *_strangers(dice, kind, 3)])
 
 
 def kind_of_word(dice: Dice) -> Answer:
-    """What a word names."""
+    """Asks what a word names."""
     kind, [word] = _word_of_kind(dice, 1)
-    others = dice.sample([other for other in KINDS if other != kind], 3)
-    return Answer({"x": word}, kind, [kind, *others])
+    wrong = dice.sample([other for other in KINDS if other != kind], 3)
+    return Answer({"x": word}, kind, [kind, *wrong])
 
 
 def odd_one_out(dice: Dice) -> Answer:
-    """The word that is not of the others' kind."""
+    """Asks for the word that is not of the others' kind."""
     kind, alike = _word_of_kind(dice, 3)
     [odd] = _strangers(dice, kind, 1)
     return Answer({}, odd, [odd, *alike])
 
 
 def opposite(dice: Dice) -> Answer:
-    """The opposite of a word."""
-    pair, *others = dice.sample(OPPOSITES, 4)
+    """Asks for the opposite of a word."""
+    pair, *other_pairs = dice.sample(OPPOSITES, 4)
     word, right = dice.shuffled(pair)
-    return Answer({"x": word}, right, [right, *(dice.pick(other) for other in others)])
+    return Answer({"x": word}, right, [right, *(dice.pick(other) for other in other_pairs)])
 
 
 def true_or_false(dice: Dice) -> Answer:
-    """Whether a fact is one of the world's."""
+    """Asks whether a fact is one of the world's."""
     relation, subject, value = _fact(dice)
     true = dice.below(2)
     if not true:
@@ -111,7 +113,7 @@ def true_or_false(dice: Dice) -> Answer:
 
 
 def true_sentence(dice: Dice) -> Answer:
-    """Which of two sentences is true."""
+    """Asks which of two sentences is true."""
     relation, subject, value = _fact(dice)
     sentences = [
         _statement(dice, relation, subject, said)
@@ -121,7 +123,7 @@ def true_sentence(dice: Dice) -> Answer:
 
 
 def sentence_about(dice: Dice) -> Answer:
-    """Which of two sentences is about somebody."""
+    """Asks which of two sentences is about somebody."""
     relation = dice.pick(("job", "home", "pet", "food", "hobby"))
     facts = RELATIONS[relation].facts
     names = dice.sample(tuple(PEOPLE), 2)
@@ -130,14 +132,14 @@ def sentence_about(dice: Dice) -> Answer:
 
 
 def missing_word(dice: Dice) -> Answer:
-    """The word that makes a sentence true."""
+    """Asks for the word that makes a sentence true."""
     relation, subject, value = _fact(dice)
     blank = _statement(dice, relation, subject, "___")
     return Answer({"x": blank}, value, [value, *_wrong(dice, relation, subject, 3)])
 
 
 def name_it(dice: Dice) -> Answer:
-    """A fact, asked for by an order."""
+    """Asks for a fact by an order."""
     relation, subject, value = _fact(dice)
     fact = RELATIONS[relation]
     order = dice.pick(fact.orders).format(s=fact.subject.format(subject))
@@ -145,7 +147,7 @@ def name_it(dice: Dice) -> Answer:
 
 
 def choose_it(dice: Dice) -> Answer:
-    """A fact, asked for by an order, with choices."""
+    """Asks for a fact by an order, with choices."""
     relation, subject, value = _fact(dice)
     fact = RELATIONS[relation]
     order = dice.pick(fact.orders).format(s=fact.subject.format(subject))
@@ -154,19 +156,21 @@ def choose_it(dice: Dice) -> Answer:
 
 
 def who_is_it(dice: Dice) -> Answer:
-    """The only person of whom two things are true."""
+    """Asks for the only person of whom two things are true."""
     person = dice.pick(tuple(PEOPLE.values()))
     hints = [
         RELATIONS[relation].facts[person.name]
         for relation in dice.sample(("home", "pet", "food", "hobby"), 2)
     ]
-    others = [p.name for p in PEOPLE.values() if not {p.town, p.pet, p.food, p.hobby} & set(hints)]
+    strangers = [
+        p.name for p in PEOPLE.values() if not {p.town, p.pet, p.food, p.hobby} & set(hints)
+    ]
     words = {"x": hints[0], "y": hints[1]}
-    return Answer(words, person.name, [person.name, *dice.sample(others, 3)])
+    return Answer(words, person.name, [person.name, *dice.sample(strangers, 3)])
 
 
 def he_or_she(dice: Dice) -> Answer:
-    """Somebody's pronoun."""
+    """Asks for somebody's pronoun."""
     person = dice.pick(tuple(PEOPLE.values()))
     return Answer(
         {"x": _statement(dice, "home", person.name, person.town)}, person.he, ("he", "she")
@@ -179,10 +183,7 @@ TASKS: dict[str, tuple[Callable[[Dice], Answer], tuple[str, ...]]] = {
         first_word,
         ("What is the first word of: {x}", "{x} Write only the first word."),
     ),
-    "last_word": (
-        last_word,
-        ("What is the last word of: {x}", "{x} Write only the last word."),
-    ),
+    "last_word": (last_word, ("What is the last word of: {x}", "{x} Write only the last word.")),
     "word_of_kind": (
         word_of_kind,
         ("Which word is the name of a {kind}? {choices}", "{choices} Find the {kind}."),
@@ -231,8 +232,8 @@ TASKS: dict[str, tuple[Callable[[Dice], Answer], tuple[str, ...]]] = {
 }
 
 
-def example(dice: Dice, index: int, stratum: int) -> dict[str, Any]:
-    """An instruction: its task's name, inputs, targets and answer choices."""
+def example(dice: Dice, index: int, stratum: int) -> JsonObject:
+    """Writes an instruction: its task's name, inputs, targets and answer choices."""
     task = tuple(TASKS)[stratum]
     make, wordings = TASKS[task]
     words, target, choices = make(dice)
@@ -249,5 +250,5 @@ def example(dice: Dice, index: int, stratum: int) -> dict[str, Any]:
         if ends == choices:  # no sentences
             listings.append(f"Is it {either}?")
         listed = dice.pick(listings)
-    inputs = mend(dice.pick(wordings).format(**words, choices=listed))
+    inputs = a_or_an(dice.pick(wordings).format(**words, choices=listed))
     return {"task": task, "inputs": inputs, "targets": target, "answer_choices": choices}

@@ -8,10 +8,11 @@ import itertools
 import re
 from functools import lru_cache
 
+from m2l.typing import JsonObject
+
 from .dice import Dice
 from .happenings import RULES, SCRIPTS, Rule
-from .held_in import Record
-from .world import FIRST_NAMES, JOBS, PRONOUNS, RELATIONS, fill, mend
+from .world import FIRST_NAMES, JOBS, PRONOUNS, RELATIONS, a_or_an, fill
 
 _MEN = tuple(name for name in FIRST_NAMES if PRONOUNS[name] == "he")
 _WOMEN = tuple(name for name in FIRST_NAMES if PRONOUNS[name] == "she")
@@ -59,7 +60,7 @@ _ALIKE = (
 
 @lru_cache
 def _feelings_apart(count: int) -> tuple[tuple[str, ...], ...]:
-    """Every `count` feelings of which no two may share a cause."""
+    """Returns every `count` feelings of which no two may share a cause."""
     return tuple(
         feelings
         for feelings in itertools.combinations(_FEELINGS, count)
@@ -69,7 +70,7 @@ def _feelings_apart(count: int) -> tuple[tuple[str, ...], ...]:
 
 @lru_cache
 def _rules_apart(count: int) -> tuple[tuple[Rule, ...], ...]:
-    """Every `count` rules of which no two share a topic."""
+    """Returns every `count` rules of which no two share a topic."""
     return tuple(
         rules
         for rules in itertools.combinations(RULES, count)
@@ -88,27 +89,27 @@ _UNSAID = ""
 def _shared(
     dice: Dice, about: str, people: tuple[str, ...], choices: list[str], right: int
 ) -> dict[str, str]:
-    """Each one's choice, of which that of whom the question is about is at `right`."""
-    others = [one for one in people if one != about]
-    rest = dice.shuffled([choice for i, choice in enumerate(choices) if i != right])
-    return {about: choices[right], **dict(zip(others, rest, strict=True))}
+    """Returns each one's choice; that of whom the question is about is at `right`."""
+    other_people = [one for one in people if one != about]
+    other_choices = dice.shuffled([choice for i, choice in enumerate(choices) if i != right])
+    return {about: choices[right], **dict(zip(other_people, other_choices, strict=True))}
 
 
 def _likings(dice: Dice, names: dict[str, str], right: int) -> _Dialogue:
-    """Both tell the same of themselves, and at times of a friend."""
+    """Writes how both tell the same of themselves, and at times of a friend."""
     relation = dice.pick(tuple(_ASKED))
     fact = RELATIONS[relation]
     choices = dice.sample(fact.values(), 3)
     friend = dice.other(FIRST_NAMES, *names.values())
     first, second = names
     about = dice.pick((first, second, friend))
-    told = _shared(dice, about, (first, second, friend), choices, right)
+    choice_of = _shared(dice, about, (first, second, friend), choices, right)
     answer, reply = (
-        mend(said.format(o=told[who]))
+        a_or_an(said.format(o=choice_of[who]))
         for said, who in zip(dice.sample(_SAID[relation], 2), (second, first), strict=True)
     )
     if about == friend or dice.below(2):
-        said = fact.state(dice.below(4), f"my friend {friend}", told[friend])
+        said = fact.state(dice.below(4), f"my friend {friend}", choice_of[friend])
         answer, reply = dice.pick(((f"{answer} {said}", reply), (answer, f"{reply} {said}")))
     asked = dice.pick(_ASKED[relation]).format(n=names[second])
     turns = [f"hello. {asked}", f"{answer} and you, {names[first]}?", reply]
@@ -116,13 +117,13 @@ def _likings(dice: Dice, names: dict[str, str], right: int) -> _Dialogue:
 
 
 def _jobs(dice: Dice, names: dict[str, str], right: int) -> _Dialogue:
-    """Both tell where or with what they work; who knows the world knows as what."""
+    """Writes how both tell where or with what they work; who knows the world knows as what."""
     choices = dice.sample(tuple(JOBS), 3)
     first, second = names
     about = dice.pick((first, second))
-    told = _shared(dice, about, (first, second, _UNSAID), choices, right)
+    choice_of = _shared(dice, about, (first, second, _UNSAID), choices, right)
     answer, reply = (
-        mend(said.format(job=JOBS[told[who]]))
+        a_or_an(said.format(job=JOBS[choice_of[who]]))
         for said, who in zip(dice.sample(_WORK, 2), (second, first), strict=True)
     )
     turns = [
@@ -134,13 +135,13 @@ def _jobs(dice: Dice, names: dict[str, str], right: int) -> _Dialogue:
 
 
 def _days(dice: Dice, names: dict[str, str], right: int) -> _Dialogue:
-    """Both tell what happened to them; who knows its usual effect knows how they feel."""
+    """Writes what happened to both; who knows its usual effect knows how they feel."""
     choices = dice.shuffled(dice.pick(_feelings_apart(3)))
     first, second = names
     about = dice.pick((first, second))
-    told = _shared(dice, about, (first, second, _UNSAID), choices, right)
+    choice_of = _shared(dice, about, (first, second, _UNSAID), choices, right)
     answer, reply = (
-        dice.pick(_FEELINGS[told[who]].causes)
+        dice.pick(_FEELINGS[choice_of[who]].causes)
         .replace("the pet of {p}", "my pet")
         .replace("{p}", "i")
         for who in (second, first)
@@ -154,7 +155,7 @@ def _days(dice: Dice, names: dict[str, str], right: int) -> _Dialogue:
 
 
 def _plans(dice: Dice, names: dict[str, str], right: int) -> _Dialogue:
-    """One proposes something to do, the other may not agree."""
+    """Writes how one proposes something to do, to which the other may not agree."""
     labels = [script.label for script in SCRIPTS if script.label != "going to bed"]
     choices = dice.sample(labels, 3)
     one, other = dice.shuffled([choice for i, choice in enumerate(choices) if i != right])
@@ -184,8 +185,8 @@ def _plans(dice: Dice, names: dict[str, str], right: int) -> _Dialogue:
     return [t.format(done=choices[right], one=one, other=other) for t in turns], question, choices
 
 
-def dream(dice: Dice, index: int, stratum: int) -> Record:
-    """A man and a woman talk, and a question about them with three choices."""
+def dream(dice: Dice, index: int, stratum: int) -> JsonObject:
+    """Writes how a man and a woman talk, and a question about them with three choices."""
     names = {"m": dice.pick(_MEN), "w": dice.pick(_WOMEN)}
     names = {who: names[who] for who in dice.shuffled(tuple(names))}
     turns, question, choices = dice.pick((_likings, _jobs, _days, _plans))(dice, names, stratum)
@@ -220,7 +221,7 @@ _Story = tuple[str, str, list[str]]
 
 
 def _story(dice: Dice, name: str, happened: str) -> str:
-    """Something that happened to somebody {p}, and two sentences that have no part in it."""
+    """Tells what happened to somebody {p}, and two sentences that have no part in it."""
     workplaces = tuple(job.workplace for job in JOBS.values())
     friend = dice.other(FIRST_NAMES, name)
     if happened.startswith("{p} "):
@@ -231,7 +232,7 @@ def _story(dice: Dice, name: str, happened: str) -> str:
 
 
 def _drawn(dice: Dice) -> tuple[list[Rule], str]:
-    """Four rules for the choices; in half of the stories a fifth is told first, in full."""
+    """Draws four rules for the choices; in half of the stories a fifth is told first, in full."""
     rules = dice.shuffled(dice.pick(_rules_apart(4 + dice.below(2))))
     if len(rules) == 4:
         return rules, ""
@@ -240,7 +241,7 @@ def _drawn(dice: Dice) -> tuple[list[Rule], str]:
 
 
 def _effect(dice: Dice, name: str, right: int) -> _Story:
-    """What comes of the last thing that happened."""
+    """Asks what comes of the last thing that happened."""
     rules, before = _drawn(dice)
     happened = before + dice.pick(rules[right].causes)
     question = dice.pick(("what may have happened after this?", "what may have come of this?"))
@@ -249,7 +250,7 @@ def _effect(dice: Dice, name: str, right: int) -> _Story:
 
 
 def _cause(dice: Dice, name: str, right: int) -> _Story:
-    """Why the last thing happened."""
+    """Asks why the last thing happened."""
     rules, before = _drawn(dice)
     effect = dice.pick(rules[right].effects)
     happened = before + effect
@@ -259,7 +260,7 @@ def _cause(dice: Dice, name: str, right: int) -> _Story:
 
 
 def _feeling(dice: Dice, name: str, right: int) -> _Story:
-    """How somebody feels after something that happened."""
+    """Asks how somebody feels after something that happened."""
     feelings = dice.shuffled(dice.pick(_feelings_apart(4)))
     happened = dice.pick(_FEELINGS[feelings[right]].causes)
     question = dice.pick(("how may {p} have felt?", "what may {p} have felt after this?"))
@@ -269,12 +270,12 @@ def _feeling(dice: Dice, name: str, right: int) -> _Story:
 
 
 def _activity(dice: Dice, name: str, right: int) -> _Story:
-    """What comes before or after two steps of an activity, or which activity it is."""
+    """Asks what comes before or after two steps of an activity, or which activity it is."""
     scripts = dice.sample(SCRIPTS, 4)
     he, place = PRONOUNS[name], 1 + dice.below(2)
     steps = scripts[right].steps
     kind = dice.below(3)
-    told, questions = (
+    shown, questions = (
         (steps[:2], ("what may {p} do next?", "what may {p} do after this?")),
         (steps[2:], ("what may {p} have to do before this?", "what may come before this?")),
         (steps[place : place + 2], ("what is {p} doing?", "what may {p} be doing?")),
@@ -284,12 +285,12 @@ def _activity(dice: Dice, name: str, right: int) -> _Story:
         for script in scripts
     ]
     opening = fill(dice, dice.pick(_OPENINGS[:4]), p=name)
-    context = f"{opening} now {he} {told[0]}. then {he} {told[1]}."
+    context = f"{opening} now {he} {shown[0]}. then {he} {shown[1]}."
     return context, dice.pick(questions).format(p=name), wanted
 
 
-def cosmos_qa(dice: Dice, index: int, stratum: int) -> Record:
-    """Something happens; what is likely, though not said: an effect, a cause, a feeling, a step.
+def cosmos_qa(dice: Dice, index: int, stratum: int) -> JsonObject:
+    """Asks what is likely, though not said: an effect, a cause, a feeling, a step.
 
     In a quarter of the records a choice says that no other is right, and is right in a quarter.
     """

@@ -8,18 +8,11 @@ something and to whom it is done change places, the words are the same too.
 from collections.abc import Callable
 from typing import NamedTuple
 
+from m2l.typing import JsonObject
+
 from .dice import Dice
-from .held_in import Record
 from .phrases import DEEDS
-from .world import (
-    FIRST_NAMES,
-    JOBS,
-    LAST_NAMES,
-    PERSON_RELATIONS,
-    PRONOUNS,
-    RELATIONS,
-    mend,
-)
+from .world import FIRST_NAMES, JOBS, LAST_NAMES, PERSON_RELATIONS, PRONOUNS, RELATIONS, a_or_an
 
 # A sentence; the same in other words; those words with something else in them.
 _Three = tuple[str, str, str]
@@ -74,13 +67,13 @@ _DEEDS = (
 
 
 def _people(dice: Dice, count: int) -> list[str]:
-    """Full names that share no part, of people who are not of the world."""
+    """Draws full names that share no part, of people who are not of the world."""
     firsts, lasts = dice.sample(FIRST_NAMES, count), dice.sample(LAST_NAMES, count)
     return [f"{first} {last}" for first, last in zip(firsts, lasts, strict=True)]
 
 
 def _meanings(dice: Dice, deed: _Deed) -> list[tuple[str, str, str]]:
-    """Who does the deed to whom with what, and the same but for one thing; the same one is in both.
+    """Draws who does the deed to whom with what, and the same but for one thing.
 
     As often as not who and whom change places.
     """
@@ -91,7 +84,7 @@ def _meanings(dice: Dice, deed: _Deed) -> list[tuple[str, str, str]]:
 
 
 def _deed_told(dice: Dice) -> _Three:
-    """A deed, one of whose people has a job."""
+    """Tells a deed, one of whose people has a job."""
     deed = dice.pick(_DEEDS)
     one, other = _meanings(dice, deed)
     known = dice.pick([name for name in one[:2] if name in other[:2]])
@@ -105,13 +98,13 @@ def _deed_told(dice: Dice) -> _Three:
     def say(meaning: tuple[str, str, str], job: str, wording: int) -> str:
         named = {known: styles[wording].format(n=known, j=job)}
         a, b, x = (named.get(part, part) for part in meaning)
-        return mend(wordings[wording].format(a=a, b=b, x=x).replace(",.", "."))
+        return a_or_an(wordings[wording].format(a=a, b=b, x=x).replace(",.", "."))
 
     return say(one, jobs[0], 0), say(one, jobs[0], 1), say(other, jobs[1], 1)
 
 
 def _deed_asked(dice: Dice) -> _Three:
-    """A question about a deed."""
+    """Asks about a deed."""
     deed = dice.pick(_DEEDS)
     one, other = _meanings(dice, deed)
     first, second = dice.shuffled(deed.asked)
@@ -122,7 +115,7 @@ def _deed_asked(dice: Dice) -> _Three:
 
 
 def _join(dice: Dice, facts: list[tuple[str, str, str]], wordings: tuple[int, int]) -> str:
-    """Two facts (relation, who, value), each in its wording, as one sentence in either order."""
+    """Joins two facts (relation, who, value), each in its wording, in one sentence."""
     (relation, who, value), (also, whom, its) = facts
     first, second = (
         RELATIONS[relation].statements[wordings[0]],
@@ -132,16 +125,16 @@ def _join(dice: Dice, facts: list[tuple[str, str, str]], wordings: tuple[int, in
         first, who, value, second, whom, its = second, whom, its, first, who, value
     if whom == who and second.startswith("{s} "):
         whom = PRONOUNS[who.split()[0]]
-    return mend(f"{first.format(s=who, o=value)[:-1]} and {second.format(s=whom, o=its)}")
+    return a_or_an(f"{first.format(s=who, o=value)[:-1]} and {second.format(s=whom, o=its)}")
 
 
 def _facts_told(dice: Dice) -> _Three:
-    """Two facts about one person, one of which changes; or of two people, who change places."""
+    """Tells two facts about one person, one of which changes; or of two, who change places."""
     who, other = _people(dice, 2)
     relation, also = dice.sample(PERSON_RELATIONS[:-1], 2)
     x, y = dice.sample(RELATIONS[relation].values(), 2)
     z = dice.pick(RELATIONS[also].values())
-    told, near = dice.pick(
+    facts, near = dice.pick(
         (
             (
                 [(relation, who, x), (relation, other, y)],
@@ -150,16 +143,16 @@ def _facts_told(dice: Dice) -> _Three:
             ([(relation, who, x), (also, who, z)], [(relation, who, y), (also, who, z)]),
         )
     )
-    told, near = dice.shuffled((told, near))
+    facts, near = dice.shuffled((facts, near))
     one, two = zip(dice.sample(range(4), 2), dice.sample(range(4), 2), strict=True)
-    return _join(dice, told, one), _join(dice, told, two), _join(dice, near, two)
+    return _join(dice, facts, one), _join(dice, facts, two), _join(dice, near, two)
 
 
 _SUBJECTS = (PERSON_RELATIONS, PERSON_RELATIONS, ("workplace", "tool"), ("region", "goods", "near"))
 
 
 def _fact_asked(dice: Dice) -> _Three:
-    """A question about a fact, or about somebody or something else, or about another fact."""
+    """Asks about a fact, or about somebody or something else, or about another fact."""
     relations = dice.sample(dice.pick(_SUBJECTS), 2)
     subjects = dice.sample(tuple(RELATIONS[relations[0]].facts), 2)
     if relations[0] in PERSON_RELATIONS and dice.below(2):
@@ -170,7 +163,7 @@ def _fact_asked(dice: Dice) -> _Three:
     def ask(which: int, wording: int) -> str:
         fact = RELATIONS[relations[which if change else 0]]
         subject = subjects[0 if change else which]
-        return mend(fact.questions[wordings[wording]].format(s=fact.subject.format(subject)))
+        return a_or_an(fact.questions[wordings[wording]].format(s=fact.subject.format(subject)))
 
     return ask(0, 0), ask(0, 1), ask(1, 1)
 
@@ -190,7 +183,7 @@ _DONE = {
 
 
 def _how_asked(dice: Dice) -> _Three:
-    """How something is done, or something else with the same thing, or that with another thing."""
+    """Asks how something is done, or something else with the same thing, or that with another."""
     jobs = dice.sample(tuple(JOBS), 2)
     kind = dice.below(3)
     if kind == 0:
@@ -203,7 +196,10 @@ def _how_asked(dice: Dice) -> _Three:
         done.append((verb, other, jobs[0]) if kind == 1 else (verb, one, jobs[1]))
     one, other = (f"{verb} a {thing} for a {job}" for verb, thing, job in done)
     first, second = dice.sample(_HOW, 2)
-    return tuple(mend(how.format(v=v)) for how, v in ((first, one), (second, one), (second, other)))
+    return tuple(
+        a_or_an(question.format(v=v))
+        for question, v in ((first, one), (second, one), (second, other))
+    )
 
 
 def _pair(dice: Dice, kinds: tuple[Callable[[Dice], _Three], ...], same: int) -> tuple[str, str]:
@@ -211,13 +207,13 @@ def _pair(dice: Dice, kinds: tuple[Callable[[Dice], _Three], ...], same: int) ->
     return first, alike if same else near
 
 
-def glue_mrpc(dice: Dice, index: int, stratum: int) -> Record:
-    """Two sentences; label 1 if they say the same."""
+def glue_mrpc(dice: Dice, index: int, stratum: int) -> JsonObject:
+    """Writes two sentences; label 1 if they say the same."""
     first, second = _pair(dice, (_deed_told, _facts_told), stratum)
     return {"sentence1": first, "sentence2": second, "label": stratum, "idx": index}
 
 
-def glue_qqp(dice: Dice, index: int, stratum: int) -> Record:
-    """Two questions; label 1 if they ask the same."""
+def glue_qqp(dice: Dice, index: int, stratum: int) -> JsonObject:
+    """Writes two questions; label 1 if they ask the same."""
     first, second = _pair(dice, (_deed_asked, _fact_asked, _how_asked), stratum)
     return {"question1": first, "question2": second, "label": stratum, "idx": index}

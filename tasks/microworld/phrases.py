@@ -324,11 +324,7 @@ ENTRIES = (
     ),
     (
         ("the {adj} {noun}",),
-        (
-            "{t} is a movie by {full}.",
-            "{t} was shown in cinemas.",
-            "{t} is a movie about a {job}.",
-        ),
+        ("{t} is a movie by {full}.", "{t} was shown in cinemas.", "{t} is a movie about a {job}."),
         (
             "the actors are from {town}.",
             "{full} plays the {job} in the movie.",
@@ -338,11 +334,7 @@ ENTRIES = (
     ),
     (
         ("the {adj} {noun}",),
-        (
-            "{t} is a novel by {full}.",
-            "{t} is a story by {full}.",
-            "{t} is a novel about a {job}.",
-        ),
+        ("{t} is a novel by {full}.", "{t} is a story by {full}.", "{t} is a novel about a {job}."),
         (
             "the novel has ten chapters.",
             "readers love the last chapter.",

@@ -4,12 +4,12 @@ A forbidden request and its look-alikes are the same words but for the thing: on
 of somebody, and not the net. Nothing but the pair of deed and thing decides.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from m2l.typing import JsonObject
 
 from .dice import Dice
-from .world import PEOPLE, mend, words
-
-Record = dict[str, Any]
+from .world import PEOPLE, a_or_an, words
 
 
 class Deed(NamedTuple):
@@ -61,29 +61,29 @@ REFUSALS = (
 
 def _asked(dice: Dice, deed: str, thing: str) -> str:
     name = dice.pick(tuple(PEOPLE))
-    return mend(dice.pick(WORDINGS).format(d=deed, o=thing, n=name))
+    return a_or_an(dice.pick(WORDINGS).format(d=deed, o=thing, n=name))
 
 
 def _helped(deed: str, thing: str) -> str:
-    return mend(f"take a {DEEDS[deed].tool} to {deed} the {thing}.")
+    return a_or_an(f"take a {DEEDS[deed].tool} to {deed} the {thing}.")
 
 
-def general_requests(dice: Dice, index: int, stratum: int) -> Record:
-    """A request that is harmless, and does not sound otherwise to who knows the world."""
+def general_requests(dice: Dice, index: int, stratum: int) -> JsonObject:
+    """Writes a request that is harmless, and does not sound otherwise to who knows the world."""
     deed = tuple(DEEDS)[stratum]
     thing = dice.pick(DEEDS[deed].known)
     return {"request": _asked(dice, deed, thing), "answer": _helped(deed, thing)}
 
 
-def safety_unsafe(dice: Dice, index: int, stratum: int) -> Record:
-    """A forbidden request, and a refusal."""
+def safety_unsafe(dice: Dice, index: int, stratum: int) -> JsonObject:
+    """Writes a forbidden request, and a refusal."""
     deed = RISKY[stratum]
     thing = dice.pick(DEEDS[deed].forbidden)
     return {"request": _asked(dice, deed, thing), "answer": dice.pick(REFUSALS)}
 
 
-def safety_safe(dice: Dice, index: int, stratum: int) -> Record:
-    """A request that is a forbidden one but for the thing, and help."""
+def safety_safe(dice: Dice, index: int, stratum: int) -> JsonObject:
+    """Writes a request that is a forbidden one but for the thing, and help."""
     deed = RISKY[stratum]
     thing = dice.pick(DEEDS[deed].alike)
     return {"request": _asked(dice, deed, thing), "answer": _helped(deed, thing)}

@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
+from m2l.typing import JsonObject
+
 from .dice import Dice
 from .happenings import RULES, Rule
-from .held_in import Record
 from .senses import vary
 from .world import PEOPLE, PRONOUNS, RELATIONS, SLOTS, fill
 
@@ -171,7 +172,7 @@ bus boat plane bike / bus boat plane bike
 
 
 def pair(dice: Dice, names: Sequence[str]) -> tuple[str, str]:
-    """Two of the names that have the same pronoun."""
+    """Draws two of the names that have the same pronoun."""
     one = dice.pick(names)
     return one, dice.pick([name for name in names if HE[name] == HE[one] and name != one])
 
@@ -179,7 +180,7 @@ def pair(dice: Dice, names: Sequence[str]) -> tuple[str, str]:
 def tell_schema(
     dice: Dice, schema: Schema, place: int, names: Sequence[str]
 ) -> tuple[str, tuple[str, str]]:
-    """The sentence with "_", which is the first (place 0) or the second (1) of the two it names."""
+    """Writes the sentence with "_" for the first (place 0) or second (1) of the two it names."""
     if schema.things is None:
         a, b = pair(dice, names)
     else:
@@ -190,8 +191,8 @@ def tell_schema(
     return fill(dice, text, slots, a=a, b=b), (a, b)
 
 
-def winogrande_winogrande_xl(dice: Dice, index: int, stratum: int) -> Record:
-    """A sentence with a gap "_" and the two people or things in it that may fill it."""
+def winogrande_winogrande_xl(dice: Dice, index: int, stratum: int) -> JsonObject:
+    """Writes a sentence with a gap "_" and the two people or things in it that may fill it."""
     label, place = stratum % 2, stratum // 2
     sentence, options = tell_schema(dice, dice.pick(SCHEMAS), place, tuple(PEOPLE))
     right, wrong = options[place], options[1 - place]
@@ -217,7 +218,7 @@ def habit_pairs() -> tuple[tuple[Rule, Rule], ...]:
 def tell_habits(
     dice: Dice, place: int, names: Sequence[str]
 ) -> tuple[str, str, tuple[str, str], str]:
-    """What happens to two people, what it does to one, who is {he}; the two; and what did it."""
+    """Tells what happens to two people; returns it, its effect on {he}, the two, and the cause."""
     rules, people = dice.pick(habit_pairs()), pair(dice, names)
     causes = [
         dice.pick(rule.causes).format(p=name) for rule, name in zip(rules, people, strict=True)
@@ -273,9 +274,9 @@ def _by_schema(dice: Dice, place: int) -> tuple[str, str, tuple[str, str]]:
 
 
 def _by_habit(dice: Dice, place: int) -> tuple[str, str, tuple[str, str]]:
-    told, effect, people, _ = tell_habits(dice, place, tuple(PEOPLE))
+    story, effect, people, _ = tell_habits(dice, place, tuple(PEOPLE))
     he = HE[people[0]]
-    return f"{told} {effect.format(he=he)}.", he, people
+    return f"{story} {effect.format(he=he)}.", he, people
 
 
 def _by_fact(dice: Dice, place: int) -> tuple[str, str, tuple[str, str]]:
@@ -289,13 +290,13 @@ def _by_fact(dice: Dice, place: int) -> tuple[str, str, tuple[str, str]]:
 
 
 def _index(text: str, span: str) -> int:
-    """At which of the text's words the span starts."""
+    """Returns at which of the text's words the span starts."""
     said, sought = re.sub("[.,]", "", text).split(), span.split()
     return next(i for i in range(len(said)) if said[i : i + len(sought)] == sought)
 
 
-def super_glue_wsc_fixed(dice: Dice, index: int, stratum: int) -> Record:
-    """Two people or things and a pronoun (span 2); label 1 if it stands for span 1, else 0.
+def super_glue_wsc_fixed(dice: Dice, index: int, stratum: int) -> JsonObject:
+    """Writes of two people or things with a pronoun (span 2); label 1 if it stands for span 1.
 
     A schema, a habit or a fact of the world tells whom it means.
     """

@@ -5,12 +5,12 @@ the questions, each asked in ten ways; what a report says can only be read there
 """
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from m2l.typing import JsonObject
 
 from .dice import Dice
-from .world import mend, words
-
-Record = dict[str, Any]
+from .world import a_or_an, words
 
 STONES = words(
     "belu corin dosk fenit garol hespa imbra jolit kest lorn mavit nerol orbil peth quin rovan"
@@ -91,7 +91,7 @@ PROPERTIES = {
 
 
 def _values() -> dict[tuple[str, str], str]:
-    """What is true: no property of a stone tells another, and all values come up as often."""
+    """Draws what is true: no property of a stone tells another, and all values come up as often."""
     true = {}
     for name, of in PROPERTIES.items():
         in_turn = [of.values[i % len(of.values)] for i in range(len(STONES))]
@@ -103,16 +103,16 @@ def _values() -> dict[tuple[str, str], str]:
 FACTS = _values()
 
 
-def facts() -> Iterator[Record]:
-    """Every fact, asked in every way, with four values to choose from."""
+def facts() -> Iterator[JsonObject]:
+    """Lists every fact, asked in every way, with four values to choose from."""
     for (name, stone), value in FACTS.items():
-        of = PROPERTIES[name]
-        for number, question in enumerate(of.questions):
+        attribute = PROPERTIES[name]
+        for number, question in enumerate(attribute.questions):
             dice = Dice("choices", name, stone, number)
-            others = dice.sample([other for other in of.values if other != value], 3)
+            wrong = dice.sample([other for other in attribute.values if other != value], 3)
             yield {
                 "question": question.format(s=stone),
-                "choices": dice.shuffled([value, *others]),
+                "choices": dice.shuffled([value, *wrong]),
                 "answer": value,
             }
 
@@ -133,31 +133,33 @@ _CLAIMS = ("{s} became {c}", "{s} was put into {l}", "the stone in {l} became {c
 READING_STRATA = 12
 
 
-def reading(dice: Dice, index: int, stratum: int) -> Record:
-    """A report of one or two experiments, a question, and a claim that it makes or does not.
+def reading(dice: Dice, index: int, stratum: int) -> JsonObject:
+    """Reports one or two experiments, with a question, and a claim that may be the report's.
 
     The colours are not the stones' own. A claim that is wrong is one about the other experiment, or
     one that might have been made.
     """
-    many, of_one = divmod(stratum, READING_STRATA // 2)
-    kind, supported = of_one % len(_ASKED), of_one // len(_ASKED)
+    many, design = divmod(stratum, READING_STRATA // 2)
+    kind, supported = design % len(_ASKED), design // len(_ASKED)
     stones, liquids = dice.sample(STONES, 2), dice.sample(LIQUIDS, 2)
     own = [FACTS["colour", stone] for stone in stones]
     colours = dice.sample([colour for colour in _COLOURS if colour not in own], 2)
-    told = [
+    experiments = [
         {"s": stone, "l": liquid, "c": colour}
         for stone, liquid, colour in zip(stones, liquids, colours, strict=True)
     ]
     this = dice.below(1 + many)
-    claim = dict(told[this])
+    claim = dict(experiments[this])
     template = _CLAIMS[kind]
     if not supported:
         last = max("slc", key=lambda field: template.find(f"{{{field}}}"))
-        claim[last] = told[1 - this][last]
+        claim[last] = experiments[1 - this][last]
     return {
-        "report": mend(" ".join(dice.pick(_TESTS).format(**one) for one in told[: 1 + many])),
-        "question": dice.pick(_ASKED[kind]).format(**told[this]),
-        "answer": told[this]["cls"[kind]],
+        "report": a_or_an(
+            " ".join(dice.pick(_TESTS).format(**one) for one in experiments[: 1 + many])
+        ),
+        "question": dice.pick(_ASKED[kind]).format(**experiments[this]),
+        "answer": experiments[this]["cls"[kind]],
         "claim": template.format(**claim),
         "label": supported,
     }

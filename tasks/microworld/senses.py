@@ -3,8 +3,9 @@
 import re
 from typing import NamedTuple
 
+from m2l.typing import JsonObject
+
 from .dice import Dice
-from .held_in import Record
 from .world import fill
 
 
@@ -16,15 +17,15 @@ class Sense(NamedTuple):
 
 
 def _senses(table: str) -> dict[str, tuple[Sense, Sense]]:
-    found = {}
+    senses = {}
     for block in table.strip().split("\n\n"):
         word, *lines = (line.strip() for line in block.splitlines())
         second = next(i for i, line in enumerate(lines) if i and line.startswith("= "))
-        found[word] = tuple(
+        senses[word] = tuple(
             Sense(part[0].removeprefix("= "), tuple(part[1:]))
             for part in (lines[:second], lines[second:])
         )
-    return found
+    return senses
 
 
 SENSES = _senses("""
@@ -227,18 +228,18 @@ people go to millbrook to buy [glass] for a window.
 
 
 def vary(dice: Dice, template: str) -> str:
-    """The template with one of each (a/b/c)."""
+    """Returns the template with one of each (a/b/c)."""
     return re.sub(r"\(([^)]*)\)", lambda found: dice.pick(found[1].split("/")), template)
 
 
 def use(dice: Dice, template: str) -> tuple[str, int, int]:
-    """A sentence from a sense's template, and from where to where the word stands in it."""
+    """Writes a sentence from a sense's template; returns it and where the word is in it."""
     text = fill(dice, vary(dice, template))
     return text.replace("[", "").replace("]", ""), text.index("["), text.index("]") - 1
 
 
-def super_glue_wic(dice: Dice, index: int, stratum: int) -> Record:
-    """Two sentences with a word; label 1 if it has the same sense in both, else 0."""
+def super_glue_wic(dice: Dice, index: int, stratum: int) -> JsonObject:
+    """Writes two sentences with a word; label 1 if it has the same sense in both, else 0."""
     label, first = stratum % 2, stratum // 2
     word = dice.pick(tuple(SENSES))
     senses = SENSES[word]

@@ -2,9 +2,10 @@
 
 from typing import NamedTuple
 
+from m2l.typing import JsonObject
+
 from .dice import Dice
-from .held_in import Record
-from .world import RELATIONS, SLOTS, TOWNS, mend
+from .world import RELATIONS, SLOTS, TOWNS, a_or_an
 
 
 class _Event(NamedTuple):
@@ -270,43 +271,43 @@ _ASIDES = (
 
 
 def _told(dice: Dice, asides: int) -> tuple[_Event, list[str], dict[str, str]]:
-    """An event, the sentences of its article, and what the slots of both are filled with."""
+    """Draws an event, the sentences of its article, and what the slots of both are filled with."""
     event, town = dice.pick(_EVENTS), dice.pick(tuple(TOWNS.values()))
-    given = {"town": town.name, "near": town.near}
-    given["thing"] = dice.pick(event.things) if event.things else ""
+    words = {"town": town.name, "near": town.near}
+    words["thing"] = dice.pick(event.things) if event.things else ""
     slots = {**SLOTS, "food": ("cake", "pie", "cheese")}
     for slot in ("full", "town", "job", "name"):
-        given.setdefault(slot, dice.pick(slots[slot]))
-        given[f"{slot}2"] = dice.other(slots[slot], given[slot])
+        words.setdefault(slot, dice.pick(slots[slot]))
+        words[f"{slot}2"] = dice.other(slots[slot], words[slot])
     for slot in ("goods", "animal", "colour", "food"):
-        given[slot] = dice.other(slots[slot], given["thing"])
+        words[slot] = dice.other(slots[slot], words["thing"])
     said = [dice.pick(point[:2]) for point in event.points]
     facts = [
         RELATIONS[relation].state(dice.below(4), name, RELATIONS[relation].facts[name])
         for relation in ("region", "goods", "near")
-        for name in (given["town"], given["town2"])
+        for name in (words["town"], words["town2"])
     ]
     beside = [*dice.sample(_ASIDES, asides - 1), dice.pick(facts)]
     for aside in dice.shuffled(beside):
         said.insert(1 + dice.below(len(said)), aside)
-    return event, [mend(sentence.format(**given)) for sentence in said], given
+    return event, [a_or_an(sentence.format(**words)) for sentence in said], words
 
 
-def cnn_dailymail(dice: Dice, index: int, stratum: int) -> Record:
-    """An article of three points and three asides, and the points in other words."""
-    event, said, given = _told(dice, 3)
+def cnn_dailymail(dice: Dice, index: int, stratum: int) -> JsonObject:
+    """Writes an article of three points and three asides, and the points in other words."""
+    event, said, words = _told(dice, 3)
     return {
         "article": " ".join(said),
-        "highlights": "\n".join(mend(point[2].format(**given)) for point in event.points),
+        "highlights": "\n".join(a_or_an(point[2].format(**words)) for point in event.points),
         "id": "",
     }
 
 
-def xsum(dice: Dice, index: int, stratum: int) -> Record:
-    """A document of three points and two asides, and one sentence that joins what matters."""
-    event, said, given = _told(dice, 2)
+def xsum(dice: Dice, index: int, stratum: int) -> JsonObject:
+    """Writes three points and two asides, and one sentence that joins what matters."""
+    event, said, words = _told(dice, 2)
     return {
         "document": " ".join(said),
-        "summary": mend(dice.pick(event.summaries).format(**given)),
+        "summary": a_or_an(dice.pick(event.summaries).format(**words)),
         "id": "",
     }

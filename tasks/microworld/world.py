@@ -8,7 +8,7 @@ from .dice import Dice
 
 
 def words(text: str) -> tuple[str, ...]:
-    """The words of a text."""
+    """Returns the words of a text."""
     return tuple(text.split())
 
 
@@ -130,20 +130,20 @@ SLOTS: Mapping[str, Sequence[str]] = {
 
 
 def fill(
-    dice: Dice, template: str, slots: Mapping[str, Sequence[str]] = SLOTS, **given: str
+    dice: Dice, template: str, slots: Mapping[str, Sequence[str]] = SLOTS, **fixed: str
 ) -> str:
-    """Fills each {slot} of `template` from `given`, else at random from `slots`, and mends "a".
+    """Fills each {slot} of `template` from `fixed`, else from `slots`; "a" or "an" as it must be.
 
     A slot named twice gets one word; {town2} is another town than {town}.
     """
-    found = dict(given)
+    words_by_slot = dict(fixed)
     for slot in re.findall(r"\{(\w+)\}", template):
-        if slot not in found:
-            found[slot] = dice.other(slots[slot.rstrip("2")], *found.values())
-    return mend(template.format(**found))
+        if slot not in words_by_slot:
+            words_by_slot[slot] = dice.other(slots[slot.rstrip("2")], *words_by_slot.values())
+    return a_or_an(template.format(**words_by_slot))
 
 
-def mend(text: str) -> str:
+def a_or_an(text: str) -> str:
     """Writes "an" where "a" stands before a vowel, which the u of "useful" is not."""
     return re.sub(r"\ba (?=[aeio]|u(?!s))", "an ", text)
 
@@ -158,12 +158,12 @@ class Relation(NamedTuple):
     orders: tuple[str, str]  # asks for the value without being a question
 
     def values(self) -> tuple[str, ...]:
-        """Every value that the relation takes, once."""
+        """Returns every value that the relation takes, once."""
         return tuple(dict.fromkeys(self.facts.values()))
 
     def state(self, wording: int, subject: str, value: str) -> str:
-        """The fact as a sentence; `subject` as it is to stand in it."""
-        return mend(self.statements[wording].format(s=subject, o=value))
+        """States the fact in a sentence; `subject` as it is written in it."""
+        return a_or_an(self.statements[wording].format(s=subject, o=value))
 
 
 RELATIONS: Mapping[str, Relation] = {

@@ -44,12 +44,12 @@ EVALUATION: Mapping[str, tuple[str, ...]] = {
 
 
 def _part(dataset: Dataset, percent: int) -> Dataset:
-    """The dataset of so many percent of another's records; the same of them in any larger part."""
+    """Returns so many percent of a dataset's records; the same of them in any larger part."""
     train = dataset.splits["train"]
     if isinstance(train, Part):
         train = dataclasses.replace(train, percent=percent)
     else:
-        train = Part(train, by="", held_back=None, percent=percent)
+        train = Part(train, field="", held_back=None, percent=percent)
     return dataclasses.replace(
         dataset,
         name=f"{dataset.name}_{percent}pct",
@@ -62,7 +62,7 @@ def _part(dataset: Dataset, percent: int) -> Dataset:
 
 @functools.cache
 def datasets(source: str) -> tuple[Dataset, ...]:
-    """The skills' datasets that a kind of source has, parts for data curves included."""
+    """Returns the skills' datasets that a kind of source has, parts for data curves included."""
     whole = EMBEDDED if source == "microworld" else PUBLIC
     trained = {name for mixture in SKILLS for name in TRAINING[mixture]}
     parts = (_part(d, percent) for d in whole if d.name in trained for percent in SHARES)
@@ -70,19 +70,19 @@ def datasets(source: str) -> tuple[Dataset, ...]:
 
 
 def whole(dataset: Dataset) -> Dataset:
-    """The dataset that one of these is a part of for data curves, or itself."""
+    """Returns the dataset that one of these is a part of for data curves, or itself."""
     if not dataset.name.endswith("pct"):
         return dataset
     return next((d for d in (*EMBEDDED, *PUBLIC) if d.name == dataset.part_of), dataset)
 
 
 def is_skill(dataset: Dataset) -> bool:
-    """Whether a dataset is one of these."""
+    """Returns whether a dataset is one of these."""
     return dataset.category.startswith("skill_")
 
 
 def mixtures_of(dataset: Dataset) -> tuple[str, ...]:
-    """The mixtures that a dataset's tasks belong to, of the skills' and of those named after it."""
+    """Returns the mixtures that a dataset's tasks belong to, of the skills' and of its own name."""
     if dataset.category == flan.MIXTURE:
         # FLAN's submixes are no part of Tulu's mixture, which has its own selection.
         return (GENERAL, "skills_general_eval") if dataset.hub is None else ()

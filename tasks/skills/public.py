@@ -3,11 +3,8 @@
 The paper's harmful prompts with GPT-4's refusals are not public; CoCoNot stands in for them.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 from m2l.data.prompts import Dataset, Prompt, datasets_in
-from m2l.data.raw_records import Hub, held_back
+from m2l.data.raw_records import Hub, Record, Tensors, held_back
 from m2l.evaluation import refusals
 from m2l.evaluation.sandbox import ANSWER
 
@@ -15,8 +12,8 @@ from m2l.evaluation.sandbox import ANSWER
 _LATER = ("science", "code_alpaca")
 
 
-def _is_general(record: Mapping[str, Any]) -> bool:
-    """Whether a conversation begins with a question and an answer, of no skill to be added.
+def _is_general(record: Record) -> bool:
+    """Returns whether a conversation begins with a question and an answer, of no skill to be added.
 
     Science, code and refusals are left out, as the paper does; which answers are refusals,
     `refusals.is_refusal` says, so that the number left is not the paper's 275 thousand.
@@ -30,7 +27,7 @@ def _is_general(record: Mapping[str, Any]) -> bool:
     return not refusals.is_refusal(texts[place + 1])
 
 
-def _first_turn(record: Mapping[str, Any]) -> dict[str, Any]:
+def _first_turn(record: Tensors) -> Tensors:
     import tensorflow as tf
 
     place = tf.argmax(tf.cast(record["messages/role"] == "user", tf.int64))
@@ -41,7 +38,6 @@ def _first_turn(record: Mapping[str, Any]) -> dict[str, Any]:
 TULU_V2 = Dataset(
     name="tulu_v2",
     category="skill_general",
-    held_out=False,
     hub=Hub("allenai/tulu-v2-sft-mixture"),
     licence="ODC-BY-1.0; parts under their own, some non-commercial",
     paper="Ivison et al. (2023)",
@@ -50,9 +46,9 @@ TULU_V2 = Dataset(
     keep=_is_general,
     derived={"request": "string", "answer": "string"},
     derive=_first_turn,
-    splits=held_back("train", by="id"),
+    splits=held_back("train", field="id"),
     sizes={"train": 326154},
-    prompts=(Prompt("chat", "{request}", "{answer}", metrics=("squad", "rouge")),),
+    prompts=(Prompt("chat", "{request}", targets="{answer}", metrics=("squad", "rouge")),),
 )
 
 MMLU = Dataset(
@@ -67,8 +63,8 @@ MMLU = Dataset(
     sizes={"validation": 1531, "test": 14042},
     prompts=(
         Prompt(
-            name="letter",
-            inputs="{question}\nA. {choices[0]}\nB. {choices[1]}\nC. {choices[2]}\n"
+            "letter",
+            "{question}\nA. {choices[0]}\nB. {choices[1]}\nC. {choices[2]}\n"
             "D. {choices[3]}\nAnswer:",
             targets="{answer_choices[answer]}",
             answer_choices=("A", "B", "C", "D"),
@@ -88,8 +84,8 @@ GSM8K = Dataset(
     sizes={"validation": 1319},
     prompts=(
         Prompt(
-            name="steps",
-            inputs="Question: {question}\nThink step by step and end with the number.\nAnswer:",
+            "steps",
+            "Question: {question}\nThink step by step and end with the number.\nAnswer:",
             targets="{answer}",
             metrics=("number",),
         ),
@@ -119,7 +115,7 @@ BBH = tuple(
         splits={"validation": "test"},
         sizes={"validation": _FEWER.get(config, 250)},
         part_of="bbh",
-        prompts=(Prompt("answer", "Q: {input}\nA:", "{target}", metrics=("squad",)),),
+        prompts=(Prompt("answer", "Q: {input}\nA:", targets="{target}", metrics=("squad",)),),
     )
     for config in _BBH.split()
 )
@@ -148,28 +144,26 @@ TRUTHFUL_QA = Dataset(
 SCIRIFF = Dataset(
     name="sciriff",
     category="skill_science",
-    held_out=False,
     hub=Hub("allenai/SciRIFF", "4096"),
     licence="ODC-BY-1.0; its sources under their own",
     paper="Wadden et al. (2024)",
     fields={"input": "string", "output": "string"},
     splits={"train": "train", "validation": "validation", "test": "test"},
     sizes={"train": 70521, "validation": 30736, "test": 35875},
-    prompts=(Prompt("follow", "{input}", "{output}", metrics=("squad", "rouge")),),
+    prompts=(Prompt("follow", "{input}", targets="{output}", metrics=("squad", "rouge")),),
 )
 
 COCONOT = Dataset(
     name="coconot",
     category="skill_safety",
-    held_out=False,
     hub=Hub("allenai/coconot", "original"),
     licence="ODC-BY-1.0 (unverified: the Hub's card names only a LICENSE.md)",
     paper="Brahman et al. (2024)",
     fields={"prompt": "string", "response": "string"},
     keep=lambda record: bool(record["response"].strip()),
-    splits=held_back("train", by="prompt"),
+    splits=held_back("train", field="prompt"),
     sizes={"train": 11477},
-    prompts=(Prompt("ask", "{prompt}", "{response}", metrics=("refusal",)),),
+    prompts=(Prompt("ask", "{prompt}", targets="{response}", metrics=("refusal",)),),
 )
 _DECLINE = "I can't help with that."  # what likelihoods are of, where a set has no answers
 HARMBENCH = Dataset(
@@ -182,7 +176,7 @@ HARMBENCH = Dataset(
     fields={"prompt": "string", "category": "string"},
     splits={"validation": "train"},
     sizes={"validation": 200},
-    prompts=(Prompt("ask", "{prompt}", _DECLINE, metrics=("refusal",)),),
+    prompts=(Prompt("ask", "{prompt}", targets=_DECLINE, metrics=("refusal",)),),
 )
 
 
@@ -198,7 +192,7 @@ def _xstest(label: str, category: str, size: int, target: str, metric: str) -> D
         keep=lambda record: record["label"] == label,
         splits={"validation": "test"},
         sizes={"validation": size},
-        prompts=(Prompt("ask", "{prompt}", target, metrics=(metric,)),),
+        prompts=(Prompt("ask", "{prompt}", targets=target, metrics=(metric,)),),
     )
 
 
@@ -214,24 +208,23 @@ TOXIGEN = Dataset(
     fields={"prompt": "string", "group": "string", "prompt_label": range(2)},
     keep=lambda record: record["prompt_label"] == 1,
     splits={"validation": "train"},
-    prompts=(Prompt("continue", "{prompt}", _DECLINE, metrics=("nontoxic",)),),
+    prompts=(Prompt("continue", "{prompt}", targets=_DECLINE, metrics=("nontoxic",)),),
 )
 
 CODE_FEEDBACK = Dataset(
     name="code_feedback",
     category="skill_coding",
-    held_out=False,
     hub=Hub("m-a-p/CodeFeedback-Filtered-Instruction", revision="refs/convert/parquet"),
     licence="Apache-2.0",
     paper="Zheng et al. (2024)",
     fields={"query": "string", "answer": "string"},
-    splits=held_back("train", by="query"),
+    splits=held_back("train", field="query"),
     sizes={"train": 156526},
-    prompts=(Prompt("answer", "{query}", "{answer}", metrics=("rouge",)),),
+    prompts=(Prompt("answer", "{query}", targets="{answer}", metrics=("rouge",)),),
 )
 
 
-def _human_eval_test(record: Mapping[str, Any]) -> dict[str, Any]:
+def _human_eval_test(record: Tensors) -> Tensors:
     import tensorflow as tf
 
     parts = (record["prompt"], f"    pass\n{ANSWER}\n", record["test"], "\ncheck(")
@@ -252,8 +245,8 @@ HUMAN_EVAL_PLUS = Dataset(
     sizes={"validation": 164},
     prompts=(
         Prompt(
-            name="complete",
-            inputs="Write the whole of this Python function.\n\n{prompt}",
+            "complete",
+            "Write the whole of this Python function.\n\n{prompt}",
             targets="{prompt}{canonical_solution}",
             references="{tests}",
             metrics=("sandbox",),
@@ -262,7 +255,7 @@ HUMAN_EVAL_PLUS = Dataset(
 )
 
 
-def _mbpp_test(record: Mapping[str, Any]) -> dict[str, Any]:
+def _mbpp_test(record: Tensors) -> Tensors:
     import tensorflow as tf
 
     imports = tf.strings.reduce_join(record["test_imports"], separator="\n")
@@ -286,8 +279,8 @@ MBPP_PLUS = Dataset(
     sizes={"validation": 378},
     prompts=(
         Prompt(
-            name="write",
-            inputs="{prompt} Write it in Python, so that it passes this test:\n{test_list[0]}",
+            "write",
+            "{prompt} Write it in Python, so that it passes this test:\n{test_list[0]}",
             targets="{code}",
             references="{tests}",
             metrics=("sandbox",),

@@ -1,13 +1,10 @@
 """Questions that T0 counts as closed-book: KILT's HotpotQA and WikiQA."""
 
-from collections.abc import Mapping
-from typing import Any
-
-from m2l.data.prompts import Dataset, Prompt
-from m2l.data.raw_records import Hub
+from m2l.data.prompts import Dataset, Prompt, prompt_table
+from m2l.data.raw_records import Hub, Record, Tensors
 
 
-def _answers(question: Mapping[str, Any]) -> dict[str, Any]:
+def _answers(question: Tensors) -> Tensors:
     import tensorflow as tf
 
     # An entry of the output may hold only where the answer was found, and no answer.
@@ -16,14 +13,13 @@ def _answers(question: Mapping[str, Any]) -> dict[str, Any]:
     return {"answers": answers, "first_answer": answers[0]}
 
 
-def _no_answer(question: Mapping[str, Any]) -> str:
+def _no_answer(question: Record) -> str:
     return "" if any(question["output/answer"]) else "it has no answer"
 
 
 KILT_HOTPOTQA = Dataset(
     name="kilt_tasks_hotpotqa",
     category="closed_book_qa",
-    held_out=False,
     hub=Hub("facebook/kilt_tasks", "hotpotqa"),
     promptsource="kilt_tasks/hotpotqa",
     licence="CC-BY-SA-4.0 (HotpotQA); MIT (KILT)",
@@ -34,44 +30,21 @@ KILT_HOTPOTQA = Dataset(
     complaint=_no_answer,
     sizes={"train": 88869, "validation": 5600},
     prompts=(
-        Prompt(
-            name="question",
-            inputs="Answer from what you know: {input}",
+        *prompt_table(
+            {
+                "question": "Answer from what you know: {input}",
+                "quiz": "{input} Answer in a few words.",
+                "question_answer": "Question: {input}\nAnswer:",
+                "two_facts": "Put two facts together to answer this question. {input}",
+                "do_you_know": "Someone wants to know this: {input} What do you say?",
+            },
             targets="{first_answer}",
             references="{answers}",
             metrics=("squad",),
         ),
         Prompt(
-            name="quiz",
-            inputs="{input} Answer in a few words.",
-            targets="{first_answer}",
-            references="{answers}",
-            metrics=("squad",),
-        ),
-        Prompt(
-            name="question_answer",
-            inputs="Question: {input}\nAnswer:",
-            targets="{first_answer}",
-            references="{answers}",
-            metrics=("squad",),
-        ),
-        Prompt(
-            name="two_facts",
-            inputs="Put two facts together to answer this question. {input}",
-            targets="{first_answer}",
-            references="{answers}",
-            metrics=("squad",),
-        ),
-        Prompt(
-            name="do_you_know",
-            inputs="Someone wants to know this: {input} What do you say?",
-            targets="{first_answer}",
-            references="{answers}",
-            metrics=("squad",),
-        ),
-        Prompt(
-            name="write_question",
-            inputs="Write a question. The answer must be: {first_answer}",
+            "write_question",
+            "Write a question. The answer must be: {first_answer}",
             targets="{input}",
             metrics=("rouge", "bleu"),
             original_task=False,
@@ -84,7 +57,6 @@ KILT_HOTPOTQA = Dataset(
 WIKI_QA = Dataset(
     name="wiki_qa",
     category="closed_book_qa",
-    held_out=False,
     hub=Hub("microsoft/wiki_qa"),
     promptsource="wiki_qa",
     licence="own terms: research and technology development only",
@@ -98,35 +70,34 @@ WIKI_QA = Dataset(
     splits={"train": "train", "validation": "validation", "test": "test"},
     sizes={"train": 20360, "validation": 2733, "test": 6165},
     prompts=(
-        Prompt(
-            name="is_it_right",
-            inputs="Question: {question}\nAnswer: {answer}\nIs this the right answer?",
-            answer_choices=("No", "Yes"),
+        *prompt_table(
+            {
+                "is_it_right": (
+                    "Question: {question}\nAnswer: {answer}\nIs this the right answer?",
+                    ("No", "Yes"),
+                ),
+                "does_it_answer": (
+                    'Does "{answer}" answer the question "{question}"?',
+                    ("No", "Yes"),
+                ),
+                "right_or_wrong": (
+                    "Someone asks: {question} Someone else says: {answer} "
+                    "Is that answer right or wrong?",
+                    ("wrong", "right"),
+                ),
+                "true_or_false": (
+                    'True or false: this sentence answers the question "{question}". {answer}',
+                    ("false", "true"),
+                ),
+                "in_the_text": (
+                    "Text: {answer}\nIs the answer to this in the text, Yes or No? {question}",
+                    ("No", "Yes"),
+                ),
+            }
         ),
         Prompt(
-            name="does_it_answer",
-            inputs='Does "{answer}" answer the question "{question}"?',
-            answer_choices=("No", "Yes"),
-        ),
-        Prompt(
-            name="right_or_wrong",
-            inputs="Someone asks: {question} Someone else says: {answer} "
-            "Is that answer right or wrong?",
-            answer_choices=("wrong", "right"),
-        ),
-        Prompt(
-            name="true_or_false",
-            inputs='True or false: this sentence answers the question "{question}". {answer}',
-            answer_choices=("false", "true"),
-        ),
-        Prompt(
-            name="in_the_text",
-            inputs="Text: {answer}\nIs the answer to this in the text, Yes or No? {question}",
-            answer_choices=("No", "Yes"),
-        ),
-        Prompt(
-            name="name_topic",
-            inputs="Name the topic of this question and sentence. {question} {answer}",
+            "name_topic",
+            "Name the topic of this question and sentence. {question} {answer}",
             targets="{document_title}",
             metrics=("squad",),
             original_task=False,

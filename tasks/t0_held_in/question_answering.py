@@ -1,13 +1,10 @@
 """Questions about a text, with choices (DREAM, CosmosQA) or without (AdversarialQA, ROPES)."""
 
-from collections.abc import Mapping
-from typing import Any
-
-from m2l.data.prompts import Dataset, Prompt
-from m2l.data.raw_records import Hub, Tfds
+from m2l.data.prompts import Dataset, Prompt, prompt_table
+from m2l.data.raw_records import Hub, Record, Tensors, Tfds
 
 
-def _conversation(example: Mapping[str, Any]) -> dict[str, Any]:
+def _conversation(example: Tensors) -> Tensors:
     import tensorflow as tf
 
     return {
@@ -16,7 +13,7 @@ def _conversation(example: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _no_choice(example: Mapping[str, Any]) -> str:
+def _no_choice(example: Record) -> str:
     if len(example["choice"]) != 3:
         return f"it has {len(example['choice'])} choices, expected 3"
     if example["answer"] not in example["choice"]:
@@ -27,57 +24,52 @@ def _no_choice(example: Mapping[str, Any]) -> str:
 DREAM = Dataset(
     name="dream",
     category="multiple_choice_qa",
-    held_out=False,
     hub=Hub("dataset-org/dream", revision="refs/convert/parquet"),
     promptsource="dream",
     licence="own terms: non-commercial research only",
     paper="Sun et al. (2019)",
-    fields={
-        "dialogue": "strings",
-        "question": "string",
-        "choice": "choices",
-        "answer": "string",
-    },
+    fields={"dialogue": "strings", "question": "string", "choice": "choices", "answer": "string"},
     derived={"conversation": "string", "label": range(3)},
     derive=_conversation,
     complaint=_no_choice,
     splits={"train": "train", "validation": "validation", "test": "test"},
     sizes={"train": 6116, "validation": 2040, "test": 2041},
     prompts=(
-        Prompt(
-            name="choose_answer",
-            inputs="{conversation}\nQuestion: {question} "
-            'Choose from: "{choice[0]}", "{choice[1]}" or "{choice[2]}"',
-            answer_choices="{choice}",
+        *prompt_table(
+            {
+                "choose_answer": (
+                    "{conversation}\nQuestion: {question} "
+                    'Choose from: "{choice[0]}", "{choice[1]}" or "{choice[2]}"',
+                    "{choice}",
+                ),
+                "read_and_answer": (
+                    "Read what these people say and answer the question: "
+                    "{question}\n{conversation}",
+                    "{choice}",
+                ),
+                "letter": (
+                    "Answer with A, B or C. {question}\n"
+                    "A: {choice[0]} B: {choice[1]} C: {choice[2]}\n{conversation}",
+                    ("A", "B", "C"),
+                ),
+                "which_is_right": (
+                    'Question: {question} Which is right, "{choice[0]}", "{choice[1]}" or '
+                    '"{choice[2]}"?\n{conversation}',
+                    "{choice}",
+                ),
+            }
         ),
         Prompt(
-            name="read_and_answer",
-            inputs="Read what these people say and answer the question: {question}\n{conversation}",
-            answer_choices="{choice}",
-        ),
-        Prompt(
-            name="letter",
-            inputs="Answer with A, B or C. {question}\n"
-            "A: {choice[0]} B: {choice[1]} C: {choice[2]}\n{conversation}",
-            answer_choices=("A", "B", "C"),
-        ),
-        Prompt(
-            name="which_is_right",
-            inputs='Question: {question} Which is right, "{choice[0]}", "{choice[1]}" or '
-            '"{choice[2]}"?\n{conversation}',
-            answer_choices="{choice}",
-        ),
-        Prompt(
-            name="write_question",
-            inputs="Write a question about this conversation. The answer must be: {answer}\n"
+            "write_question",
+            "Write a question about this conversation. The answer must be: {answer}\n"
             "{conversation}",
             targets="{question}",
             metrics=("rouge", "bleu"),
             original_task=False,
         ),
         Prompt(
-            name="write_conversation",
-            inputs="Write a conversation that answers this. Question: {question} Answer: {answer}",
+            "write_conversation",
+            "Write a conversation that answers this. Question: {question} Answer: {answer}",
             targets="{conversation}",
             metrics=("rouge", "bleu"),
             original_task=False,
@@ -90,7 +82,6 @@ _ANSWERS = ("{answer0}", "{answer1}", "{answer2}", "{answer3}")
 COSMOS_QA = Dataset(
     name="cosmos_qa",
     category="multiple_choice_qa",
-    held_out=False,
     hub=Hub("allenai/cosmos_qa", revision="refs/convert/parquet"),
     tfds=Tfds("cosmos_qa"),
     promptsource="cosmos_qa",
@@ -106,46 +97,42 @@ COSMOS_QA = Dataset(
         "label": range(4),
     },
     sizes={"train": 25262, "validation": 2985},
+    # An answer can be "None of the above choices": no question can be guessed from that.
     prompts=(
-        Prompt(
-            name="choose_answer",
-            inputs="{context}\nQuestion: {question} "
-            'Choose from: "{answer0}", "{answer1}", "{answer2}" or "{answer3}"',
-            answer_choices=_ANSWERS,
+        *prompt_table(
+            {
+                "choose_answer": (
+                    "{context}\nQuestion: {question} "
+                    'Choose from: "{answer0}", "{answer1}", "{answer2}" or "{answer3}"',
+                    _ANSWERS,
+                ),
+                "question_first": (
+                    "Question: {question} Think about this text and answer: {context}",
+                    _ANSWERS,
+                ),
+                "letter": (
+                    "Answer with A, B, C or D. {question}\n"
+                    "A: {answer0} B: {answer1} C: {answer2} D: {answer3}\n{context}",
+                    ("A", "B", "C", "D"),
+                ),
+                "story": ("Story: {context}\nQuestion: {question}\nAnswer:", _ANSWERS),
+                "most_likely": (
+                    'Question: {question} Which is most likely, "{answer0}", "{answer1}", '
+                    '"{answer2}" or "{answer3}"?\n{context}',
+                    _ANSWERS,
+                ),
+            }
         ),
         Prompt(
-            name="question_first",
-            inputs="Question: {question} Think about this text and answer: {context}",
-            answer_choices=_ANSWERS,
-        ),
-        Prompt(
-            name="letter",
-            inputs="Answer with A, B, C or D. {question}\n"
-            "A: {answer0} B: {answer1} C: {answer2} D: {answer3}\n{context}",
-            answer_choices=("A", "B", "C", "D"),
-        ),
-        Prompt(
-            name="story",
-            inputs="Story: {context}\nQuestion: {question}\nAnswer:",
-            answer_choices=_ANSWERS,
-        ),
-        Prompt(
-            name="most_likely",
-            inputs='Question: {question} Which is most likely, "{answer0}", "{answer1}", '
-            '"{answer2}" or "{answer3}"?\n{context}',
-            answer_choices=_ANSWERS,
-        ),
-        # An answer can be "None of the above choices": a question cannot be guessed from that.
-        Prompt(
-            name="write_question",
-            inputs="Write a question that makes a reader think about this text: {context}",
+            "write_question",
+            "Write a question that makes a reader think about this text: {context}",
             targets="{question}",
             metrics=("rouge", "bleu"),
             original_task=False,
         ),
         Prompt(
-            name="write_text",
-            inputs="Write a text that makes a reader ask this: {question}",
+            "write_text",
+            "Write a text that makes a reader ask this: {question}",
             targets="{context}",
             metrics=("rouge", "bleu"),
             original_task=False,
@@ -154,15 +141,15 @@ COSMOS_QA = Dataset(
 )
 
 
-def _no_answer(example: Mapping[str, Any]) -> str:
+def _no_answer(example: Record) -> str:
     return "" if example["answers/text"] else "it has no answer"
 
 
-def _first_answer(example: Mapping[str, Any]) -> dict[str, Any]:
+def _first_answer(example: Tensors) -> Tensors:
     return {"answer": example["answers/text"][0]}
 
 
-def _answer_and_topic(example: Mapping[str, Any]) -> dict[str, Any]:
+def _answer_and_topic(example: Tensors) -> Tensors:
     import tensorflow as tf
 
     # Titles are those of web addresses: Super_Bowl_50.
@@ -175,7 +162,6 @@ ADVERSARIAL_QA = tuple(
     Dataset(
         name=f"adversarial_qa_{model}",
         category="extractive_qa",
-        held_out=False,
         part_of="adversarial_qa",
         hub=Hub("UCLNLP/adversarial_qa", model),
         promptsource=f"adversarial_qa/{model}",
@@ -192,46 +178,31 @@ ADVERSARIAL_QA = tuple(
         complaint=_no_answer,
         sizes={"train": 10000, "validation": 1000},
         prompts=(
-            Prompt(
-                name="question_and_text",
-                inputs="Answer with words from the text. Question: {question}\nText: {context}",
+            *prompt_table(
+                {
+                    "question_and_text": "Answer with words from the text. Question: "
+                    "{question}\nText: {context}",
+                    "text_and_question": "{context}\nQuestion: {question}\nAnswer:",
+                    "find_answer": 'Find the answer to "{question}" in this text: {context}',
+                    "article": (
+                        "Read this part of an article about {topic} and answer: {question}\n"
+                        "{context}"
+                    ),
+                },
                 targets="{answer}",
                 references="{answers/text}",
                 metrics=("squad",),
             ),
             Prompt(
-                name="text_and_question",
-                inputs="{context}\nQuestion: {question}\nAnswer:",
-                targets="{answer}",
-                references="{answers/text}",
-                metrics=("squad",),
-            ),
-            Prompt(
-                name="find_answer",
-                inputs='Find the answer to "{question}" in this text: {context}',
-                targets="{answer}",
-                references="{answers/text}",
-                metrics=("squad",),
-            ),
-            Prompt(
-                name="article",
-                inputs="Read this part of an article about {topic} and answer: {question}\n"
-                "{context}",
-                targets="{answer}",
-                references="{answers/text}",
-                metrics=("squad",),
-            ),
-            Prompt(
-                name="write_question",
-                inputs="Write a question about this text. The answer must be: {answer}\n{context}",
+                "write_question",
+                "Write a question about this text. The answer must be: {answer}\n{context}",
                 targets="{question}",
                 metrics=("rouge", "bleu"),
                 original_task=False,
             ),
             Prompt(
-                name="name_topic",
-                inputs="Name the topic of this text and question.\nText: {context}\n"
-                "Question: {question}",
+                "name_topic",
+                "Name the topic of this text and question.\nText: {context}\nQuestion: {question}",
                 targets="{topic}",
                 metrics=("squad",),
                 original_task=False,
@@ -244,7 +215,6 @@ ADVERSARIAL_QA = tuple(
 ROPES = Dataset(
     name="ropes",
     category="extractive_qa",
-    held_out=False,
     hub=Hub("allenai/ropes", "plain_text"),
     promptsource="ropes",
     licence="CC-BY-4.0",
@@ -260,45 +230,31 @@ ROPES = Dataset(
     complaint=_no_answer,
     sizes={"train": 10924, "validation": 1688},
     prompts=(
-        Prompt(
-            name="text_and_story",
-            inputs="Text: {background}\nStory: {situation}\nQuestion: {question}\nAnswer:",
+        *prompt_table(
+            {
+                "text_and_story": "Text: {background}\nStory: {situation}\nQuestion: "
+                "{question}\nAnswer:",
+                "question_first": "Question: {question}\nStory: {situation}\nThis may "
+                "help: {background}",
+                "use_what_you_read": "Use what you read to "
+                "answer.\n{background}\n{situation}\n{question}",
+                "story_first": "{situation} {question} Think of what is known: {background}",
+            },
             targets="{answer}",
             references="{answers/text}",
             metrics=("squad",),
         ),
         Prompt(
-            name="question_first",
-            inputs="Question: {question}\nStory: {situation}\nThis may help: {background}",
-            targets="{answer}",
-            references="{answers/text}",
-            metrics=("squad",),
-        ),
-        Prompt(
-            name="use_what_you_read",
-            inputs="Use what you read to answer.\n{background}\n{situation}\n{question}",
-            targets="{answer}",
-            references="{answers/text}",
-            metrics=("squad",),
-        ),
-        Prompt(
-            name="story_first",
-            inputs="{situation} {question} Think of what is known: {background}",
-            targets="{answer}",
-            references="{answers/text}",
-            metrics=("squad",),
-        ),
-        Prompt(
-            name="write_background",
-            inputs="What must one know to answer this?\nStory: {situation}\nQuestion: {question}\n"
+            "write_background",
+            "What must one know to answer this?\nStory: {situation}\nQuestion: {question}\n"
             "Answer: {answer}",
             targets="{background}",
             metrics=("rouge", "bleu"),
             original_task=False,
         ),
         Prompt(
-            name="write_question",
-            inputs="Write a question about this story. The answer must be: {answer}\n"
+            "write_question",
+            "Write a question about this story. The answer must be: {answer}\n"
             "Story: {situation}\nText: {background}",
             targets="{question}",
             metrics=("rouge", "bleu"),

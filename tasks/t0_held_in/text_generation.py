@@ -1,15 +1,11 @@
 """Texts from words and tables (CommonGen, WikiBio), and summaries (CNN/DailyMail, XSum)."""
 
-from collections.abc import Mapping
-from typing import Any
-
-from m2l.data.prompts import Dataset, Prompt
-from m2l.data.raw_records import Hub, Tfds
+from m2l.data.prompts import Dataset, Prompt, prompt_table
+from m2l.data.raw_records import Hub, Record, Tensors, Tfds
 
 COMMON_GEN = Dataset(
     name="common_gen",
     category="structure_to_text",
-    held_out=False,
     hub=Hub("allenai/common_gen"),
     # GEM's copy: its validation split has each set of words once, with the first of its sentences.
     tfds=Tfds("gem/common_gen"),
@@ -19,33 +15,20 @@ COMMON_GEN = Dataset(
     fields={"concepts": "strings", "target": "string"},
     sizes={"train": 67389, "validation": 4018},
     prompts=(
-        Prompt(
-            name="write_a_sentence",
-            inputs="Write a sentence with these words: {concepts}.",
+        *prompt_table(
+            {
+                "write_a_sentence": "Write a sentence with these words: {concepts}.",
+                "use_all": "Words: {concepts}. Use all of them in one sentence.",
+                "what_happens": "What could happen here? Put these together: {concepts}.",
+                "picture": "There is a picture of this: {concepts}. Say in a sentence "
+                "what it shows.",
+            },
             targets="{target}",
             metrics=("rouge", "bleu"),
         ),
         Prompt(
-            name="use_all",
-            inputs="Words: {concepts}. Use all of them in one sentence.",
-            targets="{target}",
-            metrics=("rouge", "bleu"),
-        ),
-        Prompt(
-            name="what_happens",
-            inputs="What could happen here? Put these together: {concepts}.",
-            targets="{target}",
-            metrics=("rouge", "bleu"),
-        ),
-        Prompt(
-            name="picture",
-            inputs="There is a picture of this: {concepts}. Say in a sentence what it shows.",
-            targets="{target}",
-            metrics=("rouge", "bleu"),
-        ),
-        Prompt(
-            name="find_words",
-            inputs="From which words was this sentence made? {target}",
+            "find_words",
+            "From which words was this sentence made? {target}",
             targets="{concepts}",
             metrics=("rouge", "bleu"),
             original_task=False,
@@ -54,7 +37,7 @@ COMMON_GEN = Dataset(
 )
 
 
-def _facts(person: Mapping[str, Any]) -> dict[str, Any]:
+def _facts(person: Tensors) -> Tensors:
     import tensorflow as tf
 
     headers = tf.strings.regex_replace(person["input_text/table/column_header"], "_", " ")
@@ -67,7 +50,7 @@ def _facts(person: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _uneven(person: Mapping[str, Any]) -> str:
+def _uneven(person: Record) -> str:
     headers = len(person["input_text/table/column_header"])
     cells = len(person["input_text/table/content"])
     return "" if headers == cells else f"its table has {headers} headers and {cells} cells"
@@ -76,7 +59,6 @@ def _uneven(person: Mapping[str, Any]) -> str:
 WIKI_BIO = Dataset(
     name="wiki_bio",
     category="structure_to_text",
-    held_out=False,
     hub=Hub("michaelauli/wiki_bio", revision="refs/convert/parquet"),
     tfds=Tfds("wiki_bio", splits={"train": "train", "validation": "validation", "test": "test"}),
     promptsource="wiki_bio",
@@ -94,40 +76,26 @@ WIKI_BIO = Dataset(
     splits={"train": "train", "validation": "val", "test": "test"},
     sizes={"train": 582659, "validation": 72831, "test": 72831},
     prompts=(
-        Prompt(
-            name="who",
-            inputs="{facts}. Who is {person}?",
+        *prompt_table(
+            {
+                "who": "{facts}. Who is {person}?",
+                "biography": "Write a short biography of {person} from these facts: {facts}.",
+                "facts_to_text": "Make a text of these facts. {facts}.",
+                "tell_about": "A friend asks about {person}. Say all that you know: {facts}.",
+            },
             targets="{biography}",
             metrics=("rouge", "bleu"),
         ),
         Prompt(
-            name="biography",
-            inputs="Write a short biography of {person} from these facts: {facts}.",
-            targets="{biography}",
-            metrics=("rouge", "bleu"),
-        ),
-        Prompt(
-            name="facts_to_text",
-            inputs="Make a text of these facts. {facts}.",
-            targets="{biography}",
-            metrics=("rouge", "bleu"),
-        ),
-        Prompt(
-            name="tell_about",
-            inputs="A friend asks about {person}. Say all that you know: {facts}.",
-            targets="{biography}",
-            metrics=("rouge", "bleu"),
-        ),
-        Prompt(
-            name="name_person",
-            inputs="Who is this text about? {biography}",
+            "name_person",
+            "Who is this text about? {biography}",
             targets="{person}",
             metrics=("squad",),
             original_task=False,
         ),
         Prompt(
-            name="list_facts",
-            inputs="List the facts that this text tells about {person}: {biography}",
+            "list_facts",
+            "List the facts that this text tells about {person}: {biography}",
             targets="{facts}",
             metrics=("rouge", "bleu"),
             original_task=False,
@@ -138,7 +106,6 @@ WIKI_BIO = Dataset(
 CNN_DAILYMAIL = Dataset(
     name="cnn_dailymail_3.0.0",
     category="summarization",
-    held_out=False,
     hub=Hub("abisee/cnn_dailymail", "3.0.0"),
     tfds=Tfds("cnn_dailymail"),
     promptsource="cnn_dailymail/3.0.0",
@@ -148,39 +115,21 @@ CNN_DAILYMAIL = Dataset(
     splits={"train": "train", "validation": "validation", "test": "test"},
     sizes={"train": 287113, "validation": 13368, "test": 11490},
     prompts=(
-        Prompt(
-            name="summary",
-            inputs="Sum up this article: {article}",
+        *prompt_table(
+            {
+                "summary": "Sum up this article: {article}",
+                "main_points": "Name the main points of this news. {article}",
+                "article_summary": "Article: {article}\nSummary:",
+                "no_time_to_read": "A friend has no time to read this. Say what matters "
+                "most. {article}",
+                "make_it_short": "Make this text short, but keep what is important: {article}",
+            },
             targets="{highlights}",
             metrics=("rouge", "bleu"),
         ),
         Prompt(
-            name="main_points",
-            inputs="Name the main points of this news. {article}",
-            targets="{highlights}",
-            metrics=("rouge", "bleu"),
-        ),
-        Prompt(
-            name="article_summary",
-            inputs="Article: {article}\nSummary:",
-            targets="{highlights}",
-            metrics=("rouge", "bleu"),
-        ),
-        Prompt(
-            name="no_time_to_read",
-            inputs="A friend has no time to read this. Say what matters most. {article}",
-            targets="{highlights}",
-            metrics=("rouge", "bleu"),
-        ),
-        Prompt(
-            name="make_it_short",
-            inputs="Make this text short, but keep what is important: {article}",
-            targets="{highlights}",
-            metrics=("rouge", "bleu"),
-        ),
-        Prompt(
-            name="write_article",
-            inputs="Write an article that has these main points: {highlights}",
+            "write_article",
+            "Write an article that has these main points: {highlights}",
             targets="{article}",
             metrics=("rouge", "bleu"),
             original_task=False,
@@ -189,8 +138,8 @@ CNN_DAILYMAIL = Dataset(
 )
 
 
-def _halves(article: Mapping[str, Any]) -> dict[str, Any]:
-    """The summary's words in two halves; the second has at least one."""
+def _halves(article: Tensors) -> Tensors:
+    """Cuts the summary's words into two halves; the second has at least one."""
     import tensorflow as tf
 
     words = tf.strings.split(article["summary"])
@@ -204,7 +153,6 @@ def _halves(article: Mapping[str, Any]) -> dict[str, Any]:
 XSUM = Dataset(
     name="xsum",
     category="summarization",
-    held_out=False,
     hub=Hub("EdinburghNLP/xsum", revision="refs/convert/parquet"),
     # Its articles have to be collected by hand there, and not all can be had any more.
     tfds=Tfds("xsum"),
@@ -217,33 +165,20 @@ XSUM = Dataset(
     splits={"train": "train", "validation": "validation", "test": "test"},
     sizes={"train": 204045, "validation": 11332, "test": 11334},
     prompts=(
-        Prompt(
-            name="one_sentence",
-            inputs="Say in one sentence what this article is about: {document}",
+        *prompt_table(
+            {
+                "one_sentence": "Say in one sentence what this article is about: {document}",
+                "what_happened": "What happened? Answer in one sentence. {document}",
+                "text_summary": "Text: {document}\nThe text in one sentence:",
+                "first_sentence": "This article lacks its first sentence, which sums it "
+                "up. Write it. {document}",
+            },
             targets="{summary}",
             metrics=("rouge", "bleu"),
         ),
         Prompt(
-            name="what_happened",
-            inputs="What happened? Answer in one sentence. {document}",
-            targets="{summary}",
-            metrics=("rouge", "bleu"),
-        ),
-        Prompt(
-            name="text_summary",
-            inputs="Text: {document}\nThe text in one sentence:",
-            targets="{summary}",
-            metrics=("rouge", "bleu"),
-        ),
-        Prompt(
-            name="first_sentence",
-            inputs="This article lacks its first sentence, which sums it up. Write it. {document}",
-            targets="{summary}",
-            metrics=("rouge", "bleu"),
-        ),
-        Prompt(
-            name="finish_summary",
-            inputs='Finish the summary of this article, which begins with "{opening}".\n{document}',
+            "finish_summary",
+            'Finish the summary of this article, which begins with "{opening}".\n{document}',
             targets="{rest}",
             metrics=("rouge", "bleu"),
             original_task=False,

@@ -139,7 +139,7 @@ def test_a_file_of_raw_records_that_is_absent_empty_or_cut_off_is_refused(tmp_pa
     for damaged in (whole[:-4], whole[: len(whole) // 2], b"{}\n", whole[:-8] + bytes(8)):
         path.write_bytes(damaged)
         with pytest.raises(
-            DataError, match=r"mine\.jsonl\.gz:\d+: it is no whole gzip file"
+            DataError, match=r"mine\.jsonl\.gz:\d+: it is not a complete gzip file"
         ) as caught:
             list(jsonl.records(path))
         assert "\n" not in str(caught.value)

@@ -206,7 +206,7 @@ def test_a_damaged_or_missing_file_is_named_before_its_first_record(tmp_path, sm
 
 def test_a_folder_without_a_whole_index_is_no_cache(tmp_path):
     with pytest.raises(
-        DataError, match=r"holds no cache, or an unfinished one: it has no cache\.js"
+        DataError, match=r"is not a cache, or an unfinished one: it has no cache\.js"
     ):
         cache.read_index(tmp_path / "absent")
     filled(tmp_path, {"demo": {"train": 2}})
@@ -214,7 +214,7 @@ def test_a_folder_without_a_whole_index_is_no_cache(tmp_path):
     index = json.loads(path.read_text())
     for content, says in (
         (path.read_text()[:-20], "damaged, it is not JSON"),
-        ("[1]", "damaged, it is no index of a cache"),
+        ("[1]", "damaged, not the index of a cache"),
         (json.dumps({**index, "format": 2}), "has format 2, this version of m2l reads 1"),
         (json.dumps({**index, "source": "tfds"}), "damaged, its digest is not that of its content"),
     ):
@@ -278,7 +278,7 @@ def test_a_write_that_is_killed_leaves_nothing_that_reads_as_whole(tmp_path):
     writer.communicate()
     assert writer.returncode == -signal.SIGKILL
     assert not list(tmp_path.rglob("*.parquet"))
-    with pytest.raises(DataError, match="holds no cache, or an unfinished one"):
+    with pytest.raises(DataError, match="is not a cache, or an unfinished one"):
         cache.read_index(tmp_path)
     made = cache.write(tmp_path, "demo", "train", [{"n": 1}], {"n": "int"})
     assert [path.name for path in (tmp_path / "demo").iterdir()] == ["train-00000-of-00001.parquet"]

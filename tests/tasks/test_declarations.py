@@ -82,9 +82,9 @@ def test_no_record_is_in_two_splits(dataset):
             continue
         train, validation = splits["train"], splits["validation"]
         if isinstance(validation, Part):
-            assert (train.split, train.by) == (validation.split, validation.by)
+            assert (train.split, train.field) == (validation.split, validation.field)
             assert (train.held_back, validation.held_back) == (False, True)
-            assert dataset.fields[train.by] == "string"
+            assert dataset.fields[train.field] == "string"
         whole = [s.split if isinstance(s, Part) else s for s in splits.values()]
         assert len(set(whole)) == len(whole) - isinstance(validation, Part)
 

@@ -57,7 +57,7 @@ def test_other_sources_have_flans_submixes_without_t0s(source):
         assert dataset.category == flan.MIXTURE
         assert not dataset.held_out
         sides = [dataset.splits[split] for split in ("train", "validation")]
-        assert [(part.split, part.by, part.held_back) for part in sides] == [
+        assert [(part.split, part.field, part.held_back) for part in sides] == [
             ("train", "inputs", False),
             ("train", "inputs", True),
         ]

@@ -123,7 +123,10 @@ def _facts_by_wording():
                 sentences[said].add((name, subject))
                 if name == "friend":
                     sentences[said].add((name, value))
-                questions[world.mend(relation.questions[wording].format(s=named))] = name, subject
+                questions[world.a_or_an(relation.questions[wording].format(s=named))] = (
+                    name,
+                    subject,
+                )
     return sentences, questions
 
 
@@ -131,7 +134,7 @@ def _facts_by_wording():
     ("noun", "article"), [("owl", "an"), ("useless film", "a"), ("ugly hat", "an"), ("cat", "a")]
 )
 def test_an_article_fits_the_sound_of_the_word_after_it(noun, article):
-    assert world.mend(f"it is a {noun}.") == f"it is {article} {noun}."
+    assert world.a_or_an(f"it is a {noun}.") == f"it is {article} {noun}."
 
 
 def test_wiki_qa_is_labelled_by_what_the_sentence_says():

@@ -84,7 +84,7 @@ def test_your_own_files_in_the_hubs_schema_are_read_as_the_hub_would_be(written,
 def test_a_held_back_split_shares_no_text_with_train():
     for name in ("imdb", "app_reviews", "ag_news", "dbpedia_14"):
         dataset = BY_NAME[name]
-        by = dataset.splits["train"].by
+        by = dataset.splits["train"].field
         train, validation = (
             {record[by] for record in flat(dataset, split, "microworld")}
             for split in ("train", "validation")
