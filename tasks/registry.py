@@ -12,7 +12,7 @@ from m2l.data.pipeline import SCORE_EVAL
 from m2l.data.preprocessors import append_eos, rank_rows, renderer, span_corruption, tokenize
 from m2l.data.prompts import Dataset, Prompt, parse
 from m2l.data.raw_records import Tensors
-from m2l.data.record_source import Records, RecordSource
+from m2l.data.record_source import RecordSource, RecordTensors
 from m2l.errors import DataError
 from m2l.evaluation import metrics, seqio_metrics
 from m2l.files import split_name
@@ -92,15 +92,15 @@ def _rate(dataset: Dataset, prompts: int) -> Callable[[seqio.Task], float]:
     return rate
 
 
-_records: dict[tuple[str, Dataset], Records] = {}
+_records: dict[tuple[str, Dataset], RecordTensors] = {}
 
 
-def records_of(source: str, dataset: Dataset) -> Records:
+def records_of(source: str, dataset: Dataset) -> RecordTensors:
     """Returns a dataset's records: read once, whichever prompts and vocabularies they meet."""
     if (source, dataset) not in _records:
         read = functools.partial(sources.read, source, dataset)
         splits = sources.splits(source, dataset)
-        _records[source, dataset] = Records(dataset.name, dataset.fields, splits, read)
+        _records[source, dataset] = RecordTensors(dataset.name, dataset.fields, splits, read)
     return _records[source, dataset]
 
 
@@ -125,7 +125,7 @@ def _references(
 
 
 def prompted_tasks(
-    dataset: Dataset, prompt: Prompt, records: Records, features: Mapping[str, seqio.Feature]
+    dataset: Dataset, prompt: Prompt, records: RecordTensors, features: Mapping[str, seqio.Feature]
 ) -> list[seqio.Task]:
     """Returns the task of one prompt and, where it has answer choices, its `_score_eval` twin."""
     name = dataset.task_name(prompt)
@@ -163,7 +163,7 @@ def prompted_tasks(
     ]
 
 
-def corpus_tasks(records: Records, vocabulary: str) -> list[seqio.Task]:
+def corpus_tasks(records: RecordTensors, vocabulary: str) -> list[seqio.Task]:
     """Returns the tasks that base models are pretrained by, from unlabelled text.
 
     Span corruption for encoder-decoders; for decoders the text itself, as targets of no inputs.

@@ -204,6 +204,8 @@ def _check_columns(wanted: Sequence[str], there: Sequence[str], owner: str) -> N
 
 
 # ---- Local copies
+# Not by the `datasets` library: importing it takes 1.5 s, it copies every file into its own cache,
+# and it reports neither a missing file of a split nor a damaged one by its name.
 
 
 def _from_folder(

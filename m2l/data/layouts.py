@@ -114,7 +114,7 @@ def batches(
         left = left[0] - sizes[0], left[1] - sizes[1]
 
 
-class _Grid:
+class _TokenGrid:
     """The rows of a batch, and the places in them of one example's tokens after another's."""
 
     def __init__(self, rows: list[int], sizes: np.ndarray, batch_size: int, length: int):
@@ -170,8 +170,8 @@ def _two_sides(
     start_id: int,
 ) -> Batch:
     inputs, targets = zip(*examples, strict=True)
-    encoder = _Grid(rows, _sizes(inputs), batch_size, space[0])
-    decoder = _Grid(rows, _sizes(targets), batch_size, space[1])
+    encoder = _TokenGrid(rows, _sizes(inputs), batch_size, space[0])
+    decoder = _TokenGrid(rows, _sizes(targets), batch_size, space[1])
     tokens = np.concatenate(targets)
     filled = decoder.filled(tokens)
     # Moved by one after the start token; within each example, where they share rows.
@@ -197,7 +197,7 @@ def _one_row(
     whole = [np.concatenate([start, *example]) for example in examples]
     prefixes = _sizes(inputs for inputs, _ in examples) + len(start)
     sizes = _sizes(whole) - 1
-    grid = _Grid(rows, sizes, batch_size, length)
+    grid = _TokenGrid(rows, sizes, batch_size, length)
     # Padding may have the id of a token: segments, not ids, tell where it is, packed or not.
     return {
         "decoder_input_tokens": grid.filled(np.concatenate([row[:-1] for row in whole])),

@@ -35,7 +35,7 @@ def _lists(values: list[list[str]]) -> Callable[[tf.Tensor], tf.Tensor]:
     return lambda index: items[starts[index] : starts[index + 1]]
 
 
-class Records:
+class RecordTensors:
     """One dataset's records, read and turned into tensors when a split is first used.
 
     Args:
@@ -124,7 +124,7 @@ class RecordSource(seqio.DataSource):
     def __init__(
         self,
         name: str,
-        records: Records,
+        records: RecordTensors,
         render: Callable[[Mapping[str, tf.Tensor]], dict[str, tf.Tensor]] | None = None,
     ):
         self._name, self._records, self._render = name, records, render

@@ -44,7 +44,7 @@ PEOPLE = {
 }
 
 
-class Job(NamedTuple):
+class Profession(NamedTuple):
     """A job, where it is done, and with which tool."""
 
     name: str
@@ -53,7 +53,7 @@ class Job(NamedTuple):
 
 
 JOBS = {
-    row.split()[0]: Job(*row.split())
+    row.split()[0]: Profession(*row.split())
     for row in """
     baker     bakery   oven
     smith     forge    hammer

@@ -8,7 +8,7 @@ import yaml
 
 from m2l.data import hub
 from m2l.data.raw_records import Hub, checked
-from m2l.data.record_source import Records
+from m2l.data.record_source import RecordTensors
 from m2l.errors import DataError
 
 MRPC = {"sentence1": ["a b", "c"], "sentence2": ["d", "e"], "label": [1, 0], "idx": [0, 1]}
@@ -251,7 +251,7 @@ def test_the_published_schemas_give_the_declared_fields(tmp_path, made, fields, 
     )
     [record] = read_split("train")
     assert set(record) == {path.split("/")[0] for path in fields}
-    records = Records(
+    records = RecordTensors(
         "demo", fields, ("train",), lambda split: checked("demo", split, read_split(split), fields)
     )
     assert records.size("train") == 1

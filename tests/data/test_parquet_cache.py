@@ -14,7 +14,7 @@ import pytest
 
 from m2l.data import parquet_cache as cache
 from m2l.data.raw_records import checked
-from m2l.data.record_source import Records
+from m2l.data.record_source import RecordTensors
 from m2l.errors import DataError
 
 FIELDS = {
@@ -109,10 +109,10 @@ def test_records_are_written_as_they_come(tmp_path, small_shards):
 def test_a_cache_feeds_a_task_as_its_source_did(tmp_path):
     filled(tmp_path, {"demo": {"train": 7}})
     index = cache.read_index(tmp_path)
-    cached = Records(
+    cached = RecordTensors(
         "demo", FIELDS, ("train",), lambda split: cache.read(tmp_path, index, "demo", split)
     )
-    source = Records(
+    source = RecordTensors(
         "demo", FIELDS, ("train",), lambda split: checked("demo", split, map(raw, range(7)), FIELDS)
     )
     assert cached.size("train") == source.size("train") == 7

@@ -6,14 +6,16 @@ import pytest
 import seqio
 
 from m2l.data.raw_records import checked
-from m2l.data.record_source import Records, RecordSource
+from m2l.data.record_source import RecordSource, RecordTensors
 from m2l.errors import DataError
 
 
 def records(values, fields=None, splits=None):
     splits = splits or ["train"]
     fields = fields or {"n": "int"}
-    return Records("demo", fields, splits, lambda split: checked("demo", split, values, fields))
+    return RecordTensors(
+        "demo", fields, splits, lambda split: checked("demo", split, values, fields)
+    )
 
 
 def numbers(size, *, seed=1, epochs=1, name="demo", shard=None, shuffle=True):

@@ -5,7 +5,7 @@ import tensorflow as tf
 from m2l.data.preprocessors import renderer
 from m2l.data.prompts import Dataset, Prompt
 from m2l.data.raw_records import checked
-from m2l.data.record_source import Records, RecordSource
+from m2l.data.record_source import RecordSource, RecordTensors
 
 RECORDS = [
     {"premise": "Rain fell.", "ends": ["it dried.", "it got wet."], "label": 1, "n": {"at": -3}},
@@ -17,7 +17,7 @@ def rendered(prompt, **changes):
     fields = {"premise": "string", "ends": "choices", "label": range(3), "n/at": "int"}
     declared = {"category": "c", "held_out": False, "fields": fields, "prompts": (prompt,)}
     dataset = Dataset(name="demo", **(declared | changes))
-    records = Records(
+    records = RecordTensors(
         "demo",
         dataset.fields,
         ("train",),
