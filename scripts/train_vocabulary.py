@@ -19,7 +19,7 @@ from sentencepiece import sentencepiece_model_pb2
 
 from m2l.data.preprocessors import renderer
 from m2l.data.record_source import RecordSource
-from m2l.data.vocabularies import EOS, MICROWORLD_EXTRA_IDS, PAD, UNKNOWN
+from m2l.data.tokenizer_files import EOS, MICROWORLD_EXTRA_IDS, PAD, UNKNOWN
 from m2l.tasks import datasets, microworld, registry, skills
 
 SIZE = 1024

@@ -4,9 +4,9 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
-import seqio
 
 from m2l.data import vocabularies
+from m2l.data.tokenizer_files import Vocabulary
 from m2l.errors import DataError
 from m2l.models import Config
 
@@ -46,7 +46,7 @@ class PrefixLM:
 Layout = EncoderDecoder | PrefixLM
 
 
-def of(config: Config, vocabulary: seqio.Vocabulary | None = None) -> Layout:
+def of(config: Config, vocabulary: Vocabulary | None = None) -> Layout:
     """Returns the layout that a model of this config reads.
 
     Args:

@@ -5,7 +5,9 @@ import functools
 import hashlib
 import json
 import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import tokenizers
 from sentencepiece import SentencePieceProcessor
@@ -31,6 +33,24 @@ T5_EXTRA_IDS = 100
 MICROWORLD_EXTRA_IDS = EXTRA_IDS[MICROWORLD]
 
 PAD, EOS, UNKNOWN = 0, 1, 2
+
+
+class Vocabulary(Protocol):
+    """Any of seqio's vocabularies, by what m2l reads of them without importing seqio."""
+
+    @property
+    def vocab_size(self) -> int:
+        """How many ids there are."""
+
+    @property
+    def eos_id(self) -> int | None:
+        """The id that ends a text."""
+
+    def encode(self, s: str) -> Sequence[int]:
+        """Returns the ids of a text."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Returns the text of ids."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,35 +11,17 @@ import tensorflow as tf
 from m2l.data import chat, tokenizer_files
 from m2l.data.chat import ChatTemplate
 from m2l.data.tokenizer_files import (
-    EOS,
-    MICROWORLD_EXTRA_IDS,
     PAD,
-    T5_EXTRA_IDS,
-    UNKNOWN,
     Bytes,
     Files,
     SentencePiece,
     T5SentencePiece,
     TokenizerJson,
+    Vocabulary,
 )
 from m2l.errors import DataError
 from m2l.files import split_name
 from m2l.typing import JsonObject
-
-__all__ = [
-    "EOS",
-    "MICROWORLD_EXTRA_IDS",
-    "PAD",
-    "T5_EXTRA_IDS",
-    "UNKNOWN",
-    "DecoderSentencePieceVocabulary",
-    "TokenizerVocabulary",
-    "continuing",
-    "describe",
-    "load",
-    "settings",
-    "start_id",
-]
 
 
 def load(name: str) -> seqio.Vocabulary:
@@ -156,7 +138,7 @@ def settings(vocabulary: seqio.Vocabulary) -> dict[str, str]:
     return named
 
 
-def start_id(vocabulary: seqio.Vocabulary) -> int | None:
+def start_id(vocabulary: Vocabulary) -> int | None:
     """Returns the id that a decoder-only model's rows start with; None for none.
 
     A tokenizer's own first token where it adds one. T5's vocabularies have none: the models start

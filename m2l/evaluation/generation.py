@@ -11,7 +11,7 @@ import numpy as np
 from m2l import models
 from m2l.data import layouts
 from m2l.data.examples import GenerationExample
-from m2l.data.vocabularies import EOS
+from m2l.data.tokenizer_files import EOS
 from m2l.errors import EvaluationError
 from m2l.evaluation.batching import Part, batches
 from m2l.partitioning import constrain

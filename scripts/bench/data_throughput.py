@@ -27,7 +27,7 @@ from sentencepiece import sentencepiece_model_pb2
 from m2l import tasks
 from m2l.data import pipeline, vocabularies
 from m2l.data.prompts import Dataset, Prompt, Reference, parse
-from m2l.data.vocabularies import EOS, UNKNOWN
+from m2l.data.tokenizer_files import EOS, UNKNOWN
 from m2l.tasks import caches, registry
 from m2l.typing import Json
 

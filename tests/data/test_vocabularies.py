@@ -6,6 +6,7 @@ import pytest
 import tensorflow as tf
 
 from m2l.data import vocabularies
+from m2l.data.tokenizer_files import EOS, PAD, UNKNOWN
 from m2l.errors import DataError
 
 NASTY = [
@@ -30,7 +31,7 @@ def test_text_comes_back_exactly_and_the_graph_gives_the_same_ids(vocabulary, te
     ids = vocabulary.encode(text)
     assert vocabulary.decode(ids) == text
     assert vocabulary.encode_tf(tf.constant(text)).numpy().tolist() == ids
-    assert not set(ids) & {vocabularies.PAD, vocabularies.EOS, vocabularies.UNKNOWN}
+    assert not set(ids) & {PAD, EOS, UNKNOWN}
 
 
 def test_sentinels_are_the_last_ids_and_the_size_is_a_multiple_of_128(vocabulary):
