@@ -158,7 +158,7 @@ def filled(text: str) -> str:
 
 def _branches(dataset: Dataset, prompt: Prompt) -> list[dict[str, tf.Tensor]]:
     """Returns the first validation record of each wording that the prompt derives."""
-    read = registry.records_of("microworld", dataset).reader("validation")
+    read = registry.records_of("microworld", dataset).split("validation").read
     used = {part.field for part in parse(prompt.inputs) if isinstance(part, Reference)}
     chosen = sorted(used & {name for name, kind in dataset.derived.items() if kind == "string"})
     records: dict[tuple[bytes, ...], dict[str, tf.Tensor]] = {}

@@ -1,7 +1,7 @@
 """How examples become rows of fixed length: an encoder-decoder's two sides or a decoder's row."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -9,6 +9,9 @@ from m2l.data import vocabularies
 from m2l.data.tokenizer_files import Vocabulary
 from m2l.errors import DataError
 from m2l.models import Config
+
+Batch = dict[str, np.ndarray]
+Example = tuple[np.ndarray, np.ndarray]  # inputs and targets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +23,40 @@ class EncoderDecoder:
     def prompt(self, inputs: np.ndarray) -> tuple[np.ndarray, int]:
         """Returns what is encoded, and the token that starts what follows it."""
         return inputs, self.start_id
+
+    def _space(self, lengths: Mapping[str, int]) -> tuple[int, ...]:
+        return lengths["inputs"], lengths["targets"]
+
+    def _sizes(self, example: Example) -> tuple[int, ...]:
+        return len(example[0]), len(example[1])
+
+    def _batch(
+        self,
+        examples: Sequence[Example],
+        rows: Sequence[int],
+        space: tuple[int, ...],
+        batch_size: int,
+        pack: bool,
+    ) -> Batch:
+        inputs, targets = zip(*examples, strict=True)
+        encoder = _TokenGrid(rows, inputs, batch_size, space[0])
+        decoder = _TokenGrid(rows, targets, batch_size, space[1])
+        tokens = np.concatenate(targets)
+        filled = decoder.filled(tokens)
+        # Moved by one after the start token; within each example, where they share rows.
+        moved = np.roll(filled, 1, axis=1)
+        moved[:, 0] = 0
+        begins = decoder.filled(decoder.places == 0) == 1
+        if pack:
+            moved[decoder.filled(decoder.places) == 0] = 0
+        moved[begins] = self.start_id
+        batch = {
+            "encoder_input_tokens": encoder.filled(np.concatenate(inputs)),
+            "decoder_target_tokens": filled,
+            "decoder_input_tokens": moved,
+            "decoder_loss_weights": decoder.filled(tokens != 0),
+        }
+        return batch | encoder.marks("encoder") | decoder.marks("decoder") if pack else batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,10 +74,40 @@ class PrefixLM:
         Raises:
             DataError: there is neither an input nor a start token to continue.
         """
-        row = inputs if self.start_id is None else np.append(np.int32(self.start_id), inputs)
+        row = np.concatenate([self._start(), inputs])
         if not len(row):
             raise DataError("an example without inputs, and the tokenizer has no token to start by")
         return row[:-1], int(row[-1])
+
+    def _start(self) -> np.ndarray:
+        return np.array([] if self.start_id is None else [self.start_id], np.int32)
+
+    def _space(self, lengths: Mapping[str, int]) -> tuple[int, ...]:
+        return (lengths["inputs"] + lengths["targets"],)
+
+    def _sizes(self, example: Example) -> tuple[int, ...]:
+        # A row is what the decoder reads: all tokens but the last.
+        return (len(self._start()) + len(example[0]) + len(example[1]) - 1,)
+
+    def _batch(
+        self,
+        examples: Sequence[Example],
+        rows: Sequence[int],
+        space: tuple[int, ...],
+        batch_size: int,
+        pack: bool,
+    ) -> Batch:
+        start = self._start()
+        texts = [np.concatenate([start, *example]) for example in examples]
+        prefixes = [len(start) + len(inputs) for inputs, _ in examples]
+        grid = _TokenGrid(rows, [text[1:] for text in texts], batch_size, space[0])
+        # Padding may have the id of a token: segments, not ids, tell where it is, packed or not.
+        return {
+            "decoder_input_tokens": grid.filled(np.concatenate([text[:-1] for text in texts])),
+            "decoder_target_tokens": grid.filled(np.concatenate([text[1:] for text in texts])),
+            "decoder_loss_weights": grid.filled(grid.places >= grid.repeated(prefixes) - 1),
+            **grid.marks("decoder"),
+        }
 
 
 Layout = EncoderDecoder | PrefixLM
@@ -59,12 +126,6 @@ def of(config: Config, vocabulary: Vocabulary | None = None) -> Layout:
     if vocabulary is None:
         raise TypeError("a decoder's layout needs its vocabulary")
     return PrefixLM(vocabularies.start_id(vocabulary))
-
-
-# ---- Rows
-
-Batch = dict[str, np.ndarray]
-Example = tuple[np.ndarray, np.ndarray]
 
 
 def batches(
@@ -92,43 +153,45 @@ def batches(
         [batch_size, S + T]), and how many examples it holds. A last batch that is not full is left
         out.
     """
-    two_sides = isinstance(layout, EncoderDecoder)
-    space = (lengths["inputs"], lengths["targets"])
-    space = space if two_sides else (sum(space), 0)
-    added = 0 if two_sides or layout.start_id is None else 1
+    space = layout._space(lengths)
     pending: list[Example] = []
-    rows: list[int] = []  # of each example that is held
-    row, left = 0, space
-    for inputs, targets in examples:
-        # The row of a decoder is what it reads: all tokens but the last.
-        sizes = len(inputs), len(targets)
-        sizes = sizes if two_sides else (sum(sizes) + added - 1, 0)
-        fits = pack and sizes[0] <= left[0] and sizes[1] <= left[1]
+    rows: list[int] = []  # of each pending example
+    row, free = 0, space
+    for example in examples:
+        sizes = layout._sizes(example)
+        fits = pack and all(size <= left for size, left in zip(sizes, free, strict=True))
         if pending and not fits:
-            row, left = row + 1, space
+            row, free = row + 1, space
             if row == batch_size:
-                yield _filled(pending, rows, space, batch_size, pack, layout), len(pending)
+                yield layout._batch(pending, rows, space, batch_size, pack), len(pending)
                 pending, rows, row = [], [], 0
-        pending.append((inputs, targets))
+        pending.append(example)
         rows.append(row)
-        left = left[0] - sizes[0], left[1] - sizes[1]
+        free = tuple(left - size for size, left in zip(sizes, free, strict=True))
 
 
 class _TokenGrid:
-    """The rows of a batch, and the places in them of one example's tokens after another's."""
+    """The rows of a batch, and the places in them of one sequence's tokens after another's."""
 
-    def __init__(self, rows: list[int], sizes: np.ndarray, batch_size: int, length: int):
+    def __init__(
+        self, rows: Sequence[int], sequences: Sequence[np.ndarray], batch_size: int, length: int
+    ):
         row_numbers = np.asarray(rows)
+        self._sizes = sizes = np.array([len(sequence) for sequence in sequences])
         # The first example of each row has number 1 in it.
         starts = np.searchsorted(row_numbers, np.arange(batch_size))
         segments = np.arange(len(rows)) - starts[row_numbers] + 1
         before = np.cumsum(sizes) - sizes
         # Where an example begins in its row: after the examples of the row before it.
         offsets = before - before[starts[row_numbers]]
-        self.before, self._shape = before, (batch_size, length)
-        self.places = np.arange(sizes.sum()) - np.repeat(before, sizes)
-        self.segments = np.repeat(segments, sizes)
-        self._at = np.repeat(row_numbers * length + offsets, sizes) + self.places
+        self._shape = (batch_size, length)
+        self.places = np.arange(sizes.sum()) - self.repeated(before)
+        self._segments = self.repeated(segments)
+        self._at = self.repeated(row_numbers * length + offsets) + self.places
+
+    def repeated(self, values: np.ndarray | Sequence[int]) -> np.ndarray:
+        """Repeats a value of each sequence for each of its tokens."""
+        return np.repeat(values, self._sizes)
 
     def filled(self, values: np.ndarray) -> np.ndarray:
         """Fills int32 [batch_size, length], 0 where no token is."""
@@ -139,69 +202,6 @@ class _TokenGrid:
     def marks(self, side: str) -> Batch:
         """Returns the ids and positions that tell the examples of a row apart."""
         return {
-            f"{side}_segment_ids": self.filled(self.segments),
+            f"{side}_segment_ids": self.filled(self._segments),
             f"{side}_positions": self.filled(self.places),
         }
-
-
-def _filled(
-    examples: list[Example],
-    rows: list[int],
-    space: tuple[int, int],
-    batch_size: int,
-    pack: bool,
-    layout: Layout,
-) -> Batch:
-    if isinstance(layout, EncoderDecoder):
-        return _two_sides(examples, rows, space, batch_size, pack, layout.start_id)
-    return _one_row(examples, rows, space[0], batch_size, layout.start_id)
-
-
-def _sizes(sequences: Iterable[np.ndarray]) -> np.ndarray:
-    return np.array([len(sequence) for sequence in sequences])
-
-
-def _two_sides(
-    examples: list[Example],
-    rows: list[int],
-    space: tuple[int, int],
-    batch_size: int,
-    pack: bool,
-    start_id: int,
-) -> Batch:
-    inputs, targets = zip(*examples, strict=True)
-    encoder = _TokenGrid(rows, _sizes(inputs), batch_size, space[0])
-    decoder = _TokenGrid(rows, _sizes(targets), batch_size, space[1])
-    tokens = np.concatenate(targets)
-    filled = decoder.filled(tokens)
-    # Moved by one after the start token; within each example, where they share rows.
-    moved = np.roll(filled, 1, axis=1)
-    moved[:, 0] = 0
-    begins = decoder.filled(decoder.places == 0) == 1
-    if pack:
-        moved[decoder.filled(decoder.places) == 0] = 0
-    moved[begins] = start_id
-    batch = {
-        "encoder_input_tokens": encoder.filled(np.concatenate(inputs)),
-        "decoder_target_tokens": filled,
-        "decoder_input_tokens": moved,
-        "decoder_loss_weights": decoder.filled(tokens != 0),
-    }
-    return batch | encoder.marks("encoder") | decoder.marks("decoder") if pack else batch
-
-
-def _one_row(
-    examples: list[Example], rows: list[int], length: int, batch_size: int, start_id: int | None
-) -> Batch:
-    start = np.array([] if start_id is None else [start_id], np.int32)
-    whole = [np.concatenate([start, *example]) for example in examples]
-    prefixes = _sizes(inputs for inputs, _ in examples) + len(start)
-    sizes = _sizes(whole) - 1
-    grid = _TokenGrid(rows, sizes, batch_size, length)
-    # Padding may have the id of a token: segments, not ids, tell where it is, packed or not.
-    return {
-        "decoder_input_tokens": grid.filled(np.concatenate([row[:-1] for row in whole])),
-        "decoder_target_tokens": grid.filled(np.concatenate([row[1:] for row in whole])),
-        "decoder_loss_weights": grid.filled(grid.places >= np.repeat(prefixes, sizes) - 1),
-        **grid.marks("decoder"),
-    }

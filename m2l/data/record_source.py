@@ -3,6 +3,7 @@
 import contextlib
 import zlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import seqio
 import tensorflow as tf
@@ -35,6 +36,20 @@ def _lists(values: list[list[str]]) -> Callable[[tf.Tensor], tf.Tensor]:
     return lambda index: items[starts[index] : starts[index + 1]]
 
 
+class SplitTensors(NamedTuple):
+    """A split's records as tensors.
+
+    Attributes:
+        size: How many there are, at least one.
+        digest: A checksum of the records in their order, for telling them from others.
+        read: For the inside of a graph: a record's number (int64) -> its fields.
+    """
+
+    size: int
+    digest: int
+    read: Reader
+
+
 class RecordTensors:
     """One dataset's records, read and turned into tensors when a split is first used.
 
@@ -50,32 +65,19 @@ class RecordTensors:
     ):
         self.name, self.splits = name, tuple(splits)
         self._fields, self._read = dict(fields), read
-        self._readers: dict[str, Reader] = {}
-        self._sizes: dict[str, int] = {}
-        self._digests: dict[str, int] = {}
+        self._loaded: dict[str, SplitTensors] = {}
 
-    def size(self, split: str) -> int:
-        """Returns how many records a split has, at least one.
+    def split(self, split: str) -> SplitTensors:
+        """Returns a split; reads it if it is the first time.
 
         Raises:
-            DataError: it has none; or a record that is not as declared, by its number.
+            DataError: it has no records; or one that is not as declared, by its number.
         """
-        self._load(split)
-        return self._sizes[split]
+        if split not in self._loaded:
+            self._loaded[split] = self._load(split)
+        return self._loaded[split]
 
-    def digest(self, split: str) -> int:
-        """Returns a checksum of a split's records in their order, for telling them from others."""
-        self._load(split)
-        return self._digests[split]
-
-    def reader(self, split: str) -> Reader:
-        """Returns a function for the inside of a graph: a record's number (int64) -> its fields."""
-        self._load(split)
-        return self._readers[split]
-
-    def _load(self, split: str) -> None:
-        if split in self._readers:
-            return
+    def _load(self, split: str) -> SplitTensors:
         if split not in self.splits:
             raise DataError(
                 f"dataset {self.name!r} has no split {split!r}; it has {', '.join(self.splits)}"
@@ -89,22 +91,20 @@ class RecordTensors:
         size = len(next(iter(values.values())))
         if not size:
             raise DataError(f"dataset {self.name!r}, split {split!r}: there are no records")
-        self._sizes[split], self._digests[split] = size, digest
-        kinds = {field: kind_of(of) for field, of in self._fields.items()}
-        texts, numbers_of, lists = (
-            {field: values[field] for field in values if kinds[field] == kind}
+        texts, numbers, lists = (
+            {field: values[field] for field, of in self._fields.items() if kind_of(of) == kind}
             for kind in ("string", "int", "strings")
         )
-        single = _table(texts, tf.string), _table(numbers_of, tf.int64)
-        list_readers = {field: _lists(lists[field]) for field in lists}
+        tables = _table(texts, tf.string), _table(numbers, tf.int64)
+        list_readers = {field: _lists(items) for field, items in lists.items()}
 
         @tf.autograph.experimental.do_not_convert
         def read(index: tf.Tensor) -> dict[str, tf.Tensor]:
-            tensors = {name: value for table in single for name, value in table(index).items()}
+            tensors = {name: value for table in tables for name, value in table(index).items()}
             tensors |= {name: items(index) for name, items in list_readers.items()}
             return {name: tensors[name] for name in self._fields}
 
-        self._readers[split] = read
+        return SplitTensors(size, digest, read)
 
 
 class RecordSource(seqio.DataSource):
@@ -141,11 +141,11 @@ class RecordSource(seqio.DataSource):
 
     def num_input_examples(self, split: str) -> int:
         """Returns how many records the split has."""
-        return self._records.size(split)
+        return self._records.split(split).size
 
     def digest(self, split: str) -> int:
         """Returns a checksum of the split's records."""
-        return self._records.digest(split)
+        return self._records.split(split).digest
 
     def get_dataset(
         self,
@@ -200,7 +200,7 @@ class RecordSource(seqio.DataSource):
         return at
 
     def _divisible(self, split: str, shards: int) -> int:
-        size = self._records.size(split)
+        size = self._records.split(split).size
         if size < shards:
             raise DataError(
                 f"task {self._name!r}, split {split!r}: {size} records cannot be divided among "
@@ -215,7 +215,7 @@ class RecordSource(seqio.DataSource):
 
         Sources sort their records (IMDB's first half is negative): the first ones would not do.
         """
-        size = self._records.size(split)
+        size = self._records.split(split).size
         keys = tf.constant([0, zlib.crc32(self._records.name.encode())], tf.int64)
         drawn = tf.random.experimental.index_shuffle(
             tf.range(min(skip, size), min(skip + count, size), dtype=tf.int64), keys, size - 1
@@ -225,7 +225,7 @@ class RecordSource(seqio.DataSource):
     def _example(
         self, split: str, only: Collection[str] | None = None
     ) -> Callable[[tf.Tensor], dict[str, tf.Tensor]]:
-        read, render = self._records.reader(split), self._render or dict
+        read, render = self._records.split(split).read, self._render or dict
 
         @tf.autograph.experimental.do_not_convert
         def example(index: tf.Tensor) -> dict[str, tf.Tensor]:

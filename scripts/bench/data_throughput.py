@@ -206,8 +206,8 @@ def _tokenizer() -> "tokenizers.Tokenizer":
 def _with_derived(dataset: Dataset) -> list[dict[str, Json]]:
     """Returns the records with their derived fields, which the peer gets for nothing."""
     records = registry.records_of("microworld", dataset)
-    numbers = tf.data.Dataset.range(records.size("train"))
-    read, derive = records.reader("train"), dataset.derive or (lambda record: {})
+    numbers = tf.data.Dataset.range(records.split("train").size)
+    read, derive = records.split("train").read, dataset.derive or (lambda record: {})
     rows = numbers.map(lambda number: {**read(number), **derive(read(number))})
     return [
         {name: _plain(value) for name, value in row.items()} for row in rows.as_numpy_iterator()

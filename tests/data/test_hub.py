@@ -254,14 +254,14 @@ def test_the_published_schemas_give_the_declared_fields(tmp_path, made, fields, 
     records = RecordTensors(
         "demo", fields, ("train",), lambda split: checked("demo", split, read_split(split), fields)
     )
-    assert records.size("train") == 1
+    assert records.split("train").size == 1
     found = {
         name: [item.decode() for item in value.numpy()]
         if fields[name] == "strings"
         else int(value)
         if fields[name] == range(2)
         else value.numpy().decode()
-        for name, value in records.reader("train")(0).items()
+        for name, value in records.split("train").read(0).items()
     }
     assert found == expected
 

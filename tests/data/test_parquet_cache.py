@@ -115,9 +115,9 @@ def test_a_cache_feeds_a_task_as_its_source_did(tmp_path):
     source = RecordTensors(
         "demo", FIELDS, ("train",), lambda split: checked("demo", split, map(raw, range(7)), FIELDS)
     )
-    assert cached.size("train") == source.size("train") == 7
+    assert cached.split("train").size == source.split("train").size == 7
     for number in range(7):
-        ours, theirs = cached.reader("train")(number), source.reader("train")(number)
+        ours, theirs = cached.split("train").read(number), source.split("train").read(number)
         assert {name: str(value.numpy()) for name, value in ours.items()} == {
             name: str(value.numpy()) for name, value in theirs.items()
         }

@@ -75,17 +75,17 @@ def test_a_record_of_another_form_is_named(of_type, value, says):
     )
     rows = [{"f": good}, {"f": value}]
     with pytest.raises(DataError, match=says) as caught:
-        records(rows, {"f": of_type}).size("train")
+        records(rows, {"f": of_type}).split("train")
     assert "dataset 'demo', split 'train', record 1: field 'f'" in str(caught.value)
 
 
 def test_a_missing_field_an_empty_split_and_an_unknown_split_are_refused():
     with pytest.raises(DataError, match="record 0: field 'n' is missing"):
-        records([{"m": 1}]).size("train")
+        records([{"m": 1}]).split("train")
     with pytest.raises(DataError, match="split 'train': there are no records"):
-        records([]).size("train")
+        records([]).split("train")
     with pytest.raises(DataError, match="no split 'test'; it has train"):
-        records([{"n": 1}]).size("test")
+        records([{"n": 1}]).split("test")
 
 
 def test_nested_fields_and_lists_of_records_are_reached_by_path():
