@@ -66,7 +66,7 @@ def _key(datasets: Sequence[Dataset], source: str) -> str:
     folders = []
     parsed = sources.parse(source)
     while parsed is not None:
-        folders += [] if parsed.where is None else [directory_digest(parsed.where)]
+        folders += [] if parsed.folder is None else [directory_digest(parsed.folder)]
         parsed = parsed.records
     declared = {
         dataset.name: [[name, str(kind_of(of))] for name, of in dataset.fields.items()]

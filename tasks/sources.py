@@ -40,12 +40,12 @@ class Source(NamedTuple):
 
     Attributes:
         kind: Of KINDS.
-        where: The folder that it names, if it names one.
+        folder: The folder that it names, if it names one.
         records: Where "promptsource" has its records from.
     """
 
     kind: str
-    where: Path | None = None
+    folder: Path | None = None
     records: "Source | None" = None
 
 
@@ -99,7 +99,7 @@ def datasets(setting: str) -> tuple[Dataset, ...]:
     if source.kind == "cache":
         from m2l.tasks import caches
 
-        return caches.datasets(source.where)
+        return caches.datasets(source.folder)
     if source.kind == "p3":
         from m2l.tasks import p3
 
@@ -144,7 +144,7 @@ def has(setting: str, dataset: Dataset) -> bool:
     if source.kind == "cache":
         from m2l.tasks import caches
 
-        return dataset.name in caches.names(source.where)
+        return dataset.name in caches.names(source.folder)
     if source.kind in ("hub", "microworld", "p3", "tfds") and dataset.records is None:
         kinds = {"microworld": _has_generator(dataset), "tfds": dataset.tfds is not None}
         return kinds.get(source.kind, dataset.hub is not None)
@@ -171,7 +171,7 @@ def splits(setting: str, dataset: Dataset) -> tuple[str, ...]:
     if source.kind == "cache":
         from m2l.tasks import caches
 
-        return caches.splits(source.where, dataset)
+        return caches.splits(source.folder, dataset)
     if dataset.records is not None:
         return tuple(dataset.splits)
     if source.kind == "tfds" and dataset.tfds is not None and dataset.tfds.splits is not None:
@@ -195,7 +195,7 @@ def read(setting: str, dataset: Dataset, split: str) -> Iterable[Record]:
     if source.kind == "cache" and (dataset.records is None or has(setting, dataset)):
         from m2l.tasks import caches
 
-        cached = caches.read(source.where, dataset, split)
+        cached = caches.read(source.folder, dataset, split)
         return checked(dataset.name, split, cached, dataset.fields, dataset.complaint)
     if dataset.records is not None:
         theirs_of, records = dataset.splits, dataset.records
@@ -251,7 +251,7 @@ def _hub(source: Source, dataset: Dataset, fields: Iterable[str] = ()) -> Reader
     declared = flan.FIELDS if dataset.category == flan.MIXTURE else dataset.fields
     fields = dict.fromkeys([*declared, *fields])
     read = functools.partial(
-        hub.read, dataset.hub, name=dataset.name, fields=fields, root=source.where
+        hub.read, dataset.hub, name=dataset.name, fields=fields, root=source.folder
     )
     return dataset.splits, _without_t0(dataset, read)
 
@@ -269,7 +269,7 @@ def _p3(source: Source, dataset: Dataset) -> Reader:
     if dataset.hub is None or dataset.hub.repo != p3.REPO:
         return _hub(source, dataset)
     read = functools.partial(
-        hub.read, dataset.hub, name=dataset.name, fields=p3.fields(dataset), root=source.where
+        hub.read, dataset.hub, name=dataset.name, fields=p3.fields(dataset), root=source.folder
     )
     return dataset.splits, lambda split: map(p3.record, read(split))
 
@@ -280,7 +280,7 @@ def _tfds(source: Source, dataset: Dataset) -> Reader:
     if dataset.tfds is None:
         raise _lacking("TensorFlow Datasets", dataset)
     read = functools.partial(
-        tfds.read, dataset.tfds, name=dataset.name, fields=dataset.fields, data_dir=source.where
+        tfds.read, dataset.tfds, name=dataset.name, fields=dataset.fields, data_dir=source.folder
     )
     return dataset.tfds.splits or dataset.splits, read
 
@@ -289,7 +289,7 @@ def _jsonl(source: Source, dataset: Dataset) -> Reader:
     from m2l.data import jsonl
 
     def read(split: str) -> Iterable[Record]:
-        plain = source.where / skills.whole(dataset).name / f"{split}.jsonl"
+        plain = source.folder / skills.whole(dataset).name / f"{split}.jsonl"
         packed = plain.with_suffix(".jsonl.gz")
         return jsonl.records(packed if packed.exists() and not plain.exists() else plain)
 

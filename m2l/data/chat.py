@@ -20,13 +20,13 @@ class ChatTemplate:
     Attributes:
         source: The Jinja template.
         special_tokens: Text by role: {"bos_token": "<s>"}.
-        where: The directory it is from, for messages.
+        directory: The directory it is from, for messages.
         date: What day the template is told it is: prompts must not change from one to the next.
     """
 
     source: str
     special_tokens: Mapping[str, str]
-    where: str
+    directory: str
     date: datetime.date = DATE
 
     @property
@@ -49,7 +49,7 @@ class ChatTemplate:
             )
         except jinja_rendering.TemplateError as error:
             raise DataError(
-                f"{self.where}: its chat template fails ({error.message:.200})"
+                f"{self.directory}: its chat template fails ({error.message:.200})"
             ) from error
 
 

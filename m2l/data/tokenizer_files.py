@@ -53,6 +53,10 @@ class Vocabulary(Protocol):
         """Returns the text of ids."""
 
 
+# Of each kind, `size` is how many ids there are, sentinels included, and `fingerprint` the SHA-256,
+# in hex, of what decides the ids.
+
+
 @dataclasses.dataclass(frozen=True)
 class Bytes:
     """ByT5's ids: three special ones, 256 bytes, sentinels."""
@@ -61,12 +65,10 @@ class Bytes:
 
     @property
     def size(self) -> int:
-        """How many ids there are, sentinels included."""
         return 3 + 256 + self.extra_ids
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256, in hex, of what decides the ids."""
         return _sha256(f"ByteVocabulary extra_ids={self.extra_ids}\n")
 
 
@@ -79,12 +81,10 @@ class T5SentencePiece:
 
     @property
     def size(self) -> int:
-        """How many ids there are, sentinels included."""
         return _pieces(self.file).GetPieceSize() + self.extra_ids
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256, in hex, of what decides the ids."""
         head = f"SentencePieceVocabulary extra_ids={self.extra_ids}\n"
         return _sha256(head, self.file.read_bytes())
 
@@ -103,12 +103,10 @@ class SentencePiece:
 
     @property
     def size(self) -> int:
-        """How many ids there are."""
         return _pieces(self.file).GetPieceSize()
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256, in hex, of what decides the ids."""
         return _sha256(f"SentencePiece start_id={self.start_id}\n", self.file.read_bytes())
 
 
@@ -134,7 +132,6 @@ class TokenizerJson:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256, in hex, of what decides the ids."""
         ends = f"eos_id={self.eos_id} start_id={self.start_id}"
         return _sha256(f"tokenizer.json {ends} {self.ids_digest}\n")
 

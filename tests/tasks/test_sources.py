@@ -47,13 +47,13 @@ def written(tmp_path_factory):
 )
 def test_a_setting_is_a_kind_and_perhaps_a_folder(setting, kind, where):
     source = sources.parse(setting)
-    assert (source.kind, source.where and str(source.where)) == (kind, where)
+    assert (source.kind, source.folder and str(source.folder)) == (kind, where)
 
 
 def test_promptsource_goes_over_the_hubs_records_or_those_of_another_source():
     assert sources.parse("promptsource").records.kind == "hub"
     under = sources.parse("promptsource+jsonl:/own").records
-    assert (under.kind, str(under.where)) == ("jsonl", "/own")
+    assert (under.kind, str(under.folder)) == ("jsonl", "/own")
 
 
 @pytest.mark.parametrize(
