@@ -1,4 +1,4 @@
-"""Writes what the documentation says of the tasks from their declarations.
+"""Writes what the documentation says of tasks and merge methods from their declarations.
 
     python scripts/document_tasks.py [--check]
 
@@ -20,6 +20,7 @@ import tensorflow as tf
 from m2l import tasks
 from m2l.data.preprocessors import renderer
 from m2l.data.prompts import Dataset, Prompt, Reference, parse
+from m2l.merging import METHODS
 from m2l.tasks import microworld, registry, skills, sources
 
 ROOT = Path(__file__).parents[1]
@@ -137,12 +138,27 @@ def skills_public() -> str:
     return table([*columns, "mixtures"], rows)
 
 
+def methods() -> str:
+    """Returns the table of docs/merging.md: what the registry of merge methods knows of each."""
+    rows = [
+        [
+            f"`{method.name}`",
+            ", ".join(f"`{each}`" for each in method.hyper_parameters.values()) or "none",
+            method.description.replace("|", "\\|"),
+        ]
+        for method in METHODS.values()
+        if method.function.__module__.startswith("m2l.")
+    ]
+    return table(["method", "settings", "the merged model"], rows)
+
+
 TABLES = {
     "summary": summary,
     "datasets": datasets,
     "origins": origins,
     "skills_embedded": skills_embedded,
     "skills_public": skills_public,
+    "methods": methods,
 }
 
 
@@ -202,7 +218,7 @@ def prompts() -> str:
 
 def pages() -> dict[Path, str]:
     """Returns every page that is written here, as it should be."""
-    pages = [ROOT / name for name in ("docs/tasks.md", "docs/skills.md")]
+    pages = [ROOT / name for name in ("docs/tasks.md", "docs/skills.md", "docs/merging.md")]
     filled_pages = {path: filled(path.read_text()) for path in pages}
     return {**filled_pages, ROOT / "docs/prompts.md": prompts()}
 

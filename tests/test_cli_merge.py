@@ -30,7 +30,7 @@ def test_a_dry_run_says_what_it_takes_and_does_nothing(road, run_m2l, capsys, tm
     flags = ("--method", "ties", "--dry_run", "--bandwidth", "1GB", "--out", tmp_path / "out")
     assert run_m2l("merge", *models(road), *flags) == 0
     shown = capsys.readouterr().out
-    for words in ("in 2 readings", "are free", "at most", "at 1 GB/s (told)"):
+    for words in ("in 2 readings", "are free", "at most", "at 1 GB/s (--bandwidth)"):
         assert words in shown
     assert list(tmp_path.iterdir()) == []
 
@@ -96,7 +96,7 @@ def test_inspect_shows_and_draws_what_a_merge_measured(road, run_m2l, capsys, tm
         (("--method", "ties", "--preset", "mergekid"), "unknown preset 'mergekid'"),
         (("--method", "ties", "--scale_of", "x"), "expected PATTERN=SCALE"),
         (("--method", "ties", "--scale_of", "x=1"), "scales 'x' matches no parameter"),
-        (("--method", "ties", "--memory", "lots"), "'lots' is no amount of memory"),
+        (("--method", "ties", "--memory", "lots"), "cannot parse memory size 'lots'"),
         (("--method", "ties", "--process", "2"), "--process 2: expected I/N"),
         (("--method", "ties", "--process", "2/2"), "--process 2/2: expected I/N"),
         (("--method", "ties", "--to", "gguf"), "a merge writes orbax or huggingface"),
@@ -165,6 +165,30 @@ def test_a_sweep_refuses_models_that_do_not_belong_together(road, run_m2l, swept
     assert run_m2l("sweep", *models(road), "--expert", tmp_path / "other", *flags) == 2
     assert "layer_norm_epsilon is 0.001 and not 1e-06" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_sweep_of_drop_rates_by_rank_is_scored(road, run_m2l, swept, tmp_path):
+    flags = ("--method", "della", "--drop_rate", "0.5", "--epsilon", "0.1,0.2")
+    flags += (*swept[1][6:-1], tmp_path / "out")
+    assert run_m2l("sweep", *models(road), *flags) == 0
+    curve = json.loads((tmp_path / "out" / "curve.json").read_text())
+    assert [point["settings"]["epsilon"] for point in curve] == [0.1, 0.2]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--method", "della", "--drop_rate", "0.9", "--epsilon", "0.05,0.2"), "rates from 0.7 to"),
+        (("--method", "fisher", "--floor", "0.1"), "needs the fisher statistics of each expert"),
+        (("--method", "linear", "--t", "0.5"), "linear merges 1 expert, not 2"),
+    ],
+)
+def test_what_a_sweep_cannot_do_is_refused_before_anything_is_read(
+    road, run_m2l, swept, tmp_path, capsys, flags, message
+):
+    assert run_m2l("sweep", *models(road), *flags, *swept[1][6:-1], tmp_path / "out") == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_sweep_without_a_mixture_keeps_every_merge(road, run_m2l, tmp_path):

@@ -14,7 +14,7 @@ document = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(document)
 
 
-@pytest.mark.parametrize("page", ["docs/tasks.md", "docs/skills.md"])
+@pytest.mark.parametrize("page", ["docs/tasks.md", "docs/skills.md", "docs/merging.md"])
 def test_the_tables_of_a_page_are_those_of_the_declarations(page):
     text = (ROOT / page).read_text()
     assert text.count("<!-- table: ") == text.count("<!-- end -->") > 0

@@ -6,7 +6,7 @@ import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -15,6 +15,16 @@ from m2l.cli.data import jsonl_files
 from m2l.cli.options import DIRECTORY, print_table, with_mesh, with_source
 from m2l.errors import ConfigError, DataError, MergeError
 from m2l.progress import Progress
+from m2l.typing import Json, PyTree
+
+if TYPE_CHECKING:
+    import seqio
+    from jax.sharding import Mesh
+
+    from m2l import models
+    from m2l.checkpoints import Manifest
+    from m2l.evaluation.task_data import TaskData
+    from m2l.merging.adamerging import Learned
 
 
 @click.command()
@@ -73,7 +83,7 @@ def adamerging(
             raise ConfigError(f"m2l adamerging: {flag} is missing")
     paths = [checkpoints.resolve(path) for path in (base, *experts)]
     manifests = [checkpoints.read_manifest(path) for path in paths]
-    _check_alike(list(zip(paths, manifests, strict=True)))
+    _check_alike(dict(zip(paths, manifests, strict=True)))
     settings = {
         "steps": steps,
         "per_layer": per_layer,
@@ -118,12 +128,12 @@ def adamerging(
     rows = [(pattern, *row) for pattern, row in learned.coefficients.items()]
     first, last = learned.entropies[0], learned.entropies[-1]
     print_table(f"entropy {first:.4f} to {last:.4f} nats", columns, rows)
-    given = [part for path in experts for part in ("--expert", str(path))]
-    command = ["m2l", "merge", "--recipe", str(out), "--base", str(base), *given]
+    flags = [part for path in experts for part in ("--expert", str(path))]
+    command = ["m2l", "merge", "--recipe", str(out), "--base", str(base), *flags]
     click.echo(f"recipe: {out}\nmerge with it: {shlex.join(command)} --out DIR")
 
 
-def _check_finished(out: Path, made_by: Mapping[str, Any]) -> None:
+def _check_finished(out: Path, made_by: Mapping[str, Json]) -> None:
     """Refuses what is at `out` unless the same command wrote it, and says that it did."""
     from m2l import files
 
@@ -138,28 +148,29 @@ def _check_finished(out: Path, made_by: Mapping[str, Any]) -> None:
     click.echo(f"recipe: {out}, already there, learned by the same command")
 
 
-def _check_alike(models_of: Sequence[tuple[Path, Any]]) -> None:
+def _check_alike(manifests: Mapping[Path, "Manifest"]) -> None:
     """Refuses what is no model, or another model than the first, before anything is read."""
     from m2l import checkpoints, models
-    from m2l.merging import compatibility, sources
+    from m2l.merging import inputs
 
-    for path, manifest in models_of:
+    for path, manifest in manifests.items():
         if manifest.made_by.get("kind") == "statistics":
             raise MergeError(f"{path}: it holds statistics of a model, not a model")
         vocab_size = models.from_dict(manifest.model).vocab_size
         checkpoints.check_vocabulary(manifest.vocabulary, vocab_size, path)
-    compatibility.check_alike(sources.open_all([path for path, _ in models_of], sources.ORBAX)[0])
+    inputs.check_alike(inputs.open_all(list(manifests), inputs.ORBAX)[0])
 
 
 def _learn(
     paths: Sequence[Path],
-    config: Any,
-    mesh: Any,
-    vocabulary: Any,
-    tasks: Sequence[Any],
+    config: "models.Config",
+    mesh: "Mesh",
+    vocabulary: "seqio.Vocabulary",
+    tasks: Sequence["TaskData"],
     batch_size: int,
-    settings: Mapping[str, Any],
-) -> Any:
+    settings: Mapping[str, Json],
+) -> "Learned":
+    """Learns the coefficients on the mesh, with a progress bar."""
     import jax
 
     from m2l import checkpoints, models, partitioning
@@ -170,14 +181,14 @@ def _learn(
     layout = layouts.of(config, vocabulary)
     examples = [task.examples for task in tasks]
     shapes = batching.common_shapes(examples, batch_size, layout)
-    of_task = [
-        [batch for _, batch in batching.batches(of_one, batch_size, layout, shapes)]
-        for of_one in examples
+    task_batches = [
+        [batch for _, batch in batching.batches(task_examples, batch_size, layout, shapes)]
+        for task_examples in examples
     ]
 
-    def of_steps() -> Iterator[list[Any]]:
+    def step_batches() -> Iterator[list[PyTree]]:
         for step in itertools.count():
-            yield [batches[step % len(batches)] for batches in of_task]
+            yield [batches[step % len(batches)] for batches in task_batches]
 
     placed = partitioning.shardings(models.spec(config), mesh)
     base, *experts = (checkpoints.restore(path, shardings=placed) for path in paths)
@@ -186,13 +197,13 @@ def _learn(
             base,
             experts,
             functools.partial(ranking.mean_entropy, config),
-            of_steps(),
+            step_batches(),
             on_step=lambda step, value: progress.update(step, entropy=f"{value:.4f}"),
             **settings,
         )
 
 
-def _write(out: Path, record: Mapping[str, Any]) -> None:
+def _write(out: Path, record: Mapping[str, Json]) -> None:
     from m2l import files
 
     out.parent.mkdir(parents=True, exist_ok=True)

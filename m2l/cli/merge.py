@@ -1,46 +1,102 @@
 """`m2l merge`."""
 
+import functools
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from m2l.cli.options import DIRECTORY, join, print_table, with_processes
 from m2l.errors import ConfigError
+from m2l.typing import Json, JsonObject
 
-_HYPER_PARAMETERS = (
-    ("density", float, "Share of each task vector that is kept: ties, dare_ties, breadcrumbs."),
-    ("scale", float, "lambda: what the merged task vector is multiplied by; below 0 it forgets."),
-    ("drop_rate", float, "Share of each task vector that is dropped at random: dare, della."),
-    ("epsilon", float, "della's drop rates go from drop_rate + epsilon to drop_rate - epsilon."),
-    ("gamma", float, "Share of outliers that breadcrumbs leaves out."),
-    ("t", float, "linear, slerp: from the first model (0) to the second (1)."),
-    ("floor", float, "The least Fisher information that an entry counts with."),
-    ("nondiagonal_scale", float, "What regmean multiplies Grams by off their diagonals."),
-    ("scope", str, "What the largest entries are taken over: model (the papers') or tensor."),
-    ("seed", int, "Of the methods that draw at random."),
-    ("dtype", str, "Of the merged parameters: float32, bfloat16 or float16."),
-    ("consensus", str, "Of entries that agree in sign: mean, sum or max."),
-    ("zero_sign", str, "Where signs cancel: none, positive, majority or majority_or_none."),
-    ("keep", str, "How density rounds: floor, at_least_one, one_more or complement."),
-    ("rescale", str, "Of what is not dropped: expectation, norm or none."),
-)
+if TYPE_CHECKING:
+    from m2l.merging import Job
 
 
-def _with_hyper_parameters(command: Any) -> Any:
-    for name, kind, what in reversed(_HYPER_PARAMETERS):
-        command = click.option(f"--{name}", type=kind, help=what)(command)
-    return command
+class Numbers(click.ParamType):
+    """Numbers with commas between them."""
+
+    name = "numbers"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[float, ...]:
+        """Returns the numbers of a flag's text."""
+        flag = param.opts[0] if param else "numbers"
+        return numbers(flag, value) if isinstance(value, str) else value
 
 
-@click.command()
+class Series(Numbers):
+    """Numbers with commas between them, or FIRST:LAST:STEP."""
+
+    name = "series"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[float, ...]:
+        """Returns the numbers of a flag's text."""
+        flag = param.opts[0] if param else "series"
+        return tuple(series(flag, value)) if isinstance(value, str) else value
+
+
+class RecipeCommand(click.Command):
+    """A command with the flags of recipes, behind --method.
+
+    Which there are follows from the methods' signatures, and is looked up when the command is run:
+    until then nothing is imported.
+
+    Args:
+        swept: Whether the flags are hyper-parameters alone, each with several values.
+    """
+
+    def __init__(self, *arguments: Any, swept: bool = False, **options: Any):
+        super().__init__(*arguments, **options)
+        self._swept = swept
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """Returns the command's own flags and those of recipes.
+
+        Raises:
+            ConfigError: A hyper-parameter has the name of another flag.
+        """
+        own = super().get_params(ctx)
+        place = 1 + [each.name for each in own].index("method")
+        for flag in self._recipe_flags:
+            if flag.name in {each.name for each in own}:
+                raise ConfigError(
+                    f"hyper-parameter {flag.name}: m2l {self.name} has another flag of this name; "
+                    "rename it"
+                )
+        return [*own[:place], *self._recipe_flags, *own[place:]]
+
+    @functools.cached_property
+    def _recipe_flags(self) -> list[click.Option]:
+        from m2l.merging import registry
+
+        flags = []
+        for name, by_method in registry.hyper_parameters().items():
+            first = next(iter(by_method.values()))
+            kind: click.ParamType | type = Numbers() if first.per_expert else float
+            text = f"{first.description.rstrip('.')}: {', '.join(by_method)}."
+            if self._swept:
+                kind, text = Series(), f"Values, 0.1,0.2 or FIRST:LAST:STEP. {text}"
+            if not (self._swept and first.per_expert):
+                flags.append(click.Option([f"--{name}"], type=kind, help=text))
+        for name, variant in () if self._swept else registry.VARIANTS.items():
+            text = f"{variant.description} One of {', '.join(variant.choices)}."
+            flags.append(click.Option([f"--{name}"], help=text))
+        return flags
+
+
+@click.command(cls=RecipeCommand)
 @click.option("--base", type=DIRECTORY, help="The model the experts were trained from.")
 @click.option("--expert", "experts", type=DIRECTORY, multiple=True, help="Repeat for each.")
 @click.option("--method", help="See --list.")
-@_with_hyper_parameters
-@click.option("--weights", help="One number an expert: 0.7,0.3.")
+@click.option("--seed", type=int, help="Of the methods that draw at random.")
+@click.option("--dtype", help="Of the merged parameters: float32, bfloat16 or float16.")
 @click.option("--weighted_signs", is_flag=True, help="Weights count when signs are elected.")
 @click.option(
     "--scale_of",
@@ -54,7 +110,7 @@ def _with_hyper_parameters(command: Any) -> Any:
     "--statistics", type=DIRECTORY, multiple=True, help="Of each expert: fisher, regmean need them."
 )
 @click.option("--subtree", help="Of pytrees that Orbax stored, the part to merge: params.")
-@click.option("--to", help="orbax or huggingface; by default what the inputs are.")
+@click.option("--to", "output_format", help="orbax or huggingface; by default what the inputs are.")
 @click.option("--vocabulary", help="The tokenizer, for an Orbax result of models that have none.")
 @click.option("--memory", default=None, help="The most the process may hold.  [default: 1GiB]")
 @with_processes
@@ -72,7 +128,6 @@ def merge(
     base: Path | None,
     experts: tuple[Path, ...],
     method: str | None,
-    weights: str | None,
     weighted_signs: bool,
     scale_of: tuple[str, ...],
     preset: str | None,
@@ -81,7 +136,7 @@ def merge(
     list_methods: bool,
     statistics: tuple[Path, ...],
     subtree: str | None,
-    to: str | None,
+    output_format: str | None,
     vocabulary: str | None,
     memory: str | None,
     distributed: bool,
@@ -92,7 +147,7 @@ def merge(
     allow_differences: str | None,
     dry_run: bool,
     bandwidth: str | None,
-    **settings: Any,
+    **settings: Json,
 ) -> None:
     """Merge experts' checkpoints into one.
 
@@ -105,11 +160,10 @@ def merge(
     from m2l import checkpoints, merging
     from m2l.merging import plan
 
-    given = {name: value for name, value in settings.items() if value not in (None, ())}
-    given |= {"weighted_signs": True} if weighted_signs else {}
-    given |= {"weights": numbers("--weights", weights)} if weights else {}
-    given |= {"scales": tuple(map(_scale_of, scale_of))} if scale_of else {}
-    given |= {"method": method} if method else {}
+    settings = {name: value for name, value in settings.items() if value not in (None, ())}
+    settings |= {"weighted_signs": True} if weighted_signs else {}
+    settings |= {"scales": tuple(map(_scale_of, scale_of))} if scale_of else {}
+    settings |= {"method": method} if method else {}
     for flag, missing in (
         ("--method", not (method or recipe)),
         ("--expert", not experts),
@@ -118,12 +172,13 @@ def merge(
         if missing:
             raise ConfigError(f"m2l merge: {flag} is missing")
     if preset:
-        given = merging.preset(preset, given)
+        settings = merging.preset(preset, settings)
     # Elsewhere such short compilations are not worth keeping; here they are a tenth of a merge.
     import jax
 
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    how = merging.Recipe.read(recipe, **given) if recipe else merging.Recipe(**given)
+    read = functools.partial(merging.Recipe.read, recipe) if recipe else merging.Recipe
+    merge_recipe = read(**settings)
     if (distributed or coordinator or process) and not os.environ.get("JAX_PLATFORMS"):
         # Several processes of a host cannot share its accelerators, and reading is what costs.
         jax.config.update("jax_platforms", "cpu")
@@ -131,7 +186,7 @@ def merge(
     options = {
         "statistics": statistics,
         "subtree": subtree,
-        "to": to,
+        "output_format": output_format,
         "vocabulary": _described(vocabulary),
         "memory": plan.parse_bytes(memory) if memory else None,
         "diagnostics": diagnostics,
@@ -139,12 +194,12 @@ def merge(
         "allow_differences": allow_differences.split(",") if allow_differences else (),
     }
     if dry_run:
-        job = merging.prepare(base, experts, how, out, **options)
+        job = merging.prepare(base, experts, merge_recipe, out, **options)
         checkpoints.check_absent(job.out)
         _show_plan(job, plan.parse_bytes(bandwidth) if bandwidth else None)
         return
     start = time.monotonic()
-    manifest = merging.merge(base, experts, how, out, **options)
+    manifest = merging.merge(base, experts, merge_recipe, out, **options)
     if manifest is None:
         click.echo(f"merged checkpoint: {out}, published by process 0")
         return
@@ -160,23 +215,20 @@ def merge(
 def _list() -> None:
     from m2l import merging
 
-    def settings(method: merging.Method) -> str:
-        return ", ".join(
-            name if default is None else f"{name}={default}"
-            for name, default in method.hyper_parameters.items()
-        )
-
-    rows = [(m.name, settings(m), m.summary) for m in merging.METHODS.values()]
+    rows = [
+        (method.name, ", ".join(map(str, method.hyper_parameters.values())), method.summary)
+        for method in merging.METHODS.values()
+    ]
     print_table("merge methods", ["method", "settings", ""], rows)
     rows = [(name, ", ".join(methods)) for name, methods in merging.PRESETS.items()]
     print_table("presets", ["preset", "methods"], rows)
 
 
-def _show_plan(job: Any, bandwidth: int | None) -> None:
+def _show_plan(job: "Job", bandwidth: int | None) -> None:
     from m2l.merging import plan
 
     rows = job.plan.rows()
-    source = "told"
+    source = "--bandwidth"
     if bandwidth is None:
         bandwidth, source = plan.measure_bandwidth(job), "measured"
     seconds = job.plan.seconds(bandwidth)
@@ -184,7 +236,7 @@ def _show_plan(job: Any, bandwidth: int | None) -> None:
     print_table(f"plan of {job.recipe.method}, nothing is done", ["what", "how much"], rows)
 
 
-def _described(vocabulary: str | None) -> Any:
+def _described(vocabulary: str | None) -> JsonObject | None:
     if vocabulary is None:
         return None
     from m2l.data import tokenizer_files
@@ -193,7 +245,7 @@ def _described(vocabulary: str | None) -> Any:
 
 
 def numbers(flag: str, text: str) -> tuple[float, ...]:
-    """The numbers between the commas of a flag's text."""
+    """Returns the numbers between the commas of a flag's text."""
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError as error:
@@ -201,7 +253,7 @@ def numbers(flag: str, text: str) -> tuple[float, ...]:
 
 
 def series(flag: str, text: str) -> list[float]:
-    """The numbers of a flag's text, with commas between or as FIRST:LAST:STEP."""
+    """Returns the numbers of a flag's text, with commas between or as FIRST:LAST:STEP."""
     if ":" not in text:
         return list(numbers(flag, text))
     parts = numbers(flag, text.replace(":", ","))
@@ -216,5 +268,5 @@ def _scale_of(text: str) -> tuple[str, float | tuple[float, ...]]:
     pattern, equals, value = text.rpartition("=")
     if not equals:
         raise ConfigError(f"--scale_of {text}: expected PATTERN=SCALE")
-    found = numbers("--scale_of", value)
-    return pattern, found if len(found) > 1 else found[0]
+    scales = numbers("--scale_of", value)
+    return pattern, scales if len(scales) > 1 else scales[0]

@@ -3,30 +3,25 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from m2l import api
 from m2l.cli.data import jsonl_files
-from m2l.cli.merge import series
+from m2l.cli.merge import RecipeCommand
 from m2l.cli.options import DIRECTORY, print_table, with_mesh, with_source
 from m2l.errors import ConfigError
+from m2l.typing import JsonObject, PyTree
 
-_SWEPT = ("scale", "density", "drop_rate", "epsilon", "gamma", "t", "floor", "nondiagonal_scale")
-
-
-def _with_swept(command: Any) -> Any:
-    for name in reversed(_SWEPT):
-        command = click.option(f"--{name}", help="Values: 0.1,0.2 or FIRST:LAST:STEP.")(command)
-    return command
+if TYPE_CHECKING:
+    from m2l.merging import Recipe
 
 
-@click.command()
+@click.command(cls=RecipeCommand, swept=True)
 @click.option("--base", type=DIRECTORY, help="The checkpoint the experts were trained from.")
 @click.option("--expert", "experts", type=DIRECTORY, multiple=True, help="Repeat for each.")
 @click.option("--method", help="See m2l merge --list.")
-@_with_swept
 @click.option("--preset", help="How another codebase does it; see m2l merge --list.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of what is drawn.")
 @click.option("--statistics", type=DIRECTORY, multiple=True, help="Of each expert.")
@@ -62,9 +57,9 @@ def sweep(
     model: int,
     source: str,
     out: Path,
-    **values: str | None,
+    **values: tuple[float, ...] | None,
 ) -> None:
-    """Merge by many recipes in memory, and find the best on validation data.
+    """Merge by many recipes, and find the best on validation data.
 
     OUT gets curve.json with every score, curve.png, and recipe.json for m2l merge --recipe. Without
     --mixture nothing is evaluated, and OUT gets every merged checkpoint, as scale=0.2.
@@ -73,9 +68,8 @@ def sweep(
 
     from m2l import checkpoints, files, merging, models, partitioning, storage
     from m2l.evaluation.evaluator import Evaluator
-    from m2l.merging import compatibility, sources
 
-    swept = {name: series(f"--{name}", text) for name, text in values.items() if text}
+    swept = {name: numbers for name, numbers in values.items() if numbers}
     task_files = jsonl_files(jsonl)
     mixture = api.mixture_name(mixture, task_files)
     for flag, missing in (
@@ -109,8 +103,7 @@ def sweep(
         },
     }
     files.check_claim(out, "sweep.json", content, what="sweep")
-    paths = [path.absolute() for path in ([] if base is None else [base]) + [*experts]]
-    compatibility.check_alike(sources.open_all(paths, sources.ORBAX)[0])
+    merging.prepare(base, experts, recipes[0], statistics=statistics)
     manifest = checkpoints.read_manifest(experts[0])
     config = models.from_dict(manifest.model)
     checkpoints.check_vocabulary(manifest.vocabulary, config.vocab_size, experts[0])
@@ -127,32 +120,25 @@ def sweep(
     files.claim(out, "sweep.json", content)
     mesh = partitioning.make_mesh(fsdp=fsdp, model=model)
     placed = partitioning.shardings(models.spec(config), mesh)
-    whole = merging.METHODS[method].whole
-    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    trees = [checkpoints.restore(path, shardings=placed) for path in experts]
-    base_tree = None if base is None else checkpoints.restore(base, shardings=placed)
-    gathered = [
-        checkpoints.restore(path, shardings=everywhere if whole else placed) for path in statistics
-    ]
     evaluator = Evaluator(config, tasks, loaded, batch_size=batch_size)
-    curve: list[dict[str, Any]] = []
+    curve: list[JsonObject] = []
 
-    def score(params: Any, recipe: merging.Recipe) -> float:
+    def score(params: PyTree, recipe: "Recipe") -> float:
         digest = recipe.identity(content["base"], content["experts"])
-        results = evaluator.run(
-            params,
-            out / "results" / digest[:16],
-            model_digest=digest,
-            description=f"recipe {len(curve) + 1} of {len(recipes)}",
-        )
+        with jax.set_mesh(mesh):
+            results = evaluator.run(
+                jax.device_put(params, placed),
+                out / "results" / digest[:16],
+                model_digest=digest,
+                description=f"recipe {len(curve) + 1} of {len(recipes)}",
+            )
         settings = {name: getattr(recipe, name) for name in swept}
         by_task = {result.task: result.score for result in results}
         mean = sum(by_task.values()) / len(by_task)
         curve.append({"settings": settings, "score": mean, "tasks": by_task})
         return mean
 
-    with jax.set_mesh(mesh):
-        points = merging.sweep(base_tree, trees, recipes, score, gathered)
+    points = merging.sweep(base, experts, recipes, score, statistics)
     chosen = merging.best(points)
     storage.write_atomic(out / "curve.json", json.dumps(curve, indent=1) + "\n")
     record = {"recipe": chosen.recipe.to_dict(), "score": chosen.score} | content["data"]
@@ -165,7 +151,7 @@ def sweep(
 
 
 def _merge_all(
-    recipes: Sequence[Any],
+    recipes: "Sequence[Recipe]",
     swept: Sequence[str],
     base: Path | None,
     experts: Sequence[Path],
@@ -183,7 +169,7 @@ def _merge_all(
         click.echo(f"merged checkpoint: {out / name}  digest {manifest.digest[:16]}")
 
 
-def _draw(curve: Sequence[dict[str, Any]], mixture: str, file: Path) -> None:
+def _draw(curve: Sequence[JsonObject], mixture: str, file: Path) -> None:
     from m2l.reporting import merges
 
     points = [(point["settings"], point["score"]) for point in curve]

@@ -2,16 +2,16 @@
 
 from m2l.merging.engine import merge
 from m2l.merging.in_memory import merge_params
-from m2l.merging.job import Job, prepare
-from m2l.merging.method import Method
-from m2l.merging.methods import METHODS
+from m2l.merging.plan import Job, prepare
 from m2l.merging.presets import PRESETS, preset
 from m2l.merging.recipe import Recipe
+from m2l.merging.registry import METHODS, Interval, Method, method
 from m2l.merging.sweep import Point, best, grid, sweep
 
 __all__ = [
     "METHODS",
     "PRESETS",
+    "Interval",
     "Job",
     "Method",
     "Point",
@@ -20,6 +20,7 @@ __all__ = [
     "grid",
     "merge",
     "merge_params",
+    "method",
     "prepare",
     "preset",
     "sweep",

@@ -4,7 +4,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +12,9 @@ import optax
 
 from m2l import checkpoints
 from m2l.errors import MergeError
+from m2l.typing import Params, PyTree
 
-Params = Mapping[str, Any]
-Entropy = Callable[[Params, Any], jax.Array]
+Entropy = Callable[[Params, PyTree], jax.Array]
 
 EVERYTHING = "*"
 
@@ -33,7 +33,7 @@ class Learned(NamedTuple):
 
 
 def layer_patterns(names: Sequence[str]) -> dict[str, str]:
-    """For each parameter the shell pattern of its layer; outside of layers, its own name.
+    """Returns each parameter's layer, as a shell pattern; outside of layers, its own name.
 
     "decoder/layers_03/mlp/wo" belongs to "decoder/layers_03/*", "token_embedder" to itself.
     """
@@ -45,7 +45,7 @@ def learn_coefficients(
     base: Params,
     experts: Sequence[Params],
     entropy: Entropy,
-    batches: Iterable[Sequence[Any]],
+    batches: Iterable[Sequence[PyTree]],
     *,
     per_layer: bool = True,
     steps: int = 500,
@@ -79,7 +79,7 @@ def learn_coefficients(
         steps: Steps of Adam, 500 in the paper.
         learning_rate: Of Adam.
         initial: What every coefficient is at first, in [0, 1].
-        on_step: Told after each step how many there were, and the entropy before it.
+        on_step: Called after each step with how many there were, and the entropy before it.
 
     Raises:
         MergeError: no experts, not at least one step; a setting out of range; parameters that do
@@ -96,26 +96,26 @@ def learn_coefficients(
     flat_experts = [checkpoints.flatten(expert) for expert in experts]
     shapes = {name: jnp.shape(leaf) for name, leaf in flat_base.items()}
     for index, expert in enumerate(flat_experts):
-        found = {name: jnp.shape(leaf) for name, leaf in expert.items()}
-        for name in [*shapes, *found]:
-            if shapes.get(name) != found.get(name):
+        expert_shapes = {name: jnp.shape(leaf) for name, leaf in expert.items()}
+        for name in [*shapes, *expert_shapes]:
+            if shapes.get(name) != expert_shapes.get(name):
                 raise MergeError(
-                    f"expert {index}: {name} has shape {found.get(name, 'none')} and not "
+                    f"expert {index}: {name} has shape {expert_shapes.get(name, 'none')} and not "
                     f"{shapes.get(name, 'none')}: these are not models of one kind"
                 )
-    of_name = layer_patterns(list(flat_base)) if per_layer else dict.fromkeys(shapes, EVERYTHING)
-    patterns = list(dict.fromkeys(of_name.values()))
-    layers = tuple(patterns.index(pattern) for pattern in of_name.values())
+    by_name = layer_patterns(list(flat_base)) if per_layer else dict.fromkeys(shapes, EVERYTHING)
+    patterns = list(dict.fromkeys(by_name.values()))
+    layers = tuple(patterns.index(pattern) for pattern in by_name.values())
     gradient = jax.jit(functools.partial(entropy_gradient, entropy, layers))
     flat_base, flat_experts = jax.tree.map(jnp.asarray, (flat_base, flat_experts))
     adam = optax.adam(learning_rate)
     lambdas_LxE = jnp.full((len(patterns), len(experts)), initial, jnp.float32)
-    state, entropies, given = adam.init(lambdas_LxE), [], iter(batches)
+    state, entropies, batches = adam.init(lambdas_LxE), [], iter(batches)
     for step in range(steps):
-        of_step = next(given, ())
-        if not of_step:
+        step_batches = next(batches, ())
+        if not step_batches:
             raise MergeError(f"AdaMerging: there are batches for {step} of {steps} steps")
-        parts = [gradient(lambdas_LxE, flat_base, flat_experts, batch) for batch in of_step]
+        parts = [gradient(lambdas_LxE, flat_base, flat_experts, batch) for batch in step_batches]
         loss, slope = jax.tree.map(lambda *values: sum(values) / len(values), *parts)
         entropies.append(float(loss))
         if not math.isfinite(entropies[-1]):
@@ -135,9 +135,9 @@ def entropy_gradient(
     lambdas_LxE: jax.Array,
     base: Mapping[str, jax.Array],
     experts: Sequence[Mapping[str, jax.Array]],
-    batch: Any,
+    batch: PyTree,
 ) -> tuple[jax.Array, jax.Array]:
-    """The entropy of a merge, and its gradient in the coefficients.
+    """Computes the entropy of a merge, and its gradient in the coefficients.
 
     Args:
         entropy: As for `learn_coefficients`.
@@ -150,7 +150,6 @@ def entropy_gradient(
     Returns:
         A scalar and [L, E], float32.
     """
-
     merged = {}
     for layer, (name, theta) in zip(layers, base.items(), strict=True):
         taus = _task_vectors(theta, [expert[name] for expert in experts])
@@ -160,13 +159,13 @@ def entropy_gradient(
     gradient = checkpoints.flatten(gradient)
     # By the chain rule: d/dlambda_i = <d/dtheta, tau_i>. Were the merge differentiated, or the
     # barrier not there, XLA would keep every task vector from above for this sum.
-    of_lambdas_LxE = jnp.zeros_like(lambdas_LxE)
+    slopes_LxE = jnp.zeros_like(lambdas_LxE)
     for layer, (name, theta) in zip(layers, base.items(), strict=True):
         slope, theta = jax.lax.optimization_barrier((gradient[name], theta))
         taus = _task_vectors(theta, [expert[name] for expert in experts])
         sums = jnp.stack([jnp.sum(slope * tau) for tau in taus])
-        of_lambdas_LxE = of_lambdas_LxE.at[layer].add(sums)
-    return loss, of_lambdas_LxE
+        slopes_LxE = slopes_LxE.at[layer].add(sums)
+    return loss, slopes_LxE
 
 
 def _task_vectors(theta: jax.Array, experts: Sequence[jax.Array]) -> list[jax.Array]:

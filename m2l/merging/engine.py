@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,39 +24,69 @@ from m2l.checkpoints.reading import KEY
 from m2l.checkpoints.spans import Span
 from m2l.distributed import Processes
 from m2l.errors import CheckpointError, MergeError
-from m2l.merging import digests, kernel, randomness, results
+from m2l.merging import kernel, randomness, results
 from m2l.merging.analysis import Analysis
-from m2l.merging.digests import InputDigests
-from m2l.merging.job import Job, prepare
-from m2l.merging.method import Consensus, add
-from m2l.merging.methods import METHODS
+from m2l.merging.in_memory import merge_params
+from m2l.merging.inputs import (
+    InputDigests,
+    check_sha256,
+    gather_digests,
+    read_and_check,
+    refuse_nonfinite,
+)
+from m2l.merging.methods import Consensus, add
 from m2l.merging.passes import Pass, Piece, grid
-from m2l.merging.plan import shares
+from m2l.merging.plan import Job, prepare, shares
 from m2l.merging.recipe import Recipe
-from m2l.merging.results import OrbaxResult, Result, ShardedResult, Task, Unit, is_float
-from m2l.merging.sources import refuse_nonfinite
-from m2l.merging.staging import discard, publish, staging, used_bytes
+from m2l.merging.registry import METHODS, Method
+from m2l.merging.results import (
+    MemoryResult,
+    OrbaxResult,
+    Result,
+    ShardedResult,
+    Task,
+    Unit,
+    discard,
+    is_float,
+    publish,
+    staging,
+    used_bytes,
+)
 from m2l.progress import Progress
+from m2l.typing import Json, PyTree
 
 SHARD_SIZE, SHARD_SIZE_OF_BUCKETS = 5_000_000_000, 1_000_000_000
 _FULL = re.compile(r"No space left on device|Disk quota exceeded")
 
 
-def merge(
-    base: str | os.PathLike | None,
-    experts: Sequence[str | os.PathLike],
-    recipe: Recipe,
-    out: str | os.PathLike,
-    *,
-    progress: bool = True,
-    **options: Any,
-) -> Manifest | None:
-    """Merges checkpoints into a new one, in memory that does not grow with the model.
+Model = str | os.PathLike | storage.AnyPath | PyTree
+"""A checkpoint's path, or parameters."""
 
-    Equal inputs give equal parameters to the last bit, and so an equal digest, whatever the blocks,
-    the memory and the number of processes. The result appears under its name when it is whole and
-    on the disk. A merge that was killed, started again with the same arguments, goes on with what
-    is not finished: chunks of an m2l checkpoint, files of a Hugging Face directory.
+
+def merge(
+    base: Model | None,
+    experts: Sequence[Model],
+    recipe: Recipe,
+    out: str | os.PathLike | None = None,
+    *,
+    statistics: Sequence[Model] = (),
+    subtree: str | None = None,
+    output_format: str | None = None,
+    vocabulary: Mapping[str, Json] | None = None,
+    memory: int | None = None,
+    block: int | None = None,
+    diagnostics: bool = True,
+    verify: bool = True,
+    allow_differences: Sequence[str] = (),
+    progress: bool = True,
+) -> Manifest | PyTree | None:
+    """Merges models: checkpoints into a new one or into memory, and parameters in memory.
+
+    Checkpoints are merged in memory that does not grow with them. Equal inputs give equal
+    parameters to the last bit, and so an equal digest, whatever the blocks, the memory and the
+    number of processes. The result appears under its name when it is whole and on the disk. A merge
+    that was killed, started again with the same arguments, goes on with what is not finished:
+    chunks of an m2l checkpoint, files of a Hugging Face directory.
 
     Processes that have joined (`m2l.distributed.join`) and see the same paths share the work, each
     called with the same arguments.
@@ -69,20 +98,27 @@ def merge(
         experts: The experts, in the order in which sums run.
         recipe: How to merge.
         out: The checkpoint or directory to make; must not exist, unless the same merge made it:
-            then nothing is done.
-        progress: Whether to show what it will take, and a progress bar.
-        **options: statistics: per expert a checkpoint that `m2l statistics` made, for the methods
-            that need one. subtree: of pytrees that Orbax stored, the part that is merged. to:
-            "orbax" or "huggingface"; by default what all inputs are. vocabulary: {"name", "size",
-            "fingerprint"} for an m2l checkpoint made of models that do not say. memory: bytes that
-            the process may hold. block: elements of a block. diagnostics: whether to measure the
-            task vectors. verify: whether to check the digests of inputs that have them.
-            allow_differences: names of fields in which the models' descriptions may differ all the
+            then nothing is done. None: the parameters are returned.
+        statistics: Per expert a checkpoint that `m2l statistics` made, for the methods that need
+            one.
+        subtree: Of pytrees that Orbax stored, the part that is merged.
+        output_format: "orbax" or "huggingface": whose names and layout the result has. By default
+            those that all inputs have; of parameters that are returned, "orbax".
+        vocabulary: {"name", "size", "fingerprint"} for an m2l checkpoint made of models that do not
+            say.
+        memory: Bytes that the process may hold.
+        block: Elements of a block.
+        diagnostics: Whether to measure the task vectors, for the manifest.
+        verify: Whether to check the digests of inputs that have them.
+        allow_differences: Names of fields in which the models' descriptions may differ all the
             same; "tokenizer" is one.
+        progress: Whether to show what it will take, and a progress bar.
 
     Returns:
-        The manifest of `out`: its parents with their digests, the recipe, and diagnostics. None in
-        processes other than the first.
+        The manifest of `out`: its parents with their digests, the recipe, and diagnostics; None in
+        processes other than the first. Without `out` the parameters: of checkpoints nested dicts of
+        NumPy arrays; of parameters in memory what `merge_params` returns, which takes no other
+        arguments than these, the recipe and statistics.
 
     Raises:
         MergeError: The models do not fit each other or the recipe, or hold NaN or infinity; or the
@@ -90,43 +126,70 @@ def merge(
         CheckpointError: One is missing or damaged, or its tokenizer is missing; `out` exists, or
             the disk is full.
     """
-    to = options.get("to")
-    if to == HUGGINGFACE and any(
-        opening.kind(path) != HUGGINGFACE for path in ([base] if base else []) + [*experts]
-    ):
-        return _by_export(base, experts, recipe, out, progress=progress, **options)
-    with Processes() as processes:
-        job = prepare(base, experts, recipe, out, **options)
-        if (manifest := _agree(job, processes)) is not None:
-            return manifest if processes.index == 0 else None
-        if progress:
-            print(f"plan: {job.plan}", file=sys.stderr)
-        with staging(job.out, job.key, processes.index == 0) as directory:
-            try:
-                return _Merge(job, processes, directory).run(progress)
-            except (MergeError, CheckpointError) as error:
-                if processes.count == 1:
-                    # Nothing that the same command could take up.
-                    discard(job.out, job.key)
-                if _FULL.search(str(error)):
-                    raise _no_space(job) from error
-                raise
-            except OSError as error:
-                if not _FULL.search(str(error)):
-                    raise
-                if processes.count == 1:
-                    discard(job.out, job.key)
-                raise _no_space(job) from error
-
-
-def _no_space(job: Job) -> CheckpointError:
-    return CheckpointError(
-        f"{job.out}: no space left: {job.plan.size:,} bytes are needed; nothing was written"
+    models = [*([] if base is None else [base]), *experts, *statistics]
+    paths = [isinstance(model, str | os.PathLike | storage.AnyPath) for model in models]
+    if paths and not any(paths):
+        if out is not None or subtree or output_format or vocabulary or allow_differences:
+            raise MergeError(
+                "parameters in memory are merged in memory: leave out what is of checkpoints "
+                "(out, subtree, output_format, vocabulary, allow_differences)"
+            )
+        return merge_params(base, experts, recipe, statistics)
+    if not all(paths):
+        raise MergeError("cannot merge checkpoints with parameters in memory: name all by paths")
+    prepared = functools.partial(
+        prepare,
+        base,
+        experts,
+        recipe,
+        statistics=statistics,
+        subtree=subtree,
+        vocabulary=vocabulary,
+        memory=memory,
+        block=block,
+        diagnostics=diagnostics,
+        verify=verify,
+        allow_differences=allow_differences,
     )
+    models = models[: len(models) - len(statistics)]
+    if output_format == HUGGINGFACE and any(opening.kind(model) != HUGGINGFACE for model in models):
+        if out is None:
+            raise MergeError(
+                "parameters of m2l's layout are merged into memory: leave out output_format"
+            )
+        return _by_export(prepared, storage.path(out).absolute(), progress)
+    with Processes() as processes:
+        return _run(prepared(out, output_format=output_format), processes, progress)
+
+
+def _run(job: Job, processes: Processes, progress: bool) -> Manifest | PyTree | None:
+    """Does a job, or takes what the same one has done."""
+    if job.out is None and processes.count > 1:
+        raise MergeError("each process has a part of the merged parameters: name an `out`")
+    if job.out is not None and (manifest := _agree(job, processes)) is not None:
+        return manifest if processes.index == 0 else None
+    if progress:
+        print(f"plan: {job.plan}", file=sys.stderr)
+    if job.out is None:
+        return _Merge(job, processes, None).run(progress)
+    with staging(job.out, job.key, processes.index == 0) as directory:
+        try:
+            return _Merge(job, processes, directory).run(progress)
+        except (MergeError, CheckpointError, OSError) as error:
+            full = _FULL.search(str(error))
+            if processes.count == 1 and (full or not isinstance(error, OSError)):
+                # Nothing that the same command could take up.
+                discard(job.out, job.key)
+            if full:
+                raise CheckpointError(
+                    f"{job.out}: no space left: {job.plan.size:,} bytes are needed; nothing was "
+                    "written"
+                ) from error
+            raise
 
 
 def _agree(
-    job: Job, processes: Processes, exported: Mapping[str, Any] | None = None
+    job: Job, processes: Processes, exported: Mapping[str, Json] | None = None
 ) -> Manifest | None:
     """Returns the manifest of a result that is there already, if process 0 sees it.
 
@@ -148,21 +211,20 @@ def _agree(
 
 
 def _by_export(
-    base: Any, experts: Sequence[Any], recipe: Recipe, out: Any, progress: bool, **options: Any
+    prepared: Callable[..., Job], out: storage.AnyPath, progress: bool
 ) -> Manifest | None:
     """Merges into an m2l checkpoint, and makes a Hugging Face directory of that."""
     from m2l.checkpoints import huggingface
 
-    out = storage.path(out).absolute()
-    options = options | {"to": ORBAX}
     with Processes() as processes:
-        job = prepare(base, experts, recipe, out, **options)
+        job = prepared(out, output_format=ORBAX)
         manifest = _agree(job, processes, huggingface.export_options())
     if manifest is not None:
         return manifest if processes.index == 0 else None
     # Another merge to the same place must not be taken for this one.
     between = out.with_name(f".{out.name}.merged-{job.key[:16]}")
-    merge(base, experts, recipe, between, progress=progress, **options)
+    with Processes() as processes:
+        _run(prepared(between, output_format=ORBAX), processes, progress)
     with Processes() as processes:
         if processes.index == 0:
             manifest = checkpoints.read_manifest(between)
@@ -174,31 +236,30 @@ def _by_export(
 
 @functools.cache
 def _compiled(
-    name: str, consensus: Consensus, dtype: str, digested: tuple[bool, ...], with_result: bool
+    method: Method, consensus: Consensus, dtype: str, digested: tuple[bool, ...], with_result: bool
 ) -> Callable:
-    """The merge of a piece; NaN all over if any number that went in is not finite.
+    """Returns the merge of a piece; NaN all over if any number that went in is not finite.
 
     Compiled once for a number of experts, a length and a form of place: all else that it takes are
     arguments.
 
     Args:
-        name: The method's.
+        method: The method.
         consensus: How signs are elected, if they are.
         dtype: The result's.
         digested: Of which of the arrays that go in, in order, digests are computed.
         with_result: Whether one of the result is.
     """
-    method = METHODS[name]
 
     def merge_piece(
         base: jax.Array | None,
         experts: list,
         statistics: list,
-        given: kernel.Given,
+        inputs: kernel.Inputs,
         place: jax.Array | None,
         size: jax.Array,
     ) -> tuple[jax.Array, list[jax.Array]]:
-        block = kernel.merged(method, consensus, base, experts, statistics, given)
+        block = kernel.merged(method, consensus, base, experts, statistics, inputs)
         read = [*experts, *statistics] if base is None else [base, *experts, *statistics]
         # Trimming and dropping hide what is not finite; 0 times it is NaN, and so is the sum.
         nothing = add([array.astype(jnp.float32) * 0 for array in read])
@@ -219,19 +280,27 @@ Outcome = tuple[np.ndarray | None, list[tuple[Checkpoint, np.ndarray]]]
 
 
 class _Merge:
-    """One merge: its passes, its result, its place."""
+    """One merge: its passes and its result.
 
-    def __init__(self, job: Job, processes: Processes, directory: Any):
+    Args:
+        job: What to merge.
+        processes: Those that merge it together.
+        directory: Where the result is made; None: in memory.
+    """
+
+    def __init__(self, job: Job, processes: Processes, directory: storage.AnyPath | None):
         self.job, self.processes = job, processes
         self.method = METHODS[job.recipe.method]
         self._described = results.described(job.reference, job.recipe.dtype, job.roles)
         self._bar: Progress | None = None
         self._done = 0
-        self.result: Result = (
-            ShardedResult(directory, self._described, _shard_size(directory))
-            if job.to == HUGGINGFACE
-            else OrbaxResult(directory, self._described, self._grid, job.reference.tree)
-        )
+        self.result: Result
+        if directory is None:
+            self.result = MemoryResult(self._described, self._grid)
+        elif job.output_format == HUGGINGFACE:
+            self.result = ShardedResult(directory, self._described, _shard_size(directory))
+        else:
+            self.result = OrbaxResult(directory, self._described, self._grid, job.reference.tree)
         merged = [(source, list(job.sizes)) for source in job.used]
         copied: dict[int, tuple[Checkpoint, list[str]]] = {}
         for name, source in job.roles.copied.items():
@@ -251,7 +320,7 @@ class _Merge:
         return grid([source.parameters for source in self.job.used], origin)
 
     def _origin(self, name: str) -> str:
-        """The parameter that a tensor of the result is made of."""
+        """Returns the parameter that a tensor of the result is made of."""
         return self.job.roles.repeated.get(name, name)
 
     def _advance(self, elements: int) -> None:
@@ -259,8 +328,8 @@ class _Merge:
         if self._bar is not None:
             self._bar.update(self._done // 10**6)
 
-    def run(self, progress: bool) -> Manifest | None:
-        """Does it."""
+    def run(self, progress: bool) -> Manifest | PyTree | None:
+        """Computes the merge; returns the manifest, in the first process, or the parameters."""
         job = self.job
         if isinstance(job.out, Path):
             free = shutil.disk_usage(job.out.parent).free
@@ -274,7 +343,7 @@ class _Merge:
         own = [units[number] for number in shares(sizes, job.process[1])[job.process[0]]]
         names = [self._origin(name) for unit in own for name in self._names(unit)]
         written = [name for name in dict.fromkeys(names) if name in job.sizes]
-        total = job.plan.mine * (job.plan.readings - 1) + sum(unit.size for unit in own)
+        total = job.plan.local * (job.plan.readings - 1) + sum(unit.size for unit in own)
         bar = Progress(f"merging {len(job.experts)} experts", total // 10**6, "M parameters")
         inputs = [source.parameters for source in job.used]
         with (
@@ -286,25 +355,32 @@ class _Merge:
                 job.base,
                 job.experts,
                 job.sizes,
-                [name for name in job.sizes if name in job.mine],
+                [name for name in job.sizes if name in job.local],
                 written,
                 self.processes,
                 self.stream,
                 self._advance,
             )
             self.analysis.run(job.diagnostics)
-            if self.processes.index == 0:
-                self.result.create()
-            self.processes.gather("created", {})
-            directory = self.result.directory
-            if isinstance(directory, Path) and not directory.is_dir():
-                raise CheckpointError(
-                    f"{directory}: process 0 has made it, and process {self.processes.index} does "
-                    "not see it: all processes need the same file system, or a bucket"
-                )
+            self._create()
             stored = self._write(own)
             self._verify()
+            if isinstance(self.result, MemoryResult):
+                return checkpoints.unflatten(self.result.arrays)
             return self._finish(stored)
+
+    def _create(self) -> None:
+        if isinstance(self.result, MemoryResult):
+            return
+        if self.processes.index == 0:
+            self.result.create()
+        self.processes.gather("created", {})
+        directory = self.result.directory
+        if isinstance(directory, Path) and not directory.is_dir():
+            raise CheckpointError(
+                f"{directory}: process 0 has made it, and process {self.processes.index} does "
+                "not see it: all processes need the same file system, or a bucket"
+            )
 
     def _names(self, unit: Unit) -> list[str]:
         result = self.result
@@ -315,15 +391,15 @@ class _Merge:
         result, job = self.result, self.job
         is_finished = result.finished()
         todo = [unit for unit in own if not is_finished(unit)]
-        taken = [unit for unit in own if is_finished(unit)]
-        self._advance(sum(unit.size for unit in taken))
+        finished = [unit for unit in own if is_finished(unit)]
+        self._advance(sum(unit.size for unit in finished))
         words: dict[str, np.ndarray] = {}
         sha256: dict[str, Future[str]] = {}
         if isinstance(result, OrbaxResult):
-            for unit, found in self.stream.map(lambda u: _digest(result.read(u)), taken):
-                words[unit.key[0]] = digest.add(words.get(unit.key[0], _nothing()), found)
-        else:
-            for unit in taken:
+            for unit, unit_words in self.stream.map(lambda u: _digest(result.read(u)), finished):
+                words[unit.key[0]] = digest.add(words.get(unit.key[0], _nothing()), unit_words)
+        elif isinstance(result, ShardedResult):
+            for unit in finished:
                 for name in result.tensors(unit):
                     sha256[name] = self.stream.pool.submit(result.sha256, name, True)
         names = dict.fromkeys(name for unit in todo for name in self._names(unit))
@@ -340,8 +416,8 @@ class _Merge:
             if outcome[0] is not None:
                 words[task.name] = digest.add(words.get(task.name, _nothing()), outcome[0])
             if task.name not in job.roles.repeated:
-                for source, found in outcome[1]:
-                    self._inputs.add(source, origin, found, task.size)
+                for source, read_words in outcome[1]:
+                    self._inputs.add(source, origin, read_words, task.size)
             unwritten[task.name] -= task.size
             if isinstance(result, ShardedResult) and not unwritten[task.name]:
                 sha256[task.name] = self.stream.pool.submit(result.sha256, task.name, False)
@@ -356,24 +432,26 @@ class _Merge:
             note(task, self._make_whole(task))
         for task, outcome in self.stream.map(self._make, tasks):
             note(task, outcome)
-        if isinstance(result, OrbaxResult):
-            read = [unit.key[0] for unit in own if unit.key[1] == 0]
-        else:
+        if isinstance(result, ShardedResult):
             read = [name for unit in own for name in result.tensors(unit)]
+        else:
+            read = [unit.key[0] for unit in own if unit.key[1] == 0]
         checks = [
-            self.stream.pool.submit(digests.check_sha256, stored)
+            self.stream.pool.submit(check_sha256, stored)
             for name in dict.fromkeys(map(self._origin, read))
             for stored in self._inputs.sha256(name)
         ]
         for future in checks:
             future.result()
+        if isinstance(result, MemoryResult):
+            return {}
         if isinstance(result, OrbaxResult):
-            return digests.gathered(words, list(self._described), self.processes)
+            return gather_digests(words, list(self._described), self.processes)
         for unit in todo:
             if not result.finished()(unit):
                 self._finish_file(unit, sha256)  # Of no elements.
-        found = {name: np.array(future.result()) for name, future in sha256.items()}
-        parts = self.processes.gather("digests", found)
+        local = {name: np.array(future.result()) for name, future in sha256.items()}
+        parts = self.processes.gather("digests", local)
         return {name: str(text) for part in parts for name, text in part.items()}
 
     def _finish_file(self, unit: Unit, sha256: dict[str, Future[str]]) -> None:
@@ -404,19 +482,19 @@ class _Merge:
             if merged is None:
                 merged = task.view(part, span, shape)
             for piece, arrays in self.stream.pieces(named):
-                block, found = self._merge_piece(piece, arrays, summed)
+                block, digests = self._merge_piece(piece, arrays, summed)
                 merged[piece.first : piece.first + piece.size] = block
                 if words is not None:
-                    words = digest.add(words, found.pop())
-                for index, each in zip(np.flatnonzero(summed), found, strict=True):
+                    words = digest.add(words, digests.pop())
+                for index, each in zip(np.flatnonzero(summed), digests, strict=True):
                     read[index] = digest.add(read[index], each)
             if span.index is not None:
                 view = task.view(part, span, shape)
                 view[...] = merged.reshape(view.shape)
         self.result.write(task, part)
         return words, [
-            (source, found)
-            for source, found, each in zip(self.job.used, read, summed, strict=True)
+            (source, total)
+            for source, total, each in zip(self.job.used, read, summed, strict=True)
             if each
         ]
 
@@ -428,23 +506,23 @@ class _Merge:
         base = arrays[0] if self.method.needs_base else None
         with_result = isinstance(self.result, OrbaxResult)
         compiled = _compiled(
-            job.recipe.method, job.recipe.election, job.recipe.dtype, summed, with_result
+            self.method, job.recipe.election, job.recipe.dtype, summed, with_result
         )
         place = None
         if with_result or any(summed):
             place = randomness.boxed(piece.span, piece.first)
-        block, found = compiled(
+        block, digests = compiled(
             base,
             arrays[first : first + n],
             arrays[first + n :],
-            self.analysis.given(piece),
+            self.analysis.inputs(piece),
             place,
             np.uint32(piece.size),
         )
         block = np.asarray(block)[: piece.size]
         if not _finite(block):
             self._refuse(piece.span, block, piece.first)
-        return block, [np.asarray(each) for each in found]
+        return block, [np.asarray(each) for each in digests]
 
     def _is_whole(self, name: str) -> bool:
         return self.method.whole and name in self.job.statistics[0].parameters
@@ -479,7 +557,9 @@ class _Merge:
             gram = Span(name, 0, math.prod(square))
             grams = (read(source, gram, square) for source in job.statistics)
         experts = (read(source, span, shape) for source in job.experts)
-        merged = self.method.function(name, experts, grams, job.recipe.nondiagonal_scale)
+        names = (name, job.experts[0].name_of(name)[0])
+        values = job.recipe.arguments(names, len(job.experts), np.float64)
+        merged = self.method.function(name=name, experts=experts, grams=grams, **values)
         block = merged.astype(self._described[name][1]).reshape(-1)
         if not np.isfinite(block.astype(np.float32)).all():
             self._refuse(span, block)
@@ -520,17 +600,17 @@ class _Merge:
         return self._digest_written(task, part), [] if read is None else [(source, read)]
 
     def _digest_written(self, task: Task, part: np.ndarray) -> np.ndarray | None:
-        """The digest of those of a task's elements that are in its units."""
+        """Returns the digest of those of a task's elements that are in its units."""
         if not isinstance(self.result, OrbaxResult):
             return None
-        return _digest(found for unit in task.units for found in self.result.cut(task, unit, part))
+        return _digest(cut for unit in task.units for cut in self.result.cut(task, unit, part))
 
     def _verify(self) -> None:
         """Compares the digests of the inputs with those that are recorded."""
         if not self._inputs:
             return
         unread = self._inputs.check(self.processes)
-        check = functools.partial(digests.read_and_check, at_once=self.job.plan.at_once)
+        check = functools.partial(read_and_check, at_once=self.job.plan.at_once)
         for _ in self.stream.map(lambda each: check(*each), unread):
             pass
 
@@ -566,7 +646,7 @@ class _Merge:
                 job.out,
                 ordered,
                 like=job.roles.files,
-                others=[job.reference, *job.experts],
+                fallbacks=[job.reference, *job.experts],
                 dtype=job.recipe.dtype,
                 made_by=made_by,
                 parents=described,
@@ -587,7 +667,7 @@ class _Merge:
         return manifest
 
 
-def _shard_size(directory: Any) -> int:
+def _shard_size(directory: storage.AnyPath) -> int:
     return SHARD_SIZE if isinstance(directory, Path) else SHARD_SIZE_OF_BUCKETS
 
 
@@ -606,7 +686,7 @@ def _renamed(span: Span, name: str) -> Span:
 
 
 def _finite(block: np.ndarray) -> bool:
-    """Whether all numbers are finite, by their bits: NumPy has no fast test of bfloat16."""
+    """Returns whether all numbers are finite, by their bits: NumPy's test of bfloat16 is slow."""
     word = np.dtype(f"u{block.dtype.itemsize}")
     infinity = np.array(np.inf, block.dtype).view(word)
     sign = word.type(1 << (8 * word.itemsize - 1))

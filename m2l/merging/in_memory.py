@@ -9,36 +9,49 @@ import collections
 import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.typing import ArrayLike
 
 from m2l.checkpoints import uint64
+from m2l.checkpoints.tensor_kinds import is_float
 from m2l.errors import MergeError
-from m2l.merging import compatibility, kernel, randomness, selection
-from m2l.merging.method import Consensus, task_vectors
-from m2l.merging.methods import METHODS
+from m2l.merging import kernel, randomness, thresholds
+from m2l.merging.inputs import array_kind, check_counts, differences, select_names
+from m2l.merging.methods import Consensus, task_vectors
 from m2l.merging.recipe import Recipe
-from m2l.merging.results import is_float
+from m2l.merging.registry import METHODS, Method
+from m2l.merging.requirements import TABLE, Array, Requirements, host_counts, norm_rescale
+from m2l.typing import PyTree
 
-Leaves = dict[str, Any]
+Leaves = dict[str, PyTree]
 
 _SMALL = 1 << 16
 """Elements: the magnitudes of smaller parameters are stacked before they are counted."""
+_COUNTABLE = 1 << 31
 _STACKED = 16
 """Parameters in a stack, at most: what compiles takes longer the more arguments there are."""
 
 
+class _Row(NamedTuple):
+    """One parameter of every model, or a stack of such parameters."""
+
+    base: jax.Array | None
+    experts: list[jax.Array]
+    statistics: list[jax.Array]
+
+
 def merge_params(
-    base: Any | None,
-    experts: Sequence[Any],
+    base: PyTree | None,
+    experts: Sequence[PyTree],
     recipe: Recipe,
-    statistics: Sequence[Any] = (),
-) -> Any:
+    statistics: Sequence[PyTree] = (),
+) -> PyTree:
     """Merges pytrees of parameters; the same bits as `merge` of their checkpoints.
 
     But for slerp and model_stock, whose inner products are summed in float32 in an order of their
@@ -62,23 +75,19 @@ def merge_params(
         dtype, sharded as the inputs.
 
     Raises:
-        MergeError: The parameters do not fit each other or the recipe, or the recipe needs what
-            only a merge of checkpoints can count: the zero_sign of a majority, drop rates by rank.
+        MergeError: The parameters do not fit each other or the recipe.
     """
-    compatibility.check_counts(base is not None, len(experts), len(statistics), recipe)
+    check_counts(base is not None, len(experts), len(statistics), recipe)
     method = METHODS[recipe.method]
-    if method.ranks or recipe.zero_sign.startswith("majority"):
-        what = "drop rates by rank" if method.ranks else "the sign of the majority"
-        raise MergeError(f"{what} are found by merging checkpoints, not in memory")
     expert_labels = [f"expert {index}" for index in range(len(experts))]
     label = expert_labels[0] if base is None else "base"
     reference, treedef = _flatten(experts[0] if base is None else base, label)
     expert_leaves = [_flatten(*pair)[0] for pair in zip(experts, expert_labels, strict=True)]
     kinds = _kinds(reference, label)
     for other, leaves in zip(expert_labels, expert_leaves, strict=True):
-        if table := compatibility.differences(kinds, _kinds(leaves, other), (label, other)):
+        if table := differences(kinds, _kinds(leaves, other), (label, other)):
             raise MergeError(f"{other} cannot be merged with {label}: other parameters", table)
-    names = compatibility.select_names(
+    names = select_names(
         {name: (name,) for name in reference}, {n: _dtype(x) for n, x in reference.items()}, recipe
     )
     labels = [f"statistics {index}" for index in range(len(statistics))]
@@ -87,7 +96,7 @@ def merge_params(
         numeric = {name: kinds[name] for name in kinds if is_float(_dtype(reference[name]))}
         for other, leaves in zip(labels, statistic_leaves, strict=True):
             compared = {n: leaf for n, leaf in leaves.items() if n in numeric or n not in kinds}
-            if table := compatibility.differences(numeric, _kinds(compared, other), (label, other)):
+            if table := differences(numeric, _kinds(compared, other), (label, other)):
                 raise MergeError(f"{other} cannot be merged with {label}: other leaves", table)
     rows = {
         name: _Row(
@@ -102,7 +111,7 @@ def merge_params(
     return jax.tree.unflatten(treedef, [merged[name] for name in reference])
 
 
-def _flatten(tree: Any, label: str) -> tuple[Leaves, Any]:
+def _flatten(tree: PyTree, label: str) -> tuple[Leaves, jax.tree_util.PyTreeDef]:
     """Returns a pytree's leaves by name, in its order, and its structure."""
     try:
         pairs, treedef = jax.tree_util.tree_flatten_with_path(tree)
@@ -119,12 +128,12 @@ def _flatten(tree: Any, label: str) -> tuple[Leaves, Any]:
     return leaves, treedef
 
 
-def _is_key(leaf: Any) -> bool:
-    """Whether a leaf is an array of typed PRNG keys, whose dtype is none of NumPy's."""
+def _is_key(leaf: ArrayLike) -> bool:
+    """Returns whether a leaf is an array of typed PRNG keys, whose dtype is none of NumPy's."""
     return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def _dtype(leaf: Any) -> np.dtype:
+def _dtype(leaf: ArrayLike) -> np.dtype:
     return np.dtype(np.uint32) if _is_key(leaf) else jnp.result_type(leaf)
 
 
@@ -136,12 +145,12 @@ def _kinds(leaves: Leaves, label: str) -> dict[str, str]:
             raise MergeError(
                 f"{label}: {name} is a {type(leaf).__name__}; expected an array or a number"
             )
-        kind = compatibility.kind(np.shape(leaf), _dtype(leaf))
+        kind = array_kind(np.shape(leaf), _dtype(leaf))
         kinds[name] = f"{leaf.dtype}{list(leaf.shape)}" if _is_key(leaf) else kind
     return kinds
 
 
-def _unmerged(reference: Leaves, merged: Mapping[str, Any], recipe: Recipe) -> Leaves:
+def _unmerged(reference: Leaves, merged: Mapping[str, _Row], recipe: Recipe) -> Leaves:
     """Returns the leaves that are not merged: real numbers in the recipe's dtype."""
     return {
         name: jnp.asarray(leaf).astype(recipe.dtype) if is_float(_dtype(leaf)) else leaf
@@ -150,23 +159,15 @@ def _unmerged(reference: Leaves, merged: Mapping[str, Any], recipe: Recipe) -> L
     }
 
 
-class _Row(NamedTuple):
-    """One parameter of every model, or a stack of such parameters."""
-
-    base: jax.Array | None
-    experts: list[jax.Array]
-    statistics: list[jax.Array]
-
-
 def _merge_on_host(rows: Mapping[str, _Row], recipe: Recipe) -> Leaves:
     merged = {}
     for name, row in rows.items():
         grams = [_whole(name, leaf) for leaf in row.statistics]
         result = METHODS[recipe.method].function(
-            name,
-            [_whole(name, leaf) for leaf in row.experts],
-            grams or None,
-            recipe.nondiagonal_scale,
+            name=name,
+            experts=[_whole(name, leaf) for leaf in row.experts],
+            grams=grams or None,
+            **recipe.arguments((name,), len(row.experts), np.float64),
         )
         result = result.astype(jnp.dtype(recipe.dtype))
         sharding = _sharding(row.experts)
@@ -178,7 +179,7 @@ def _merge_on_host(rows: Mapping[str, _Row], recipe: Recipe) -> Leaves:
     return merged
 
 
-def _whole(name: str, leaf: Any) -> np.ndarray:
+def _whole(name: str, leaf: ArrayLike) -> np.ndarray:
     """Returns all of an array on this host, also where other processes store parts of it."""
     if isinstance(leaf, jax.core.Tracer):
         raise MergeError(f"{name}: regmean is computed on the host, not inside jit, grad or vmap")
@@ -187,7 +188,7 @@ def _whole(name: str, leaf: Any) -> np.ndarray:
     return np.asarray(leaf)
 
 
-def _sharding(arrays: Sequence[Any]) -> jax.sharding.Sharding | None:
+def _sharding(arrays: Sequence[ArrayLike]) -> jax.sharding.Sharding | None:
     """Returns the sharding of the array on the most devices; None where no array has one."""
     shardings = [
         array.sharding
@@ -198,23 +199,28 @@ def _sharding(arrays: Sequence[Any]) -> jax.sharding.Sharding | None:
 
 
 class _Program(NamedTuple):
-    """What a merge is compiled for, beside the kinds of its parameters.
+    """What a merge is compiled for, besides the kinds of its parameters.
 
     Attributes:
-        method: Its name.
+        method: The method.
         election: How signs are elected.
         dtype: Of the result.
         sharding: Of the parameter's arrays; None on one device, or where it is not known.
     """
 
-    method: str
+    method: Method
     election: Consensus
     dtype: str
     sharding: NamedSharding | None
 
 
+Inputs = dict[str, dict[str, Array]]
+"""Of each parameter, by name: what the method takes besides it, see `kernel.Inputs`."""
+
+
 def _merge_on_devices(rows: Mapping[str, _Row], recipe: Recipe) -> Leaves:
-    method, experts = METHODS[recipe.method], len(next(iter(rows.values())).experts)
+    experts = len(next(iter(rows.values())).experts)
+    needs = Requirements(recipe, experts)
     traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(dict(rows)))
     programs, placed = {}, {}
     for name, row in rows.items():
@@ -222,37 +228,97 @@ def _merge_on_devices(rows: Mapping[str, _Row], recipe: Recipe) -> Leaves:
         put = jnp.asarray if sharding is None else functools.partial(_placed, sharding=sharding)
         placed[name] = jax.tree.map(put, row)
         sharding = sharding if isinstance(sharding, NamedSharding) else None
-        programs[name] = _Program(recipe.method, recipe.election, recipe.dtype, sharding)
-    inputs = {name: _inputs(name, recipe, experts) for name in rows}
-    if method.coefficients is not None or (method.draws and recipe.rescale == "norm"):
+        programs[name] = _Program(needs.method, recipe.election, recipe.dtype, sharding)
+    inputs: Inputs = {name: needs.inputs(name) for name in rows}
+    if needs.method.draws:
+        for row_inputs in inputs.values():
+            row_inputs["place"] = randomness.straight(0)
+    constants = jax.lax.stop_gradient(placed) if traced else placed
+    if needs.method.ranks:
+        _add_tables(constants, inputs, programs, needs, traced)
+    if needs.products or needs.norms:
         parts = {name: _sums(row, inputs[name], programs[name]) for name, row in placed.items()}
         totals = _totals(list(parts.values()), tuple(p.sharding for p in programs.values()))
         for name, sums in zip(parts, totals, strict=True):
-            inputs[name] |= sums if method.coefficients is not None else _rescales(**sums)
-    if method.trims:
-        for name, limits in _limits(placed, inputs, programs, recipe, traced).items():
+            inputs[name] |= sums if needs.products else {"rescale": norm_rescale(**sums, xp=jnp)}
+    if needs.limits:
+        for name, limits in _limits(constants, inputs, programs, needs, traced).items():
             inputs[name] |= limits
-    copies: dict[Any, jax.Array] = {}
+    if needs.majority:
+        _add_zero_sign(constants, inputs, programs, needs, traced)
+    copies: dict[object, jax.Array] = {}
     return {
         name: _merged(row, _replicated_once(inputs[name], programs[name], copies), programs[name])
         for name, row in placed.items()
     }
 
 
-def _placed(array: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+def _add_tables(
+    rows: Mapping[str, _Row],
+    inputs: Inputs,
+    programs: Mapping[str, _Program],
+    needs: Requirements,
+    traced: bool,
+) -> None:
+    """Adds the drop rates by rank to the inputs."""
+    counts = {name: _histogram(row, programs[name]) for name, row in rows.items()}
+    groups = [[*rows]] if needs.recipe.scope == "model" else [[name] for name in rows]
+    shape = (needs.experts, TABLE)
+    table = {name: jax.ShapeDtypeStruct(shape, dtype)
+             for name, dtype in (("cuts", np.uint32), ("rescales", np.float32))}  # fmt: skip
+    for names in groups:
+        inputs_by_rank = _on_host(
+            lambda *words: needs.table(sum(map(host_counts, words))),
+            table,
+            [counts[name] for name in names],
+            traced,
+        )
+        for name in names:
+            inputs[name] |= inputs_by_rank
+
+
+def _add_zero_sign(
+    rows: Mapping[str, _Row],
+    inputs: Inputs,
+    programs: Mapping[str, _Program],
+    needs: Requirements,
+    traced: bool,
+) -> None:
+    """Adds the sign of the majority of all masses to the inputs."""
+
+    def elect(*words: np.ndarray) -> np.float32:
+        positive, negative = sum(map(host_counts, words))
+        return needs.zero_sign(int(positive) - int(negative))
+
+    counts = [_signs(row, inputs[name], programs[name]) for name, row in rows.items()]
+    zero_sign = _on_host(elect, jax.ShapeDtypeStruct((), np.float32), counts, traced)
+    for row_inputs in inputs.values():
+        row_inputs["zero_sign"] = zero_sign
+
+
+def _on_host(
+    function: Callable[..., PyTree], result: PyTree, arrays: Sequence[jax.Array], traced: bool
+) -> PyTree:
+    """Calls a NumPy function of arrays, also within a program; its result has shapes `result`."""
+    if traced:
+        return jax.pure_callback(function, result, *arrays, vmap_method="sequential")
+    return function(*map(np.asarray, arrays))
+
+
+def _placed(array: ArrayLike, sharding: jax.sharding.Sharding) -> jax.Array:
     same = isinstance(array, jax.Array) and array.sharding == sharding
     return array if same else jax.device_put(array, sharding)
 
 
 def _replicated_once(
-    inputs: Mapping[str, Any], program: _Program, copies: dict[Any, jax.Array]
-) -> dict[str, Any]:
+    inputs: Mapping[str, Array], program: _Program, copies: dict[object, jax.Array]
+) -> dict[str, Array]:
     """Returns inputs whose NumPy arrays are copied to all devices once, not for each parameter."""
     if program.sharding is None:
         return dict(inputs)
     sharding = NamedSharding(program.sharding.mesh, PartitionSpec())
 
-    def replicated(value: Any) -> jax.Array:
+    def replicated(value: Array) -> jax.Array:
         if isinstance(value, jax.Array):
             return value
         key = (sharding, value.dtype, value.shape, value.tobytes())
@@ -263,35 +329,12 @@ def _replicated_once(
     return jax.tree.map(replicated, dict(inputs))
 
 
-def _inputs(name: str, recipe: Recipe, experts: int) -> dict[str, Any]:
-    """Returns what the method takes beside a parameter, NumPy arrays: see `kernel.Given`."""
-    method = METHODS[recipe.method]
-    inputs = recipe.settings_for((name,), experts)
-    if method.elects:
-        inputs["zero_sign"] = np.float32(recipe.zero_sign == "positive")
-    if method.draws:
-        rate = recipe.drop_rate
-        rescale = 1 / (1 - rate) if recipe.rescale == "expectation" else 1
-        inputs["keys"] = randomness.keys(recipe.seed, experts, name)
-        inputs["place"] = randomness.straight(0)
-        inputs["cut"] = randomness.cut(rate)
-        inputs["rescale"] = np.full(experts, rescale, np.float32)
-    if method.coefficients is not None:
-        inputs["hyper"] = {
-            name: np.float32(getattr(recipe, name))
-            for name in method.hyper_parameters
-            if isinstance(getattr(recipe, name), float)
-        }
-    return inputs
-
-
 @functools.partial(jax.jit, static_argnames="program")
-def _merged(row: _Row, inputs: Mapping[str, Any], program: _Program) -> jax.Array:
-    method = METHODS[program.method]
-    inputs = dict(inputs)
+def _merged(row: _Row, inputs: Mapping[str, Array], program: _Program) -> jax.Array:
+    method, inputs = program.method, dict(inputs)
     if method.coefficients is not None:
-        products, hyper = inputs.pop("products"), inputs.pop("hyper")
-        inputs["coefficients"] = method.coefficients(products, **hyper, xp=jnp)
+        values = {name: inputs[name] for name in method.hyper_parameters}
+        inputs["coefficients"] = method.coefficients(inputs.pop("products"), **values, xp=jnp)
     block = kernel.merged(method, program.election, *row, inputs)
     return _constrained(block.astype(program.dtype), program.sharding)
 
@@ -304,12 +347,12 @@ def _constrained(array: jax.Array, sharding: NamedSharding | None) -> jax.Array:
 
 
 def _per_shard(
-    function: Callable[..., Any],
+    function: Callable[..., PyTree],
     sharding: NamedSharding | None,
     arrays: Sequence[jax.Array],
     *operands: jax.Array,
     stacked: bool = False,
-) -> Any:
+) -> PyTree:
     """Computes sums over each shard of arrays, without any communication.
 
     Args:
@@ -323,7 +366,7 @@ def _per_shard(
         The function's results, with a leading axis of shards.
     """
 
-    def sums(*operands: Any) -> Any:
+    def sums(*operands: PyTree) -> PyTree:
         return jax.tree.map(lambda array: array[None], function(*operands))
 
     spec = () if sharding is None else sharding.spec
@@ -342,21 +385,21 @@ def _per_shard(
 
 
 @functools.partial(jax.jit, static_argnames="program")
-def _sums(row: _Row, inputs: Mapping[str, Any], program: _Program) -> dict[str, jax.Array]:
+def _sums(row: _Row, inputs: Mapping[str, Array], program: _Program) -> dict[str, jax.Array]:
     """Sums over each shard: products [shards, experts, experts]; or l1, l1_kept [shards, experts].
 
-    As `kernel.measured` and `kernel.norms` return them.
+    As `kernel.sums` and `kernel.norms` return them.
     """
-    method = METHODS[program.method]
+    method = program.method
     vectors = kernel.float32(row.experts)
     if row.base is not None:
         vectors = task_vectors(row.base.astype(jnp.float32), vectors)
     if method.coefficients is not None:
         return {"products": _per_shard(_products, program.sharding, vectors)}
-    kept = kernel.magnitudes(method, row.base, row.experts, inputs)
+    magnitudes = kernel.magnitudes(method, row.base, row.experts, inputs)
     return {
         "l1": _per_shard(_norms, program.sharding, vectors),
-        "l1_kept": _per_shard(_norms, program.sharding, kept),
+        "l1_kept": _per_shard(_norms, program.sharding, magnitudes),
     }
 
 
@@ -383,10 +426,45 @@ def _replicated(array: jax.Array, sharding: NamedSharding | None) -> jax.Array:
     return _constrained(array, sharding and NamedSharding(sharding.mesh, PartitionSpec()))
 
 
-def _rescales(l1: jax.Array, l1_kept: jax.Array) -> dict[str, jax.Array]:
-    """Returns the factors that restore the L1 norms from before entries were dropped."""
-    tiny = (l1 < 1e-7) | (l1_kept < 1e-7)
-    return {"rescale": jnp.where(tiny, 1, l1 / jnp.maximum(l1_kept, 1e-30))}
+@functools.partial(jax.jit, static_argnames="program")
+def _histogram(row: _Row, program: _Program) -> jax.Array:
+    """Counts the entries with each upper 16 bits: words, uint32 [2, experts, TABLE]."""
+    bits = [kernel.bits(tau) for tau in task_vectors(*_float32(row))]
+    return _total_words(_per_shard(_bins, program.sharding, bits), program)
+
+
+def _bins(bits: Sequence[jax.Array]) -> jax.Array:
+    """Returns words, uint32 [2, experts, TABLE], of the bits of each expert's magnitudes."""
+    counts = []
+    for array in bits:
+        flat = (array >> np.uint32(16)).reshape(-1)
+        # As many entries at once as a word counts for sure.
+        parts = [flat[start : start + _COUNTABLE] for start in range(0, flat.size, _COUNTABLE)]
+        zeros = jnp.zeros(TABLE, jnp.uint32)
+        counts.append(jnp.stack([zeros, *(zeros.at[part].add(jnp.uint32(1)) for part in parts)]))
+    return jnp.stack(uint64.total(jnp.stack(counts), axes=(1,)))
+
+
+@functools.partial(jax.jit, static_argnames="program")
+def _signs(row: _Row, inputs: Mapping[str, Array], program: _Program) -> jax.Array:
+    """Counts the masses that are positive, and that are negative: words, uint32 [2, 2]."""
+    mass = kernel.mass(program.method, program.election, row.base, row.experts, inputs)
+    signs = [(mask.astype(jnp.uint32))[None] for mask in (mass > 0, mass < 0)]
+    ones = jnp.ones((1, 2, 1), jnp.uint32)
+    counts = _per_shard(thresholds.count_at_least, program.sharding, signs, ones, stacked=True)
+    return _total_words(counts.reshape(len(counts), 2, 2), program)
+
+
+def _float32(row: _Row) -> tuple[jax.Array, list[jax.Array]]:
+    return row.base.astype(jnp.float32), kernel.float32(row.experts)
+
+
+def _total_words(words: jax.Array, program: _Program) -> jax.Array:
+    """Adds up words, uint32 [shards, 2, ...]."""
+    return _replicated(jnp.stack(uint64.sum_leading(words)), program.sharding)
+
+
+_Source = list[jax.Array] | tuple[_Row, Mapping[str, Array]]
 
 
 class _Counted(NamedTuple):
@@ -400,17 +478,17 @@ class _Counted(NamedTuple):
     """
 
     names: list[str]
-    source: Any
+    source: _Source
     program: _Program
 
 
 def _limits(
     rows: Mapping[str, _Row],
-    inputs: Mapping[str, Mapping[str, Any]],
+    inputs: Mapping[str, Mapping[str, Array]],
     programs: Mapping[str, _Program],
-    recipe: Recipe,
+    needs: Requirements,
     traced: bool,
-) -> dict[str, dict[str, Any]]:
+) -> Inputs:
     """Returns the thresholds and, where the method takes them, the ceilings of each parameter."""
     kinds = collections.defaultdict(list)
     for name, row in rows.items():
@@ -425,37 +503,26 @@ def _limits(
     ]
     counted = []
     for names in parts:
-        sources = [jax.lax.stop_gradient((rows[name], inputs[name])) for name in names]
+        sources = [(rows[name], jax.lax.stop_gradient(inputs[name])) for name in names]
         program = programs[names[0]]
         source = sources[0] if len(names) == 1 else _stacked_bits(sources, program)
         counted.append(_Counted(names, source, program))
     names = [name for part in parts for name in part]
     sizes = [rows[name].base.size for name in names]
-    if recipe.scope == "model":
+    if needs.recipe.scope == "model":
         sizes = [sum(sizes)]
-    ranks = zip(*(_ranks(recipe, size) for size in sizes), strict=True)
-    limits: dict[str, dict[str, Any]] = {name: {} for name in names}
-    for limit, rank in zip(("thresholds", "ceilings"), ranks, strict=True):
-        if limit in METHODS[recipe.method].takes:
-            largest = _largest(counted, rank, sizes, traced)
-            for index, name in enumerate(names):
-                limits[name][limit] = largest[index if recipe.scope == "tensor" else 0]
+    limits: Inputs = {name: {} for name in names}
+    ranks = [needs.ranks(size) for size in sizes]
+    for limit in ranks[0]:
+        largest = _largest(counted, [each[limit] for each in ranks], sizes, traced)
+        for index, name in enumerate(names):
+            limits[name][limit] = largest[0 if len(ranks) == 1 else index]
     return limits
-
-
-def _ranks(recipe: Recipe, size: int) -> tuple[int, int]:
-    """How many of the largest of `size` magnitudes thresholds keep, and ceilings leave out."""
-    if recipe.density is None:
-        return size, 0
-    top = int(size * (recipe.gamma or 0))
-    if recipe.density == 1 and not top:
-        return size, 0
-    return min(size, top + recipe.kept_of(size)), top
 
 
 def _largest(
     counted: Sequence[_Counted], ranks: Sequence[int], sizes: Sequence[int], traced: bool
-) -> Any:
+) -> Array:
     """Finds the rank-th largest magnitude of each expert; infinity is before the first.
 
     Args:
@@ -475,7 +542,7 @@ def _largest(
     places = [slice(stop - len(p.names), stop) for p, stop in zip(counted, stops, strict=True)]
 
     def step(prefixes: jax.Array, shift: jax.Array, width: int) -> jax.Array:
-        candidates = selection.candidates(prefixes, shift, width)
+        candidates = thresholds.candidates(prefixes, shift, width)
         counts = [
             _counts(part.source, candidates[place] if len(ranks) > 1 else candidates, part.program)
             for part, place in zip(counted, places, strict=True)
@@ -487,14 +554,14 @@ def _largest(
     searched = [0 < rank < size for rank, size in zip(ranks, sizes, strict=True)]
     if not any(searched):
         return limits
-    where = jnp.where if traced else np.where
-    largest = selection.kth_largest(step, limits.shape, traced)
-    return where(np.array(searched)[:, None], largest, limits)
+    xp = jnp if traced else np
+    largest = thresholds.kth_largest(step, limits.shape, traced)
+    return xp.where(np.array(searched)[:, None], largest, limits)
 
 
 @functools.partial(jax.jit, static_argnames="program")
 def _stacked_bits(
-    sources: Sequence[tuple[_Row, Mapping[str, Any]]], program: _Program
+    sources: Sequence[tuple[_Row, Mapping[str, Array]]], program: _Program
 ) -> list[jax.Array]:
     """Returns the bits of the magnitudes of parameters of one kind, see `_Counted`."""
     stack = jax.tree.map(lambda *arrays: jnp.stack(arrays), *sources)
@@ -503,13 +570,13 @@ def _stacked_bits(
     return jax.vmap(lambda row, inputs: _bits(row, inputs, program))(*stack)
 
 
-def _bits(row: _Row, inputs: Mapping[str, Any], program: _Program) -> list[jax.Array]:
-    magnitudes = kernel.magnitudes(METHODS[program.method], row.base, row.experts, inputs)
+def _bits(row: _Row, inputs: Mapping[str, Array], program: _Program) -> list[jax.Array]:
+    magnitudes = kernel.magnitudes(program.method, row.base, row.experts, inputs)
     return [kernel.bits(magnitude) for magnitude in magnitudes]
 
 
 @functools.partial(jax.jit, static_argnames="program")
-def _counts(source: Any, candidates: jax.Array, program: _Program) -> jax.Array:
+def _counts(source: _Source, candidates: jax.Array, program: _Program) -> jax.Array:
     """Counts the magnitudes of each shard that reach candidates.
 
     Args:
@@ -523,7 +590,7 @@ def _counts(source: Any, candidates: jax.Array, program: _Program) -> jax.Array:
     bits = source
     if not isinstance(source, list):
         bits = [array[None] for array in _bits(*source, program)]
-    return _per_shard(selection.count_at_least, program.sharding, bits, candidates, stacked=True)
+    return _per_shard(thresholds.count_at_least, program.sharding, bits, candidates, stacked=True)
 
 
 @functools.partial(jax.jit, static_argnames="shardings")
@@ -543,4 +610,4 @@ def _next_prefixes(
     totals = jnp.concatenate(words, axis=1)
     if len(ranks) == 1:
         totals = jnp.stack(uint64.sum_leading(totals.swapaxes(0, 1)))[:, None]
-    return selection.next_prefixes(totals, prefixes, ranks, shift)
+    return thresholds.next_prefixes(totals, prefixes, ranks, shift)

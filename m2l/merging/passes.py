@@ -49,17 +49,17 @@ class Piece:
 
 
 def padded(size: int, block: int) -> int:
-    """The length that a piece of `size` elements is filled up to."""
+    """Returns the length that a piece of `size` elements is padded to."""
     return SHORT if size <= SHORT < block else block
 
 
 def cores() -> int:
-    """How many threads can run at once here."""
+    """Returns how many threads can run at once on this machine."""
     return len(os.sched_getaffinity(0))
 
 
 def grid(sources: Sequence[Mapping[str, TensorReader]], name: str) -> tuple[int, ...] | None:
-    """The boxes in which a parameter is best read: those of the first source that has any."""
+    """Returns the boxes in which a parameter is best read: of the first source that has any."""
     chunks = (source[name].chunk for source in sources if name in source)
     return next((chunk for chunk in chunks if chunk is not None), None)
 
@@ -71,7 +71,7 @@ class Buffers:
         self._arrays: dict[object, np.ndarray] = {}
 
     def take(self, key: object, length: int, dtype: np.dtype) -> np.ndarray:
-        """The thread's array for `key`: of whole pages, so that JAX can use it without copying."""
+        """Returns the thread's array for `key`, of whole pages: JAX can use it without copying."""
         nbytes = max(1, length * dtype.itemsize)
         memory = self._arrays.get(key)
         if memory is None or memory.nbytes < nbytes:
@@ -111,22 +111,22 @@ class Pass:
         self.pool.shutdown(cancel_futures=True)
 
     def buffers(self) -> Buffers:
-        """The calling thread's."""
+        """Returns the calling thread's buffers."""
         if not hasattr(self._local, "buffers"):
             self._local.buffers = Buffers()
         return self._local.buffers
 
     def spans(self, names: Iterable[str], block: int | None = None) -> list[Span]:
         """Cuts parameters into what is read at once: chunks, or else blocks."""
-        found = []
+        spans = []
         for name in names:
             shape = next(source[name] for source in self.sources if name in source).shape
             chunk = grid(self.sources, name)
-            found += cut(name, tuple(shape), chunk, self.at_once if chunk else block or self.block)
-        return found
+            spans += cut(name, tuple(shape), chunk, self.at_once if chunk else block or self.block)
+        return spans
 
     def read(self, span: Span, block: int) -> list[np.ndarray]:
-        """The span of every source, padded with zeros; valid until the thread's next call."""
+        """Reads a span of every source, padded with zeros; valid until the thread's next call."""
         arrays = []
         length = padded(span.size, block)
         length = -(-span.size // length) * length

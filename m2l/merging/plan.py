@@ -1,23 +1,35 @@
-"""What a merge will take, told before a byte is read: bytes, blocks, memory, time."""
+"""A merge that was checked and planned before a byte is read: bytes, blocks, memory, time."""
 
 import dataclasses
+import hashlib
+import json
 import math
 import os
 import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
-from m2l.checkpoints import zarr
+from m2l import checkpoints, files, storage
+from m2l.checkpoints import Manifest, huggingface_directory, zarr
 from m2l.checkpoints.digest import is_digest
-from m2l.checkpoints.opening import Checkpoint, recorded_digest
+from m2l.checkpoints.opening import HUGGINGFACE, ORBAX, Checkpoint, recorded_digest
+from m2l.checkpoints.reading import EXPORTED, KEY, existing_result
 from m2l.checkpoints.spans import Span
+from m2l.distributed import rank
 from m2l.errors import MergeError
+from m2l.merging import inputs, results
+from m2l.merging.inputs import Roles, memory_of
+from m2l.merging.methods import regmean_bytes
 from m2l.merging.passes import BLOCK, LARGE_CHUNK, SHORT, cores
-from m2l.merging.sources import memory_of
+from m2l.merging.recipe import Recipe
+from m2l.merging.registry import METHODS
+from m2l.merging.requirements import Requirements
+from m2l.typing import Json
+from m2l.version import __version__
 
 K = TypeVar("K")
 
@@ -33,7 +45,7 @@ _BINARY = {"KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30, "TI": 1 << 40}
 
 
 def parse_bytes(text: str) -> int:
-    """The number of bytes that "2GiB", "1.5 GB" or "800M" means.
+    """Returns the number of bytes that "2GiB", "1.5 GB" or "800M" means.
 
     Raises:
         MergeError: It means none.
@@ -42,11 +54,11 @@ def parse_bytes(text: str) -> int:
     try:
         return int(float(match[1]) * (_UNITS | _BINARY)[match[2]])
     except (TypeError, ValueError, KeyError):
-        raise MergeError(f"{text!r} is no amount of memory such as 2GiB or 800MB") from None
+        raise MergeError(f"cannot parse memory size {text!r}; expected e.g. 2GiB") from None
 
 
 def spell(count: float) -> str:
-    """Bytes as people read them: 1.03 GB."""
+    """Returns bytes as people read them: 1.03 GB."""
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= size:
             return f"{count / size:.3g} {unit}"
@@ -54,7 +66,7 @@ def spell(count: float) -> str:
 
 
 def resident() -> int:
-    """The bytes that this process holds in memory."""
+    """Returns the bytes that this process holds in memory."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
@@ -64,8 +76,8 @@ class Plan:
     """What a merge will take.
 
     Attributes:
-        parameters: Of the model; `mine` of them this process's.
-        mine: See above.
+        parameters: Of the model.
+        local: Of this process.
         experts: How many.
         read: Bytes that this process reads, all readings together.
         write: Bytes that it writes.
@@ -82,7 +94,7 @@ class Plan:
     """
 
     parameters: int
-    mine: int
+    local: int
     experts: int
     read: int
     write: int
@@ -98,40 +110,41 @@ class Plan:
     whole: int
 
     def seconds(self, bandwidth: float) -> float:
-        """How long reading and writing take at so many bytes a second."""
+        """Returns how long reading and writing take at so many bytes a second."""
         return (self.read + self.write) / bandwidth
 
     def rows(self) -> list[tuple[str, str]]:
-        """What it says, for a table."""
+        """Returns the plan as rows of a table."""
         return [
             ("parameters", f"{self.parameters:,}" + self._share()),
             ("experts", f"{self.experts}"),
             ("read", f"{spell(self.read)}, in {self.readings} reading{'s'[: self.readings > 1]}"),
-            ("write", f"{spell(self.write)}" + self._room()),
+            ("write", f"{spell(self.write)}" + self._free()),
             ("blocks", f"{self.blocks:,} of {self.block:,}, {self.threads} threads"),
             ("memory", f"{spell(self.memory)} at most" + self._at_once()),
         ]
 
     def _share(self) -> str:
-        return "" if self.mine == self.parameters else f", {self.mine:,} of them here"
+        return "" if self.local == self.parameters else f", {self.local:,} of them here"
 
     def _at_once(self) -> str:
         return f", {spell(self.whole)} of it for the largest kernel and its Grams" * bool(
             self.whole
         )
 
-    def _room(self) -> str:
+    def _free(self) -> str:
         return "" if self.free is None else f" ({spell(self.free)} are free)"
 
     def __str__(self) -> str:
         return "; ".join(f"{name} {value}" for name, value in self.rows())
 
 
-def make(
+def make_plan(
     sources: Sequence[Checkpoint],
     sizes: Mapping[str, int],
-    mine: Sequence[str],
+    local: Sequence[str],
     *,
+    experts: int,
     described: Mapping[str, tuple[tuple[int, ...], np.dtype]],
     readings: int,
     verify: bool,
@@ -139,24 +152,26 @@ def make(
     memory: int | None,
     block: int | None,
     whole: int,
-    to_orbax: bool,
-    out: Any,
+    in_chunks: bool,
+    out: storage.AnyPath | None,
 ) -> Plan:
     """Works out blocks and threads that keep to the memory limit.
 
     Args:
         sources: All that are read.
         sizes: Name -> elements, of all that is merged.
-        mine: Those of this process.
+        local: Those of this process.
+        experts: How many experts.
         described: name -> (shape, dtype) of the result.
         readings: How many times all is read.
         verify: Whether inputs' digests are checked.
         states: Bytes that counts and tables take.
-        memory: The limit; None: 1 GiB, or what a process that holds much already needs.
+        memory: The limit; None: 1 GiB, or what a process that holds much already needs, and what a
+            result in memory takes.
         block: Elements of a block; None: chosen by the limit.
         whole: The most bytes that a parameter takes which is merged at once; 0: none is.
-        to_orbax: Whether the result is written by chunks.
-        out: Where the result goes.
+        in_chunks: Whether the result is written by chunks.
+        out: Where the result goes; None: in memory.
 
     Raises:
         MergeError: No block is small enough for the limit; says which limit works. Or the block
@@ -171,8 +186,10 @@ def make(
     longest = max((length for length, _, _ in chunks), default=0)
     # As it is stored, decoded, and as it is handed over.
     decoded = 3 * max((length * width for length, width, _ in chunks), default=0)
-    memory = memory or max(DEFAULT_MEMORY, resident() + (DEFAULT_MEMORY >> 1))
-    fixed = resident() + _OVERHEAD + states + sum(map(memory_of, sources)) + whole
+    result = results.nbytes(described)
+    in_memory = result if out is None else 0
+    memory = memory or max(DEFAULT_MEMORY, resident() + (DEFAULT_MEMORY >> 1)) + in_memory
+    fixed = resident() + _OVERHEAD + states + sum(map(memory_of, sources)) + whole + in_memory
     largest = max(sizes.values())
     result_width = max((dtype.itemsize for _, dtype in described.values()), default=0)
 
@@ -181,7 +198,7 @@ def make(
         read = max(length, at_once if longest else 0)
         # Chunks of the result, and one more where they are not one piece of memory.
         written = max(zarr.CHUNK_BYTES, result_width * at_once) + zarr.CHUNK_BYTES
-        a_thread = read * sum(widths) + min(written, 2 * result_width * largest) * to_orbax
+        a_thread = read * sum(widths) + min(written, 2 * result_width * largest) * in_chunks
         at_a_time = threads if decoded < LARGE_CHUNK else 1
         # One block more: what the threads' results leave for the next.
         blocks = (threads + 1) * length * kernel + length * sum(widths)
@@ -208,36 +225,35 @@ def make(
         )
     size, at_once, threads = fitting[0]
     size = min(size, max(largest, SHORT))
-    share = sum(sizes[name] for name in mine)
+    share = sum(sizes[name] for name in local)
     total = sum(sizes.values())
     stored = sum(
         source.parameters[name].size * source.parameters[name].dtype.itemsize
         for source in sources
-        for name in mine
+        for name in local
         if name in source.parameters
     )
     verified = sum(
         source.parameters[name].size * source.parameters[name].dtype.itemsize
         for source in sources
-        for name in mine
+        for name in local
         if verify and name in source.parameters
         if (recorded := recorded_digest(source.parameters[name])) and not is_digest(recorded)
     )
-    result = sum(math.prod(shape) * dtype.itemsize for shape, dtype in described.values())
-    local = (out, *out.parents) if isinstance(out, Path) else ()
-    parent = next((p for p in local if p.is_dir()), None)
+    folders = (out, *out.parents) if isinstance(out, Path) else ()
+    parent = next((folder for folder in folders if folder.is_dir()), None)
     status = None if parent is None else os.statvfs(parent)
     return Plan(
         parameters=total,
-        mine=share,
-        experts=0,
+        local=share,
+        experts=experts,
         read=stored * (readings + 1),
-        write=result * share // max(1, total),
+        write=0 if out is None else result * share // max(1, total),
         readings=readings + 1,
         verified=verified,
         block=size,
         at_once=at_once,
-        blocks=sum(-(-sizes[name] // size) for name in mine),
+        blocks=sum(-(-sizes[name] // size) for name in local),
         threads=threads,
         memory=needs(size, at_once, threads),
         free=None if status is None else status.f_bavail * status.f_frsize,
@@ -247,7 +263,7 @@ def make(
 
 
 def _chunks(sources: Sequence[Checkpoint], sizes: Mapping[str, int]) -> list[tuple[int, int, int]]:
-    """Of each parameter in chunks: elements of a chunk, bytes of an element, and its elements."""
+    """Returns for each array in chunks: elements of a chunk, bytes of an element, elements."""
     stored = [s.parameters[name] for s in sources for name in sizes if name in s.parameters]
     return [(math.prod(p.chunk), p.dtype.itemsize, p.size) for p in stored if p.chunk is not None]
 
@@ -263,8 +279,8 @@ def shares(sizes: Mapping[K, int], processes: int) -> list[list[K]]:
     return parts
 
 
-def measure_bandwidth(job: Any) -> float:
-    """Bytes a second at which this machine reads the inputs' first megabytes."""
+def measure_bandwidth(job: "Job") -> float:
+    """Measures the bytes a second at which this machine reads the inputs' first megabytes."""
     buffer, read, start = np.empty(1 << 22, np.uint8), 0, time.perf_counter()
     for source in job.used:
         for stored in source.parameters.values():
@@ -275,3 +291,211 @@ def measure_bandwidth(job: Any) -> float:
             if read >= _MEASURED:
                 break
     return max(1, read) / (time.perf_counter() - start)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A merge that was checked, and can be planned or done.
+
+    Attributes:
+        recipe: How to merge.
+        base: The base; None without one.
+        experts: The experts.
+        statistics: A statistic of each expert, if the method needs them.
+        reference: Whose parameters are copied where they are not merged.
+        roles: How each tensor of the result comes about.
+        allowed: Fields that may differ between the models.
+        output_format: Whose names and layout the result has, "orbax" or "huggingface".
+        out: Where; None: in memory.
+        vocabulary: Of an m2l checkpoint to be written.
+        sizes: Name -> elements of all that is merged, in order.
+        local: The names of which this process counts what must be known before.
+        process: Which of how many processes this is.
+        diagnostics: Whether to measure the task vectors.
+        verify: Whether to check the inputs' digests.
+        plan: What it will take.
+    """
+
+    recipe: Recipe
+    base: Checkpoint | None
+    experts: tuple[Checkpoint, ...]
+    statistics: tuple[Checkpoint, ...]
+    reference: Checkpoint
+    roles: Roles
+    allowed: tuple[str, ...]
+    output_format: str
+    out: storage.AnyPath | None
+    vocabulary: Mapping[str, Json] | None
+    sizes: Mapping[str, int]
+    local: frozenset[str]
+    process: tuple[int, int]
+    diagnostics: bool
+    verify: bool
+    plan: Plan
+
+    @property
+    def key(self) -> str:
+        """What is merged and how: equal for merges that give the same files."""
+        content = {
+            "m2l": __version__,
+            "recipe": self.recipe.to_dict(),
+            "inputs": [s.digest for s in (*self.used, self.reference)],
+            "to": self.output_format,
+            "diagnostics": self.diagnostics,
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def identity(self) -> str:
+        """What decides the files of the result; of a result, it is in the manifest."""
+        content = {
+            "recipe": self.recipe.to_dict(),
+            "inputs": [[s.format, s.digest] for s in (*self.used, self.reference)],
+            "to": self.output_format,
+            "vocabulary": self.vocabulary,
+            "diagnostics": self.diagnostics,
+            "allowed": self.allowed,
+        }
+        if self.output_format == HUGGINGFACE:
+            # The result has this model's tokenizer and settings as well.
+            path = self.roles.files.path
+            content["files"] = files.directory_digest(path if path.is_dir() else path.parent)
+        return files.checksum(content)
+
+    def finished(self, exported: Mapping[str, Json] | None = None) -> Manifest | None:
+        """Returns the manifest of `out` if this very merge made it; None if there is nothing.
+
+        Args:
+            exported: The options with which the merge was exported, where it was.
+
+        Raises:
+            CheckpointError: Something else is there, or it is damaged.
+        """
+
+        def is_same(manifest: Manifest) -> bool:
+            made_by = manifest.made_by
+            key, options = made_by.get(KEY), made_by.get(EXPORTED)
+            return (key, options) == (self.identity, exported)
+
+        is_directory = exported is not None or self.output_format == HUGGINGFACE
+        name = huggingface_directory.MANIFEST if is_directory else None
+        return existing_result(self.out, is_same, name)
+
+    @property
+    def used(self) -> list[Checkpoint]:
+        """The models that are read for what is merged, in the order in which blocks are."""
+        first = [] if self.base is None else [self.base]
+        return [*first, *self.experts, *self.statistics]
+
+
+def prepare(
+    base: str | os.PathLike | None,
+    experts: Sequence[str | os.PathLike],
+    recipe: Recipe,
+    out: str | os.PathLike | None = None,
+    *,
+    statistics: Sequence[str | os.PathLike] = (),
+    output_format: str | None = None,
+    vocabulary: Mapping[str, Json] | None = None,
+    memory: int | None = None,
+    block: int | None = None,
+    process: tuple[int, int] | None = None,
+    diagnostics: bool = True,
+    verify: bool = True,
+    allow_differences: Sequence[str] = (),
+    subtree: str | None = None,
+) -> Job:
+    """Checks all that can be checked before a byte is read, and plans; see `merge`."""
+    if out is None and output_format is None:
+        output_format = ORBAX
+    process = process or rank()
+    if not 0 <= process[0] < process[1]:
+        raise MergeError(f"process {process[0]} of {process[1]}: counted from 0")
+    inputs.check_counts(base is not None, len(experts), len(statistics), recipe)
+    method = METHODS[recipe.method]
+    paths = [storage.path(path).absolute() for path in ([] if base is None else [base])]
+    paths += [storage.path(path).absolute() for path in experts]
+    named = method.draws or bool(recipe.exclude or recipe.scales)
+    models, output_format = inputs.open_all(
+        paths, output_format, named=named, allowed=allow_differences, subtree=subtree
+    )
+    statistic_paths = [storage.path(path).absolute() for path in statistics]
+    statistic_checkpoints, _ = inputs.open_all(statistic_paths, ORBAX)
+    reference, expert_checkpoints = models[0], models[len(models) - len(experts) :]
+    if out is not None:
+        out = storage.path(out).absolute()
+        opened = [*models, *statistic_checkpoints]
+        inputs.check_destination(out, [source.path for source in opened])
+    roles = inputs.assign_roles(models, len(experts), recipe, allow_differences)
+    inputs.check_statistics(method, expert_checkpoints, statistic_checkpoints)
+    if output_format == ORBAX and out is not None:
+        # As the experts read it: the base may have been trained without their chat template.
+        vocabulary = vocabulary or _vocabulary([*expert_checkpoints, reference])
+        checkpoints.check_tokenizer(vocabulary)
+    sizes = {name: reference.parameters[name].size for name in roles.merged}
+    # A base that the method does not take is read only for what is copied.
+    base_checkpoint = reference if base is not None and method.needs_base else None
+    used = [s for s in (base_checkpoint, *expert_checkpoints) if s is not None]
+    inputs.warn_of_repetition(used)
+    used += statistic_checkpoints
+    local = shares(sizes, process[1])[process[0]]
+    needs = Requirements(recipe, len(experts))
+    return Job(
+        recipe=recipe,
+        base=base_checkpoint,
+        experts=tuple(expert_checkpoints),
+        statistics=tuple(statistic_checkpoints),
+        reference=reference,
+        roles=roles,
+        allowed=tuple(allow_differences),
+        output_format=output_format,
+        out=out,
+        vocabulary=vocabulary,
+        sizes=sizes,
+        local=frozenset(local),
+        process=process,
+        diagnostics=(diagnostics and out is not None and method.needs_base and any(sizes.values())),
+        verify=verify,
+        plan=make_plan(
+            used,
+            sizes,
+            local,
+            experts=len(experts),
+            described=results.described(reference, recipe.dtype, roles),
+            readings=needs.readings,
+            verify=verify and any(s.has_digests for s in used),
+            states=needs.nbytes,
+            memory=memory,
+            block=block,
+            whole=_whole(reference, statistic_checkpoints, roles.merged) if method.whole else 0,
+            in_chunks=output_format == ORBAX and out is not None,
+            out=out,
+        ),
+    )
+
+
+def _whole(reference: Checkpoint, statistics: Sequence[Checkpoint], names: Sequence[str]) -> int:
+    """Returns the bytes of memory that the largest kernel takes with its Grams."""
+    grams = statistics[0].parameters
+    return max(
+        (
+            regmean_bytes(reference.parameters[name].shape, grams[name].shape[0])
+            for name in names
+            if name in grams
+        ),
+        default=0,
+    )
+
+
+def _vocabulary(candidates: Sequence[Checkpoint]) -> Mapping[str, Json]:
+    """Returns the first vocabulary of the candidates."""
+    for source in candidates:
+        if source.vocabulary is not None:
+            return source.vocabulary
+    if not any(source.model for source in candidates):
+        # Of pytrees that m2l did not write; such a result can be merged, and not evaluated.
+        return {"name": None, "size": None, "fingerprint": None}
+    raise MergeError(
+        f"{candidates[0].path}: its vocabulary is not known to m2l: name the tokenizer with "
+        "--vocabulary, or write --to huggingface"
+    )

@@ -6,14 +6,14 @@ keeps some, by an unstable sort; FusionBench averages angles in Model Stock, we 
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 from m2l.errors import UnknownNameError
+from m2l.typing import Json
 
 _WHOLE_MODEL = {"keep": "one_more", "zero_sign": "majority"}
 _BY_TENSOR = {"weighted_signs": True, "zero_sign": "positive"}
 
-PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+PRESETS: Mapping[str, Mapping[str, Mapping[str, Json]]] = {
     # github.com/prateeky2806/ties-merging
     "official": {
         "ties": {"density": 0.2, "scale": 1.0, **_WHOLE_MODEL},
@@ -72,8 +72,8 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
 """Name -> method -> settings that differ from m2l's own, or are the codebase's defaults."""
 
 
-def preset(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a preset's method, under those given, which name the method.
+def preset(name: str, settings: Mapping[str, Json]) -> dict[str, Json]:
+    """Returns the settings of a preset's method, overridden by `settings`, which name the method.
 
     Raises:
         UnknownNameError: There is no such preset, or it has no such method.

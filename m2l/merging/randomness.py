@@ -1,4 +1,4 @@
-"""Which entries DARE keeps: a function of (seed, expert, parameter, element) and of nothing else.
+"""Which entries are dropped: a function of (seed, expert, parameter, element) and nothing else.
 
 The numbers come from Threefry-2x32 with 20 rounds (Salmon et al. 2011, Parallel random numbers: as
 easy as 1, 2, 3), a counter-based generator: element j of a parameter is drawn by encrypting j. So
@@ -25,7 +25,7 @@ _LONGEST_SIDE = _LAST - (1 << 20)
 
 
 def keys(seed: int, experts: int, parameter: str) -> np.ndarray:
-    """The keys for one parameter of each two experts; they share a key and take a word each.
+    """Returns the keys for one parameter; each two experts share one and take a word each.
 
     A key is the first 8 bytes of SHA-256 of "m2l dare/SEED/PAIR/PARAMETER".
 
@@ -118,8 +118,8 @@ def words(keys: jax.Array, experts: int, shape: Sequence[int], place: jax.Array)
         A uint32 array of `shape` per expert.
     """
     counter = positions(shape, place)
-    found = [word for key in keys for word in threefry2x32(key, counter)]
-    return found[:experts]
+    random_words = [word for key in keys for word in threefry2x32(key, counter)]
+    return random_words[:experts]
 
 
 def positions(shape: Sequence[int], place: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -140,19 +140,19 @@ def positions(shape: Sequence[int], place: jax.Array) -> tuple[jax.Array, jax.Ar
     return uint64.add(uint64.add(down, across), start)
 
 
-def _divided(number: jax.Array, by: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Quotient and remainder of uint32s, exactly, where the quotient is at most 2^20.
+def _divided(number: jax.Array, divisor: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Computes quotient and remainder of uint32s, exactly, for a quotient of at most 2^20.
 
     CPUs divide integers one at a time, which took as long as all else that dare_ties does. A
     float32 quotient made too small by more than its rounding is the right one or one less.
     """
-    share = (1 - 2**-21) / by.astype(jnp.float32)
+    share = (1 - 2**-21) / divisor.astype(jnp.float32)
     quotient = (number.astype(jnp.float32) * share).astype(jnp.uint32)
-    rest = number - quotient * by
-    more = (rest >= by).astype(jnp.uint32)
-    return quotient + more, rest - more * by
+    remainder = number - quotient * divisor
+    more = (remainder >= divisor).astype(jnp.uint32)
+    return quotient + more, remainder - more * divisor
 
 
 def cut(drop_rate: float) -> np.uint32:
-    """Words below it are dropped: floor(p 2^32), compared as integers."""
+    """Returns the word below which entries are dropped: floor(p 2^32)."""
     return np.uint32(int(drop_rate * 2**32))

@@ -4,71 +4,43 @@ import dataclasses
 import fnmatch
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from types import MappingProxyType
 
 import numpy as np
 
 from m2l import files, storage
 from m2l.errors import MergeError, UnknownNameError
-from m2l.merging.method import REQUIRED, Consensus
-from m2l.merging.methods import METHODS
+from m2l.merging.methods import Consensus
+from m2l.merging.registry import METHODS, VARIANTS, Method, Value, hyper_parameters
+from m2l.storage import AnyPath
+from m2l.typing import Json
 
-SCOPES = ("model", "tensor")
 DTYPES = ("float32", "bfloat16", "float16")
-CONSENSUS = ("mean", "sum", "max")
-ZERO_SIGNS = ("none", "positive", "majority", "majority_or_none")
-KEEPS = ("floor", "at_least_one", "one_more", "complement")
-RESCALES = ("expectation", "norm", "none")
-
-_HYPER_PARAMETERS = (
-    "density", "scale", "drop_rate", "epsilon", "gamma", "t", "weights", "floor",
-    "nondiagonal_scale",
-)  # fmt: skip
-_RANGES = {
-    "density": (lambda x: 0 < x <= 1, "above 0 and at most 1 (20 % is 0.2)"),
-    "drop_rate": (lambda x: 0 <= x < 1, "at least 0 and below 1 (90 % is 0.9)"),
-    "epsilon": (lambda x: 0 <= x < 1, "at least 0 and below 1"),
-    "gamma": (lambda x: 0 <= x < 1, "at least 0 and below 1 (1 % is 0.01)"),
-    "nondiagonal_scale": (lambda x: 0 <= x <= 1, "from 0 to 1"),
-    "floor": (lambda x: 0 <= x < math.inf, "at least 0"),
-}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, init=False)
 class Recipe:
-    """A merge method with its hyper-parameters. Those left out take the method's defaults.
+    """A merge method with its hyper-parameters: Recipe("ties", density=0.2, scale=1.0).
 
-    The last five settings are where codebases differ; the defaults are the papers', and
-    `presets.PRESETS` has those of others.
+    What a method has for hyper-parameters, with their ranges and defaults, its signature says
+    (`m2l merge --list`); each can be read as an attribute too, as recipe.density. The last five
+    attributes are where codebases differ; the defaults are the papers', and `presets.PRESETS` has
+    those of others.
 
     Attributes:
         method: One of METHODS.
-        density: The share of each task vector that is kept, in (0, 1]. Defaults: 0.2 for ties, as
-            its paper; 1 for dare_ties, which then does not trim; 0.9 for breadcrumbs.
-        scale: lambda. 1 by default, what TIES recommends without validation data; with it, sweep
-            0.8 to 2.5 for ties and 0.1 to 1 for task_arithmetic, which sums and so overshoots with
-            many experts. Below 0 it forgets what the experts learned.
-        drop_rate: p of dare, dare_ties and della, in [0, 1). There is no agreed default (0.1 to 0.9
-            are in use), so it must be given.
-        epsilon: della's drop rates go from p + epsilon to p - epsilon.
-        gamma: The share of largest entries that breadcrumbs leaves out.
-        t: linear and slerp: how far from the first model (0) to the second (1).
-        weights: One number per expert; equal by default.
-        floor: The least Fisher information an entry counts with.
-        nondiagonal_scale: What regmean multiplies Grams by off their diagonals.
+        hyper_parameters: All of the method's, by name.
         scales: (pattern, scale) or (pattern, weights): what parameters that match the shell pattern
             take instead of `scale` or `weights`. The first pattern that matches counts.
         seed: Of the random drops; methods that draw nothing ignore it.
-        scope: What "the largest entries" are taken over: "model", all parameters of an expert as in
-            the papers (and the default, but for breadcrumbs and della), or "tensor", each parameter
-            by itself as mergekit and PEFT do.
         dtype: Of the result; the arithmetic is always float32.
         exclude: Patterns (`token_embedder`, `*norm`, as in a shell) of parameters that are not
             merged but taken from the base, or from the first expert where there is no base. They do
             not count among the largest entries either.
+        scope: What "the largest entries" are taken over: "model", all parameters of an expert as in
+            the papers (and the default, but for breadcrumbs and della), or "tensor", each parameter
+            by itself as mergekit and PEFT do.
         consensus: What TIES and its kin do with entries that agree: "mean", "sum" or "max".
         weighted_signs: Whether the weights count in the election of signs.
         zero_sign: Which sign is elected where masses cancel exactly: "none" (the entry is the
@@ -86,201 +58,129 @@ class Recipe:
     """
 
     method: str
-    density: float | None = None
-    scale: float | None = None
-    drop_rate: float | None = None
-    epsilon: float | None = None
-    gamma: float | None = None
-    t: float | None = None
-    weights: tuple[float, ...] | None = None
-    floor: float | None = None
-    nondiagonal_scale: float | None = None
-    scales: tuple[tuple[str, float | tuple[float, ...]], ...] = ()
-    seed: int = 0
-    scope: str | None = None
-    dtype: str = "float32"
-    exclude: tuple[str, ...] = ()
-    consensus: str = "mean"
-    weighted_signs: bool = False
-    zero_sign: str = "none"
-    keep: str = "floor"
-    rescale: str = "expectation"
+    hyper_parameters: Mapping[str, Value] = dataclasses.field(hash=False)
+    scales: tuple[tuple[str, Value], ...]
+    seed: int
+    scope: str
+    dtype: str
+    exclude: tuple[str, ...]
+    consensus: str
+    weighted_signs: bool
+    zero_sign: str
+    keep: str
+    rescale: str
 
-    def __post_init__(self):
-        if self.method not in METHODS:
-            raise UnknownNameError("merge method", str(self.method), METHODS)
-        method = METHODS[self.method]
-        for name in _HYPER_PARAMETERS:
-            given = getattr(self, name)
-            if given is not None and name not in method.hyper_parameters:
-                known = ", ".join(method.hyper_parameters) or "none"
-                raise MergeError(f"{self.method} has no {name}; its settings are: {known}")
-            value = method.hyper_parameters.get(name) if given is None else given
-            if value is REQUIRED:
-                raise MergeError(f"{self.method} needs a {name}; none is agreed on, so give one")
-            self._set(name, value if value is None else self._checked(name, value))
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise MergeError(f"seed must be a whole number, not {self.seed!r}")
-        scoped = method.trims or method.ranks
-        if self.scope not in (None, "model") and not scoped:
-            raise MergeError(f"{self.method} does not trim, so scope {self.scope!r} means nothing")
-        by_tensor = method.ranks or "ceilings" in method.takes
-        self._set("scope", self.scope or ("tensor" if by_tensor else "model"))
-        for name, known in (
-            ("scope", SCOPES),
-            ("dtype", DTYPES),
-            ("consensus", CONSENSUS),
-            ("zero_sign", ZERO_SIGNS),
-            ("keep", KEEPS),
-            ("rescale", RESCALES),
-        ):
-            if getattr(self, name) not in known:
-                raise UnknownNameError(name, str(getattr(self, name)), known)
-        self._check_variants()
-        if isinstance(self.exclude, str) or not all(isinstance(e, str) for e in self.exclude):
-            raise MergeError(f"exclude must be a list of patterns, not {self.exclude!r}")
-        self._set("exclude", tuple(self.exclude))
-        self._set("scales", self._checked_scales())
+    def __init__(
+        self,
+        method: str,
+        hyper_parameters: Mapping[str, object] = MappingProxyType({}),
+        *,
+        scales: Sequence[tuple[str, Value]] = (),
+        seed: int = 0,
+        scope: str | None = None,
+        dtype: str = "float32",
+        exclude: Sequence[str] = (),
+        consensus: str = "mean",
+        weighted_signs: bool = False,
+        zero_sign: str = "none",
+        keep: str = "floor",
+        rescale: str = "expectation",
+        **settings: object,
+    ):
+        if method not in METHODS:
+            raise UnknownNameError("merge method", str(method), METHODS)
+        described = METHODS[method]
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise MergeError(f"seed must be a whole number, not {seed!r}")
+        if not isinstance(weighted_signs, bool):
+            raise MergeError(f"weighted_signs must be true or false, not {weighted_signs!r}")
+        if isinstance(exclude, str) or not all(isinstance(each, str) for each in exclude):
+            raise MergeError(f"exclude must be a list of patterns, not {exclude!r}")
+        variants = {
+            "scope": described.scope if scope is None else scope,
+            "consensus": consensus,
+            "zero_sign": zero_sign,
+            "keep": keep,
+            "rescale": rescale,
+        }
+        _check_variants(described, variants, weighted_signs)
+        if dtype not in DTYPES:
+            raise UnknownNameError("dtype", str(dtype), DTYPES)
+        values = _checked(described, {**hyper_parameters, **settings})
+        fields = {
+            "method": method,
+            "hyper_parameters": values,
+            "scales": _checked_scales(described, values, scales),
+            "seed": seed,
+            "dtype": dtype,
+            "exclude": tuple(exclude),
+            "weighted_signs": weighted_signs,
+        }
+        for name, value in (fields | variants).items():
+            object.__setattr__(self, name, value)
 
-    def _set(self, name: str, value: Any) -> None:
-        object.__setattr__(self, name, value)
-
-    def _check_variants(self) -> None:
-        method = METHODS[self.method]
-        for name, applies in (
-            ("consensus", method.elects),
-            ("weighted_signs", method.elects),
-            ("zero_sign", method.elects),
-            ("keep", method.trims),
-            ("rescale", method.draws),
-        ):
-            default = getattr(type(self), name)
-            if getattr(self, name) != default and not applies:
-                raise MergeError(f"{self.method} has no {name}")
-        if not isinstance(self.weighted_signs, bool):
-            raise MergeError(f"weighted_signs must be true or false, not {self.weighted_signs!r}")
-        if self.epsilon is not None:
-            least, most = self.drop_rate - self.epsilon, self.drop_rate + self.epsilon
-            if least < 0 or most >= 1:
-                raise MergeError(
-                    f"drop_rate {self.drop_rate} with epsilon {self.epsilon}: the rates from "
-                    f"{least:g} to {most:g} must be at least 0 and below 1"
-                )
-        if self.gamma is not None and self.gamma + self.density > 1:
-            raise MergeError(
-                f"density {self.density} with gamma {self.gamma}: together above 1, which is all"
-            )
-
-    def _checked(self, name: str, value: Any) -> Any:
-        if name == "weights":
-            if isinstance(value, str) or not isinstance(value, list | tuple) or not value:
-                raise MergeError(f"weights must be a list of numbers, not {value!r}")
-            weights = tuple(self._checked("weight", weight) for weight in value)
-            if self.method == "average" and math.fsum(weights) == 0:
-                raise MergeError(f"weights must not sum to zero: {list(weights)}")
-            if self.method == "fisher" and min(weights) <= 0:
-                raise MergeError(f"weights of fisher must be above 0: {list(weights)}")
-            return weights
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise MergeError(f"{name} must be a number, not {value!r}")
-        within, words = _RANGES.get(name, (math.isfinite, "finite"))
-        if not within(value) or not math.isfinite(value):
-            raise MergeError(f"{name} must be {words}, not {value!r}")
-        return float(value)
-
-    def _checked_scales(self) -> tuple[tuple[str, float | tuple[float, ...]], ...]:
-        hyper = METHODS[self.method].hyper_parameters
-        checked = []
-        for entry in self.scales:
-            if isinstance(entry, str) or len(entry) != 2 or not isinstance(entry[0], str):
-                raise MergeError(f"scales must be pairs of a pattern and a scale, not {entry!r}")
-            pattern, value = entry
-            name = "weights" if isinstance(value, list | tuple) else "scale"
-            if name not in hyper:
-                raise MergeError(f"{self.method} has no {name}, and so none for {pattern!r}")
-            checked.append((pattern, self._checked(name, value)))
-        return tuple(checked)
+    def __getattr__(self, name: str) -> Value:
+        try:
+            return self.__dict__["hyper_parameters"][name]
+        except KeyError:
+            raise AttributeError(f"the recipe has no {name}") from None
 
     @property
     def election(self) -> Consensus:
         """How signs are elected, for `methods.elect_and_merge`."""
         return Consensus(self.consensus, self.weighted_signs)
 
-    def weights_for(self, experts: int) -> np.ndarray:
-        """The weights, float32 [experts]; ones where none are given."""
-        return np.array(self.weights or (1.0,) * experts, np.float32)
-
-    def settings_for(self, names: Sequence[str], experts: int) -> dict[str, Any]:
-        """The numbers that the method takes for a parameter that is known by these names."""
-        method = METHODS[self.method]
-        found: dict[str, Any] = {
-            name: np.float32(getattr(self, name))
-            for name in ("scale", "t", "floor")
-            if name in method.takes
-        }
-        if "weights" in method.takes:
-            found["weights"] = self.weights_for(experts)
+    def arguments(
+        self, names: Sequence[str], experts: int, dtype: type[np.floating] = np.float32
+    ) -> dict[str, np.ndarray | np.floating]:
+        """Returns the method's hyper-parameters for a parameter that is known by these names."""
+        values = dict(self.hyper_parameters)
         for pattern, value in self.scales:
             if any(fnmatch.fnmatchcase(name, pattern) for name in names):
-                if isinstance(value, tuple):
-                    return found | {"weights": np.array(value, np.float32)}
-                return found | {"scale": np.float32(value)}
-        return found
+                values[_scaled_name(value)] = value
+                break
+        ones = (1.0,) * experts
+        return {
+            name: dtype(value) if isinstance(value, float) else np.array(value or ones, dtype)
+            for name, value in values.items()
+        }
 
     def identity(self, base: str | None, experts: Sequence[str]) -> str:
-        """The digest of what this makes of checkpoints with these digests: sha256 over all."""
-        made_of = json.dumps([base, list(experts), self.to_dict()], sort_keys=True)
-        return hashlib.sha256(made_of.encode()).hexdigest()
+        """Returns the SHA-256 of the digests of checkpoints and of how they are merged."""
+        content = json.dumps([base, list(experts), self.to_dict()], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
 
-    def kept_of(self, size: int) -> int:
-        """How many of `size` entries the density keeps, before ties with the last."""
-        if self.keep == "complement":
-            return min(size, size - int(size * (1 - self.density)) + 1)
-        floor = int(size * self.density)
-        if self.keep == "at_least_one":
-            return min(size, max(1, floor))
-        return min(size, floor + (self.keep == "one_more"))
-
-    def to_dict(self) -> dict[str, Any]:
-        """The recipe as JSON-like data, defaults filled in and without what the method has not."""
-        method = METHODS[self.method]
-        variants = {
-            "scope": method.trims or method.ranks,
-            "consensus": method.elects,
-            "weighted_signs": method.elects,
-            "zero_sign": method.elects,
-            "keep": method.trims,
-            "rescale": method.draws,
-            "seed": method.draws,
+    def to_dict(self) -> dict[str, Json]:
+        """Returns the recipe as JSON-like data, defaults filled in, without what does not apply."""
+        described = METHODS[self.method]
+        applies = {name: described.has_variant(name) for name in VARIANTS}
+        applies |= {"seed": described.draws, "weighted_signs": described.elects}
+        fields = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name != "hyper_parameters" and applies.get(field.name, True)
         }
-        return json.loads(
-            json.dumps(
-                {
-                    name: value
-                    for name, value in dataclasses.asdict(self).items()
-                    if value is not None and variants.get(name, True)
-                }
-            )
-        )
+        values = {name: value for name, value in self.hyper_parameters.items() if value != ()}
+        return json.loads(json.dumps(fields | values))
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], where: str = "the recipe") -> "Recipe":
-        """A recipe of JSON-like data, such as a manifest holds.
+    def from_dict(cls, values: Mapping[str, Json], label: str = "the recipe") -> "Recipe":
+        """Returns the recipe of JSON-like data, such as a manifest holds; messages name `label`.
 
         Raises:
             MergeError: A setting is unknown, or as the class says.
         """
-        known = {field.name for field in dataclasses.fields(cls)}
+        known = {field.name for field in dataclasses.fields(cls)} | {*hyper_parameters()}
         for name in values:
-            if name not in known:
-                raise UnknownNameError(f"setting in {where}:", name, known)
+            if name not in known - {"hyper_parameters"}:
+                raise UnknownNameError(f"setting in {label}:", name, known)
         if "method" not in values:
-            raise MergeError(f"{where}: it names no method")
-        return cls(**{name: _tuples(value) for name, value in values.items()})
+            raise MergeError(f"{label}: it names no method")
+        return cls(**values)
 
     @classmethod
-    def read(cls, file: Path, **overriding: Any) -> "Recipe":
-        """The recipe in a JSON file, some settings overridden.
+    def read(cls, file: AnyPath, **overrides: Json) -> "Recipe":
+        """Returns the recipe in a JSON file, some settings overridden.
 
         Raises:
             MergeError: It cannot be read, or as `from_dict` says.
@@ -293,8 +193,61 @@ class Recipe:
         values = values.get("recipe", values)
         if not isinstance(values, dict):
             raise MergeError(f"{file}: its recipe is not a JSON object")
-        return cls.from_dict(values | overriding, str(file))
+        return cls.from_dict(values | overrides, str(file))
 
 
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
+def _scaled_name(value: object) -> str:
+    """Returns the hyper-parameter that an entry of `scales` stands for."""
+    return "weights" if isinstance(value, list | tuple) else "scale"
+
+
+def _check_variants(method: Method, variants: Mapping[str, str], weighted_signs: bool) -> None:
+    for name, value in variants.items():
+        choices = VARIANTS[name].choices
+        if value not in choices:
+            raise UnknownNameError(name, str(value), choices)
+        if value != choices[0] and not method.has_variant(name):
+            raise MergeError(f"{method.name} has no {name}")
+    if weighted_signs and not method.elects:
+        raise MergeError(f"{method.name} has no weighted_signs")
+
+
+def _checked(method: Method, settings: Mapping[str, object]) -> dict[str, Value]:
+    """Returns the method's hyper-parameters with their defaults."""
+    for name, value in settings.items():
+        if value is not None and name not in method.hyper_parameters:
+            known = ", ".join(method.hyper_parameters) or "none"
+            raise MergeError(f"{method.name} has no {name}; its settings are: {known}")
+    values: dict[str, Value] = {}
+    for name, hyper_parameter in method.hyper_parameters.items():
+        value = settings.get(name)
+        if value is None and hyper_parameter.default is None:
+            raise MergeError(f"{method.name} needs a {name}; none is agreed on, so give one")
+        equal_weights = hyper_parameter.per_expert and value == ()
+        if value is None or equal_weights:
+            value = hyper_parameter.default
+        values[name] = value if value == () else hyper_parameter.checked(value)
+    _check_together(method, values)
+    return values
+
+
+def _check_together(method: Method, values: Mapping[str, Value]) -> None:
+    if complaint := method.check(**values):
+        raise MergeError(complaint)
+
+
+def _checked_scales(
+    method: Method, values: Mapping[str, Value], scales: Sequence[object]
+) -> tuple[tuple[str, Value], ...]:
+    checked = []
+    for entry in scales:
+        if not isinstance(entry, list | tuple) or [type(each) for each in entry[:-1]] != [str]:
+            raise MergeError(f"scales must be pairs of a pattern and a scale, not {entry!r}")
+        pattern, value = entry
+        name = _scaled_name(value)
+        if name not in method.hyper_parameters:
+            raise MergeError(f"{method.name} has no {name}, and so none for {pattern!r}")
+        value = method.hyper_parameters[name].checked(value)
+        _check_together(method, {**values, name: value})
+        checked.append((pattern, value))
+    return tuple(checked)

@@ -4,29 +4,35 @@ A unit is one chunk of an Orbax result, or one file of a Hugging Face directory.
 share them; a merge that goes on takes those that are there.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import itertools
 import json
 import math
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from m2l import checkpoints
+from m2l import checkpoints, files, storage
 from m2l.checkpoints import Manifest, huggingface_directory, safetensors, saving, zarr
 from m2l.checkpoints.opening import Checkpoint
+from m2l.checkpoints.publishing import UNFINISHED
 from m2l.checkpoints.pytrees import Tree
 from m2l.checkpoints.reading import PARAMS
 from m2l.checkpoints.safetensors import StoredTensor
 from m2l.checkpoints.spans import Span, boxes, cut, cut_box, reserve
 from m2l.checkpoints.tensor_kinds import is_buffer, is_float
 from m2l.checkpoints.zarr import TensorWriter
-from m2l.merging.compatibility import Roles
+from m2l.errors import CheckpointError, MergeError
+from m2l.merging.inputs import Roles
+from m2l.storage import AnyPath
+from m2l.typing import Json
 
 ArraySpec = tuple[tuple[int, ...], np.dtype]
 Box = tuple[slice, ...]
@@ -71,7 +77,7 @@ class Task:
         return sum(span.size for span in self.spans)
 
     def view(self, part: np.ndarray, span: Span, shape: tuple[int, ...]) -> np.ndarray:
-        """The elements of a span in memory of the part, 1-D; of the span's size or its shape."""
+        """Returns a span's elements of the 1-D `part`, as a view of the span's size or shape."""
         if self.box is None:
             first = span.start - self.spans[0].start
             return part[first : first + span.size]
@@ -109,7 +115,7 @@ class OrbaxResult:
 
     def __init__(
         self,
-        directory: Any,
+        directory: AnyPath,
         described: Mapping[str, ArraySpec],
         grid: Callable[[str], tuple[int, ...] | None],
         tree: Tree | None = None,
@@ -129,14 +135,14 @@ class OrbaxResult:
         }
 
     def create(self) -> None:
-        """Writes what is beside the chunks."""
+        """Writes what describes the chunks."""
         if isinstance(self.directory, Path):
             self.directory.mkdir(parents=True, exist_ok=True)
         for writer in self._writers.values():
             writer.create()
 
     def units(self) -> list[Unit]:
-        """Every chunk, in an order in which those of one box of the grid follow one another."""
+        """Returns every chunk; those of one box of the grid follow one another."""
         units = []
         for name, writer in self._writers.items():
             chunks = [*boxes(writer.shape, writer.chunk)]
@@ -261,10 +267,10 @@ class ShardedResult:
         shard_size: The most bytes of a file of several tensors.
     """
 
-    def __init__(self, directory: Any, described: Mapping[str, ArraySpec], shard_size: int):
+    def __init__(self, directory: AnyPath, described: Mapping[str, ArraySpec], shard_size: int):
         self.directory, self.described = directory, described
         # Objects are written whole: the files of a bucket are made here, and uploaded one by one.
-        self._local: Any = directory
+        self._local: AnyPath = directory
         if not isinstance(directory, Path):
             self._temporaries = tempfile.TemporaryDirectory(prefix="m2l-")
             self._local = Path(self._temporaries.name)
@@ -283,13 +289,13 @@ class ShardedResult:
         return self._local / f".{self._layouts[number].file}.tmp"
 
     def create(self) -> None:
-        """Writes what is beside the files of tensors."""
+        """Writes the index of the files of tensors."""
         self.directory.mkdir(parents=True, exist_ok=True)
         if self._index is not None:
             zarr.put(self.directory / safetensors.INDEX, self._index)
 
     def units(self) -> list[Unit]:
-        """Every file."""
+        """Returns a unit for each file."""
         return [
             Unit((layout.file, number), sum(self._tensors[n].size for n in layout.offsets))
             for number, layout in enumerate(self._layouts)
@@ -333,7 +339,7 @@ class ShardedResult:
         return digest.hexdigest()
 
     def tensors(self, unit: Unit) -> list[str]:
-        """The names of a file's tensors."""
+        """Returns the names of a file's tensors."""
         return [*self._layouts[unit.key[1]].offsets]
 
     def finish(self, unit: Unit) -> None:
@@ -347,13 +353,61 @@ class ShardedResult:
             temporary.unlink()
 
 
-Result = OrbaxResult | ShardedResult
+class MemoryResult:
+    """Parameters in memory, on the host.
+
+    Args:
+        described: name -> (shape, dtype) of every parameter.
+        grid: As `OrbaxResult` takes it.
+    """
+
+    directory = None
+
+    def __init__(
+        self,
+        described: Mapping[str, ArraySpec],
+        grid: Callable[[str], tuple[int, ...] | None],
+    ):
+        self.described = described
+        self._grids = {name: grid(name) for name in described}
+        self.arrays = {name: np.empty(*spec) for name, spec in described.items()}
+
+    def units(self) -> list[Unit]:
+        """Returns a unit for each parameter."""
+        return [Unit((name, 0), array.size) for name, array in self.arrays.items()]
+
+    def finished(self) -> Callable[[Unit], bool]:
+        """Returns what tells that nothing is there before it is merged."""
+        return lambda unit: False
+
+    def tasks(self, units: Sequence[Unit], block: int, at_once: int) -> Iterator[Task]:
+        """Cuts units as `OrbaxResult.tasks` does."""
+        for unit in units:
+            name, cells = unit.key[0], self._grids[unit.key[0]]
+            for span in cut(name, self.arrays[name].shape, cells, at_once if cells else block):
+                yield Task(name, (span,), (unit,))
+
+    def whole(self, units: Sequence[Unit], name: str) -> Task:
+        """Returns the task of a parameter that is made at once."""
+        unit = next(unit for unit in units if unit.key[0] == name)
+        return Task(name, (Span(name, 0, unit.size),), (unit,))
+
+    def write(self, task: Task, part: np.ndarray) -> None:
+        """Copies what a task has made to its place."""
+        (span,), array = task.spans, self.arrays[task.name]
+        if span.index is None:
+            array.reshape(-1)[span.start : span.start + span.size] = part
+        else:
+            array[span.index] = part.reshape(array[span.index].shape)
+
+
+Result = OrbaxResult | ShardedResult | MemoryResult
 
 
 def described(
     reference: Checkpoint, dtype: str, roles: Roles
 ) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """name -> (shape, dtype) of the result's tensors.
+    """Returns name -> (shape, dtype) of the result's tensors.
 
     What is merged gets the recipe's dtype, as does what is excluded of real numbers; buffers keep
     theirs.
@@ -376,7 +430,7 @@ def described(
 
 
 def nbytes(described: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> int:
-    """The bytes of the elements."""
+    """Returns the bytes of the elements."""
     return sum(math.prod(shape) * dtype.itemsize for shape, dtype in described.values())
 
 
@@ -384,10 +438,10 @@ def describe_checkpoint(
     result: OrbaxResult,
     digests: Mapping[str, str],
     *,
-    model: Mapping[str, Any],
-    vocabulary: Mapping[str, Any],
+    model: Mapping[str, Json],
+    vocabulary: Mapping[str, Json],
     like: Checkpoint,
-    made_by: Mapping[str, Any],
+    made_by: Mapping[str, Json],
     parents: tuple[Mapping[str, str], ...],
 ) -> Manifest:
     """Writes what makes an m2l checkpoint of the files; its tree is that of `like`."""
@@ -417,21 +471,21 @@ def describe_directory(
     digests: Mapping[str, str],
     *,
     like: Checkpoint,
-    others: Sequence[Checkpoint],
+    fallbacks: Sequence[Checkpoint],
     dtype: str,
-    made_by: Mapping[str, Any],
+    made_by: Mapping[str, Json],
     parents: tuple[Mapping[str, str], ...],
 ) -> Manifest:
     """Writes what makes a Hugging Face directory of the files.
 
-    All but weights is `like`'s, and of what it lacks the first of the others' that has it.
+    All but weights is `like`'s, and of what it lacks the first of the fallbacks' that has it.
     """
     from m2l.checkpoints.huggingface import write_card
 
     huggingface_directory.copy_companions(
-        [like.path, *(source.path for source in others)], result.directory
+        [like.path, *(source.path for source in fallbacks)], result.directory
     )
-    model = huggingface_directory.config_of([like.model, *(source.model for source in others)])
+    model = huggingface_directory.config_of([like.model, *(source.model for source in fallbacks)])
     if model:
         key = "dtype" if "dtype" in model else "torch_dtype"
         model[key] = dtype
@@ -445,8 +499,8 @@ def describe_directory(
         made_by=dict(made_by),
         parents=tuple(parents),
         parameters={
-            name: {"shape": list(shape), "dtype": found.name, "digest": digests[name]}
-            for name, (shape, found) in result.described.items()
+            name: {"shape": list(shape), "dtype": tensor_dtype.name, "digest": digests[name]}
+            for name, (shape, tensor_dtype) in result.described.items()
         },
     )
     manifest = huggingface_directory.write(result.directory, manifest, digests)
@@ -461,3 +515,95 @@ def describe_directory(
         generates="ForCausalLM" in kinds if known else None,
     )
     return manifest
+
+
+_KEY = 16
+
+
+@contextlib.contextmanager
+def staging(out: AnyPath, key: str, first: bool) -> Iterator[AnyPath]:
+    """Yields the directory in which a result is made; it stays when the block ends.
+
+    On a local disk that is a hidden one next to the result, elsewhere the result's own.
+
+    Args:
+        out: The result.
+        key: What is merged and how, as a digest: only the same merge goes on in the directory.
+        first: Whether this is the first of the processes that make it.
+
+    Raises:
+        MergeError: Another merge makes it right now.
+        CheckpointError: The directory cannot be made.
+    """
+    if not isinstance(out, Path):
+        _claim(out, key)
+        yield out
+        return
+    folder = _folder(out, key)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / "lock", "ab")  # noqa: SIM115 - it is closed below
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be made ({error.strerror})") from error
+    with lock:
+        # A courtesy to whoever starts a merge twice: nothing depends on it.
+        if first and not _locked(lock.fileno()):
+            raise MergeError(f"{out}: another process is making it right now")
+        if first:
+            for other in out.parent.glob(f".{out.name}.merge-*"):
+                if other != folder and not _in_progress(other):
+                    shutil.rmtree(other, ignore_errors=True)
+        yield folder / out.name
+
+
+def publish(out: AnyPath, key: str) -> None:
+    """Gives a result that is whole its name, and removes what is left of the merge."""
+    if isinstance(out, Path):
+        folder = _folder(out, key)
+        checkpoints.publish(folder / out.name, out)
+        shutil.rmtree(folder, ignore_errors=True)
+    else:
+        (out / UNFINISHED).unlink()
+
+
+def discard(out: AnyPath, key: str) -> None:
+    """Removes what was made of a result that cannot be finished."""
+    if isinstance(out, Path):
+        shutil.rmtree(_folder(out, key), ignore_errors=True)
+
+
+def used_bytes(directory: AnyPath) -> int:
+    """Returns the bytes that a directory takes on a local disk."""
+    return sum(f.stat().st_blocks * 512 for f in directory.rglob("*") if f.is_file())
+
+
+def _folder(out: Path, key: str) -> Path:
+    return out.parent / f".{out.name}.merge-{key[:_KEY]}"
+
+
+def _claim(out: AnyPath, key: str) -> None:
+    marker = out / UNFINISHED
+    content = json.dumps({"key": key}).encode()
+    if storage.create(marker, content):
+        return
+    claim = files.parse_json(marker.read_bytes(), marker, kind=dict, error=CheckpointError)
+    if claim.get("key") != key:
+        raise MergeError(
+            f"{out}: another merge was making it: run that one again, choose another --out, or "
+            "remove it"
+        )
+
+
+def _locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _in_progress(folder: Path) -> bool:
+    """Returns whether a living process of this machine makes something in a folder."""
+    with contextlib.suppress(OSError), open(folder / "lock", "rb") as opened:
+        return not _locked(opened.fileno())
+    return False

@@ -1,15 +1,13 @@
-"""One reading of the experts, many recipes: the best by a score, and the curve it came from."""
+"""Many recipes for the same models: the best by a score, and the curve it came from."""
 
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
 
 from m2l.errors import MergeError
-from m2l.merging.in_memory import merge_params
+from m2l.merging.engine import Model, merge
 from m2l.merging.recipe import Recipe
-
-Params = Mapping[str, Any]
+from m2l.typing import Json, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,50 +18,52 @@ class Point:
     score: float
 
 
-def grid(fixed: Mapping[str, Any], swept: Mapping[str, Sequence[float]]) -> list[Recipe]:
-    """Every combination of the swept settings' values, with what is fixed.
+def grid(fixed: Mapping[str, Json], swept: Mapping[str, Sequence[float]]) -> list[Recipe]:
+    """Returns a recipe for every combination of the swept settings' values, with what is fixed.
 
     Raises:
         MergeError: There is none, or a combination makes no recipe.
     """
-    found = [
+    recipes = [
         Recipe(**fixed, **dict(zip(swept, values, strict=True)))
         for values in itertools.product(*swept.values())
     ]
-    if not found:
+    if not recipes:
         raise MergeError("nothing to sweep: a setting has no values")
-    return found
+    return recipes
 
 
 def sweep(
-    base: Params | None,
-    experts: Sequence[Params],
+    base: Model | None,
+    experts: Sequence[Model],
     recipes: Iterable[Recipe],
-    score: Callable[[Params, Recipe], float],
-    statistics: Sequence[Params] = (),
+    score: Callable[[PyTree, Recipe], float],
+    statistics: Sequence[Model] = (),
 ) -> list[Point]:
-    """Merges parameters by each recipe and scores what comes of it.
+    """Merges models by each recipe and scores what comes of it.
 
-    Recipes that differ only in numbers share a compilation. In memory are the models and one merge.
+    Recipes that differ only in numbers share a compilation. In memory is one merge and, unless
+    models are checkpoints, which are read by blocks for each recipe, all models.
 
     Args:
-        base: The base's parameters; None for methods that do not need it.
-        experts: The experts' parameters.
+        base: The base, a checkpoint or parameters; None for methods that do not need it.
+        experts: The experts.
         recipes: How to merge.
         score: Of the merged parameters; more is better.
-        statistics: As `merge_params` takes them.
+        statistics: As `merge` takes them.
 
     Returns:
         A point for each recipe, in their order.
     """
-    return [
-        Point(recipe, score(merge_params(base, experts, recipe, statistics), recipe))
-        for recipe in recipes
-    ]
+    points: list[Point] = []
+    for recipe in recipes:
+        options = {"statistics": statistics, "verify": not points, "progress": False}
+        points.append(Point(recipe, score(merge(base, experts, recipe, **options), recipe)))
+    return points
 
 
 def best(points: Sequence[Point]) -> Point:
-    """The point of the highest score; of equal ones the first.
+    """Returns the point of the highest score; of equal ones the first.
 
     Raises:
         MergeError: There is none.

@@ -8,7 +8,7 @@ from typing import Any
 from m2l import checkpoints, merging, models, partitioning
 from m2l.checkpoints import Manifest
 from m2l.errors import CheckpointError
-from m2l.merging import Recipe, compatibility, sources
+from m2l.merging import Recipe, inputs
 from m2l.studies import skills
 
 
@@ -52,7 +52,7 @@ def opened(general: Path, base: Path | None, trained: Path | None) -> dict[str, 
     if trained is not None:
         found["alone"] = Model.open(trained)
     paths = list(dict.fromkeys(model.path for model in found.values()))
-    compatibility.check_alike(sources.open_all(paths, sources.ORBAX)[0])
+    inputs.check_alike(inputs.open_all(paths, inputs.ORBAX)[0])
     return found
 
 

@@ -1,7 +1,7 @@
 """Statistics of an expert on its data that merges use: Fisher information, Grams of its inputs.
 
 Both are gathered over examples one to a row, float32, and saved as a checkpoint of their own:
-m2l.merging.data_driven says how merges use them.
+m2l.merging.methods says how merges use them.
 """
 
 import functools

@@ -7,7 +7,7 @@ import pytest
 
 from m2l import checkpoints
 from m2l.errors import MergeError
-from m2l.merging import Recipe, merge
+from m2l.merging import METHODS, Recipe, merge
 
 MODEL = {"family": "t5", "d_model": 8}
 VOCABULARY = {"name": "bytes", "size": 30, "fingerprint": "abc"}
@@ -26,6 +26,20 @@ RECIPES = [
     Recipe("dare_ties", drop_rate=0.6, seed=4),
     Recipe("dare_ties", drop_rate=0.3, density=0.5, dtype="bfloat16"),
 ]
+
+
+def default(method):
+    """A recipe of a method's defaults, and 0.5 for what has none."""
+    settings = METHODS[method].hyper_parameters.values()
+    return Recipe(method, {each.name: 0.5 for each in settings if each.default is None})
+
+
+ELEMENTWISE = [
+    name
+    for name, method in METHODS.items()
+    if 3 in method.experts and method.coefficients is None and method.statistic is None
+]
+"""Methods that merge the three experts, and with the same bits in memory and from disk."""
 
 
 def write(path, params, **changes):

@@ -9,7 +9,7 @@ import pytest
 from m2l import checkpoints
 from m2l.errors import MergeError
 from m2l.merging import Recipe, merge, merge_params, plan, prepare
-from m2l.merging.data_driven import regmean, regmean_bytes
+from m2l.merging.methods import regmean_bytes, regression_mean
 
 from . import oracles
 from .conftest import SHAPES, same_bits, whole, write
@@ -44,6 +44,8 @@ def test_fisher_weighs_each_entry(tmp_path, models, paths, statistics):
         checkpoints.flatten(found),
         checkpoints.flatten(merge_params(None, models[1], recipe, fishers)),
     )
+    in_memory = merge(None, paths[1], recipe, statistics=beside, block=100, progress=False)
+    same_bits(checkpoints.flatten(found), checkpoints.flatten(in_memory))
     certain = np.stack([w * whole(f) for w, f in zip((1, 2, 0.5), fishers, strict=True)])
     wanted = (certain * np.stack(list(map(whole, models[1])))).sum(0) / certain.sum(0)
     np.testing.assert_allclose(whole(found), wanted, atol=1e-5)
@@ -58,6 +60,8 @@ def test_regmean_solves_for_kernels_and_averages_the_rest(tmp_path, models, path
     merge(None, paths[1], recipe, tmp_path / "out", statistics=beside, progress=False)
     found = checkpoints.flatten(checkpoints.restore(tmp_path / "out"))
     same_bits(found, checkpoints.flatten(merge_params(None, models[1], recipe, grams)))
+    in_memory = merge(None, paths[1], recipe, statistics=beside, progress=False)
+    same_bits(found, checkpoints.flatten(in_memory))
     experts = [checkpoints.flatten(expert) for expert in models[1]]
     for other in SHAPES:
         if other != name:
@@ -106,7 +110,7 @@ def test_regmean_holds_what_is_planned_whatever_the_number_of_experts(shape):
     planned = regmean_bytes(shape, shape[0])
     for count in (2, 6):
         tracemalloc.start()
-        regmean("w", experts(count))
+        regression_mean("w", experts(count))
         _, most = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         assert planned / 2 < most <= planned

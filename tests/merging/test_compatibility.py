@@ -25,8 +25,8 @@ def test_missing_sources_are_refused(refused, paths, tmp_path):
 
 def test_an_output_in_the_way_or_inside_an_input_is_refused(refused, paths, tmp_path):
     base, experts = paths
-    refused("lies inside an input", out=experts[1] / "merged")
-    refused("lies inside an input", out=base)
+    refused("is inside an input", out=experts[1] / "merged")
+    refused("is inside an input", out=base)
     (tmp_path / "there").mkdir()
     refused("exists already", kind=CheckpointError, out=tmp_path / "there")
 
@@ -153,6 +153,6 @@ def test_an_expert_given_twice_is_warned_of(tmp_path, paths):
 
 
 def test_numbers_of_experts_that_a_method_cannot_merge_are_refused(refused, paths):
-    refused("linear merges one expert, not 3", recipe=Recipe("linear"))
-    refused("slerp merges two experts, not 3", recipe=Recipe("slerp"), base=None)
-    refused("at least two experts", recipe=Recipe("model_stock"), experts=paths[1][:1])
+    refused("linear merges 1 expert, not 3", recipe=Recipe("linear"))
+    refused("slerp merges 2 experts, not 3", recipe=Recipe("slerp"), base=None)
+    refused("at least 2 experts", recipe=Recipe("model_stock"), experts=paths[1][:1])

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from m2l.errors import MergeError
-from m2l.merging.data_driven import fisher_average, regmean
+from m2l.merging.methods import fisher_average, regression_mean
 
 # Sums of three float32 numbers, and a division.
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}
@@ -74,7 +74,7 @@ def grams_of(inputs):
 
 def test_with_all_of_the_grams_regmean_is_the_least_squares_fit_of_the_outputs(rng):
     kernels, inputs = experts_with_inputs(rng)
-    found = regmean("w", zip(kernels, grams_of(inputs), strict=True), 1.0)
+    found = regression_mean("w", zip(kernels, grams_of(inputs), strict=True), 1.0)
     outputs = [x @ kernel for x, kernel in zip(inputs, kernels, strict=True)]
     wanted = np.linalg.lstsq(np.concatenate(inputs), np.concatenate(outputs), rcond=None)[0]
     # An eigenvalue of the correlations below 1e-5 would be too small to be resolved.
@@ -85,7 +85,7 @@ def test_with_all_of_the_grams_regmean_is_the_least_squares_fit_of_the_outputs(r
 def test_regmean_is_the_papers_formula(rng, alpha):
     kernels, inputs = experts_with_inputs(rng)
     grams = grams_of(inputs)
-    found = regmean("w", zip(kernels, grams, strict=True), alpha)
+    found = regression_mean("w", zip(kernels, grams, strict=True), alpha)
     scaled = [alpha * gram + (1 - alpha) * np.diag(np.diag(gram)) for gram in grams]
     products = sum(gram @ kernel for gram, kernel in zip(scaled, kernels, strict=True))
     np.testing.assert_allclose(found, np.linalg.inv(sum(scaled)) @ products, **TOLERANCE)
@@ -96,18 +96,18 @@ def test_regmean_is_the_papers_formula(rng, alpha):
 def test_equal_grams_give_the_mean(rng, alpha):
     kernels, inputs = experts_with_inputs(rng)
     for gram in (np.eye(6), grams_of(inputs)[0]):
-        found = regmean("w", [(kernel, gram) for kernel in kernels], alpha)
+        found = regression_mean("w", [(kernel, gram) for kernel in kernels], alpha)
         np.testing.assert_allclose(found, kernels.mean(0), **TOLERANCE)
 
 
 @pytest.mark.parametrize("alpha", [0.5, 0.9])
 def test_an_input_that_is_always_0_leaves_the_mean_and_others_untouched(rng, alpha):
     kernels, inputs = experts_with_inputs(rng)
-    alone = regmean(
+    alone = regression_mean(
         "w", zip(kernels[:, 1:], grams_of([x[:, 1:] for x in inputs]), strict=True), alpha
     )
     dead = [np.concatenate([0 * x[:, :1], x[:, 1:]], axis=1) for x in inputs]
-    found = regmean("w", zip(kernels, grams_of(dead), strict=True), alpha)
+    found = regression_mean("w", zip(kernels, grams_of(dead), strict=True), alpha)
     np.testing.assert_allclose(found[0], kernels[:, 0].mean(0), **TOLERANCE)
     np.testing.assert_allclose(found[1:], alone, **TOLERANCE)
 
@@ -116,11 +116,11 @@ def test_fewer_tokens_than_inputs_leave_the_solution_nearest_to_the_mean(rng):
     kernels, _ = experts_with_inputs(rng)
     inputs = rng.normal(size=(2, 6))
     grams = [np.float32(gram) for gram in grams_of([inputs, inputs, inputs])]
-    found = regmean("w", zip(kernels, grams, strict=True), 1.0)
+    found = regression_mean("w", zip(kernels, grams, strict=True), 1.0)
     np.testing.assert_allclose(found, kernels.mean(0), rtol=1e-4, atol=1e-4)
     # In float64: an eigenvalue of 1e-5, the regulariser, is only some hundred roundings of float32.
     only = [inputs.T @ inputs, np.zeros((6, 6)), np.zeros((6, 6))]
-    found = regmean("w", zip(kernels, only, strict=True), 1.0)
+    found = regression_mean("w", zip(kernels, only, strict=True), 1.0)
     # The one expert that has seen anything decides the outputs on what it saw.
     np.testing.assert_allclose(inputs @ found, inputs @ kernels[0], rtol=1e-3, atol=1e-3)
     # Each input in units of its size, no part of the change is in a direction without inputs.
@@ -132,7 +132,7 @@ def test_fewer_tokens_than_inputs_leave_the_solution_nearest_to_the_mean(rng):
 
 def test_no_information_at_all_gives_the_mean(rng):
     kernels, _ = experts_with_inputs(rng)
-    found = regmean("w", [(kernel, np.zeros((6, 6))) for kernel in kernels])
+    found = regression_mean("w", [(kernel, np.zeros((6, 6))) for kernel in kernels])
     np.testing.assert_allclose(found, kernels.mean(0), **TOLERANCE)
 
 
@@ -140,9 +140,9 @@ def test_a_kernel_of_several_output_axes_is_merged_as_a_matrix(rng):
     kernels, inputs = experts_with_inputs(rng)
     grams = grams_of(inputs)
     cubes = kernels.reshape(3, 6, 2, 2)
-    found = regmean("w", zip(cubes, grams, strict=True))
+    found = regression_mean("w", zip(cubes, grams, strict=True))
     assert found.shape == (6, 2, 2)
-    wanted = regmean("w", zip(kernels, grams, strict=True))
+    wanted = regression_mean("w", zip(kernels, grams, strict=True))
     np.testing.assert_array_equal(found.reshape(6, 4), wanted)
 
 
@@ -161,11 +161,11 @@ def test_a_kernel_of_several_output_axes_is_merged_as_a_matrix(rng):
 def test_what_is_no_gram_of_a_kernel_is_refused_by_name(rng, said, change):
     kernel = rng.normal(size=(6, 4))
     with pytest.raises(MergeError, match=f"mlp/wo.*{said}|mlp/wo: .*{said}"):
-        regmean("mlp/wo", [(kernel, np.eye(6)), change(kernel, np.eye(6) + 0.1)])
+        regression_mean("mlp/wo", [(kernel, np.eye(6)), change(kernel, np.eye(6) + 0.1)])
 
 
 def test_a_scale_out_of_range_and_no_experts_are_refused():
     with pytest.raises(MergeError, match=r"nondiagonal_scale must be in \[0, 1\], not 1.5"):
-        regmean("w", [], 1.5)
+        regression_mean("w", [], 1.5)
     with pytest.raises(MergeError, match="no experts"):
-        regmean("w", [])
+        regression_mean("w", [])

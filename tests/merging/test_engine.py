@@ -11,20 +11,33 @@ import pytest
 from m2l import checkpoints
 from m2l.checkpoints import digest, saving, zarr
 from m2l.checkpoints.spans import boxes
-from m2l.errors import CheckpointError
+from m2l.errors import CheckpointError, MergeError
 from m2l.merging import Recipe, analysis, merge, merge_params
 
 from . import oracles
-from .conftest import MODEL, RECIPES, SHAPES, VOCABULARY, same_bits, whole, write
+from .conftest import (
+    ELEMENTWISE,
+    MODEL,
+    RECIPES,
+    SHAPES,
+    VOCABULARY,
+    default,
+    same_bits,
+    whole,
+    write,
+)
+
+MATRIX = [*RECIPES, *map(default, ELEMENTWISE), Recipe("ties", zero_sign="majority")]
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.method)
+@pytest.mark.parametrize("recipe", dict.fromkeys(MATRIX), ids=lambda recipe: recipe.method)
 def test_checkpoints_merge_to_the_bits_of_the_merge_in_memory(tmp_path, models, paths, recipe):
     manifest = merge(*paths, recipe, tmp_path / "out")
     found = checkpoints.flatten(checkpoints.restore(tmp_path / "out"))
     same_bits(found, checkpoints.flatten(merge_params(*models, recipe)))
     jitted = jax.jit(lambda base, experts: merge_params(base, experts, recipe))
     same_bits(found, checkpoints.flatten(jitted(*models)))
+    same_bits(found, checkpoints.flatten(merge(*paths, recipe, progress=False)))
     assert manifest.dtype == recipe.dtype
     assert Recipe.from_dict(manifest.made_by["recipe"]) == recipe
 
@@ -80,6 +93,24 @@ def test_the_layout_in_storage_changes_no_bit(
         found = merge(*inputs, recipe, tmp_path / name, progress=False, block=50)
         assert found.parameters == wanted.parameters
         assert checkpoints.verify(tmp_path / name) == found
+    in_memory = merge(*boxed, recipe, progress=False, block=50)
+    wanted = checkpoints.restore(tmp_path / "rows")
+    same_bits(checkpoints.flatten(in_memory), checkpoints.flatten(wanted))
+
+
+def test_one_function_merges_checkpoints_and_parameters_but_not_both(tmp_path, models, paths):
+    recipe = Recipe("average")
+    merged = merge(*models, recipe)
+    same_bits(checkpoints.flatten(merged), checkpoints.flatten(merge_params(*models, recipe)))
+    for base, experts, options, message in (
+        (*models, {"out": tmp_path / "out"}, "in memory: leave out what is of checkpoints"),
+        (*models, {"subtree": "params"}, "in memory: leave out what is of checkpoints"),
+        (paths[0], models[1], {}, "cannot merge checkpoints with parameters in memory"),
+        (*paths, {"output_format": "huggingface"}, "merged into memory: leave out output_format"),
+    ):
+        with pytest.raises(MergeError, match=message):
+            merge(base, experts, recipe, **options)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_damage_in_a_box_is_found_while_it_is_merged(tmp_path, boxed):

@@ -365,4 +365,4 @@ def test_a_tensor_that_a_network_does_not_have_is_never_lost(merged, tmp_path):
     as_tied = config | {"tie_word_embeddings": True}
     paths = [write(tmp_path / n, as_tied, t) for n, t in (("base", base), ("expert", expert))]
     with pytest.raises(CheckpointError, match=r"score\.weight is no part of the model"):
-        merged(*paths, to="orbax", vocabulary=VOCABULARY, out="other")
+        merged(*paths, output_format="orbax", vocabulary=VOCABULARY, out="other")

@@ -1,4 +1,4 @@
-"""What a merge will take, told before a byte is read."""
+"""What a merge will take, computed before a byte is read."""
 
 import re
 
@@ -29,8 +29,8 @@ def test_a_plan_counts_what_is_read_and_written(paths, tmp_path):
     halves = [
         prepare(*paths, Recipe("average"), tmp_path / "out", process=(i, 2)) for i in range(2)
     ]
-    assert not halves[0].mine & halves[1].mine
-    assert halves[0].mine | halves[1].mine == set(SHAPES)
+    assert not halves[0].local & halves[1].local
+    assert halves[0].local | halves[1].local == set(SHAPES)
 
 
 @pytest.mark.parametrize(
@@ -38,5 +38,5 @@ def test_a_plan_counts_what_is_read_and_written(paths, tmp_path):
 )
 def test_memory_is_read_as_people_write_it(text, count):
     assert plan.parse_bytes(text) == count
-    with pytest.raises(MergeError, match="no amount of memory"):
+    with pytest.raises(MergeError, match="cannot parse memory size"):
         plan.parse_bytes(text + "x")

@@ -10,7 +10,8 @@ import pytest
 from m2l.checkpoints import safetensors
 from m2l.errors import UnknownNameError
 from m2l.merging import METHODS, PRESETS, Recipe, merge, preset
-from m2l.merging.method import Consensus, drop, elect_and_merge, trim
+from m2l.merging.methods import Consensus, drop, elect_and_merge, trim
+from m2l.merging.requirements import Requirements
 
 DATA = Path(__file__).parents[1] / "data"
 NAMES = ["embed.weight", "up.weight", "down.weight", "norm.weight", "gate", "odd"]
@@ -105,14 +106,14 @@ def test_a_preset_gives_what_its_codebase_gave(case, goldens, directories, tmp_p
     base, *experts = directories[about[case]["inputs"]]
     experts = experts[:2] if settings["method"] == "slerp" else experts
     base = None if not METHODS[settings["method"]].needs_base else base
-    merge(base, experts, Recipe(**preset(name, settings)), tmp_path / "out", progress=False)
-    found = read(tmp_path / "out")
-    left_out = settings.get("exclude", ())
-    for tensor in NAMES:
-        if tensor not in left_out:
+    recipe = Recipe(**preset(name, settings))
+    merge(base, experts, recipe, tmp_path / "out", progress=False)
+    in_memory = merge(base and read(base), [read(expert) for expert in experts], recipe)
+    for merged in (read(tmp_path / "out"), in_memory):
+        for tensor in set(NAMES) - {*settings.get("exclude", ())}:
             wanted = arrays[f"{case}/{tensor}"]
             # Their sums run in another order than ours.
-            np.testing.assert_allclose(found[tensor], wanted, rtol=1e-6, atol=1e-6, err_msg=tensor)
+            np.testing.assert_allclose(merged[tensor], wanted, rtol=1e-6, atol=1e-6, err_msg=tensor)
 
 
 def models(goldens, case):
@@ -166,7 +167,7 @@ def test_fusion_bench_trims_what_it_dropped_over_the_whole_model(goldens):
     ]
     flat = [np.concatenate([np.ravel(p[2][i]) for p in parts]) for i in range(3)]
     recipe = Recipe(**preset("fusion_bench", {"method": "dare_ties"}))
-    rank = recipe.kept_of(flat[0].size)
+    rank = Requirements(recipe, 3).ranks(flat[0].size)["thresholds"]
     limits = np.float32([np.sort(np.abs(tau))[-rank] for tau in flat])
     trimmed = [(name, base, trim(taus, limits)) for name, base, taus in parts]
     signs = sum(int(np.sign(sum(taus)).sum()) for _, _, taus in trimmed)

@@ -14,7 +14,7 @@ def test_defaults_are_filled_in():
     assert Recipe("ties").scale == 1.0
     assert Recipe("task_arithmetic").scale == 1.0
     assert Recipe("dare_ties", drop_rate=0.5).density == 1.0
-    assert Recipe("average").weights is None
+    assert Recipe("average").weights == ()
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_unknown_names_are_answered_with_the_nearest(fields, message):
         ({"method": "ties", "weighted_signs": 1}, "weighted_signs must be true or false"),
         ({"method": "ties", "scales": ["a"]}, "pairs of a pattern and a scale"),
         ({"method": "average", "scales": [["a", 0.5]]}, "average has no scale"),
-        ({"method": "fisher", "weights": [1, 0]}, "weights of fisher must be above 0"),
+        ({"method": "fisher", "weights": [1, 0]}, r"weights\[1\] must be above 0"),
         ({"method": "dare_ties"}, "dare_ties needs a drop_rate"),
         ({"method": "ties", "density": 20}, "density must be above 0 and at most 1"),
         ({"method": "ties", "density": 0}, "density must be above 0"),
@@ -73,9 +73,9 @@ def test_unknown_names_are_answered_with_the_nearest(fields, message):
         ({"method": "dare_ties", "drop_rate": -0.1}, "drop_rate must be"),
         ({"method": "average", "weights": []}, "weights must be a list of numbers"),
         ({"method": "average", "weights": "11"}, "weights must be a list of numbers"),
-        ({"method": "average", "weights": [1, "1"]}, "weight must be a number"),
+        ({"method": "average", "weights": [1, "1"]}, r"weights\[1\] must be a number"),
         ({"method": "average", "weights": [1, -1]}, "weights must not sum to zero"),
-        ({"method": "task_arithmetic", "scope": "tensor"}, "task_arithmetic does not trim"),
+        ({"method": "task_arithmetic", "scope": "tensor"}, "task_arithmetic has no scope"),
         ({"method": "ties", "seed": 1.5}, "seed must be a whole number"),
         ({"method": "ties", "exclude": "*"}, "exclude must be a list of patterns"),
     ],

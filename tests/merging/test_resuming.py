@@ -13,7 +13,7 @@ from m2l import checkpoints
 from m2l.checkpoints import safetensors, zarr
 from m2l.errors import CheckpointError, MergeError
 from m2l.merging import Recipe, analysis, engine, merge, prepare, results
-from m2l.merging.staging import staging
+from m2l.merging.results import staging
 
 from .conftest import free_port
 

@@ -64,6 +64,8 @@ def tensors(directory):
 def test_hugging_face_directories_merge_to_what_checkpoints_merge_to(both, tmp_path, recipe):
     merge(*sources(both, "huggingface", recipe), recipe, tmp_path / "native", progress=False)
     merge(*sources(both, "orbax", recipe), recipe, tmp_path / "orbax", progress=False)
+    in_memory = merge(*sources(both, "huggingface", recipe), recipe, output_format="huggingface")
+    assert {n: a.tobytes() for n, a in in_memory.items()} == tensors(tmp_path / "native")
     huggingface.export_checkpoint(tmp_path / "orbax", tmp_path / "exported")
     native, exported = tensors(tmp_path / "native"), tensors(tmp_path / "exported")
     # Its output is the embedding, and an export of a tied model may write it once more.
@@ -102,12 +104,12 @@ def test_formats_may_be_mixed_and_changed(both, tmp_path, recipe):
         *sources(both, "huggingface", recipe),
         recipe,
         tmp_path / "turned",
-        to="orbax",
+        output_format="orbax",
         vocabulary=VOCABULARY,
         progress=False,
     )
     assert turned.parameters == alone.parameters
-    merge(base, experts, recipe, tmp_path / "out", to="huggingface", progress=False)
+    merge(base, experts, recipe, tmp_path / "out", output_format="huggingface", progress=False)
     huggingface.export_checkpoint(tmp_path / "alone", tmp_path / "wanted")
     assert tensors(tmp_path / "out") == tensors(tmp_path / "wanted")
     assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(".")) == []
@@ -171,6 +173,6 @@ def test_what_cannot_be_opened_is_refused_by_name(both, tmp_path):
     with pytest.raises(CheckpointError, match=r"pytorch_model.bin: not read"):
         merge(None, [one, tmp_path / "pickled"], Recipe("average"), tmp_path / "out")
     with pytest.raises(MergeError, match="its vocabulary is not known to m2l: name the tokenizer"):
-        merge(None, [one, one], Recipe("average"), tmp_path / "out", to="orbax")
+        merge(None, [one, one], Recipe("average"), tmp_path / "out", output_format="orbax")
     with pytest.raises(MergeError, match="--to gguf: a merge writes orbax or huggingface"):
-        merge(None, [one, one], Recipe("average"), tmp_path / "out", to="gguf")
+        merge(None, [one, one], Recipe("average"), tmp_path / "out", output_format="gguf")

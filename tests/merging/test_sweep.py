@@ -1,4 +1,4 @@
-"""Many recipes from one reading of the experts."""
+"""Many recipes for the same models."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from m2l.merging import best, grid, in_memory, merge_params, sweep
 from .conftest import whole
 
 
-def test_a_sweep_scores_every_recipe_and_finds_the_best(models):
+def test_a_sweep_scores_every_recipe_and_finds_the_best(models, paths):
     base, experts = models
     recipes = grid({"method": "ties"}, {"density": [0.2, 0.5], "scale": [0.0, 0.5, 1.0]})
     assert [(r.density, r.scale) for r in recipes][:4] == [(0.2, 0), (0.2, 0.5), (0.2, 1), (0.5, 0)]
@@ -29,5 +29,6 @@ def test_a_sweep_scores_every_recipe_and_finds_the_best(models):
         np.testing.assert_array_equal(
             score(merge_params(base, experts, point.recipe), point.recipe), point.score
         )
+    assert sweep(*paths, recipes, score) == points
     with pytest.raises(MergeError, match="no values"):
         grid({"method": "ties"}, {"scale": []})

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from m2l.checkpoints import uint64
-from m2l.merging import Recipe, kernel, merge, selection, thresholds
-from m2l.merging.thresholds import LARGEST, Counts, Interval, Trimming, select
+from m2l.merging import Recipe, kernel, merge, thresholds
+from m2l.merging.thresholds import LARGEST, BitRange, Counts, Trimming, select
 
 
 def magnitudes(kind, size=5000):
@@ -66,7 +66,7 @@ def wanted(values, rank):
 def test_thresholds_are_those_of_a_partition_of_the_whole_model(kind):
     experts = [magnitudes(kind), magnitudes("normal")]
     read, calls = reader(experts)
-    first = [[Interval(0, LARGEST) for _ in RANKS] for _ in experts]
+    first = [[BitRange(0, LARGEST) for _ in RANKS] for _ in experts]
     found = select(read, first, RANKS, 5000)
     assert found == [[wanted(values, rank) for rank in RANKS] for values in experts]
     # From the whole range two readings will do.
@@ -95,14 +95,14 @@ def test_a_bracket_of_a_sample_holds_the_threshold(kind, rank):
 def test_a_bracket_that_misses_is_noticed(first):
     values = magnitudes("normal")
     read, calls = reader([values])
-    found = select(read, [[Interval(*first)]], [1000], values.size)
+    found = select(read, [[BitRange(*first)]], [1000], values.size)
     assert found == [[wanted(values, 1000)]]
     assert len(calls) == 3
 
 
 def test_counts_of_parts_add_up_to_those_of_the_whole():
     values = magnitudes("normal")
-    first = [[Interval(0, LARGEST)]]
+    first = [[BitRange(0, LARGEST)]]
     whole, _ = reader([values])
     parts = [reader([part])[0] for part in (values[:1234], values[1234:])]
 
@@ -129,7 +129,7 @@ def test_a_few_bits_are_those_that_a_compiled_subtraction_gives(kind):
 @pytest.mark.parametrize("traced", [False, True])
 def test_in_memory_the_kth_largest_is_that_of_a_sort(monkeypatch, word, traced):
     # Parts of so many elements are counted in several words.
-    monkeypatch.setattr(selection, "_WORD", word)
+    monkeypatch.setattr(thresholds, "_WORD", word)
     experts = [magnitudes(kind) for kind in KINDS]
     parts = [
         [e[:37] for e in experts],
@@ -141,13 +141,13 @@ def test_in_memory_the_kth_largest_is_that_of_a_sort(monkeypatch, word, traced):
     @functools.partial(jax.jit, static_argnums=3)
     def step(ranks, prefixes, shift, width):
         bits = [[kernel.bits(array)[None] for array in part] for part in parts]
-        limits = selection.candidates(prefixes, shift, width)
-        counts = jnp.stack([selection.count_at_least(part, limits) for part in bits])
-        return selection.next_prefixes(uint64.sum_leading(counts), prefixes, ranks, shift)
+        limits = thresholds.candidates(prefixes, shift, width)
+        counts = jnp.stack([thresholds.count_at_least(part, limits) for part in bits])
+        return thresholds.next_prefixes(uint64.sum_leading(counts), prefixes, ranks, shift)
 
     def find(ranks):
         shape = (1, len(KINDS))
-        return selection.kth_largest(functools.partial(step, ranks), shape, traced)
+        return thresholds.kth_largest(functools.partial(step, ranks), shape, traced)
 
     find = jax.jit(find) if traced else find
     for rank in (1, 2, 1000, 4999, 5000):
@@ -161,7 +161,7 @@ def test_any_rank_of_any_numbers_is_found(values, data):
     values = np.float32(values)
     rank = data.draw(st.integers(1, values.size - 1))
     read, _ = reader([values], 7)
-    ((found,),) = select(read, [[Interval(0, LARGEST)]], [rank], values.size)
+    ((found,),) = select(read, [[BitRange(0, LARGEST)]], [rank], values.size)
     assert found == wanted(values, rank)
 
 

@@ -1,21 +1,87 @@
-"""Whether models can be merged: everything that can be known before a byte is read."""
+"""What is merged: how it is opened, whether it fits together, whether its bytes are right."""
 
 import dataclasses
 import fnmatch
+import hashlib
 import os
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+
+import numpy as np
 
 from m2l import storage
-from m2l.checkpoints import model_fields, tensor_kinds
-from m2l.checkpoints.opening import Checkpoint
+from m2l.checkpoints import digest, model_fields, opening, tensor_kinds
+from m2l.checkpoints.opening import HUGGINGFACE, ORBAX, Checkpoint, LazyTensor, recorded_digest
+from m2l.checkpoints.spans import Span, TensorReader, cut
 from m2l.checkpoints.tensor_kinds import is_float
-from m2l.errors import MergeError, UnknownNameError
-from m2l.merging.method import Method
-from m2l.merging.methods import METHODS
+from m2l.distributed import Processes
+from m2l.errors import CheckpointError, MergeError, UnknownNameError
 from m2l.merging.recipe import Recipe
+from m2l.merging.registry import METHODS, Method
+from m2l.typing import Json
+
+FORMATS = (ORBAX, HUGGINGFACE)
+"""What a merge can write."""
+
+
+def open_all(
+    paths: Sequence[Path],
+    output_format: str | None,
+    *,
+    named: bool = True,
+    allowed: Sequence[str] = (),
+    subtree: str | None = None,
+) -> tuple[list[Checkpoint], str]:
+    """Opens models; nothing but headers is read yet.
+
+    Args:
+        paths: Where they are.
+        output_format: The format to write; None: that of the inputs.
+        named: Whether m2l's names of parameters are asked for.
+        allowed: Fields of config.json that are not to be refused for what they say.
+        subtree: Of pytrees that Orbax stored, the part that is merged.
+
+    Returns:
+        The models, and the format that the merge is to write.
+
+    Raises:
+        CheckpointError: One is missing, unfinished or damaged, or is no model to be merged.
+        MergeError: There is no such format.
+    """
+    kinds = {opening.kind(path) for path in paths}
+    output_format = output_format or (HUGGINGFACE if kinds == {HUGGINGFACE} else ORBAX)
+    if output_format not in FORMATS:
+        raise MergeError(f"--to {output_format}: a merge writes {' or '.join(FORMATS)}")
+    native = output_format == HUGGINGFACE and kinds == {HUGGINGFACE}
+    options = {"native": native, "named": named, "allowed": allowed}
+    return [opening.open(path, subtree=subtree, **options) for path in paths], output_format
+
+
+def memory_of(checkpoint: Checkpoint) -> int:
+    """Returns the bytes that a checkpoint itself may hold while its parameters are read."""
+    sizes = [
+        parameter.size * parameter.dtype.itemsize
+        for parameter in checkpoint.parameters.values()
+        if isinstance(parameter, LazyTensor)
+    ]
+    return 3 * max(sizes, default=0)
+
+
+def refuse_nonfinite(checkpoints: Sequence[Checkpoint], span: Span) -> None:
+    """Raises MergeError naming the first entry of a span that is NaN or infinity, if any is."""
+    for checkpoint in checkpoints:
+        stored = checkpoint.parameters[span.name]
+        array = np.empty(span.size, stored.dtype)
+        stored.read_span(span, array)
+        for index in np.flatnonzero(~np.isfinite(array.astype(np.float32)))[:1]:
+            place = span.position(int(index))
+            raise MergeError(
+                f"{checkpoint.path}: {span.name}[{place}] (row-major) is {array[index]}: "
+                "only finite numbers can be merged; use a checkpoint from before the training run "
+                "diverged, or it is damaged: m2l inspect --verify"
+            )
+
 
 _SHOWN = 8
 
@@ -34,15 +100,18 @@ def check_counts(base: bool, experts: int, statistics: int, recipe: Recipe) -> N
         raise MergeError("nothing to merge: give at least one expert")
     if not base and method.needs_base:
         raise MergeError(f"{recipe.method} works on task vectors: give the base of the experts")
-    if method.experts not in (None, experts):
-        wanted = {1: "one expert", 2: "two experts"}[method.experts]
-        raise MergeError(f"{recipe.method} merges {wanted}, not {experts}")
-    if recipe.method == "model_stock" and experts < 2:
-        raise MergeError("model_stock needs at least two experts, whose angle it measures")
-    given = [recipe.weights, *(v for _, v in recipe.scales if isinstance(v, tuple))]
-    for weights in given:
-        if weights is not None and len(weights) != experts:
-            raise MergeError(f"{len(weights)} weights for {experts} experts: give one for each")
+    if experts not in method.experts:
+        plural = "s"[: method.experts.high > 1]
+        raise MergeError(f"{recipe.method} merges {method.experts} expert{plural}, not {experts}")
+    lists = [
+        (name, recipe.hyper_parameters[name])
+        for name, hyper_parameter in method.hyper_parameters.items()
+        if hyper_parameter.per_expert
+    ]
+    lists += [("weights", value) for _, value in recipe.scales if isinstance(value, tuple)]
+    for name, values in lists:
+        if values and len(values) != experts:
+            raise MergeError(f"{len(values)} {name} for {experts} experts: give one for each")
     if method.statistic is None and statistics:
         raise MergeError(f"{recipe.method} takes no statistics")
     if method.statistic is not None and statistics != experts:
@@ -54,11 +123,11 @@ def check_counts(base: bool, experts: int, statistics: int, recipe: Recipe) -> N
 
 
 def check_destination(out: str | os.PathLike, inputs: Sequence[Path]) -> None:
-    """Refuses an output that lies inside an input."""
+    """Refuses an output that is inside an input."""
     out = storage.path(out).absolute()
     for path in inputs:
         if out.resolve().is_relative_to(path.resolve()):
-            raise MergeError(f"{out}: lies inside an input, {path}: choose another place")
+            raise MergeError(f"{out}: is inside an input, {path}: choose another place")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,16 +189,20 @@ def assign_roles(
     ignored = {*allowed, "vocab_size", "tokenizer"} if no_words else {*allowed}
     for other, names in zip(sources[1:], compared[1:], strict=True):
         kinds = [
-            {n: kind(s.parameters[n].shape, s.parameters[n].dtype) for n in s.parameters if n in of}
-            for s, of in ((first, compared[0]), (other, names))
+            {
+                n: array_kind(s.parameters[n].shape, s.parameters[n].dtype)
+                for n in s.parameters
+                if n in compared_names
+            }
+            for s, compared_names in ((first, compared[0]), (other, names))
         ]
         _check_alike(first, other, kinds, ignored)
     if not merged:
         raise MergeError("nothing to merge: every parameter is excluded or not a real number")
     copied = {name: first for name in first.parameters if name not in (*merged, *copies)}
     for source, names in zip(sources, compared, strict=True):
-        rest = (n for n in source.parameters if n not in names and n not in copies)
-        copied |= {n: source for n in rest if n not in excluded and n not in copied}
+        ignored_names = (n for n in source.parameters if n not in names and n not in copies)
+        copied |= {n: source for n in ignored_names if n not in excluded and n not in copied}
     # Where the words are the first model's, so is the tokenizer.
     files = first if no_words else sources[-experts]
     repeated = {n: original for n, original in copies.items() if n in files.parameters}
@@ -150,13 +223,13 @@ def _check_allowed(sources: Sequence[Checkpoint], allowed: Sequence[str]) -> Non
 
 
 def _excluded(sources: Sequence[Checkpoint], recipe: Recipe) -> set[str]:
-    """The names of tensors, of any of the models, that a recipe excludes."""
+    """Returns the names of tensors, of any of the models, that a recipe excludes."""
     names = {n: (n, source.name_of(n)[0]) for source in sources for n in source.parameters}
     return matched_names(names, recipe)
 
 
 def _shared_copies(sources: Sequence[Checkpoint]) -> dict[str, str]:
-    """Tensors that repeat another in every model that has them, copy -> original."""
+    """Returns tensors that repeat another in every model that has them, copy -> original."""
     result = {name: original for source in sources for name, original in source.copies.items()}
     for name in list(result):
         having = [source for source in sources if name in source.parameters]
@@ -179,9 +252,9 @@ def _check_alike(
     kinds: Sequence[Mapping[str, str]],
     ignored: Collection[str],
 ) -> None:
-    where = f"{other.path} cannot be merged with {first.path}"
+    problem = f"{other.path} cannot be merged with {first.path}"
     if "tokenizer" not in ignored:
-        _check_vocabulary(where, other, first)
+        _check_vocabulary(problem, other, first)
     table = differences(*kinds, _short_names(first.path, other.path))
     fields = [
         row
@@ -197,12 +270,12 @@ def _check_alike(
         ]
         names = ",".join(name for name, *_ in deciding[:_SHOWN])
         raise MergeError(
-            f"{where}: another model: {'; '.join(spelled[:_SHOWN])}; to merge them all the same, "
+            f"{problem}: another model: {'; '.join(spelled[:_SHOWN])}; to merge them all the same, "
             f"--allow_differences {names}",
             table,
         )
     if table:
-        raise MergeError(f"{where}: other parameters", table)
+        raise MergeError(f"{problem}: other parameters", table)
     for name, wanted, value in fields:
         warnings.warn(
             f"{other.path}: {name} is {_spell(value)}, in {first.path} {_spell(wanted)}; m2l does "
@@ -211,33 +284,33 @@ def _check_alike(
         )
 
 
-def _spell(value: Any) -> str:
+def _spell(value: Json) -> str:
     text = "absent" if value is None else str(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 def differences(
-    reference: Mapping[str, str], found: Mapping[str, str], of: Sequence[str]
+    reference: Mapping[str, str], other: Mapping[str, str], labels: Sequence[str]
 ) -> list[str]:
-    """A table of the first parameters that two models have not alike, in lines of their own.
+    """Returns a table of the first parameters in which two models differ, as lines.
 
     Args:
-        reference: Name -> kind of each parameter, as `kind` tells it.
-        found: The other model's.
-        of: What the models are called.
+        reference: Name -> kind of each parameter, as `array_kind` returns it.
+        other: The other model's.
+        labels: What the models are called.
 
     Returns:
         The lines, indented; none where there is no difference.
     """
-    names = [*reference, *(name for name in found if name not in reference)]
+    names = [*reference, *(name for name in other if name not in reference)]
     rows = [
-        (name, reference.get(name, "missing"), found.get(name, "missing"))
+        (name, reference.get(name, "missing"), other.get(name, "missing"))
         for name in names
-        if reference.get(name) != found.get(name)
+        if reference.get(name) != other.get(name)
     ]
     if not rows:
         return []
-    shown = [("parameter", *of), *rows[:_SHOWN]]
+    shown = [("parameter", *labels), *rows[:_SHOWN]]
     widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -248,8 +321,8 @@ def differences(
     return [f"  {line}" for line in lines]
 
 
-def kind(shape: Sequence[int], dtype: Any) -> str:
-    """What must be equal of a parameter; a bfloat16 and a float32 one can be merged."""
+def array_kind(shape: Sequence[int], dtype: np.dtype) -> str:
+    """Returns what must be equal of arrays: shape, and dtype unless both are real numbers."""
     return f"{'float' if is_float(dtype) else dtype}{list(shape)}"
 
 
@@ -260,7 +333,7 @@ def _short_names(first: Path, other: Path) -> tuple[str, str]:
     return os.path.relpath(first, shared), os.path.relpath(other, shared)
 
 
-def _check_vocabulary(where: str, other: Checkpoint, first: Checkpoint) -> None:
+def _check_vocabulary(problem: str, other: Checkpoint, first: Checkpoint) -> None:
     one, two = first.vocabulary, other.vocabulary
     if one and two and one["fingerprint"] == two["fingerprint"]:
         return
@@ -270,21 +343,21 @@ def _check_vocabulary(where: str, other: Checkpoint, first: Checkpoint) -> None:
         difference = tokenizer_comparison.difference(first.tokenizer, other.tokenizer)
         if difference is not None:
             raise MergeError(
-                f"{where}: another tokenizer: {difference}; to merge them all the same, "
+                f"{problem}: another tokenizer: {difference}; to merge them all the same, "
                 "--allow_differences tokenizer"
             )
     elif one and two:
         raise MergeError(
-            f"{where}: another vocabulary, {two.get('name')!r} of {two.get('size')} pieces and "
+            f"{problem}: another vocabulary, {two.get('name')!r} of {two.get('size')} pieces and "
             f"not {one.get('name')!r} of {one.get('size')}"
         )
 
 
 def check_statistics(
-    method: Method, experts: Sequence[Checkpoint], found: Sequence[Checkpoint]
+    method: Method, experts: Sequence[Checkpoint], statistics: Sequence[Checkpoint]
 ) -> None:
     """Refuses statistics of another kind, of another expert, or of other parameters."""
-    for expert, source in zip(experts, found, strict=False):
+    for expert, source in zip(experts, statistics, strict=False):
         made_by = source.manifest.made_by if source.manifest else {}
         if made_by.get("statistic") != method.statistic:
             raise MergeError(
@@ -297,13 +370,14 @@ def check_statistics(
                 "order of the experts"
             )
         for name, stored in expert.parameters.items():
-            if not method.whole and name not in source.parameters:
-                raise MergeError(f"{source.path}: it has nothing for {name}")
-            found_shape = None if method.whole else tuple(source.parameters[name].shape)
-            if found_shape not in (None, tuple(stored.shape)):
+            if method.whole:
+                continue
+            if name not in source.parameters:
+                raise MergeError(f"{source.path}: missing parameter {name}")
+            shape = tuple(source.parameters[name].shape)
+            if shape != tuple(stored.shape):
                 raise MergeError(
-                    f"{source.path}: {name} has shape {list(found_shape)} and not "
-                    f"{list(stored.shape)}"
+                    f"{source.path}: {name} has shape {list(shape)} and not {list(stored.shape)}"
                 )
 
 
@@ -349,7 +423,7 @@ def matched_names(names: Mapping[str, Sequence[str]], recipe: Recipe) -> set[str
 
 
 def select_names(
-    names: Mapping[str, Sequence[str]], dtypes: Mapping[str, Any], recipe: Recipe
+    names: Mapping[str, Sequence[str]], dtypes: Mapping[str, np.dtype], recipe: Recipe
 ) -> list[str]:
     """Returns the parameters that a merge in memory computes, in order.
 
@@ -366,3 +440,130 @@ def select_names(
     if not merged:
         raise MergeError("nothing to merge: every parameter is excluded or not a real number")
     return merged
+
+
+_READ = 1 << 20
+_ADVICE = "its bytes do not have the digest that is recorded; copy it again or make it anew"
+
+Key = tuple[int, str]
+"""A source's place in a list, and a parameter's name."""
+
+
+class InputDigests:
+    """Digests of the parameters that are read, added up over the parts that this process reads.
+
+    Args:
+        read: The parameters that are read: of each source the names.
+        verify: Whether any is to be checked.
+    """
+
+    def __init__(self, read: Sequence[tuple[Checkpoint, Sequence[str]]], verify: bool):
+        self._sources = [source for source, _ in read]
+        self._recorded = {
+            (index, name): recorded
+            for index, (source, names) in enumerate(read)
+            for name in names
+            if verify and (recorded := recorded_digest(source.parameters[name])) is not None
+            if not isinstance(source.parameters[name], LazyTensor)
+        }
+        self._words: dict[Key, np.ndarray] = {}
+        self._elements: dict[Key, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._recorded)
+
+    def sums(self, source: Checkpoint, name: str) -> bool:
+        """Returns whether a parameter's parts are to be digested as they are read."""
+        recorded = self._recorded.get((self._index(source), name))
+        return recorded is not None and digest.is_digest(recorded)
+
+    def sha256(self, name: str) -> list[TensorReader]:
+        """Returns the parameters of a name that are checked by reading them once more."""
+        return [
+            self._sources[index].parameters[name]
+            for (index, other), recorded in self._recorded.items()
+            if other == name and not digest.is_digest(recorded)
+        ]
+
+    def add(self, source: Checkpoint, name: str, words: np.ndarray, elements: int) -> None:
+        """Adds the digest of a part of so many elements."""
+        key = self._index(source), name
+        self._words[key] = digest.add(self._words.get(key, np.zeros(4, np.uint32)), words)
+        self._elements[key] = self._elements.get(key, 0) + elements
+
+    def check(self, processes: Processes) -> list[tuple[Checkpoint, str]]:
+        """Compares the digests of all that the processes have read together.
+
+        Returns:
+            What was not read completely, as after a merge that was killed, and is to be read now:
+            this process's share.
+
+        Raises:
+            CheckpointError: Naming a parameter that is damaged, and where it is.
+        """
+        keys = [key for key, recorded in self._recorded.items() if digest.is_digest(recorded)]
+        nothing = np.zeros(4, np.uint32)
+        own = {
+            "words": np.array([self._words.get(k, nothing) for k in keys], np.uint32),
+            "elements": np.array([self._elements.get(k, 0) for k in keys], np.int64),
+        }
+        parts = processes.gather("inputs", own)
+        words = np.sum([part["words"] for part in parts], axis=0, dtype=np.uint32)
+        elements = np.sum([part["elements"] for part in parts], axis=0)
+        unread = []
+        for key, total, size in zip(keys, words, elements, strict=True):
+            source, name = self._sources[key[0]], key[1]
+            if size != source.parameters[name].size:
+                unread.append((source, name))
+            elif digest.to_hex(total) != self._recorded[key]:
+                raise damaged(source, name)
+        return unread[processes.index :: processes.count]
+
+    def _index(self, source: Checkpoint) -> int:
+        return next((i for i, each in enumerate(self._sources) if each is source), -1)
+
+
+def damaged(source: Checkpoint, name: str) -> CheckpointError:
+    """Returns the error that names a parameter whose digest is not the recorded one."""
+    return CheckpointError(f"{source.path}: {name} is damaged: {_ADVICE}")
+
+
+def read_and_check(source: Checkpoint, name: str, at_once: int) -> None:
+    """Reads a parameter whose digest of 128 bits is recorded, and compares it.
+
+    Raises:
+        CheckpointError: It is damaged.
+    """
+    stored, total = source.parameters[name], np.zeros(4, np.uint32)
+    for span in cut(name, tuple(stored.shape), stored.chunk, at_once if stored.chunk else _READ):
+        elements = np.empty(span.size, stored.dtype)
+        stored.read_span(span, elements)
+        total = digest.add(total, digest.of_span(elements, span))
+    if digest.to_hex(total) != recorded_digest(stored):
+        raise damaged(source, name)
+
+
+def check_sha256(stored: TensorReader) -> None:
+    """Reads a parameter whose SHA-256 is recorded, and compares it.
+
+    Raises:
+        CheckpointError: It is damaged.
+    """
+    sha256 = hashlib.sha256()
+    buffer = np.empty(min(_READ, max(1, stored.size)), stored.dtype)
+    for start in range(0, stored.size, _READ):
+        part = buffer[: min(_READ, stored.size - start)]
+        stored.read_span(Span(stored.name, start, part.size), part)
+        sha256.update(part.view(np.uint8))
+    stored.check(sha256.hexdigest())
+
+
+def gather_digests(
+    words: Mapping[str, np.ndarray], names: Sequence[str], processes: Processes
+) -> dict[str, str]:
+    """Returns the digests, in hex, of arrays of which every process has digested some parts."""
+    nothing = np.zeros(4, np.uint32)
+    own = np.array([words.get(name, nothing) for name in names], np.uint32).reshape(-1, 4)
+    parts = processes.gather("digests", {"words": own})
+    total = np.sum([part["words"] for part in parts], axis=0, dtype=np.uint32)
+    return {name: digest.to_hex(row) for name, row in zip(names, total, strict=True)}
