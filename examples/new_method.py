@@ -14,8 +14,9 @@ import jax.numpy as jnp
 
 import m2l
 from m2l import merging
+from m2l.merging import Interval, method
 from m2l.merging.methods import Arrays, add, task_vectors
-from m2l.merging.registry import Interval, method
+from m2l.typing import Params
 
 
 @method
@@ -53,7 +54,7 @@ def main() -> None:
         for seed in (1, 2, 3)
     ]
 
-    def changed(params: merging.Params, recipe: m2l.Recipe) -> float:
+    def changed(params: Params, recipe: m2l.Recipe) -> float:
         leaves = zip(jax.tree.leaves(params), jax.tree.leaves(base), strict=True)
         return float(jnp.mean(jnp.stack([jnp.mean(merged != start) for merged, start in leaves])))
 

@@ -16,6 +16,7 @@ import jax
 
 import m2l
 from m2l import merging, models, partitioning
+from m2l.typing import Params
 
 
 def main() -> None:
@@ -36,7 +37,7 @@ def main() -> None:
     experts = [m2l.load(path).read(shardings) for path in arguments.expert]
     print(f"mesh {dict(mesh.shape)}, {len(jax.devices())} devices")
 
-    def score(params: merging.Params, recipe: m2l.Recipe) -> float:
+    def score(params: Params, recipe: m2l.Recipe) -> float:
         results = m2l.evaluate(
             base.with_params(params),
             arguments.mixture,

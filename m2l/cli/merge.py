@@ -13,7 +13,7 @@ from m2l.errors import ConfigError
 from m2l.typing import Json, JsonObject
 
 if TYPE_CHECKING:
-    from m2l.merging import Job
+    from m2l.merging import MergeJob
 
 
 class Numbers(click.ParamType):
@@ -74,10 +74,10 @@ class RecipeCommand(click.Command):
 
     @functools.cached_property
     def _recipe_flags(self) -> list[click.Option]:
-        from m2l.merging import registry
+        from m2l.merging import method_registry
 
         flags = []
-        for name, by_method in registry.hyper_parameters().items():
+        for name, by_method in method_registry.hyper_parameters().items():
             first = next(iter(by_method.values()))
             kind: click.ParamType | type = Numbers() if first.per_expert else float
             text = f"{first.description.rstrip('.')}: {', '.join(by_method)}."
@@ -85,7 +85,7 @@ class RecipeCommand(click.Command):
                 kind, text = Series(), f"Values, 0.1,0.2 or FIRST:LAST:STEP. {text}"
             if not (self._swept and first.per_expert):
                 flags.append(click.Option([f"--{name}"], type=kind, help=text))
-        for name, variant in () if self._swept else registry.VARIANTS.items():
+        for name, variant in () if self._swept else method_registry.VARIANTS.items():
             text = f"{variant.description} One of {', '.join(variant.choices)}."
             flags.append(click.Option([f"--{name}"], help=text))
         return flags
@@ -158,7 +158,7 @@ def merge(
         _list()
         return
     from m2l import checkpoints, merging
-    from m2l.merging import plan
+    from m2l.merging.job import parse_bytes
 
     settings = {name: value for name, value in settings.items() if value not in (None, ())}
     settings |= {"weighted_signs": True} if weighted_signs else {}
@@ -188,7 +188,7 @@ def merge(
         "subtree": subtree,
         "output_format": output_format,
         "vocabulary": _described(vocabulary),
-        "memory": plan.parse_bytes(memory) if memory else None,
+        "memory": parse_bytes(memory) if memory else None,
         "diagnostics": diagnostics,
         "verify": verify,
         "allow_differences": allow_differences.split(",") if allow_differences else (),
@@ -196,7 +196,7 @@ def merge(
     if dry_run:
         job = merging.prepare(base, experts, merge_recipe, out, **options)
         checkpoints.check_absent(job.out)
-        _show_plan(job, plan.parse_bytes(bandwidth) if bandwidth else None)
+        _show_plan(job, parse_bytes(bandwidth) if bandwidth else None)
         return
     start = time.monotonic()
     manifest = merging.merge(base, experts, merge_recipe, out, **options)
@@ -224,15 +224,15 @@ def _list() -> None:
     print_table("presets", ["preset", "methods"], rows)
 
 
-def _show_plan(job: "Job", bandwidth: int | None) -> None:
-    from m2l.merging import plan
+def _show_plan(job: "MergeJob", bandwidth: int | None) -> None:
+    from m2l.merging.job import measure_bandwidth, spell
 
     rows = job.plan.rows()
     source = "--bandwidth"
     if bandwidth is None:
-        bandwidth, source = plan.measure_bandwidth(job), "measured"
+        bandwidth, source = measure_bandwidth(job), "measured"
     seconds = job.plan.seconds(bandwidth)
-    rows.append(("time", f"{seconds:,.1f} s at {plan.spell(bandwidth)}/s ({source})"))
+    rows.append(("time", f"{seconds:,.1f} s at {spell(bandwidth)}/s ({source})"))
     print_table(f"plan of {job.recipe.method}, nothing is done", ["what", "how much"], rows)
 
 

@@ -2,20 +2,20 @@
 
 from m2l.merging.engine import merge
 from m2l.merging.in_memory import merge_params
-from m2l.merging.plan import Job, prepare
+from m2l.merging.job import MergeJob, prepare
+from m2l.merging.method_registry import METHODS, Interval, Method, method
 from m2l.merging.presets import PRESETS, preset
 from m2l.merging.recipe import Recipe
-from m2l.merging.registry import METHODS, Interval, Method, method
-from m2l.merging.sweep import Point, best, grid, sweep
+from m2l.merging.sweep import SweepPoint, best, grid, sweep
 
 __all__ = [
     "METHODS",
     "PRESETS",
     "Interval",
-    "Job",
+    "MergeJob",
     "Method",
-    "Point",
     "Recipe",
+    "SweepPoint",
     "best",
     "grid",
     "merge",

@@ -18,10 +18,10 @@ from m2l.checkpoints.spans import Span
 from m2l.distributed import Processes
 from m2l.merging import kernel, randomness, thresholds
 from m2l.merging.inputs import refuse_nonfinite
+from m2l.merging.method_registry import METHODS, Method
 from m2l.merging.methods import Consensus
-from m2l.merging.passes import Pass, Piece, grid
+from m2l.merging.passes import Pass, Segment, grid
 from m2l.merging.recipe import Recipe
-from m2l.merging.registry import METHODS, Method
 from m2l.merging.requirements import TABLE, Requirements, norm_rescale
 from m2l.merging.thresholds import BitRange, Counts, ThresholdCache, Trimming
 from m2l.typing import Json
@@ -172,7 +172,7 @@ class Analysis:
         self.sums: Sums = {}
         self.densities: list[float] | None = None
 
-    def inputs(self, piece: Piece) -> dict[str, np.ndarray | np.floating]:
+    def inputs(self, piece: Segment) -> dict[str, np.ndarray | np.floating]:
         """Returns what the method takes for a piece besides the parameters: `kernel.Inputs`."""
         span, name = piece.span, piece.span.name
         source = self._experts[0]
@@ -332,7 +332,7 @@ class Analysis:
         bits = _bits(self.method, False)
         every = max(1, self._size // (SKIPPED * RUNS * RUN))
 
-        def act(piece: Piece, arrays: list) -> np.ndarray:
+        def act(piece: Segment, arrays: list) -> np.ndarray:
             words, _ = bits(arrays[0], arrays[1:], limits, {})
             runs = piece.size // RUN
             stacked = np.stack([np.asarray(a)[: runs * RUN] for a in words])
@@ -353,7 +353,7 @@ class Analysis:
         sparse = sparse and jax.default_backend() == "cpu"
         bits = _bits(self.method, sparse)
 
-        def act(piece: Piece, arrays: list) -> list[list[tuple[np.ndarray, int]]]:
+        def act(piece: Segment, arrays: list) -> list[list[tuple[np.ndarray, int]]]:
             words, codes = bits(arrays[0], arrays[1:], limits, self.inputs(piece))
             rows = []
             for place, (row, code) in enumerate(zip(intervals, codes, strict=True)):
@@ -411,7 +411,7 @@ class Analysis:
         def histogram(names: Sequence[str]) -> np.ndarray:
             counts = np.zeros((n, TABLE), np.int64)
 
-            def act(piece: Piece, arrays: list) -> np.ndarray:
+            def act(piece: Segment, arrays: list) -> np.ndarray:
                 words = [np.asarray(a)[: piece.size] for a in bits(arrays[0], arrays[1:])]
                 if max(int(a.max(initial=0)) for a in words) > thresholds.LARGEST:
                     refuse_nonfinite([self._base, *self._experts], piece.span)
@@ -469,7 +469,7 @@ class Analysis:
     ) -> Sums:
         totals: Sums = {}
 
-        def act(piece: Piece, arrays: list) -> dict[str, np.ndarray]:
+        def act(piece: Segment, arrays: list) -> dict[str, np.ndarray]:
             base, experts = (None, arrays) if self._base is None else (arrays[0], arrays[1:])
             sums = program(base, experts, self.inputs(piece))
             sums = {kind: np.asarray(array, np.float64) for kind, array in sums.items()}

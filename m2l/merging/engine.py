@@ -24,7 +24,7 @@ from m2l.checkpoints.reading import KEY
 from m2l.checkpoints.spans import Span
 from m2l.distributed import Processes
 from m2l.errors import CheckpointError, MergeError
-from m2l.merging import kernel, randomness, results
+from m2l.merging import kernel, outputs, randomness
 from m2l.merging.analysis import Analysis
 from m2l.merging.in_memory import merge_params
 from m2l.merging.inputs import (
@@ -34,12 +34,10 @@ from m2l.merging.inputs import (
     read_and_check,
     refuse_nonfinite,
 )
+from m2l.merging.job import MergeJob, prepare, shares
+from m2l.merging.method_registry import METHODS, Method
 from m2l.merging.methods import Consensus, add
-from m2l.merging.passes import Pass, Piece, grid
-from m2l.merging.plan import Job, prepare, shares
-from m2l.merging.recipe import Recipe
-from m2l.merging.registry import METHODS, Method
-from m2l.merging.results import (
+from m2l.merging.outputs import (
     MemoryResult,
     OrbaxResult,
     Result,
@@ -52,6 +50,8 @@ from m2l.merging.results import (
     staging,
     used_bytes,
 )
+from m2l.merging.passes import Pass, Segment, grid
+from m2l.merging.recipe import Recipe
 from m2l.progress import Progress
 from m2l.typing import Json, PyTree
 
@@ -162,7 +162,7 @@ def merge(
         return _run(prepared(out, output_format=output_format), processes, progress)
 
 
-def _run(job: Job, processes: Processes, progress: bool) -> Manifest | PyTree | None:
+def _run(job: MergeJob, processes: Processes, progress: bool) -> Manifest | PyTree | None:
     """Does a job, or takes what the same one has done."""
     if job.out is None and processes.count > 1:
         raise MergeError("each process has a part of the merged parameters: name an `out`")
@@ -189,7 +189,7 @@ def _run(job: Job, processes: Processes, progress: bool) -> Manifest | PyTree | 
 
 
 def _agree(
-    job: Job, processes: Processes, exported: Mapping[str, Json] | None = None
+    job: MergeJob, processes: Processes, exported: Mapping[str, Json] | None = None
 ) -> Manifest | None:
     """Returns the manifest of a result that is there already, if process 0 sees it.
 
@@ -211,7 +211,7 @@ def _agree(
 
 
 def _by_export(
-    prepared: Callable[..., Job], out: storage.AnyPath, progress: bool
+    prepared: Callable[..., MergeJob], out: storage.AnyPath, progress: bool
 ) -> Manifest | None:
     """Merges into an m2l checkpoint, and makes a Hugging Face directory of that."""
     from m2l.checkpoints import huggingface
@@ -288,10 +288,10 @@ class _Merge:
         directory: Where the result is made; None: in memory.
     """
 
-    def __init__(self, job: Job, processes: Processes, directory: storage.AnyPath | None):
+    def __init__(self, job: MergeJob, processes: Processes, directory: storage.AnyPath | None):
         self.job, self.processes = job, processes
         self.method = METHODS[job.recipe.method]
-        self._described = results.described(job.reference, job.recipe.dtype, job.roles)
+        self._described = outputs.described(job.reference, job.recipe.dtype, job.roles)
         self._bar: Progress | None = None
         self._done = 0
         self.result: Result
@@ -499,7 +499,7 @@ class _Merge:
         ]
 
     def _merge_piece(
-        self, piece: Piece, arrays: list[np.ndarray], summed: tuple[bool, ...]
+        self, piece: Segment, arrays: list[np.ndarray], summed: tuple[bool, ...]
     ) -> tuple[np.ndarray, list[np.ndarray]]:
         job = self.job
         first, n = int(job.base is not None), len(job.experts)
@@ -641,7 +641,7 @@ class _Merge:
         )
         ordered = {name: stored[name] for name in result.described}
         if isinstance(result, ShardedResult):
-            manifest = results.describe_directory(
+            manifest = outputs.describe_directory(
                 result,
                 job.out,
                 ordered,
@@ -652,7 +652,7 @@ class _Merge:
                 parents=described,
             )
         else:
-            manifest = results.describe_checkpoint(
+            manifest = outputs.describe_checkpoint(
                 result,
                 ordered,
                 model=huggingface_directory.config_of(

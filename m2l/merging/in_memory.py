@@ -23,9 +23,9 @@ from m2l.checkpoints.tensor_kinds import is_float
 from m2l.errors import MergeError
 from m2l.merging import kernel, randomness, thresholds
 from m2l.merging.inputs import array_kind, check_counts, differences, select_names
+from m2l.merging.method_registry import METHODS, Method
 from m2l.merging.methods import Consensus, task_vectors
 from m2l.merging.recipe import Recipe
-from m2l.merging.registry import METHODS, Method
 from m2l.merging.requirements import TABLE, Array, Requirements, host_counts, norm_rescale
 from m2l.typing import PyTree
 

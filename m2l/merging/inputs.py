@@ -17,8 +17,8 @@ from m2l.checkpoints.spans import Span, TensorReader, cut
 from m2l.checkpoints.tensor_kinds import is_float
 from m2l.distributed import Processes
 from m2l.errors import CheckpointError, MergeError, UnknownNameError
+from m2l.merging.method_registry import METHODS, Method
 from m2l.merging.recipe import Recipe
-from m2l.merging.registry import METHODS, Method
 from m2l.typing import Json
 
 FORMATS = (ORBAX, HUGGINGFACE)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from m2l.merging import randomness
+from m2l.merging.method_registry import Method
 from m2l.merging.methods import (
     Arrays,
     Consensus,
@@ -20,7 +21,6 @@ from m2l.merging.methods import (
     task_vectors,
     trim,
 )
-from m2l.merging.registry import Method
 
 Inputs = Mapping[str, jax.Array | np.ndarray | np.floating]
 """What a method takes besides parameters, as arrays; each only if the method takes it.

@@ -2,9 +2,9 @@
 
 Every function works on float32 arrays of one shape, whatever the shape: a flat block of a
 checkpoint that is streamed, a parameter in memory, a shard of it. Sums run over the experts in the
-recipe's order. What a signature says, registry.py has: to add a method, add a function here. A
-hyper-parameter that only inputs are made of, as thresholds are of the density, is not used by the
-function itself.
+recipe's order. To add a method, add a function here: method_registry.py says how signatures are
+read. A hyper-parameter that only inputs are made of, as thresholds are of the density, is not used
+by the function itself.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from m2l.errors import MergeError
-from m2l.merging.registry import Interval, method
+from m2l.merging.method_registry import Interval, method
 
 Arrays = Sequence[jax.Array]
 

@@ -34,7 +34,7 @@ LARGE_CHUNK = 64 << 20
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
+class Segment:
     """Elements of a span that are worked on at once.
 
     Attributes:
@@ -149,7 +149,7 @@ class Pass:
 
     def pieces(
         self, span: Span, block: int | None = None
-    ) -> Iterator[tuple[Piece, list[np.ndarray]]]:
+    ) -> Iterator[tuple[Segment, list[np.ndarray]]]:
         """Reads a span and yields its pieces, padded to `block` or SHORT, of every source.
 
         The arrays are NumPy arrays, the thread's buffers, valid until its next span.
@@ -158,13 +158,13 @@ class Pass:
         arrays = self.read(span, block)
         length = padded(span.size, block)
         for first in range(0, span.size, length):
-            piece = Piece(span, first, min(length, span.size - first))
+            piece = Segment(span, first, min(length, span.size - first))
             yield piece, [array[first : first + length] for array in arrays]
 
     def run(
         self,
         spans: Sequence[Span],
-        act: Callable[[Piece, list[np.ndarray]], T],
+        act: Callable[[Segment, list[np.ndarray]], T],
         block: int | None = None,
     ) -> Iterator[tuple[Span, list[T]]]:
         """Calls `act(piece, arrays)` for each piece of each span; yields results in order."""

@@ -11,8 +11,8 @@ import numpy as np
 
 from m2l import files, storage
 from m2l.errors import MergeError, UnknownNameError
+from m2l.merging.method_registry import METHODS, VARIANTS, Method, Value, hyper_parameters
 from m2l.merging.methods import Consensus
-from m2l.merging.registry import METHODS, VARIANTS, Method, Value, hyper_parameters
 from m2l.storage import AnyPath
 from m2l.typing import Json
 

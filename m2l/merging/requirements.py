@@ -11,8 +11,8 @@ import jax
 import numpy as np
 
 from m2l.merging import randomness
+from m2l.merging.method_registry import METHODS, Method
 from m2l.merging.recipe import Recipe
-from m2l.merging.registry import METHODS, Method
 from m2l.merging.thresholds import BINS
 
 Array = jax.Array | np.ndarray

@@ -11,7 +11,7 @@ from m2l.typing import Json, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
-class Point:
+class SweepPoint:
     """A recipe and what its merge scores; more is better."""
 
     recipe: Recipe
@@ -39,7 +39,7 @@ def sweep(
     recipes: Iterable[Recipe],
     score: Callable[[PyTree, Recipe], float],
     statistics: Sequence[Model] = (),
-) -> list[Point]:
+) -> list[SweepPoint]:
     """Merges models by each recipe and scores what comes of it.
 
     Recipes that differ only in numbers share a compilation. In memory is one merge and, unless
@@ -55,14 +55,14 @@ def sweep(
     Returns:
         A point for each recipe, in their order.
     """
-    points: list[Point] = []
+    points: list[SweepPoint] = []
     for recipe in recipes:
         options = {"statistics": statistics, "verify": not points, "progress": False}
-        points.append(Point(recipe, score(merge(base, experts, recipe, **options), recipe)))
+        points.append(SweepPoint(recipe, score(merge(base, experts, recipe, **options), recipe)))
     return points
 
 
-def best(points: Sequence[Point]) -> Point:
+def best(points: Sequence[SweepPoint]) -> SweepPoint:
     """Returns the point of the highest score; of equal ones the first.
 
     Raises:

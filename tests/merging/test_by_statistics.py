@@ -8,7 +8,8 @@ import pytest
 
 from m2l import checkpoints
 from m2l.errors import MergeError
-from m2l.merging import Recipe, merge, merge_params, plan, prepare
+from m2l.merging import Recipe, merge, merge_params, prepare
+from m2l.merging.job import spell
 from m2l.merging.methods import regmean_bytes, regression_mean
 
 from . import oracles
@@ -94,7 +95,7 @@ def test_regmean_is_planned_with_its_largest_kernel_and_grams(paths, statistics)
     assert job.plan.whole == regmean_bytes(SHAPES[name], side)
     assert prepare(None, paths[1], Recipe("average"), "unused").plan.whole == 0
     told = dict(job.plan.rows())["memory"]
-    assert told.startswith(f"{plan.spell(job.plan.memory)} at most, {plan.spell(job.plan.whole)}")
+    assert told.startswith(f"{spell(job.plan.memory)} at most, {spell(job.plan.whole)}")
     with pytest.raises(MergeError, match=r"is too little .* for the largest kernel and its Grams"):
         prepare(None, paths[1], Recipe("regmean"), "unused", statistics=beside, memory=1 << 20)
 

@@ -12,8 +12,8 @@ import pytest
 from m2l import checkpoints
 from m2l.checkpoints import safetensors, zarr
 from m2l.errors import CheckpointError, MergeError
-from m2l.merging import Recipe, analysis, engine, merge, prepare, results
-from m2l.merging.results import staging
+from m2l.merging import Recipe, analysis, engine, merge, outputs, prepare
+from m2l.merging.outputs import staging
 
 from .conftest import free_port
 
@@ -144,7 +144,7 @@ def test_a_finished_file_of_a_hugging_face_directory_is_not_made_again(
     monkeypatch.setattr(engine, "SHARD_SIZE", 5000)
     base, experts = directories
     whole = merge(base, experts, Recipe("ties"), tmp_path / "whole", progress=False)
-    finish, left = results.ShardedResult.finish, [1]
+    finish, left = outputs.ShardedResult.finish, [1]
 
     def stopping(self, unit):
         finish(self, unit)
@@ -153,18 +153,18 @@ def test_a_finished_file_of_a_hugging_face_directory_is_not_made_again(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(results.ShardedResult, "finish", stopping)
+        patch.setattr(outputs.ShardedResult, "finish", stopping)
         with pytest.raises(KeyboardInterrupt):
             merge(base, experts, Recipe("ties"), tmp_path / "out", progress=False)
     (place,) = tmp_path.glob(".out.merge-*/out")
     assert len([*place.glob("*.safetensors")]) == 2
-    made, tasks = [], results.ShardedResult.tasks
+    made, tasks = [], outputs.ShardedResult.tasks
 
     def noted(self, units, *sizes):
         made.extend(unit.key[0] for unit in units)
         return tasks(self, units, *sizes)
 
-    monkeypatch.setattr(results.ShardedResult, "tasks", noted)
+    monkeypatch.setattr(outputs.ShardedResult, "tasks", noted)
     found = merge(base, experts, Recipe("ties"), tmp_path / "out", progress=False)
     assert made == [f"model-{number:05}-of-00004.safetensors" for number in (3, 4)]
     assert found.parameters == whole.parameters

@@ -21,12 +21,12 @@ from m2l.checkpoints.reading import EXPORTED, KEY, existing_result
 from m2l.checkpoints.spans import Span
 from m2l.distributed import rank
 from m2l.errors import MergeError
-from m2l.merging import inputs, results
+from m2l.merging import inputs, outputs
 from m2l.merging.inputs import Roles, memory_of
+from m2l.merging.method_registry import METHODS
 from m2l.merging.methods import regmean_bytes
 from m2l.merging.passes import BLOCK, LARGE_CHUNK, SHORT, cores
 from m2l.merging.recipe import Recipe
-from m2l.merging.registry import METHODS
 from m2l.merging.requirements import Requirements
 from m2l.typing import Json
 from m2l.version import __version__
@@ -72,7 +72,7 @@ def resident() -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class MergePlan:
     """What a merge will take.
 
     Attributes:
@@ -154,7 +154,7 @@ def make_plan(
     whole: int,
     in_chunks: bool,
     out: storage.AnyPath | None,
-) -> Plan:
+) -> MergePlan:
     """Works out blocks and threads that keep to the memory limit.
 
     Args:
@@ -186,7 +186,7 @@ def make_plan(
     longest = max((length for length, _, _ in chunks), default=0)
     # As it is stored, decoded, and as it is handed over.
     decoded = 3 * max((length * width for length, width, _ in chunks), default=0)
-    result = results.nbytes(described)
+    result = outputs.nbytes(described)
     in_memory = result if out is None else 0
     memory = memory or max(DEFAULT_MEMORY, resident() + (DEFAULT_MEMORY >> 1)) + in_memory
     fixed = resident() + _OVERHEAD + states + sum(map(memory_of, sources)) + whole + in_memory
@@ -243,7 +243,7 @@ def make_plan(
     folders = (out, *out.parents) if isinstance(out, Path) else ()
     parent = next((folder for folder in folders if folder.is_dir()), None)
     status = None if parent is None else os.statvfs(parent)
-    return Plan(
+    return MergePlan(
         parameters=total,
         local=share,
         experts=experts,
@@ -279,7 +279,7 @@ def shares(sizes: Mapping[K, int], processes: int) -> list[list[K]]:
     return parts
 
 
-def measure_bandwidth(job: "Job") -> float:
+def measure_bandwidth(job: "MergeJob") -> float:
     """Measures the bytes a second at which this machine reads the inputs' first megabytes."""
     buffer, read, start = np.empty(1 << 22, np.uint8), 0, time.perf_counter()
     for source in job.used:
@@ -294,7 +294,7 @@ def measure_bandwidth(job: "Job") -> float:
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class MergeJob:
     """A merge that was checked, and can be planned or done.
 
     Attributes:
@@ -331,7 +331,7 @@ class Job:
     process: tuple[int, int]
     diagnostics: bool
     verify: bool
-    plan: Plan
+    plan: MergePlan
 
     @property
     def key(self) -> str:
@@ -404,7 +404,7 @@ def prepare(
     verify: bool = True,
     allow_differences: Sequence[str] = (),
     subtree: str | None = None,
-) -> Job:
+) -> MergeJob:
     """Checks all that can be checked before a byte is read, and plans; see `merge`."""
     if out is None and output_format is None:
         output_format = ORBAX
@@ -440,7 +440,7 @@ def prepare(
     used += statistic_checkpoints
     local = shares(sizes, process[1])[process[0]]
     needs = Requirements(recipe, len(experts))
-    return Job(
+    return MergeJob(
         recipe=recipe,
         base=base_checkpoint,
         experts=tuple(expert_checkpoints),
@@ -461,7 +461,7 @@ def prepare(
             sizes,
             local,
             experts=len(experts),
-            described=results.described(reference, recipe.dtype, roles),
+            described=outputs.described(reference, recipe.dtype, roles),
             readings=needs.readings,
             verify=verify and any(s.has_digests for s in used),
             states=needs.nbytes,

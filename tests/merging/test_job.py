@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from m2l.errors import MergeError
-from m2l.merging import Recipe, merge, plan, prepare
+from m2l.merging import Recipe, merge, prepare
+from m2l.merging.job import parse_bytes
 
 from .conftest import SHAPES
 
@@ -16,7 +17,7 @@ def test_a_limit_that_is_too_low_says_the_least_that_works(paths, tmp_path):
     with pytest.raises(MergeError, match=little) as caught:
         merge(*paths, Recipe("ties"), tmp_path / "out", memory=10 << 20)
     least = re.search(r": ([\d.]+ [MG]B) is the least", str(caught.value))[1]
-    enough = int(plan.parse_bytes(least) * 1.02)
+    enough = int(parse_bytes(least) * 1.02)
     assert prepare(*paths, Recipe("ties"), tmp_path / "out", memory=enough).plan.memory <= enough
 
 
@@ -37,6 +38,6 @@ def test_a_plan_counts_what_is_read_and_written(paths, tmp_path):
     ("text", "count"), [("2GiB", 2 << 30), ("1.5 GB", 15 * 10**8), ("800m", 8 * 10**8), ("7", 7)]
 )
 def test_memory_is_read_as_people_write_it(text, count):
-    assert plan.parse_bytes(text) == count
+    assert parse_bytes(text) == count
     with pytest.raises(MergeError, match="cannot parse memory size"):
-        plan.parse_bytes(text + "x")
+        parse_bytes(text + "x")
