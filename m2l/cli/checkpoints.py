@@ -3,7 +3,7 @@
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -12,6 +12,13 @@ from m2l.cli import diagnostics
 from m2l.cli.options import DIRECTORY, print_table, with_gin, with_mesh
 from m2l.errors import CheckpointError, ConfigError
 
+if TYPE_CHECKING:
+    from rich.tree import Tree
+
+    from m2l import models
+    from m2l.checkpoints import opening
+    from m2l.checkpoints.manifest import Manifest
+
 FORMATS = ("huggingface", "t5x", "orbax")
 
 
@@ -19,7 +26,9 @@ FORMATS = ("huggingface", "t5x", "orbax")
 @click.argument("source", type=DIRECTORY)
 @click.argument("out", type=DIRECTORY)
 @click.option("--from", "kind", type=click.Choice(FORMATS), help="By default what SOURCE is.")
-@click.option("--to", "into", type=click.Choice(FORMATS), help="By default orbax, or huggingface.")
+@click.option(
+    "--to", "output_kind", type=click.Choice(FORMATS), help="By default orbax, or huggingface."
+)
 @click.option("--dtype", help="float32, bfloat16 or float16; by default the source's.")
 @click.option("--vocabulary", help="Where the tokenizer is, if SOURCE has none.")
 @click.option("--shard_size", type=float, default=5.0, show_default=True, help="GB, of an export.")
@@ -29,7 +38,7 @@ def convert(
     source: Path,
     out: Path,
     kind: str | None,
-    into: str | None,
+    output_kind: str | None,
     dtype: str | None,
     vocabulary: str | None,
     shard_size: float,
@@ -45,18 +54,23 @@ def convert(
     from m2l.checkpoints import huggingface, huggingface_directory, opening, t5x
 
     kind = kind or opening.kind(source)
-    into = into or ("huggingface" if kind == "orbax" else "orbax")
-    if (kind == "orbax") == (into == "orbax"):
+    output_kind = output_kind or ("huggingface" if kind == "orbax" else "orbax")
+    if (kind == "orbax") == (output_kind == "orbax"):
         raise ConfigError(
-            f"m2l convert: from {kind} to {into}: one of the two must be orbax, which is m2l's own"
+            f"m2l convert: from {kind} to {output_kind}: one of the two must be orbax, which is "
+            "m2l's own"
         )
-    if into == "t5x":
+    if output_kind == "t5x":
         click.echo(f"T5X checkpoint: {t5x.export_checkpoint(source, out, dtype=dtype)}")
         return
     if kind == "orbax":
-        found = sorted(results.glob("*.json")) if results else []
-        size = int(shard_size * 1e9)
-        huggingface.export_checkpoint(source, out, dtype=dtype, shard_size=size, results=found)
+        huggingface.export_checkpoint(
+            source,
+            out,
+            dtype=dtype,
+            shard_size=int(shard_size * 1e9),
+            results=sorted(results.glob("*.json")) if results else [],
+        )
         click.echo(f"Hugging Face directory: {out}")
         if not huggingface_directory.has_tokenizer(out):
             name = checkpoints.read_manifest(source).vocabulary.get("name")
@@ -67,9 +81,7 @@ def convert(
 
     from m2l.data import tokenizer_files
 
-    config = None
-    if gin_files or bindings:
-        config = _model(gin_files, bindings)
+    config = _model(gin_files, bindings) if gin_files or bindings else None
     if kind == "t5x" and vocabulary is None:
         raise ConfigError(
             "m2l convert: a T5X checkpoint does not hold its vocabulary; name it with --vocabulary"
@@ -80,12 +92,12 @@ def convert(
     click.echo(f"checkpoint: {out}  digest {manifest.digest[:16]}")
 
 
-def _model(gin_files: tuple[str, ...], bindings: tuple[str, ...]) -> Any:
+def _model(gin_files: tuple[str, ...], bindings: tuple[str, ...]) -> "models.Config":
     from m2l import configuration
 
-    # A run's settings are asked for, of which only the model matters.
-    given = [*bindings, "Train.mixture='none'", "Train.steps=1"]
-    run, _ = configuration.load("Run", ("runs/train.gin", *gin_files), given)
+    # Of a run's settings only the model matters.
+    bindings = (*bindings, "Train.mixture='none'", "Train.steps=1")
+    run, _ = configuration.load("Run", ("runs/train.gin", *gin_files), bindings)
     if run.model is None:
         raise ConfigError("m2l convert: the gin files have no model; see those in models/")
     return run.model
@@ -111,12 +123,15 @@ def inspect(
     from rich.console import Console
 
     from m2l import checkpoints, models, partitioning
-    from m2l.checkpoints import huggingface_directory
+    from m2l.checkpoints import huggingface_directory, opening
 
-    if (opened := _guest(checkpoint, subtree)) is not None:
-        _show_guest(opened)
+    exported = (checkpoint / huggingface_directory.MANIFEST).is_file()
+    if subtree is not None or not (exported or opening.has_manifest(checkpoint)):
+        _show_foreign(opening.open(checkpoint, subtree=subtree, native=True, named=False))
         return
-    directory, manifest = _opened(checkpoint)
+    directory = checkpoint if exported else checkpoints.resolve(checkpoint)
+    module = huggingface_directory if exported else checkpoints
+    manifest = module.read_manifest(directory)
     rows = [
         (name, "x".join(map(str, p["shape"])), p["dtype"], p["digest"][:12])
         for name, p in manifest.parameters.items()
@@ -147,70 +162,48 @@ def inspect(
     if manifest.parents:
         Console(width=200, highlight=False).print(_lineage(str(directory), manifest))
     if verify:
-        exported = (directory / huggingface_directory.MANIFEST).is_file()
-        (huggingface_directory if exported else checkpoints).verify(directory)
+        module.verify(directory)
         click.echo("every digest is right")
 
 
-def _guest(checkpoint: Path, subtree: str | None) -> Any:
-    """Opens what m2l did not write and has no manifest of; None: it has one."""
-    from m2l.checkpoints import huggingface_directory, opening
-
-    if subtree is None and (
-        (checkpoint / huggingface_directory.MANIFEST).is_file() or opening.has_manifest(checkpoint)
-    ):
-        return None
-    return opening.open(checkpoint, subtree=subtree, native=True, named=False)
-
-
-def _show_guest(opened: Any) -> None:
+def _show_foreign(checkpoint: "opening.Checkpoint") -> None:
+    """Prints what is in a checkpoint without a manifest."""
     rows = [
         (name, "x".join(map(str, tensor.shape)), tensor.dtype.name)
-        for name, tensor in opened.parameters.items()
+        for name, tensor in checkpoint.parameters.items()
     ]
-    print_table(str(opened.path), ["parameter", "shape", "dtype"], rows)
-    size = sum(t.size * t.dtype.itemsize for t in opened.parameters.values())
-    count = sum(t.size for t in opened.parameters.values())
-    click.echo(f"parameters: {count:,}  {size / 2**20:,.1f} MiB  {opened.format}")
+    print_table(str(checkpoint.path), ["parameter", "shape", "dtype"], rows)
+    size = sum(t.size * t.dtype.itemsize for t in checkpoint.parameters.values())
+    count = sum(t.size for t in checkpoint.parameters.values())
+    click.echo(f"parameters: {count:,}  {size / 2**20:,.1f} MiB  {checkpoint.format}")
     click.echo("without a manifest of m2l's: nothing tells where it came from, or its digests")
 
 
-def _opened(checkpoint: Path) -> tuple[Path, Any]:
-    """A checkpoint, or a Hugging Face directory that m2l made, and its manifest."""
-    from m2l import checkpoints
-    from m2l.checkpoints import huggingface_directory
-
-    if (checkpoint / huggingface_directory.MANIFEST).is_file():
-        return checkpoint, huggingface_directory.read_manifest(checkpoint)
-    directory = checkpoints.resolve(checkpoint)
-    return directory, checkpoints.read_manifest(directory)
-
-
-def _lineage(title: str, manifest: Any) -> Any:
-    """What a checkpoint was made from, and that from, as far as it is still there."""
+def _lineage(title: str, manifest: "Manifest") -> "Tree":
+    """Returns the tree of a checkpoint's parents, as far as they are still there."""
     from rich.markup import escape
     from rich.tree import Tree
 
     from m2l import checkpoints
 
-    tree = Tree(escape(f"{title}  {_made(manifest)}, digest {manifest.digest[:16]}"))
+    tree = Tree(escape(f"{title}  {_origin(manifest)}, digest {manifest.digest[:16]}"))
     for parent in manifest.parents:
         label = f"{parent['role']} {parent['path']}"
         try:
-            found = checkpoints.read_manifest(parent["path"])
+            ancestor = checkpoints.read_manifest(parent["path"])
         except CheckpointError:
-            there = storage.path(parent["path"]).exists()
-            what = "no checkpoint of m2l" if there else "not there any more"
-            tree.add(escape(f"{label}  digest {parent['digest'][:16]}, {what}"))
-            continue
-        if found.digest != parent["digest"]:
-            tree.add(escape(f"{label}  digest {parent['digest'][:16]}, another model by now"))
+            exists = storage.path(parent["path"]).exists()
+            problem = "no checkpoint of m2l" if exists else "not there any more"
         else:
-            tree.add(_lineage(label, found))
+            problem = "another model by now" if ancestor.digest != parent["digest"] else None
+        if problem is None:
+            tree.add(_lineage(label, ancestor))
+        else:
+            tree.add(escape(f"{label}  digest {parent['digest'][:16]}, {problem}"))
     return tree
 
 
-def _made(manifest: Any) -> str:
+def _origin(manifest: "Manifest") -> str:
     match manifest.made_by:
         case {"kind": "train", "settings": {"mixture": mixture}}:
             return f"{manifest.step} steps on {mixture}"
