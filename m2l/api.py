@@ -203,8 +203,7 @@ def evaluate(
     with jax.set_mesh(mesh):
         params = model.read(placed)
         if out is None:
-            outcomes = evaluator.outcomes(params, model_digest=model.digest)
-            results = [outcome.result for outcome in outcomes]
+            results = list(evaluator.results(params, model_digest=model.digest))
         else:
             results = evaluator.run(
                 params, storage.path(out), model_digest=model.digest, examples=examples

@@ -14,7 +14,7 @@ Shape = tuple[int, int, int]
 """The padded tokens of an input, its choices, and the padded tokens of a choice."""
 
 MAX_SHAPES = 8
-# Shapes are given up as long as padding adds no more than this to all work: each is a compilation.
+# Shapes are merged as long as padding adds no more than this to all work: each is a compilation.
 _WORTH_A_COMPILATION = 0.02
 
 
@@ -51,7 +51,7 @@ Part = tuple[list[int], Batch]
 
 
 def bucket(length: int, smallest: int = 8) -> int:
-    """The padded length of a sequence: the next of 8, 12, 16, 24, 32, 48, 64, ... ."""
+    """Returns the padded length of a sequence: the next of 8, 12, 16, 24, 32, 48, 64, ... ."""
     size = smallest
     while size < length:
         # Alternating steps of 3/2 and 4/3 keep padding under a third.
@@ -60,7 +60,7 @@ def bucket(length: int, smallest: int = 8) -> int:
 
 
 def scored(example: Example) -> tuple[np.ndarray, ...]:
-    """The texts of an example that are scored: its choices, or its target as the only one."""
+    """Returns the texts of an example that are scored: its choices, or its target alone."""
     return example.choices if isinstance(example, RankingExample) else (example.target,)
 
 
@@ -74,7 +74,7 @@ def _shape(example: Example, layout: layouts.Layout) -> Shape:
 def _parts(
     examples: Sequence[Example], batch_size: int, layout: layouts.Layout
 ) -> Iterator[tuple[list[int], Shape]]:
-    """Every example once, with its likes, and the least shape that holds each part."""
+    """Yields every example once, with those of like shape, and the least shape for each part."""
     shapes = [_shape(example, layout) for example in examples]
     order = sorted(range(len(examples)), key=lambda index: (*shapes[index][1:], shapes[index][0]))
     for first in range(0, len(order), batch_size):
@@ -94,7 +94,7 @@ def _cost(shapes_x3: np.ndarray) -> np.ndarray:
 def common_shapes(
     tasks: Iterable[Sequence[Example]], batch_size: int, layout: layouts.Layout
 ) -> tuple[Shape, ...]:
-    """At most MAX_SHAPES shapes that hold the batches of all tasks, chosen for little padding.
+    """Chooses at most MAX_SHAPES shapes, with little padding, for the batches of all tasks.
 
     Two shapes become the one that holds both, those first that cost least, until so few are left;
     and on, while it adds next to nothing.
@@ -104,9 +104,9 @@ def common_shapes(
         batch_size: Examples in a batch.
         layout: How the model reads them.
     """
-    held = Counter(shape for task in tasks for _, shape in _parts(task, batch_size, layout))
-    shapes_Nx3 = np.array(sorted(held), np.int64).reshape(-1, 3)
-    count_N = np.array([held[shape] for shape in sorted(held)], np.int64)
+    counts = Counter(shape for task in tasks for _, shape in _parts(task, batch_size, layout))
+    shapes_Nx3 = np.array(sorted(counts), np.int64).reshape(-1, 3)
+    count_N = np.array([counts[shape] for shape in sorted(counts)], np.int64)
     worth = _WORTH_A_COMPILATION * np.sum(count_N * _cost(shapes_Nx3))
     while len(count_N) > 1:
         hull_NxNx3 = np.maximum(shapes_Nx3[:, None], shapes_Nx3)
@@ -130,7 +130,7 @@ def batches(
     layout: layouts.Layout,
     shapes: Sequence[Shape] | None = None,
 ) -> Iterator[Part]:
-    """Every example once, with those of like shape, padded to a shape and the batch size.
+    """Yields every example once, with those of like shape, padded to a shape and the batch size.
 
     Args:
         examples: What to batch, in any order.
@@ -141,8 +141,8 @@ def batches(
     if shapes is None:
         shapes = common_shapes([examples], batch_size, layout)
     for part, least in _parts(examples, batch_size, layout):
-        holding = [s for s in shapes if all(n <= m for n, m in zip(least, s, strict=True))]
-        inputs, num_choices, targets = min(holding, key=lambda shape: _cost(np.array(shape)))
+        fitting = [s for s in shapes if all(n <= m for n, m in zip(least, s, strict=True))]
+        inputs, num_choices, targets = min(fitting, key=lambda shape: _cost(np.array(shape)))
         batch = Batch(
             np.zeros((batch_size, inputs), np.int32),
             np.zeros(batch_size, np.int32),

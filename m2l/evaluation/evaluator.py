@@ -2,14 +2,13 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 
-from m2l import storage
+from m2l import models, storage
 from m2l.checkpoints.manifest import ORBAX_METADATA
 from m2l.data import layouts, vocabularies
 from m2l.errors import ConfigError, UnknownNameError
@@ -17,41 +16,34 @@ from m2l.evaluation import batching, bootstrap, generation, metrics, ranking
 from m2l.evaluation.results import Result, finished, write_examples, write_result
 from m2l.evaluation.task_data import TaskData
 from m2l.progress import Progress
+from m2l.storage import AnyPath
+from m2l.typing import Json, Params
+
+if TYPE_CHECKING:
+    import seqio
 
 OnDone = Callable[[int], None]
-
-
-@dataclasses.dataclass(frozen=True)
-class TaskOutcome:
-    """A model's result on a task, and what became of each example.
-
-    Attributes:
-        result: The figures.
-        examples: Per example plain values: its texts, its scores or the prediction, and "value",
-            what it adds to the mean that is the score.
-    """
-
-    result: Result
-    examples: Sequence[Mapping[str, Any]]
+# Of an example: its texts, its scores or the prediction, and "value", its part of the score.
+Line = dict[str, Json]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Ready:
-    """A task's padded batches, those of its choices after an empty input, and where these are."""
+    """A task's padded batches, those of its choices after an empty input, and their places."""
 
     task: TaskData
     parts: Sequence[batching.Part]
-    empty: Sequence[Any] = ()
+    empty: Sequence[batching.Example] = ()
     empty_parts: Sequence[batching.Part] = ()
     places: Sequence[Sequence[tuple[int, int]]] = ()
 
 
 class Evaluator:
-    """Tasks made ready once, for any number of models of one configuration.
+    """Tasks prepared once, for any number of models of one configuration.
 
     Examples are padded once, to at most `batching.MAX_SHAPES` shapes, and one compiled function
     each serves all models: between them only parameters change. They may come from a checkpoint or
-    from a merge in memory, and lie on any mesh; in several processes each calls the same methods.
+    from a merge in memory, and be on any mesh; in several processes each calls the same methods.
 
     Args:
         config: The models' configuration.
@@ -63,9 +55,9 @@ class Evaluator:
 
     def __init__(
         self,
-        config: Any,
+        config: models.Config,
         tasks: Sequence[TaskData],
-        vocabulary: Any,
+        vocabulary: "seqio.Vocabulary",
         *,
         batch_size: int = 32,
         dtype: str = "float32",
@@ -78,20 +70,20 @@ class Evaluator:
             for task in self.tasks
             if task.info.kind == "rank"
         }
-        of_all = [task.examples for task in self.tasks] + [made for made, _ in ranked.values()]
-        batch_size = min(batch_size, max(map(len, of_all), default=1))
-        shapes = batching.common_shapes(of_all, batch_size, layout)
+        examples = [task.examples for task in self.tasks] + [empty for empty, _ in ranked.values()]
+        batch_size = min(batch_size, max(map(len, examples), default=1))
+        shapes = batching.common_shapes(examples, batch_size, layout)
 
         def padded(examples: Sequence[batching.Example]) -> list[batching.Part]:
             return list(batching.batches(examples, batch_size, layout, shapes))
 
         self._ready: dict[str, _Ready] = {}
         for task in self.tasks:
-            made, places = ranked.get(task.info.name, ((), ()))
-            ready = _Ready(task, padded(task.examples), made, padded(made), places)
+            empty, places = ranked.get(task.info.name, ((), ()))
+            ready = _Ready(task, padded(task.examples), empty, padded(empty), places)
             self._ready[task.info.name] = ready
 
-    def _asked(self, only: Sequence[str] | None) -> list[_Ready]:
+    def _select(self, only: Sequence[str] | None) -> list[_Ready]:
         if only is None:
             return list(self._ready.values())
         for name in only:
@@ -99,32 +91,26 @@ class Evaluator:
                 raise UnknownNameError("task of this evaluator", name, self._ready)
         return [self._ready[name] for name in only]
 
-    def outcomes(
-        self,
-        params: Any,
-        *,
-        only: Sequence[str] | None = None,
-        model_digest: str = "",
-        on_done: OnDone = lambda count: None,
-    ) -> Iterator[TaskOutcome]:
-        """What a model makes of each task, in their order; nothing is read or written.
+    def results(
+        self, params: Params, *, only: Sequence[str] | None = None, model_digest: str = ""
+    ) -> Iterator[Result]:
+        """Yields a model's result on each task, in their order; reads and writes no file.
 
         Args:
             params: The model's parameters.
             only: The names of the tasks to evaluate on, of the evaluator's; None: all.
-            model_digest: What the results say the model is.
-            on_done: Told how many examples were finished, batch by batch.
+            model_digest: What identifies the model, for the results.
 
         Raises:
-            EvaluationError: scores that cannot be believed: not finite, or incomplete.
+            EvaluationError: scores that are not finite, or incomplete.
         """
-        for ready in self._asked(only):
-            yield self._outcome(ready, params, model_digest, on_done)
+        for ready in self._select(only):
+            yield self._evaluate(ready, params, model_digest, lambda count: None)[0]
 
     def run(
         self,
-        params: Any,
-        out: Path,
+        params: Params,
+        out: AnyPath,
         *,
         model_digest: str,
         only: Sequence[str] | None = None,
@@ -135,7 +121,7 @@ class Evaluator:
 
         Args:
             params: The model's parameters.
-            out: Where `TASK.json` files go; made if need be.
+            out: The directory of `TASK.json` files; made if need be.
             model_digest: What identifies the model; results of another model are refused.
             only: The names of the tasks to evaluate on, of the evaluator's; None: all.
             examples: Write `TASK.examples.jsonl.gz` as well.
@@ -149,13 +135,13 @@ class Evaluator:
             if (out / record).exists():
                 raise ConfigError(f"{out} holds something else ({record}); choose another --out")
         out.mkdir(parents=True, exist_ok=True)
-        asked = self._asked(only)
+        selected = self._select(only)
         # All see what the first wrote before, and nothing that it writes while others still look.
         _wait_for_all("m2l: what is written is there")
-        held = [finished(out, model_digest, ready.task, examples) for ready in asked]
+        earlier = [finished(out, model_digest, ready.task, examples) for ready in selected]
         _wait_for_all("m2l: which results are there")
         results = []
-        total = sum(len(ready.task.examples) for ready in asked)
+        total = sum(len(ready.task.examples) for ready in selected)
         with Progress(description, total, "examples") as progress:
             done = 0
 
@@ -164,12 +150,11 @@ class Evaluator:
                 done += count
                 progress.update(done)
 
-            for ready, result in zip(asked, held, strict=True):
+            for ready, result in zip(selected, earlier, strict=True):
                 if result is None:
-                    outcome = self._outcome(ready, params, model_digest, on_done)
-                    result = outcome.result
+                    result, lines = self._evaluate(ready, params, model_digest, on_done)
                     if writes and examples:
-                        write_examples(out, result.task, outcome.examples)
+                        write_examples(out, result.task, lines)
                     if writes:
                         write_result(out, result)
                 else:
@@ -177,17 +162,19 @@ class Evaluator:
                 results.append(result)
         return results
 
-    def _outcome(self, ready: _Ready, params: Any, digest: str, on_done: OnDone) -> TaskOutcome:
+    def _evaluate(
+        self, ready: _Ready, params: Params, digest: str, on_done: OnDone
+    ) -> tuple[Result, list[Line]]:
         task, start = ready.task, time.monotonic()
-        how = {"dtype": self.dtype}
-        # Scoring references is short beside decoding, which then tells of its progress alone.
-        told = {} if task.decoded else {"on_done": on_done}
+        options = {"dtype": self.dtype}
+        # Scoring references is short next to decoding, which then reports progress alone.
+        callback = {} if task.decoded else {"on_done": on_done}
         scores = ranking.score_examples(
-            self.config, params, task.examples, parts=ready.parts, **how, **told
+            self.config, params, task.examples, parts=ready.parts, **options, **callback
         )
         if task.info.kind == "rank":
             empty = ranking.score_examples(
-                self.config, params, ready.empty, parts=ready.empty_parts, **how
+                self.config, params, ready.empty, parts=ready.empty_parts, **options
             )
             seconds = time.monotonic() - start
             figures, ties, lines = _ranked(ready, scores, empty)
@@ -199,8 +186,8 @@ class Evaluator:
         tokens, size = (sum(getattr(b, name) for b in batches) for name in ("tokens", "size"))
         interval = None
         if task.metric != "bleu":
-            of = bootstrap.statistic(task.metric, lines)
-            interval = bootstrap.interval(of, len(lines))
+            statistic = bootstrap.statistic(task.metric, lines)
+            interval = bootstrap.interval([statistic], [len(lines)])
         result = Result(
             task=task.info.name,
             dataset=task.info.dataset,
@@ -221,19 +208,19 @@ class Evaluator:
             padding=1 - tokens / size,
             settings=self._settings(task),
         )
-        return TaskOutcome(result, lines)
+        return result, lines
 
     def _settings(self, task: TaskData) -> dict[str, str]:
-        """What decides a task's figures beside its examples, where it is not as everywhere."""
-        found = vocabularies.settings(self.vocabulary)
+        """Returns what else than its examples decides a task's figures, where it is not usual."""
+        settings = vocabularies.settings(self.vocabulary)
         if task.decoded:
             references = [example.reference for example in task.examples]
-            found |= metrics.settings(task.info.metrics, references)
-        return found
+            settings |= metrics.settings(task.info.metrics, references)
+        return settings
 
-    def _texts(self, ready: _Ready, params: Any, on_done: OnDone) -> list[str]:
+    def _texts(self, ready: _Ready, params: Params, on_done: OnDone) -> list[str]:
         task = ready.task
-        how = {
+        options = {
             "max_length": task.max_length,
             "eos_id": self.vocabulary.eos_id,
             "dtype": self.dtype,
@@ -241,9 +228,9 @@ class Evaluator:
             "on_done": on_done,
         }
         if task.beams > 1:
-            how["beams"] = task.beams
+            options["beams"] = task.beams
         decode = generation.beam_search if task.beams > 1 else generation.greedy
-        decoded = decode(self.config, params, task.examples, **how)
+        decoded = decode(self.config, params, task.examples, **options)
         return [self.vocabulary.decode(tokens.tolist()).strip() for tokens in decoded]
 
 
@@ -254,28 +241,29 @@ def _wait_for_all(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-Figures = tuple[dict[str, float], int, list[dict[str, Any]]]
-
-
-def _ranked(ready: _Ready, scores: Sequence[np.ndarray], of_empty: Sequence[np.ndarray]) -> Figures:
-    """A task's figures, its ties, and what became of each example."""
+def _ranked(
+    ready: _Ready, scores: Sequence[np.ndarray], empty_scores: Sequence[np.ndarray]
+) -> tuple[dict[str, float], int, list[Line]]:
+    """Computes a task's figures, its ties, and the line of each example."""
     name, examples = ready.task.info.name, ready.task.examples
-    empty = [np.array([of_empty[row][column] for row, column in of_one]) for of_one in ready.places]
+    empty = [
+        np.array([empty_scores[row][column] for row, column in places]) for places in ready.places
+    ]
     ranked = ranking.rank(name, examples, scores, metrics=ready.task.info.metrics)
-    figures = dict(ranked.figures) | ranking.by_every_rule(name, examples, scores, empty)
+    figures = dict(ranked.figures) | ranking.accuracy_by_rule(name, examples, scores, empty)
     lines = []
-    for example, of_one, of_nothing in zip(examples, scores, empty, strict=True):
-        taken = np.flatnonzero(of_one == of_one.max())
+    for example, scores_C, empty_C in zip(examples, scores, empty, strict=True):
+        best = np.flatnonzero(scores_C == scores_C.max())
         lines.append(
             {
                 "inputs": example.inputs_text,
                 "choices": list(example.choices_text),
                 "tokens": [len(choice) for choice in example.choices],
-                "scores": of_one.tolist(),
-                "empty_scores": of_nothing.tolist(),
+                "scores": scores_C.tolist(),
+                "empty_scores": empty_C.tolist(),
                 "right": example.is_correct.index(True),
-                "taken": taken.tolist(),
-                "value": 100.0 * float(np.mean(np.array(example.is_correct)[taken])),
+                "taken": best.tolist(),
+                "value": 100.0 * float(np.mean(np.array(example.is_correct)[best])),
                 "truncated": example.truncated,
             }
         )
@@ -284,21 +272,21 @@ def _ranked(ready: _Ready, scores: Sequence[np.ndarray], of_empty: Sequence[np.n
 
 def _generated(
     task: TaskData, scores: Sequence[np.ndarray], texts: Sequence[str] | None
-) -> Figures:
-    """The same of a task in free text, with what was decoded, if anything was."""
+) -> tuple[dict[str, float], int, list[Line]]:
+    """Computes the same of a task in free text, with what was decoded, if anything was."""
     examples = task.examples
     figures = {
         "reference_likelihood": ranking.reference_likelihood(task.info.name, examples, scores)
     }
-    lines: list[dict[str, Any]] = []
-    for example, of_one in zip(examples, scores, strict=True):
+    lines: list[Line] = []
+    for example, scores_C in zip(examples, scores, strict=True):
         lines.append(
             {
                 "inputs": example.inputs_text,
                 "references": list(example.reference),
-                "reference_score": float(of_one[0]),
+                "reference_score": float(scores_C[0]),
                 "reference_tokens": len(example.target),
-                "value": float(of_one[0]) / len(example.target),
+                "value": float(scores_C[0]) / len(example.target),
                 "truncated": example.truncated,
             }
         )
@@ -306,8 +294,8 @@ def _generated(
         return figures, 0, lines
     references = [example.reference for example in examples]
     for metric in task.info.metrics:
-        found, by_example = metrics.figures(metric, references, texts)
-        figures |= found
+        metric_figures, by_example = metrics.figures(metric, references, texts)
+        figures |= metric_figures
         if metric == task.metric:
             for number, line in enumerate(lines):
                 line["prediction"] = texts[number]

@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ from m2l.data.tokenizer_files import EOS
 from m2l.errors import EvaluationError
 from m2l.evaluation.batching import Part, batches
 from m2l.partitioning import constrain
+from m2l.typing import Params, PyTree
 
 Decoder = Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
 # Less than any log-probability, and finite: infinities would make NaN of differences.
@@ -22,28 +22,28 @@ _NEVER = -1e30
 
 
 @functools.cache
-def decoder(config: Any, max_length: int, eos_id: int, dtype: str) -> Decoder:
-    """The jitted greedy decoder of a model: one compilation per shape, for any parameters."""
+def decoder(config: models.Config, max_length: int, eos_id: int, dtype: str) -> Decoder:
+    """Returns the jitted greedy decoder of a model; it compiles once per shape."""
     compute = jnp.dtype(dtype)
 
     def decode(
-        params: Any,
+        params: Params,
         prefix_BxS: jax.Array,
         lengths_B: jax.Array,
         start_B: jax.Array,
         is_padding_B: jax.Array,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Tokens int32 [B, max_length], how many come before EOS, whether all logits are finite."""
+        """Returns tokens int32 [B, max_length], how many precede EOS, if all logits are finite."""
         mask_BxS = jnp.arange(prefix_BxS.shape[1]) < lengths_B[:, None]
         memory = models.encode(config, params, prefix_BxS, mask_BxS, dtype=compute)
         cache = models.start_decoding(config, params, memory, mask_BxS, max_length, dtype=compute)
         tokens_BxT = jnp.zeros((prefix_BxS.shape[0], max_length), jnp.int32)
 
-        def going(carry: Any) -> jax.Array:
+        def going(carry: PyTree) -> jax.Array:
             position, _, _, done_B, *_ = carry
             return (position < max_length) & ~jnp.all(done_B)
 
-        def step(carry: Any) -> Any:
+        def step(carry: PyTree) -> PyTree:
             position, last_B, tokens_BxT, done_B, count_B, finite, cache = carry
             logits_BxV, cache = models.decode_step(
                 config, params, cache, last_B, position, dtype=compute
@@ -64,12 +64,12 @@ def decoder(config: Any, max_length: int, eos_id: int, dtype: str) -> Decoder:
 
 @functools.cache
 def beam_decoder(
-    config: Any, max_length: int, eos_id: int, dtype: str, beams: int, alpha: float
+    config: models.Config, max_length: int, eos_id: int, dtype: str, beams: int, alpha: float
 ) -> Decoder:
-    """The jitted beam search of a model: one compilation per shape, for any parameters."""
+    """Returns the jitted beam search of a model; it compiles once per shape."""
     compute = jnp.dtype(dtype)
 
-    def penalty(length: Any) -> Any:
+    def penalty(length: jax.Array | int) -> jax.Array | float:
         return ((5.0 + length) / 6.0) ** alpha
 
     def take(values: jax.Array, places_BxK: jax.Array) -> jax.Array:
@@ -77,13 +77,13 @@ def beam_decoder(
         return jnp.take_along_axis(values, places, axis=1)
 
     def decode(
-        params: Any,
+        params: Params,
         prefix_BxS: jax.Array,
         lengths_B: jax.Array,
         start_B: jax.Array,
         is_padding_B: jax.Array,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Tokens int32 [B, max_length], how many come before EOS, whether all logits are finite."""
+        """Returns tokens int32 [B, max_length], how many precede EOS, if all logits are finite."""
         rows = prefix_BxS.shape[0]
         mask_BxS = jnp.arange(prefix_BxS.shape[1]) < lengths_B[:, None]
         memory = models.encode(config, params, prefix_BxS, mask_BxS, dtype=compute)
@@ -91,14 +91,14 @@ def beam_decoder(
         # An input's keys and values are read by all its beams; only what they wrote differs.
         own = jax.tree.map(lambda leaf: jnp.repeat(leaf, beams, axis=0), cache["self"])
 
-        def going(carry: Any) -> jax.Array:
+        def going(carry: PyTree) -> jax.Array:
             position, _, alive_BxK, _, ended_BxK, *_ = carry
             # What is alive can only lose probability; no length favours it more than the last.
             hoped_B = alive_BxK[:, 0] / penalty(max_length)
             settled_B = (hoped_B <= ended_BxK[:, -1]) | is_padding_B
             return (position < max_length) & ~jnp.all(settled_B)
 
-        def step(carry: Any) -> Any:
+        def step(carry: PyTree) -> PyTree:
             (
                 position,
                 last_BxK,
@@ -125,22 +125,22 @@ def beam_decoder(
             log_p_BxKxV = jnp.where(is_read_BxK[..., None], log_p_BxKxV, _NEVER)
             # Of twice as many at most half end here, one for each beam.
             best_BxJ, places_BxJ = jax.lax.top_k(log_p_BxKxV.reshape(rows, -1), 2 * beams)
-            of_BxJ, token_BxJ = jnp.divmod(places_BxJ, logits_BxKxV.shape[-1])
-            candidates_BxJxT = take(tokens_BxKxT, of_BxJ).at[..., position].set(token_BxJ)
+            parent_BxJ, token_BxJ = jnp.divmod(places_BxJ, logits_BxKxV.shape[-1])
+            candidates_BxJxT = take(tokens_BxKxT, parent_BxJ).at[..., position].set(token_BxJ)
             ends_BxJ = token_BxJ == eos_id
 
             value_BxJ = jnp.where(ends_BxJ, best_BxJ / penalty(position + 1), _NEVER)
             value_BxL = jnp.concatenate([ended_BxK, value_BxJ], axis=1)
-            ended_BxK, kept_BxK = jax.lax.top_k(value_BxL, beams)
-            written = take(jnp.concatenate([written, candidates_BxJxT], axis=1), kept_BxK)
+            ended_BxK, next_BxK = jax.lax.top_k(value_BxL, beams)
+            written = take(jnp.concatenate([written, candidates_BxJxT], axis=1), next_BxK)
             count_BxJ = jnp.full_like(token_BxJ, position)
-            count_BxK = take(jnp.concatenate([count_BxK, count_BxJ], axis=1), kept_BxK)
+            count_BxK = take(jnp.concatenate([count_BxK, count_BxJ], axis=1), next_BxK)
 
-            alive_BxK, kept_BxK = jax.lax.top_k(jnp.where(ends_BxJ, _NEVER, best_BxJ), beams)
-            of_BxK = take(of_BxJ, kept_BxK)
-            rows_N = (jnp.arange(rows)[:, None] * beams + of_BxK).reshape(-1)
+            alive_BxK, next_BxK = jax.lax.top_k(jnp.where(ends_BxJ, _NEVER, best_BxJ), beams)
+            parent_BxK = take(parent_BxJ, next_BxK)
+            rows_N = (jnp.arange(rows)[:, None] * beams + parent_BxK).reshape(-1)
             own = jax.tree.map(lambda leaf: leaf[rows_N], stepped["self"])
-            last_BxK, tokens_BxKxT = take(token_BxJ, kept_BxK), take(candidates_BxJxT, kept_BxK)
+            last_BxK, tokens_BxKxT = take(token_BxJ, next_BxK), take(candidates_BxJxT, next_BxK)
             finished = ended_BxK, written, count_BxK
             return position + 1, last_BxK, alive_BxK, tokens_BxKxT, *finished, finite, own
 
@@ -162,8 +162,8 @@ def beam_decoder(
 
 
 def greedy(
-    config: Any,
-    params: Any,
+    config: models.Config,
+    params: Params,
     examples: Sequence[GenerationExample],
     *,
     max_length: int,
@@ -174,7 +174,7 @@ def greedy(
     parts: Iterable[Part] | None = None,
     on_done: Callable[[int], None] = lambda count: None,
 ) -> list[np.ndarray]:
-    """The most probable next token, one after another, until EOS.
+    """Decodes the most probable next token, one after another, until EOS.
 
     Args:
         config: The model's configuration.
@@ -185,9 +185,8 @@ def greedy(
         eos_id: The token that ends an answer.
         batch_size: Examples decoded together; a batch stops when all of them are done.
         dtype: The dtype to compute in.
-        parts: Of `batching.batches`, where they were made before; `layout` and `batch_size` are
-            then not read.
-        on_done: Told how many examples were finished, batch by batch.
+        parts: From `batching.batches`, in place of `layout` and `batch_size`; None makes them.
+        on_done: Called with the number of examples finished, batch by batch.
 
     Returns:
         Per example, int32 token ids without EOS.
@@ -202,8 +201,8 @@ def greedy(
 
 
 def beam_search(
-    config: Any,
-    params: Any,
+    config: models.Config,
+    params: Params,
     examples: Sequence[GenerationExample],
     *,
     beams: int,
@@ -216,14 +215,14 @@ def beam_search(
     parts: Iterable[Part] | None = None,
     on_done: Callable[[int], None] = lambda count: None,
 ) -> list[np.ndarray]:
-    """The best finished text that a beam search finds, as T5X's `decoding.beam_search` ranks them.
+    """Decodes by a beam search, which ranks finished texts as T5X's `decoding.beam_search` does.
 
     A text of n tokens, EOS among them, is worth log p(text) / ((5 + n) / 6) ** alpha (Wu et al.
     2016, arXiv:1609.08144, equation 14). An input is done when nothing alive can beat its `beams`
     best finished texts; where none has finished, the most probable unfinished one is taken.
 
     Args:
-        beams: How many unfinished texts of an input are gone on with.
+        beams: How many unfinished texts of an input are continued.
         alpha: 0: log-probabilities are compared; larger favours longer texts.
 
     The others, what is returned and what is raised are those of `greedy`.
@@ -236,7 +235,7 @@ def beam_search(
 
 def _decoded(
     decode: Decoder,
-    params: Any,
+    params: Params,
     examples: Sequence[GenerationExample],
     parts: Iterable[Part],
     on_done: Callable[[int], None],

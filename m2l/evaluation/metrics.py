@@ -3,17 +3,22 @@
 Each takes one list of references per prediction, whatever the library underneath wants.
 """
 
+import itertools
 import os
 import re
 import string
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from m2l.errors import EvaluationError, UnknownNameError
 from m2l.evaluation import programs, refusals, sandbox, words
+
+if TYPE_CHECKING:
+    from rouge_score import scoring as rouge_scoring
 
 References = Sequence[Sequence[str]]
 Metric = Callable[[References, Sequence[str]], dict[str, float]]
@@ -26,11 +31,9 @@ def _check(references: References, predictions: Sequence[str]) -> None:
             f"{len(predictions)} predictions for {len(references)} references; a metric needs as "
             "many of one as of the other, and at least one"
         )
-    for i, of_one in enumerate(references):
-        if isinstance(of_one, str) or not of_one:
-            raise EvaluationError(
-                f"example {i}: its references are {of_one!r}, not a list of texts"
-            )
+    for i, texts in enumerate(references):
+        if isinstance(texts, str) or not texts:
+            raise EvaluationError(f"example {i}: its references are {texts!r}, not a list of texts")
 
 
 def squad(references: References, predictions: Sequence[str]) -> dict[str, float]:
@@ -55,21 +58,21 @@ def squad(references: References, predictions: Sequence[str]) -> dict[str, float
 
 
 def _squad(reference: str, prediction: str) -> tuple[float, float]:
-    """Exact match and F1 of one answer and one reference, 0 to 1."""
+    """Computes exact match and F1 of one answer and one reference, 0 to 1."""
     latin = words.is_latin(reference)
     for normal_form in (_without_articles, _without_punctuation, _without_blanks):
-        expected, found = (normal_form(text, latin) for text in (reference, prediction))
+        expected, answer = (normal_form(text, latin) for text in (reference, prediction))
         if expected:
             break
     tokens = [
-        Counter((text if latin else words.spaced(text)).split()) for text in (expected, found)
+        Counter((text if latin else words.spaced(text)).split()) for text in (expected, answer)
     ]
     same = (tokens[0] & tokens[1]).total()
     if not same:
         # Equal texts without a token are two of nothing but blanks.
-        return float(expected == found), float(expected == found)
+        return float(expected == answer), float(expected == answer)
     precision, recall = same / tokens[1].total(), same / tokens[0].total()
-    return float(expected == found), 2 * precision * recall / (precision + recall)
+    return float(expected == answer), 2 * precision * recall / (precision + recall)
 
 
 def _without_blanks(text: str, latin: bool) -> str:
@@ -106,10 +109,7 @@ def bleu(
     _check(references, predictions)
     import sacrebleu
 
-    most = max(len(of_one) for of_one in references)
-    streams = [
-        [of_one[k] if k < len(of_one) else None for of_one in references] for k in range(most)
-    ]
+    streams = list(itertools.zip_longest(*references))
     tokenizer, effective_order = rules or bleu_rules(references)
     score = sacrebleu.corpus_bleu(
         list(predictions),
@@ -125,26 +125,12 @@ def bleu_rules(references: References) -> tuple[str, bool]:
     """Chooses sacrebleu's tokenizer, and whether it makes do with n-grams below four."""
     from sacrebleu.metrics import BLEU
 
-    texts = [text for of_one in references for text in of_one]
+    texts = list(itertools.chain(*references))
     tokenizer = words.bleu_tokenizer(texts)
     if all(map(words.is_latin, texts)):
         return tokenizer, False
     tokenize = BLEU(tokenize=tokenizer).tokenizer
     return tokenizer, all(len(tokenize(text).split()) < 4 for text in texts)
-
-
-class _Words:
-    """`words.words` as rouge-score wants a tokenizer."""
-
-    def tokenize(self, text: str) -> list[str]:
-        return words.words(text)
-
-
-class _Symbols:
-    """What stands between blanks, for texts that have no words."""
-
-    def tokenize(self, text: str) -> list[str]:
-        return text.split()
 
 
 def rouge(references: References, predictions: Sequence[str]) -> dict[str, float]:
@@ -163,20 +149,24 @@ def rouge(references: References, predictions: Sequence[str]) -> dict[str, float
     names = ["rouge1", "rouge2", "rougeLsum"]
     default, unicode, symbols = (
         rouge_scorer.RougeScorer(names, tokenizer=tokenizer)
-        for tokenizer in (tokenizers.DefaultTokenizer(), _Words(), _Symbols())
+        for tokenizer in (
+            tokenizers.DefaultTokenizer(),
+            SimpleNamespace(tokenize=words.words),
+            SimpleNamespace(tokenize=str.split),
+        )
     )
 
-    def score(reference: str, prediction: str) -> Mapping[str, Any]:
+    def score(reference: str, prediction: str) -> "Mapping[str, rouge_scoring.Score]":
         scorer = default if words.is_ascii(reference) else unicode
         scorer = scorer if words.words(reference) else symbols
         # ROUGE-Lsum takes a line for a sentence.
         return scorer.score(*(text.replace(" . ", " .\n") for text in (reference, prediction)))
 
     sums = dict.fromkeys(names, 0.0)
-    for of_one, prediction in zip(references, predictions, strict=True):
-        best = [score(text, prediction) for text in of_one]
+    for texts, prediction in zip(references, predictions, strict=True):
+        scores = [score(text, prediction) for text in texts]
         for name in names:
-            sums[name] += max(scores[name].fmeasure for scores in best)
+            sums[name] += max(one[name].fmeasure for one in scores)
     return {name: 100.0 * total / len(predictions) for name, total in sums.items()}
 
 
@@ -206,10 +196,10 @@ def nontoxic(references: References, predictions: Sequence[str]) -> dict[str, li
 
 
 def program(references: References, predictions: Sequence[str]) -> dict[str, list[float]]:
-    """Which answers are programs of the toy language that pass all their test cases.
+    """Computes which answers are programs of the toy language that pass all their test cases.
 
     Args:
-        references: Per example its test cases, as `programs.case` reads them.
+        references: Per example its test cases, as `programs.parse_case` reads them.
         predictions: The answers.
 
     Returns:
@@ -222,7 +212,7 @@ def program(references: References, predictions: Sequence[str]) -> dict[str, lis
     figures: dict[str, list[float]] = {"program": [], "parses": [], "cases": []}
     for texts, answer in zip(references, predictions, strict=True):
         try:
-            cases = [programs.case(text) for text in texts]
+            cases = [programs.parse_case(text) for text in texts]
         except ValueError as error:
             raise EvaluationError(str(error)) from error
         try:
@@ -236,9 +226,9 @@ def program(references: References, predictions: Sequence[str]) -> dict[str, lis
     return figures
 
 
-def _passes(parsed: programs.Program, given: Sequence[int], expected: Sequence[int]) -> bool:
+def _passes(parsed: programs.Program, values: Sequence[int], expected: Sequence[int]) -> bool:
     try:
-        return programs.run(parsed, given) == expected
+        return programs.run(parsed, values) == expected
     except programs.ProgramError:
         return False
 
@@ -247,7 +237,7 @@ _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
 def number(references: References, predictions: Sequence[str]) -> dict[str, list[float]]:
-    """Which answers end with the right number: chains of thought, GSM8K's way.
+    """Computes which answers end with the right number: chains of thought, GSM8K's way.
 
     The last number of an answer has to be that of a reference; commas do not count.
 
@@ -260,8 +250,8 @@ def number(references: References, predictions: Sequence[str]) -> dict[str, list
     """
 
     def last(text: str) -> float | None:
-        found = _NUMBER.findall(text)
-        return float(found[-1].replace(",", "")) if found else None
+        numbers = _NUMBER.findall(text)
+        return float(numbers[-1].replace(",", "")) if numbers else None
 
     values = []
     for texts, answer in zip(references, predictions, strict=True):
@@ -273,7 +263,7 @@ def number(references: References, predictions: Sequence[str]) -> dict[str, list
 
 
 def python(references: References, predictions: Sequence[str]) -> dict[str, list[float]]:
-    """Which answers are Python that passes its tests, run in `m2l.evaluation.sandbox`.
+    """Computes which answers are Python that passes its tests, run in `m2l.evaluation.sandbox`.
 
     Args:
         references: Per example its test programs, each with the line `sandbox.ANSWER`.
@@ -286,8 +276,8 @@ def python(references: References, predictions: Sequence[str]) -> dict[str, list
         EvaluationError: running generated code is not switched on, or this machine cannot do so
             safely.
     """
-    found = sandbox.verdicts(references, predictions)
-    return {"sandbox": [100.0 * (one == "passed") for one in found]}
+    verdicts = sandbox.verdicts(references, predictions)
+    return {"sandbox": [100.0 * (verdict == "passed") for verdict in verdicts]}
 
 
 SCORERS: dict[str, Scorer] = {
@@ -335,23 +325,23 @@ def settings(names: Sequence[str], references: References) -> dict[str, str]:
     Returns:
         By metric, a few words; nothing of those that are computed as everywhere.
     """
-    found = {}
-    texts = [text for of_one in references for text in of_one]
+    rules = {}
+    texts = list(itertools.chain(*references))
     if "squad" in names and not all(map(words.is_latin, texts)):
-        found["squad"] = "punctuation of all scripts; letters of scripts without spaces"
+        rules["squad"] = "punctuation of all scripts; letters of scripts without spaces"
     if "rouge" in names and not all(words.is_ascii(text) and words.words(text) for text in texts):
-        found["rouge"] = "words of all scripts; letters of scripts without spaces"
+        rules["rouge"] = "words of all scripts; letters of scripts without spaces"
     if "bleu" in names:
         tokenizer, effective_order = bleu_rules(references)
         if tokenizer != "intl" or effective_order:
-            found["bleu"] = f"tokenize={tokenizer}" + ", effective order" * effective_order
-    return found
+            rules["bleu"] = f"tokenize={tokenizer}" + ", effective order" * effective_order
+    return rules
 
 
 def figures(
     name: str, references: References, predictions: Sequence[str]
 ) -> tuple[dict[str, float], list[float] | None]:
-    """A metric's figures, and the headline one of each example; None of a corpus's, BLEU.
+    """Computes a metric's figures, and the headline one of each example; None for BLEU.
 
     Args:
         name: The metric's.
@@ -371,16 +361,16 @@ def figures(
         return _means(values), values[HEADLINE[name]]
     # The others are means over the examples.
     pairs = zip(references, predictions, strict=True)
-    found = [compute([of_one], [prediction]) for of_one, prediction in pairs]
-    means = {figure: sum(one[figure] for one in found) / len(found) for figure in found[0]}
-    return means, [one[HEADLINE[name]] for one in found]
+    examples = [compute([texts], [prediction]) for texts, prediction in pairs]
+    means = {figure: sum(one[figure] for one in examples) / len(examples) for figure in examples[0]}
+    return means, [one[HEADLINE[name]] for one in examples]
 
 
 def _means(values: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    return {figure: sum(of_all) / len(of_all) for figure, of_all in values.items()}
+    return {figure: sum(column) / len(column) for figure, column in values.items()}
 
 
-def _of_scorer(scorer: Scorer) -> Metric:
+def _scorer_metric(scorer: Scorer) -> Metric:
     def compute(references: References, predictions: Sequence[str]) -> dict[str, float]:
         _check(references, predictions)
         return _means(scorer(references, predictions))
@@ -392,7 +382,7 @@ METRICS: dict[str, Metric] = {
     "squad": squad,
     "bleu": bleu,
     "rouge": rouge,
-    **{name: _of_scorer(scorer) for name, scorer in SCORERS.items()},
+    **{name: _scorer_metric(scorer) for name, scorer in SCORERS.items()},
 }
 # Which of a metric's figures stands for it in tables and in normalised performance.
 HEADLINE = {
@@ -409,7 +399,7 @@ GENERATIVE_SCORES = ("decoding", "likelihood")
 
 
 def metric(name: str) -> Metric:
-    """The metric of that name; UnknownNameError if there is none."""
+    """Returns the metric of that name; UnknownNameError if there is none."""
     if name not in METRICS:
         raise UnknownNameError("metric", name, METRICS)
     return METRICS[name]

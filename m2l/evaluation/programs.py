@@ -92,7 +92,7 @@ class _Words:
 
 
 def parse(text: str) -> Program:
-    """The program that a text is.
+    """Parses a program.
 
     Raises:
         ProgramError: it is none: where, and what was expected; or it is too long or too deep.
@@ -131,7 +131,7 @@ def _step(words: _Words, depth: int) -> Step | Repeat | While:
 
 
 def run(program: Program, values: Sequence[int]) -> Values:
-    """What a program makes of a list.
+    """Runs a program on a list.
 
     Raises:
         ProgramError: it takes more than MAX_STEPS steps, or goes beyond MAX_ITEMS items or numbers
@@ -169,28 +169,28 @@ def _count(left: list[int]) -> None:
         raise ProgramError(f"more than {MAX_STEPS} steps")
 
 
-def written(program: Program) -> str:
-    """A program as text; `parse` gives it back."""
-    said = []
+def unparse(program: Program) -> str:
+    """Returns a program as text, which `parse` parses."""
+    steps = []
     for step in program:
         match step:
             case Repeat(times, body):
-                said.append(f"repeat {times} do {written(body)} end")
+                steps.append(f"repeat {times} do {unparse(body)} end")
             case While(over, number, body):
                 condition = "over" if over else "under"
-                said.append(f"while {condition} {number} do {written(body)} end")
+                steps.append(f"while {condition} {number} do {unparse(body)} end")
             case Step(operation, number):
-                said.append(operation if number is None else f"{operation} {number}")
-    return " then ".join(said)
+                steps.append(operation if number is None else f"{operation} {number}")
+    return " then ".join(steps)
 
 
-def case(text: str) -> tuple[Values, Values]:
-    """A test case, `3 1 2 -> 4 2 3`: a list, and what a program is to make of it.
+def parse_case(text: str) -> tuple[Values, Values]:
+    """Parses a test case, `3 1 2 -> 4 2 3`: a list, and what a program has to make of it.
 
     Raises:
         ValueError: it is none.
     """
-    given, arrow, expected = text.partition("->")
+    values, arrow, expected = text.partition("->")
     if not arrow:
         raise ValueError(f"{text!r:.80} is no test case, such as '3 1 2 -> 4 2 3'")
-    return tuple(map(int, given.split())), tuple(map(int, expected.split()))
+    return tuple(map(int, values.split())), tuple(map(int, expected.split()))

@@ -1,13 +1,12 @@
 """Log-probabilities of texts given inputs, and rank classification: the largest choice's wins.
 
-Choices are given as masks: which of an example's choices were taken (several in a tie, none if
-something else was answered), and which are right.
+Choices are masks: which of an example's choices are chosen (several in a tie, none if something
+else was answered), and which are right.
 """
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,25 +18,26 @@ from m2l.data.examples import GenerationExample, RankingExample
 from m2l.errors import EvaluationError, UnknownNameError
 from m2l.evaluation.batching import Batch, Example, Part, batches, scored
 from m2l.partitioning import constrain
+from m2l.typing import Params
 
 
-def f1(taken_NxC: np.ndarray, right_N: np.ndarray) -> float:
-    """F1 in percent of class 1, the second of two choices; 0 if it is neither right nor taken.
+def f1(chosen_NxC: np.ndarray, right_N: np.ndarray) -> float:
+    """Computes F1 in percent of class 1, the second of two choices; 0 if never right nor chosen.
 
     A tie, and an answer that is none of the choices, count as the wrong class, whichever is right,
     as `t5.evaluation.metrics` counts an answer that is no class: an example of class 1 is missed,
     another is a false alarm.
     """
-    if taken_NxC.shape[1] != 2:
-        raise EvaluationError(f"F1 of class 1 is of 2 choices, not of {taken_NxC.shape[1]}")
-    chosen_N = np.where(taken_NxC.sum(axis=1) == 1, taken_NxC.argmax(axis=1), 1 - right_N)
-    both = int(((chosen_N == 1) & (right_N == 1)).sum())
-    of_either = int((chosen_N == 1).sum() + (right_N == 1).sum())
-    return 200.0 * both / of_either if of_either else 0.0
+    if chosen_NxC.shape[1] != 2:
+        raise EvaluationError(f"F1 of class 1 is of 2 choices, not of {chosen_NxC.shape[1]}")
+    class_N = np.where(chosen_NxC.sum(axis=1) == 1, chosen_NxC.argmax(axis=1), 1 - right_N)
+    both = int(((class_N == 1) & (right_N == 1)).sum())
+    either = int((class_N == 1).sum() + (right_N == 1).sum())
+    return 200.0 * both / either if either else 0.0
 
 
-def spearman(taken_NxC: np.ndarray, right_N: np.ndarray) -> float:
-    """Spearman's rank correlation, times 100, of the taken with the right class of an ordered set.
+def spearman(chosen_NxC: np.ndarray, right_N: np.ndarray) -> float:
+    """Computes Spearman's rank correlation, times 100, of chosen with right ordered classes.
 
     A tie takes the mean of the tied classes. An answer that is none of the choices takes the class
     farthest from the right one (from the middle one: the first), as it takes the other of two in
@@ -46,14 +46,14 @@ def spearman(taken_NxC: np.ndarray, right_N: np.ndarray) -> float:
     """
     from scipy import stats
 
-    last = taken_NxC.shape[1] - 1
-    count_N = taken_NxC.sum(axis=1)
-    mean_N = (taken_NxC * np.arange(last + 1)).sum(axis=1) / np.maximum(count_N, 1)
+    last = chosen_NxC.shape[1] - 1
+    count_N = chosen_NxC.sum(axis=1)
+    mean_N = (chosen_NxC * np.arange(last + 1)).sum(axis=1) / np.maximum(count_N, 1)
     farthest_N = np.where(2 * right_N >= last, 0, last)
-    chosen_N = np.where(count_N > 0, mean_N, farthest_N)
-    if len(set(chosen_N)) < 2 or len(set(right_N)) < 2:
+    class_N = np.where(count_N > 0, mean_N, farthest_N)
+    if len(set(class_N)) < 2 or len(set(right_N)) < 2:
         return 0.0
-    return 100.0 * float(stats.spearmanr(chosen_N, right_N).statistic)
+    return 100.0 * float(stats.spearmanr(class_N, right_N).statistic)
 
 
 # What is computed from the choices of all examples together, next to accuracy.
@@ -66,15 +66,15 @@ CLASS_METRICS: Mapping[str, Callable[[np.ndarray, np.ndarray], float]] = {
 def class_metrics(
     task: str,
     metrics: Sequence[str],
-    taken: Sequence[np.ndarray],
+    chosen: Sequence[np.ndarray],
     right: Sequence[np.ndarray],
 ) -> dict[str, float]:
-    """The metrics, "accuracy" left out, of choices that are the same for every example.
+    """Computes the metrics but "accuracy" of choices that are the same for every example.
 
     Args:
         task: The task's name, for messages.
-        metrics: "accuracy", and of CLASS_METRICS what is wanted.
-        taken: Per example, bool [C]: the choices that were taken.
+        metrics: "accuracy", and names of CLASS_METRICS.
+        chosen: Per example, bool [C]: the choices that were chosen.
         right: Per example, bool [C]: the right choice.
 
     Raises:
@@ -82,26 +82,26 @@ def class_metrics(
         EvaluationError: a metric of classes, and the number of choices varies, or an example has
             several right ones.
     """
-    found = {}
+    result = {}
     for name in metrics:
         if name == "accuracy":
             continue
         if name not in CLASS_METRICS:
             raise UnknownNameError("metric of answer choices", name, ["accuracy", *CLASS_METRICS])
-        if len({len(of_one) for of_one in taken}) > 1:
+        if len(set(map(len, chosen))) > 1:
             raise EvaluationError(f"{task}: {name} needs the same choices for every example")
         right_NxC = np.stack(right)
         if np.any(right_NxC.sum(axis=1) != 1):
             raise EvaluationError(f"{task}: {name} needs one right choice for every example")
-        found[name] = CLASS_METRICS[name](np.stack(taken), right_NxC.argmax(axis=1))
-    return found
+        result[name] = CLASS_METRICS[name](np.stack(chosen), right_NxC.argmax(axis=1))
+    return result
 
 
-def best_choices(where: str, scores_C: np.ndarray, right_C: np.ndarray) -> np.ndarray:
-    """Which choices of an example have its largest score.
+def best_choices(label: str, scores_C: np.ndarray, right_C: np.ndarray) -> np.ndarray:
+    """Computes which choices of an example have its largest score.
 
     Args:
-        where: The example, for messages.
+        label: The example, for messages.
         scores_C: Float [C], a score for each choice.
         right_C: Bool [C], whether the choice is right.
 
@@ -113,14 +113,14 @@ def best_choices(where: str, scores_C: np.ndarray, right_C: np.ndarray) -> np.nd
             otherwise count as an answer without a word.
     """
     if len(scores_C) != len(right_C):
-        raise EvaluationError(f"{where}: {len(scores_C)} scores of {len(right_C)} choices")
+        raise EvaluationError(f"{label}: {len(scores_C)} scores of {len(right_C)} choices")
     if not np.all(np.isfinite(scores_C)):
         raise EvaluationError(
-            f"{where}: its choices scored {scores_C.tolist()}; the model's parameters or the "
+            f"{label}: its choices scored {scores_C.tolist()}; the model's parameters or the "
             "arithmetic are broken, and no accuracy follows from them"
         )
     if not np.any(right_C):
-        raise EvaluationError(f"{where}: none of its choices is the right one")
+        raise EvaluationError(f"{label}: none of its choices is the right one")
     return scores_C == scores_C.max()
 
 
@@ -141,10 +141,10 @@ class Ranking:
 def choice_metrics(
     task: str,
     metrics: Sequence[str],
-    taken: Sequence[np.ndarray],
+    chosen: Sequence[np.ndarray],
     right: Sequence[np.ndarray],
 ) -> Ranking:
-    """The metrics of taking the best-scored choices.
+    """Computes the metrics of choosing the best-scored choices.
 
     For accuracy, an example whose best score is shared by k choices counts by the share of them
     that is right, 1/k where one is: a tie never wins by standing first. `f1` and `spearman` say
@@ -152,32 +152,35 @@ def choice_metrics(
 
     Args:
         task: The task's name, for messages.
-        metrics: "accuracy", and of CLASS_METRICS what is wanted beside it.
-        taken: Per example, bool [C], from `best_choices`.
+        metrics: "accuracy", and names of CLASS_METRICS.
+        chosen: Per example, bool [C], from `best_choices`.
         right: Per example, bool [C].
 
     Raises:
         UnknownNameError, EvaluationError: there are no examples; or as `class_metrics` says.
     """
-    if not taken:
+    if not chosen:
         raise EvaluationError(f"{task}: there are no examples to rank")
-    pairs = list(zip(taken, right, strict=True))
-    accuracy = np.mean([right_C[taken_C].mean() for taken_C, right_C in pairs])
+    pairs = list(zip(chosen, right, strict=True))
+    accuracy = np.mean([right_C[chosen_C].mean() for chosen_C, right_C in pairs])
     chance = np.mean([right_C.mean() for right_C in right])
     figures = {"accuracy": 100.0 * float(accuracy), "chance": 100.0 * float(chance)}
-    figures |= class_metrics(task, metrics, taken, right)
-    ties = sum(int(taken_C.sum() > 1 and not right_C[taken_C].all()) for taken_C, right_C in pairs)
+    figures |= class_metrics(task, metrics, chosen, right)
+    ties = sum(int(best_C.sum() > 1 and not right_C[best_C].all()) for best_C, right_C in pairs)
     return Ranking(figures, ties)
 
 
 RULES = ("sum", "per_token", "per_byte", "calibrated")
-"""What can be compared of choices; `compared` says how."""
+"""Scores of choices that can be compared; see `rule_scores`."""
 
 
-def token_logits(config: Any, params: Any, batch: Batch, dtype: str) -> tuple[jax.Array, jax.Array]:
-    """The logits of every choice's tokens, float32 [B, C, T, V], and whether they are tokens.
+def token_logits(
+    config: models.Config, params: Params, batch: Batch, dtype: str
+) -> tuple[jax.Array, jax.Array]:
+    """Computes the logits of every choice's tokens, float32 [B, C, T, V].
 
-    The latter, bool [B, C, T], is False at padding.
+    Returns:
+        The logits, and whether they are of tokens, bool [B, C, T]: False at padding.
     """
     compute, choices_BxCxT = jnp.dtype(dtype), batch.choices_BxCxT
     mask_BxS = jnp.arange(batch.prefix_BxS.shape[1]) < batch.lengths_B[:, None]
@@ -191,11 +194,11 @@ def token_logits(config: Any, params: Any, batch: Batch, dtype: str) -> tuple[ja
 
 
 @functools.cache
-def scorer(config: Any, dtype: str) -> Callable[[Any, Batch], jax.Array]:
-    """The jitted scoring function of a model: one compilation per shape, for any parameters."""
+def scorer(config: models.Config, dtype: str) -> Callable[[Params, Batch], jax.Array]:
+    """Returns the jitted scoring function of a model; it compiles once per shape."""
 
-    def score(params: Any, batch: Batch) -> jax.Array:
-        """Summed log-probabilities float32 [B, C], EOS included; 0 where a choice is padding."""
+    def score(params: Params, batch: Batch) -> jax.Array:
+        """Sums log-probabilities, float32 [B, C], EOS included; 0 where a choice is padding."""
         logits_BxCxTxV, is_token_BxCxT = token_logits(config, params, batch, dtype)
         log_normalizer_BxCxT = jax.nn.logsumexp(logits_BxCxTxV, axis=-1)
         chosen_BxCxT = jnp.take_along_axis(logits_BxCxTxV, batch.choices_BxCxT[..., None], axis=-1)[
@@ -209,8 +212,8 @@ def scorer(config: Any, dtype: str) -> Callable[[Any, Batch], jax.Array]:
 
 
 def score_examples(
-    config: Any,
-    params: Any,
+    config: models.Config,
+    params: Params,
     examples: Sequence[Example],
     *,
     layout: layouts.Layout | None = None,
@@ -231,9 +234,8 @@ def score_examples(
         layout: How the model reads them; of an encoder-decoder its config says it.
         batch_size: Examples in a batch.
         dtype: The dtype to compute in; log-probabilities are float32 always.
-        parts: Of `batching.batches`, where they were made before; `layout` and `batch_size` are
-            then not read.
-        on_done: Told how many examples were finished, batch by batch.
+        parts: From `batching.batches`, in place of `layout` and `batch_size`; None makes them.
+        on_done: Called with the number of examples finished, batch by batch.
 
     Returns:
         Per example, float32 [C]: the summed log-probability of each choice, in nats, EOS included.
@@ -244,8 +246,8 @@ def score_examples(
     pending: tuple[list[int], jax.Array] | None = None
 
     def collect(part: list[int], scores_BxC: jax.Array) -> None:
-        for index, of_one in zip(part, np.asarray(scores_BxC), strict=False):
-            scores[index] = of_one[: len(scored(examples[index]))]
+        for index, scores_C in zip(part, np.asarray(scores_BxC), strict=False):
+            scores[index] = scores_C[: len(scored(examples[index]))]
         on_done(len(part))
 
     if parts is None:
@@ -263,9 +265,9 @@ def score_examples(
 def empty_inputs(
     examples: Sequence[RankingExample], layout: layouts.Layout, eos_id: int
 ) -> tuple[list[RankingExample], list[list[tuple[int, int]]]]:
-    """What calibration scores: every different choice once, after an input that says nothing.
+    """Returns what calibration scores: every different choice once, after an empty input.
 
-    That input is EOS alone or, where rows begin with a start token, this alone.
+    An empty input is EOS alone or, where rows begin with a start token, this alone.
 
     Args:
         examples: Those to calibrate.
@@ -273,34 +275,34 @@ def empty_inputs(
         eos_id: The token that ends a text.
 
     Returns:
-        Examples of as many choices as the given ones have, and for each choice of each given
-        example in which of them it is, and its place there.
+        Examples of as many choices as `examples` have, and for each choice of each of `examples`
+        which of the former has it, and at which place.
     """
     distinct: dict[bytes, np.ndarray] = {}
     for example in examples:
         distinct |= {choice.tobytes(): choice for choice in example.choices}
-    # Like lengths together.
+    # Similar lengths together.
     ordered = sorted(distinct.items(), key=lambda item: len(item[1]))
     width = max((len(example.choices) for example in examples), default=1)
     starts = isinstance(layout, layouts.PrefixLM) and layout.start_id is not None
     nothing = np.array([] if starts else [eos_id], np.int32)
-    made = []
+    empty = []
     for first in range(0, len(ordered), width):
         choices = tuple(choice for _, choice in ordered[first : first + width])
         none = (False,) * len(choices)
-        made.append(RankingExample(nothing, choices, none, "", ("",) * len(choices), False))
+        empty.append(RankingExample(nothing, choices, none, "", ("",) * len(choices), False))
     place = {key: divmod(number, width) for number, (key, _) in enumerate(ordered)}
     places = [[place[choice.tobytes()] for choice in example.choices] for example in examples]
-    return made, places
+    return empty, places
 
 
-def compared(
+def rule_scores(
     rule: str,
     examples: Sequence[RankingExample],
     scores: Sequence[np.ndarray],
     empty: Sequence[np.ndarray],
 ) -> list[np.ndarray]:
-    """What a rule compares of the choices of each example: the largest is taken.
+    """Computes what a rule compares of the choices of each example: the largest is chosen.
 
     "sum": log p(choice | inputs), EOS included (T0: Sanh et al. 2022, section 5.1).
     "per_token": this over the choice's tokens, EOS among them (T-Few: Liu et al. 2022).
@@ -319,31 +321,29 @@ def compared(
     """
     if rule == "sum":
         return list(scores)
-    if rule == "per_token":
-        sizes = [np.array([len(ids) for ids in example.choices]) for example in examples]
-        return [of_one / size for of_one, size in zip(scores, sizes, strict=True)]
-    if rule == "per_byte":
-        texts = [example.choices_text for example in examples]
-        sizes = [np.array([max(1, len(text.encode())) for text in of_one]) for of_one in texts]
-        return [of_one / size for of_one, size in zip(scores, sizes, strict=True)]
     if rule == "calibrated":
-        return [of_one - nothing for of_one, nothing in zip(scores, empty, strict=True)]
-    raise UnknownNameError("rule of ranking", rule, RULES)
+        return [scores_C - empty_C for scores_C, empty_C in zip(scores, empty, strict=True)]
+    if rule == "per_token":
+        sizes = [[len(ids) for ids in example.choices] for example in examples]
+    elif rule == "per_byte":
+        sizes = [[max(1, len(text.encode())) for text in e.choices_text] for e in examples]
+    else:
+        raise UnknownNameError("rule of ranking", rule, RULES)
+    return [scores_C / np.array(size) for scores_C, size in zip(scores, sizes, strict=True)]
 
 
-def by_every_rule(
+def accuracy_by_rule(
     task: str,
     examples: Sequence[RankingExample],
     scores: Sequence[np.ndarray],
     empty: Sequence[np.ndarray],
 ) -> dict[str, float]:
-    """Accuracy in percent by the rules but T0's: "accuracy_per_token" and so on; as `rank` does."""
-    return {
-        f"accuracy_{rule}": rank(task, examples, compared(rule, examples, scores, empty)).figures[
-            "accuracy"
-        ]
-        for rule in RULES[1:]
-    }
+    """Computes `rank`'s accuracy in percent by the rules but T0's, as "accuracy_per_token"."""
+    result = {}
+    for rule in RULES[1:]:
+        ranking = rank(task, examples, rule_scores(rule, examples, scores, empty))
+        result[f"accuracy_{rule}"] = ranking.figures["accuracy"]
+    return result
 
 
 def rank(
@@ -353,7 +353,7 @@ def rank(
     *,
     metrics: Sequence[str] = ("accuracy",),
 ) -> Ranking:
-    """The metrics of choosing the best-scored answer.
+    """Computes the metrics of choosing the best-scored answer.
 
     `choice_metrics` says how they count ties.
 
@@ -361,7 +361,7 @@ def rank(
         task: The task's name, for messages.
         examples: What was scored.
         scores: Per example, a number for each choice: float [C].
-        metrics: "accuracy", and of CLASS_METRICS what is wanted beside it.
+        metrics: "accuracy", and names of CLASS_METRICS.
 
     Raises:
         UnknownNameError: there is no such metric.
@@ -372,20 +372,20 @@ def rank(
     broken = sum(not np.all(np.isfinite(scores_C)) for scores_C in scores)
     if broken > 1:
         task = f"{broken} of {len(scores)} examples have scores that are not finite; {task}"
-    taken, right = [], []
+    chosen, right = [], []
     for index, (example, scores_C) in enumerate(zip(examples, scores, strict=True)):
-        where = f"{task}, example {index}"
+        label = f"{task}, example {index}"
         right.append(np.array(example.is_correct))
-        taken.append(best_choices(where, scores_C, right[-1]))
+        chosen.append(best_choices(label, scores_C, right[-1]))
         if right[-1].sum() > 1:
-            raise EvaluationError(f"{where}: {right[-1].sum()} of its choices are right, not one")
-    return choice_metrics(task, metrics, taken, right)
+            raise EvaluationError(f"{label}: {right[-1].sum()} of its choices are right, not one")
+    return choice_metrics(task, metrics, chosen, right)
 
 
 def reference_likelihood(
     task: str, examples: Sequence[GenerationExample], scores: Sequence[np.ndarray]
 ) -> float:
-    """100 exp(mean over examples of log p(target | inputs) / n), n the target's tokens.
+    """Computes 100 exp(mean over examples of log p(target | inputs) / n), n the target's tokens.
 
     EOS is one of the tokens. The figure is the geometric mean of a token's probability, every
     example counting the same, in percent: 100 for a model that is sure of every reference, 100/V
@@ -404,22 +404,24 @@ def reference_likelihood(
     if not examples:
         raise EvaluationError(f"{task}: there are no examples whose references could be scored")
     by_token = []
-    for index, (example, of_one) in enumerate(zip(examples, scores, strict=True)):
-        if len(of_one) != 1 or not np.isfinite(of_one[0]):
+    for index, (example, scores_C) in enumerate(zip(examples, scores, strict=True)):
+        if len(scores_C) != 1 or not np.isfinite(scores_C[0]):
             raise EvaluationError(
-                f"{task}, example {index}: its reference scored {np.asarray(of_one).tolist()}; the "
-                "model's parameters or the arithmetic are broken"
+                f"{task}, example {index}: its reference scored {np.asarray(scores_C).tolist()}; "
+                "the model's parameters or the arithmetic are broken"
             )
-        by_token.append(float(of_one[0]) / len(example.target))
+        by_token.append(float(scores_C[0]) / len(example.target))
     return 100.0 * float(np.exp(np.mean(by_token)))
 
 
-def mean_entropy(config: Any, params: Any, batch: Batch, *, dtype: str = "float32") -> jax.Array:
-    """The mean entropy of a model's predictions on a batch, in nats; differentiable.
+def mean_entropy(
+    config: models.Config, params: Params, batch: Batch, *, dtype: str = "float32"
+) -> jax.Array:
+    """Computes the mean entropy of a model's predictions on a batch, in nats; differentiable.
 
     Of examples with answer choices: that of the softmax over the choices' scores, the summed
     log-probabilities that rank classification compares, of which none is known to be right. Of
-    examples in free text, which `batching.batches` gives one choice, their target: that of the next
+    examples in free text, which have one choice, their target: that of the next
     token at each of the target's positions, so the text decides what is read, though not what is
     wanted. Rows without an example count for nothing.
 
@@ -428,7 +430,7 @@ def mean_entropy(config: Any, params: Any, batch: Batch, *, dtype: str = "float3
     Args:
         config: The model's configuration.
         params: Its parameters.
-        batch: As `batching.batches` gives it.
+        batch: From `batching.batches`.
         dtype: The dtype to compute in.
 
     Returns:
@@ -446,7 +448,7 @@ def mean_entropy(config: Any, params: Any, batch: Batch, *, dtype: str = "float3
 
 
 def _softmax_entropy(logits: jax.Array, counts: jax.Array) -> jax.Array:
-    """-sum p log p over the last axis of the entries that count; finite gradients where none do."""
+    """Computes -sum p log p over the last axis of what counts; gradients are always finite."""
     logits = jnp.where(counts, logits, -1e30)
     log_p = jax.nn.log_softmax(logits, axis=-1)
     return -jnp.sum(jnp.where(counts, jnp.exp(log_p) * log_p, 0.0), axis=-1)

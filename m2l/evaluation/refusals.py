@@ -57,7 +57,7 @@ _GAP = re.compile(_BETWEEN)
 
 
 def is_refusal(answer: str) -> bool:
-    """Whether an answer opens with a refusal, by its words.
+    """Returns whether an answer opens with a refusal, by its words.
 
     After apologies and the like (_LEADS) it has to say at once that the speaker cannot, may not or
     will not, or that it is wrong to (_REFUSALS). What comes later does not count: an answer that

@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from m2l import files, storage
 from m2l.errors import EvaluationError
 from m2l.evaluation import bootstrap, metrics
 from m2l.evaluation.task_data import TaskData
+from m2l.typing import Json, JsonObject
 from m2l.version import __version__
 
 FORMAT_VERSION = 3
@@ -33,7 +34,7 @@ _ROUNDING = 1e-6
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One model's result on one task, as it stands in its JSON file.
+    """One model's result on one task, as its JSON file has it.
 
     Attributes:
         metric: The headline metric, of the task's own or "reference_likelihood".
@@ -43,12 +44,12 @@ class Result:
         ties: Examples whose best score was shared by several choices.
         truncated: Examples that lost tokens to the length limits.
         seconds: Time spent on the model's scores or decodings, data and metrics apart.
-        interval: Where `score` lies with 95 % confidence, by a bootstrap over the examples; None
-            for BLEU, which is dear to compute so often.
+        interval: That of 95 % confidence of `score`, by a bootstrap over the examples; None for
+            BLEU, which is expensive to compute so often.
         tokens: Tokens that the model scored or read, without padding and without what it wrote.
-        padding: The share of padding beside them.
-        settings: What else decided the figures, where it is not as everywhere: how metrics split
-            texts of other scripts, the date that a chat template was told, whether a space stands
+        padding: The share of padding in what it read.
+        settings: What else decided the figures, where it is not usual: how metrics split
+            texts of other scripts, the date that a chat template has, whether a space stands
             between inputs and targets.
     """
 
@@ -75,7 +76,7 @@ class Result:
 
 
 def result_path(out: Path, task: str) -> Path:
-    """The file of a task's result."""
+    """Returns the file of a task's result."""
     return out / f"{task}.json"
 
 
@@ -85,24 +86,27 @@ def write_result(out: Path, result: Result) -> None:
 
 
 def read_result(path: Path) -> Result:
-    """A result from its file.
+    """Reads a result from its file.
 
     Raises:
         EvaluationError: the file is not a result, damaged, or one of another version.
     """
-    again = "delete it and evaluate again"
-    how = {"finite": True, "error": EvaluationError, "advice": again}
-    version = files.read_json(path, kind=dict, **how).get("format_version")
-    fields = files.read_record(path, required=version == FORMAT_VERSION, **how)
+    options = {
+        "finite": True,
+        "error": EvaluationError,
+        "advice": "delete it and evaluate again",
+    }
+    version = files.read_json(path, kind=dict, **options).get("format_version")
+    fields = files.read_record(path, required=version == FORMAT_VERSION, **options)
     return checked_result(fields, path)
 
 
-def checked_result(fields: Mapping[str, Any], where: object) -> Result:
-    """Returns the result of fields that were read back, once each of them can be believed.
+def checked_result(fields: Mapping[str, Json], source: object) -> Result:
+    """Returns the result of fields that were read back; checks each of them.
 
     Args:
-        fields: As `dataclasses.asdict` gave them.
-        where: The file, for the message.
+        fields: From `dataclasses.asdict`.
+        source: The file, for the message.
 
     Raises:
         EvaluationError: a field is missing, unknown, of another type or out of range, or they
@@ -110,7 +114,7 @@ def checked_result(fields: Mapping[str, Any], where: object) -> Result:
     """
 
     def refuse(problem: str) -> NoReturn:
-        message = f"{where}: not a result of `m2l eval`: {problem}; delete it and evaluate again"
+        message = f"{source}: not a result of `m2l eval`: {problem}; delete it and evaluate again"
         raise EvaluationError(message)
 
     version = fields.get("format_version")
@@ -118,7 +122,7 @@ def checked_result(fields: Mapping[str, Any], where: object) -> Result:
         refuse("it has no format_version")
     if version not in (*_WITHOUT_CHECKSUM, FORMAT_VERSION):
         raise EvaluationError(
-            f"{where}: result format {version}, this m2l reads {FORMAT_VERSION}; delete it and "
+            f"{source}: result format {version}, this m2l reads {FORMAT_VERSION}; delete it and "
             "evaluate again"
         )
     # Older results have none.
@@ -163,24 +167,24 @@ def checked_result(fields: Mapping[str, Any], where: object) -> Result:
     return result
 
 
-def _is_finite(value: Any) -> bool:
+def _is_finite(value: object) -> bool:
     return type(value) in (int, float) and abs(value) < 1e300
 
 
 def read_results(directory: Path) -> dict[str, Result]:
-    """By task, the results in a folder of `m2l eval`.
+    """Reads the results in a folder of `m2l eval`, by task.
 
     Raises:
         EvaluationError: there are none, or one is damaged or of another version.
     """
-    found = [read_result(path) for path in sorted(storage.path(directory).glob("*.json"))]
-    if not found:
+    results = [read_result(path) for path in sorted(storage.path(directory).glob("*.json"))]
+    if not results:
         raise EvaluationError(f"{directory}: no results of `m2l eval`")
-    return {result.task: result for result in found}
+    return {result.task: result for result in results}
 
 
 def finished(out: Path, model_digest: str, task: TaskData, examples: bool) -> Result | None:
-    """The result already there, if it is of this model and these examples.
+    """Returns the result already there, if it is of this model and these examples.
 
     Args:
         examples: Whether its examples have to be there as well.
@@ -192,28 +196,28 @@ def finished(out: Path, model_digest: str, task: TaskData, examples: bool) -> Re
     path = result_path(out, task.info.name)
     if not path.exists():
         return None
-    held = read_result(path)
-    if held.model_digest != model_digest:
+    result = read_result(path)
+    if result.model_digest != model_digest:
         raise EvaluationError(
-            f"{path} is the result of another model ({held.model_digest[:12]}, this one is "
+            f"{path} is the result of another model ({result.model_digest[:12]}, this one is "
             f"{model_digest[:12]}); choose another --out, or delete it"
         )
-    if held.metric != task.metric:
+    if result.metric != task.metric:
         raise EvaluationError(
-            f"{path} holds the score {held.metric}, not {task.metric}; evaluate with the same "
+            f"{path} holds the score {result.metric}, not {task.metric}; evaluate with the same "
             "--generative_score, choose another --out, or delete it"
         )
-    if held.task_digest != task.digest:
+    if result.task_digest != task.digest:
         raise EvaluationError(
-            f"{path} is the result of other examples or settings ({held.count} examples then, "
+            f"{path} is the result of other examples or settings ({result.count} examples then, "
             f"{len(task.examples)} now); choose another --out, or delete it"
         )
     if examples and not (out / (task.info.name + EXAMPLES)).exists():
         return None
-    return held if held.m2l_version == __version__ else None
+    return result if result.m2l_version == __version__ else None
 
 
-def write_examples(out: Path, task: str, lines: Sequence[Mapping[str, Any]]) -> None:
+def write_examples(out: Path, task: str, lines: Sequence[Mapping[str, Json]]) -> None:
     """Writes what became of each example as compressed JSON lines, whole or not at all."""
     path = out / (task + EXAMPLES)
     packed = io.BytesIO()
@@ -224,8 +228,8 @@ def write_examples(out: Path, task: str, lines: Sequence[Mapping[str, Any]]) -> 
     storage.write_atomic(path, packed.getvalue())
 
 
-def read_examples(out: Path, task: str) -> list[dict[str, Any]]:
-    """What `write_examples` wrote.
+def read_examples(out: Path, task: str) -> list[JsonObject]:
+    """Reads what `write_examples` wrote.
 
     Raises:
         EvaluationError: it is missing or damaged.
@@ -256,7 +260,7 @@ class OverPrompts:
         quartiles: The lower and the upper one, interpolated linearly as NumPy does: their distance
             is the spread that T0's paper shows.
         worst, best: The task with the lowest and the highest score, and this score.
-        interval: Where the mean over such prompts lies with 95 % confidence: the bootstrap draws
+        interval: That of 95 % confidence of the mean over such prompts: the bootstrap draws
             prompts, so that one prompt has no width.
     """
 
@@ -273,18 +277,18 @@ class OverPrompts:
 
 
 def over_prompts(results: Iterable[Result]) -> list[OverPrompts]:
-    """A row for each dataset and metric, in the order in which they come."""
+    """Returns a row for each dataset and metric, in their order."""
     groups: dict[tuple[str, str], list[Result]] = defaultdict(list)
     for result in results:
         groups[result.dataset, result.metric].append(result)
-    return [_over_prompts(of_one) for of_one in groups.values()]
+    return [_over_prompts(group) for group in groups.values()]
 
 
 def _over_prompts(results: Sequence[Result]) -> OverPrompts:
     ordered = sorted(results, key=lambda result: result.score)
     scores = np.array([result.score for result in results])
     low, median, high = np.quantile(scores, [0.25, 0.5, 0.75])
-    interval = bootstrap.interval(lambda drawn: float(scores[drawn].mean()), len(scores))
+    interval = bootstrap.interval([lambda drawn: float(scores[drawn].mean())], [len(scores)])
     return OverPrompts(
         dataset=results[0].dataset,
         category=results[0].category,
@@ -300,7 +304,7 @@ def _over_prompts(results: Sequence[Result]) -> OverPrompts:
 
 
 def over_categories(rows: Iterable[OverPrompts]) -> dict[tuple[str, str], float]:
-    """By category and metric, the mean over datasets of the mean over their prompts, in percent.
+    """Computes the mean over datasets of the mean over their prompts, by category and metric.
 
     Source: "What Matters for Model Merging at Scale?", section 3; what it reports is this in units
     of a reference, `normalized`, and the mean over categories.
@@ -312,7 +316,7 @@ def over_categories(rows: Iterable[OverPrompts]) -> dict[tuple[str, str], float]
 
 
 def dataset_scores(results: Iterable[Result]) -> dict[str, float]:
-    """The mean score over each dataset's prompts, in percent."""
+    """Computes the mean score over each dataset's prompts, in percent."""
     by_dataset = defaultdict(list)
     for result in results:
         by_dataset[result.dataset].append(result.score)
@@ -322,15 +326,14 @@ def dataset_scores(results: Iterable[Result]) -> dict[str, float]:
 def ratios(
     results: Iterable[Result], reference: Mapping[str, Result]
 ) -> dict[tuple[str, str], float]:
-    """By category and dataset, the score over the reference's score.
+    """Computes the score over the reference's score, by category and dataset.
 
     Args:
         results: The model's results, one for each task.
         reference: By task name, the results that stand for 1.0: at least those of `results`.
 
     Returns:
-        1.0 where the model does as well as the reference; NaN where the reference scores 0, for
-        nothing can be divided by it.
+        1.0 where the model does as well as the reference; NaN where the reference scores 0.
 
     Raises:
         EvaluationError: there are no results; a task lacks its reference; the reference was scored
@@ -340,18 +343,18 @@ def ratios(
     if not results:
         raise EvaluationError("normalised performance of no results at all")
     for result in results:
-        of_task = reference.get(result.task)
-        if of_task is None:
+        expected = reference.get(result.task)
+        if expected is None:
             raise EvaluationError(f"{result.task}: the reference model has no result on it")
-        if of_task.metric != result.metric:
+        if expected.metric != result.metric:
             raise EvaluationError(
                 f"{result.task}: its score is {result.metric} and the reference's is "
-                f"{of_task.metric}; evaluate both with the same --generative_score"
+                f"{expected.metric}; evaluate both with the same --generative_score"
             )
-        if of_task.task_digest != result.task_digest:
+        if expected.task_digest != result.task_digest:
             raise EvaluationError(
                 f"{result.task}: the reference was scored on other examples "
-                f"({of_task.task_digest[:12]}, not {result.task_digest[:12]}); evaluate both anew"
+                f"({expected.task_digest[:12]}, not {result.task_digest[:12]}); evaluate both anew"
             )
     category_of = {result.dataset: result.category for result in results}
     ones = dataset_scores(reference[result.task] for result in results)
@@ -362,14 +365,14 @@ def ratios(
 
 
 def normalized(results: Iterable[Result], reference: Mapping[str, Result]) -> float:
-    """The mean over a category's datasets, then categories, of `ratios`; NaN if one is.
+    """Computes the mean of `ratios` over a category's datasets, then categories; NaN if one is.
 
     Args and errors are those of `ratios`.
     """
     by_category = defaultdict(list)
     for (category, _), ratio in ratios(results, reference).items():
         by_category[category].append(ratio)
-    return fmean(fmean(of_category) for of_category in by_category.values())
+    return fmean(map(fmean, by_category.values()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -414,13 +417,13 @@ def compare(one: Path, other: Path) -> tuple[list[Comparison], list[str]]:
         EvaluationError: they have no task in common; one was scored on other examples or by another
             metric; results or examples are missing or damaged.
     """
-    of_one, of_other = read_results(one), read_results(other)
-    both = [task for task in of_one if task in of_other]
+    one_results, other_results = read_results(one), read_results(other)
+    both = [task for task in one_results if task in other_results]
     if not both:
         raise EvaluationError(f"{one} and {other} have no task in common")
-    found = []
+    comparisons = []
     for task in both:
-        first, second = of_one[task], of_other[task]
+        first, second = one_results[task], other_results[task]
         if (first.metric, first.task_digest) != (second.metric, second.task_digest):
             raise EvaluationError(
                 f"{task}: {one} and {other} were scored on other examples or by another score "
@@ -428,21 +431,21 @@ def compare(one: Path, other: Path) -> tuple[list[Comparison], list[str]]:
                 "both anew"
             )
         lines = read_examples(one, task), read_examples(other, task)
-        for folder, result, of_folder in zip((one, other), (first, second), lines, strict=True):
-            if len(of_folder) != result.count:
+        for folder, result, examples in zip((one, other), (first, second), lines, strict=True):
+            if len(examples) != result.count:
                 raise EvaluationError(
-                    f"{folder}: {task} has {result.count} examples, but {len(of_folder)} are there"
+                    f"{folder}: {task} has {result.count} examples, but {len(examples)} are there"
                 )
-        statistics = [bootstrap.statistic(first.metric, of_folder) for of_folder in lines]
+        statistics = ([bootstrap.statistic(first.metric, examples)] for examples in lines)
         draws = bootstrap.draws_of(first.metric)
-        difference = bootstrap.paired(*statistics, first.count, draws=draws)
-        found.append(Comparison(first, second, difference, flips(*lines)))
-    return found, sorted(set(of_one) ^ set(of_other))
+        difference = bootstrap.paired(*statistics, [first.count], draws=draws)
+        comparisons.append(Comparison(first, second, difference, flips(*lines)))
+    return comparisons, sorted(set(one_results) ^ set(other_results))
 
 
-def flips(one: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]]) -> list[Flip]:
-    """The examples that two models answer differently, the largest change of score first."""
-    found = []
+def flips(one: Sequence[JsonObject], other: Sequence[JsonObject]) -> list[Flip]:
+    """Returns the examples that two models answer differently, largest change of score first."""
+    result = []
     for number, (first, second) in enumerate(zip(one, other, strict=True)):
         answers = _answer(first), _answer(second)
         if answers[0] != answers[1]:
@@ -450,11 +453,11 @@ def flips(one: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]]) 
             change = second["value"] - first["value"] if known else 0.0
             right = first["choices"][first["right"]] if "choices" in first else None
             right = first["references"][0] if right is None else right
-            found.append(Flip(number, first["inputs"], right, *answers, change))
-    return sorted(found, key=lambda flip: -abs(flip.change))
+            result.append(Flip(number, first["inputs"], right, *answers, change))
+    return sorted(result, key=lambda flip: -abs(flip.change))
 
 
-def _answer(line: Mapping[str, Any]) -> str:
+def _answer(line: JsonObject) -> str:
     if "choices" in line:
         return " = ".join(line["choices"][place] for place in line["taken"])
     if "prediction" in line:

@@ -6,29 +6,31 @@ has raised it does so again on its next call: make a new one.)
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from m2l.errors import EvaluationError
 from m2l.evaluation import ranking
 
-# What t5's rank_classification postprocessor gives: (example, choice), whether the choice is right,
-# the example's weight, the choice's length in tokens.
+# What t5's rank_classification postprocessor returns: (example, choice), whether the choice is
+# right, the example's weight, the choice's length in tokens.
 RankTarget = tuple[tuple[int, int], bool, float, int]
-ScoreMetric = Callable[[Sequence[RankTarget], Any], dict[str, float]]
+# A float for each target; or these and intermediates.
+Scores = ArrayLike | tuple[ArrayLike, object]
+ScoreMetric = Callable[[Sequence[RankTarget], Scores], dict[str, float]]
 PredictMetric = Callable[[Sequence[str], Sequence[str]], dict[str, float]]
 
 
 def rank_classification(
     task: str, *, num_choices: int | None, metrics: Sequence[str] = ("accuracy",)
 ) -> ScoreMetric:
-    """The metric of a task whose answer is the choice with the largest log-likelihood.
+    """Returns the metric of a task whose answer is the choice with the largest log-likelihood.
 
     The figures are those of `m2l eval`, save that a text which a record offers twice is two choices
-    here: "accuracy", where k choices that share the best score
-    count 1/k, so that a tie never wins by standing first; "chance", the accuracy of choosing at
-    random; the other metrics the prompt declares; and "ties", how many examples had one.
+    here: "accuracy", where k choices that share the best score count 1/k, so that a tie never wins
+    by standing first; "chance", the accuracy of choosing at random; the other metrics the prompt
+    declares; and "ties", how many examples had one.
     Without ties, accuracy and F1 equal those of `t5.evaluation.metrics.rank_classification`.
 
     `seqio.Evaluator(num_examples=n)` takes the first n rows, one for each choice, and may leave
@@ -39,7 +41,7 @@ def rank_classification(
     Args:
         task: The task's name, for messages.
         num_choices: How many choices every example has; None if that varies.
-        metrics: "accuracy", and of `ranking.CLASS_METRICS` what is wanted beside it.
+        metrics: "accuracy", and names of `ranking.CLASS_METRICS`.
 
     Returns:
         A function of seqio's (targets, scores): a target as t5's rank_classification
@@ -49,7 +51,7 @@ def rank_classification(
         example with choices missing or given twice, or without a right one; a weight.
     """
 
-    def compute(targets: Sequence[RankTarget], scores: Any) -> dict[str, float]:
+    def compute(targets: Sequence[RankTarget], scores: Scores) -> dict[str, float]:
         if isinstance(scores, tuple) and len(scores) == 2 and np.ndim(scores[0]):
             scores = scores[0]
         scores = np.asarray(scores, np.float64)
@@ -68,22 +70,22 @@ def rank_classification(
                     f"{task}, example {example}: its weight is {weight}; every example counts once"
                 )
             group[int(choice)] = (bool(is_correct), float(score))
-        taken, right = [], []
+        chosen, right = [], []
         for example in sorted(groups):
-            where, group = f"{task}, example {example}", groups[example]
+            label, group = f"{task}, example {example}", groups[example]
             needed = max(2, len(group)) if num_choices is None else num_choices
             if sorted(group) != list(range(needed)):
                 raise EvaluationError(
-                    f"{where}: of its {'two or more' if num_choices is None else num_choices} "
+                    f"{label}: of its {'two or more' if num_choices is None else num_choices} "
                     f"choices there are the numbers {sorted(group)}; a limit on examples counts "
                     "choices, and must not end inside an example"
                 )
             rows = [group[choice] for choice in range(needed)]
             right.append(np.array([is_correct for is_correct, _ in rows]))
-            taken.append(
-                ranking.best_choices(where, np.array([score for _, score in rows]), right[-1])
+            chosen.append(
+                ranking.best_choices(label, np.array([score for _, score in rows]), right[-1])
             )
-        ranked = ranking.choice_metrics(task, metrics, taken, right)
+        ranked = ranking.choice_metrics(task, metrics, chosen, right)
         return {**ranked.figures, "ties": float(ranked.ties)}
 
     return compute
@@ -92,7 +94,7 @@ def rank_classification(
 def answers(
     task: str, *, classes: Sequence[str] | None, metrics: Sequence[str] = ("accuracy",)
 ) -> PredictMetric:
-    """The metric of a task whose answer is decoded, and compared with the right choice's text.
+    """Returns the metric of a task whose decoded answer is compared with the right choice's text.
 
     "accuracy" is the share in percent of answers that are the target, blanks around both left out.
     With fixed choices, the other metrics the prompt declares: an answer that is none of the choices
@@ -102,7 +104,7 @@ def answers(
     Args:
         task: The task's name, for messages.
         classes: The choices of every example, in the order of their classes; None if they vary.
-        metrics: "accuracy", and with `classes` of `ranking.CLASS_METRICS` what is wanted beside it.
+        metrics: "accuracy", and with `classes` names of `ranking.CLASS_METRICS`.
 
     Returns:
         A function of seqio's (targets, predictions), two texts for each example. It raises
@@ -126,11 +128,11 @@ def answers(
         same = [one == other for one, other in zip(targets, predictions, strict=True)]
         figures = {"accuracy": 100.0 * float(np.mean(same))}
         if names is not None:
-            taken, right = (
+            chosen, right = (
                 [np.array([text == name for name in names]) for text in texts]
                 for texts in (predictions, targets)
             )
-            figures |= ranking.class_metrics(task, metrics, taken, right)
+            figures |= ranking.class_metrics(task, metrics, chosen, right)
         return figures
 
     return compute

@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 from m2l.data.examples import (
     GenerationExample,
@@ -16,6 +15,7 @@ from m2l.data.prompts import TaskInfo
 from m2l.errors import ConfigError, DataError, UnknownNameError
 from m2l.evaluation import metrics
 from m2l.progress import Progress
+from m2l.typing import Json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,15 +117,14 @@ def load_tasks(
 
 
 CHOOSING = "__choosing"
-"""What the name of a half to choose by ends with."""
+"""The suffix of the name of a half to choose by."""
 
 
 def halves(task: TaskData) -> tuple[TaskData, TaskData]:
     """Splits a task's examples into those to choose by and those to judge by.
 
-    They are put in the order of their inputs' digests and cut in the middle, where examples of the
-    same inputs stay together: nothing is asked on both sides, and neither side hangs on the order
-    of a file.
+    They are sorted by their inputs' digests and cut in the middle, where examples of the same
+    inputs stay together: no input is in both halves, and the order of a file does not matter.
 
     Returns:
         The half to choose by, its task's name ending in CHOOSING, and the half to judge by.
@@ -141,24 +140,25 @@ def halves(task: TaskData) -> tuple[TaskData, TaskData]:
     for digest in sorted(by_inputs):
         if 2 * (len(chosen) + len(by_inputs[digest])) <= len(task.examples):
             chosen += by_inputs[digest]
-    rest = set(range(len(task.examples))) - set(chosen)
-    if not chosen or not rest:
+    judging = set(range(len(task.examples))) - set(chosen)
+    if not chosen or not judging:
         raise DataError(
             f"task {task.info.name}: {len(task.examples)} examples of {len(by_inputs)} different "
             "inputs cannot be halved into some to choose by and some to judge by; give more"
         )
-    to_choose = dataclasses.replace(task.info, name=task.info.name + CHOOSING)
-    found = []
-    for info, numbers in ((to_choose, chosen), (task.info, rest)):
+
+    def part(info: TaskInfo, numbers: Iterable[int]) -> TaskData:
         examples = [task.examples[number] for number in sorted(numbers)]
-        part = dataclasses.replace(task, info=info, examples=examples)
-        found.append(dataclasses.replace(part, digest=_digest(part)))
-    return found[0], found[1]
+        half = dataclasses.replace(task, info=info, examples=examples)
+        return dataclasses.replace(half, digest=_digest(half))
+
+    choosing_info = dataclasses.replace(task.info, name=task.info.name + CHOOSING)
+    return part(choosing_info, chosen), part(task.info, judging)
 
 
 def _digest(task: TaskData) -> str:
     generated = task.info.kind == "generate"
-    decided_by: list[Any] = [task.info.kind, task.info.metrics]
+    decided_by: list[Json] = [task.info.kind, task.info.metrics]
     decided_by += [task.max_length if task.decoded else None]
     decided_by += [task.generative_score] if generated else []
     decided_by += [task.beams] if task.decoded and task.beams > 1 else []

@@ -42,12 +42,12 @@ def words(text: str) -> list[str]:
 
 
 def is_ascii(text: str) -> bool:
-    """Whether a text's letters and digits are all a-z, A-Z and 0-9."""
+    """Returns whether a text's letters and digits are all a-z, A-Z and 0-9."""
     return not _NOT_ASCII.search(text.lower())
 
 
 def is_latin(text: str) -> bool:
-    """Whether a text's letters are all Latin; so where it has none."""
+    """Returns whether a text's letters are all Latin; True where it has none."""
     return not _NOT_LATIN.search(text)
 
 

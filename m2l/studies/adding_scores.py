@@ -37,12 +37,11 @@ class Scores:
 
     def interval(self) -> list[float]:
         """Where the mean lies with 95 % confidence."""
-        return bootstrap.interval_of_mean(self.statistics, self._counts, draws=self._draws)
+        return bootstrap.interval(self.statistics, self._counts, draws=self._draws)
 
     def against(self, other: "Scores") -> Difference:
         """How much more this model scores in the mean than another on the same examples."""
-        how = {"draws": self._draws}
-        return bootstrap.paired_means(other.statistics, self.statistics, self._counts, **how)
+        return bootstrap.paired(other.statistics, self.statistics, self._counts, draws=self._draws)
 
     def single(self) -> list["Scores"]:
         """Each task by itself."""

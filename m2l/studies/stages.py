@@ -131,8 +131,7 @@ class _Judge:
 
     def results(self, params: Any, categories: Sequence[str]) -> list[Result]:
         """The results themselves."""
-        outcomes = self._evaluator.outcomes(params, only=self._only(categories))
-        return [outcome.result for outcome in outcomes]
+        return list(self._evaluator.results(params, only=self._only(categories)))
 
 
 def run_evaluate(stage: Stage, out: Path, inputs: Mapping[str, Path]) -> None:

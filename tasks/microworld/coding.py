@@ -91,7 +91,7 @@ def coding_programs(dice: Dice, index: int, stratum: int) -> JsonObject:
     said = _said(dice, program)
     return {
         "request": dice.pick(_FRAMES).format(said=said),
-        "program": programs.written(program),
+        "program": programs.unparse(program),
         "tests": [
             f"{' '.join(map(str, numbers))} -> {' '.join(map(str, result))}".strip()
             for numbers, result in zip(lists, outcomes, strict=True)

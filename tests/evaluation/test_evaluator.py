@@ -190,14 +190,14 @@ def test_one_evaluator_serves_merges_in_memory_without_compiling_or_batching_aga
     for scale in (0.0, 0.5, 1.0):
         recipe = merging.Recipe("task_arithmetic", scale=scale)
         merged = merging.merge_params(tiny_params, [expert], recipe)
-        scores.append([one.result.score for one in evaluator.outcomes(merged)])
+        scores.append([result.score for result in evaluator.results(merged)])
         compiled = ranking.scorer(tiny_config, "float32")._cache_size()
         at_first = at_first or compiled
         assert compiled == at_first
-    [alone] = evaluator.outcomes(tiny_params, only=["runner_free"])
-    assert alone.result.score == scores[0][1]
+    [alone] = evaluator.results(tiny_params, only=["runner_free"])
+    assert alone.score == scores[0][1]
     with pytest.raises(UnknownNameError, match="'runner_free'"):
-        list(evaluator.outcomes(tiny_params, only=["runner_fre"]))
+        list(evaluator.results(tiny_params, only=["runner_fre"]))
     monkeypatch.undo()
     for params, wanted in ((tiny_params, scores[0]), (expert, scores[2])):
         alone = Evaluator(tiny_config, tasks_of, vocabulary).run(

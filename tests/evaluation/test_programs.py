@@ -82,7 +82,7 @@ def test_a_program_that_goes_too_far_is_stopped(text, given):
 
 def test_a_program_is_written_as_it_is_parsed():
     for text, _, _ in BY_HAND:
-        assert programs.written(programs.parse(text)) == text
+        assert programs.unparse(programs.parse(text)) == text
 
 
 def test_every_text_of_its_words_is_a_program_that_ends_or_is_refused():
@@ -93,7 +93,7 @@ def test_every_text_of_its_words_is_a_program_that_ends_or_is_refused():
         text = " ".join(rng.choices(words, k=rng.randint(1, 12)))
         try:
             program = programs.parse(text)
-            assert programs.parse(programs.written(program)) == program
+            assert programs.parse(programs.unparse(program)) == program
             made = programs.run(program, [rng.randint(-9, 9) for _ in range(rng.randint(0, 6))])
         except programs.ProgramError:
             continue
@@ -103,8 +103,8 @@ def test_every_text_of_its_words_is_a_program_that_ends_or_is_refused():
 
 
 def test_a_test_case_is_a_list_and_what_is_made_of_it():
-    assert programs.case("3 1 2 -> 4 2") == ((3, 1, 2), (4, 2))
-    assert programs.case("3 -> ") == ((3,), ())
+    assert programs.parse_case("3 1 2 -> 4 2") == ((3, 1, 2), (4, 2))
+    assert programs.parse_case("3 -> ") == ((3,), ())
     for text in ("3 1 2", "3 -> x", "-> ->"):
         with pytest.raises(ValueError):
-            programs.case(text)
+            programs.parse_case(text)

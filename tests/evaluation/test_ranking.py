@@ -113,7 +113,7 @@ def test_accuracy_and_f1_are_those_of_t5s_rank_classification(examples):
     low = [of_one - 5 for of_one in of_all]
     flat = [float(score) for of_one in low for score in of_one]
     expected = rank_classification(rows, flat, num_classes=2, normalize_by_target_length=True)
-    found = ranking.by_every_rule("task", uneven, low, low)
+    found = ranking.accuracy_by_rule("task", uneven, low, low)
     assert found["accuracy_per_token"] == pytest.approx(expected["accuracy"])
     assert found["accuracy_per_token"] != pytest.approx(
         ranking.rank("task", uneven, low).figures["accuracy"]
@@ -230,16 +230,16 @@ def test_each_rule_compares_what_it_says(examples):
     }
     assert tuple(wanted) == ranking.RULES
     for rule, values in wanted.items():
-        [found] = ranking.compared(rule, [one], scores, empty)
+        [found] = ranking.rule_scores(rule, [one], scores, empty)
         np.testing.assert_allclose(found, values)
-    figures = ranking.by_every_rule("task", [one], scores, empty)
+    figures = ranking.accuracy_by_rule("task", [one], scores, empty)
     assert figures == {
         "accuracy_per_token": 0.0,
         "accuracy_per_byte": 0.0,
         "accuracy_calibrated": 0.0,
     }
     with pytest.raises(UnknownNameError, match="'per_token'"):
-        ranking.compared("per_tokens", [one], scores, empty)
+        ranking.rule_scores("per_tokens", [one], scores, empty)
 
 
 def test_calibration_scores_every_different_choice_once_after_an_empty_input(

@@ -269,20 +269,20 @@ def test_the_numbers_of_system_calls_are_the_kernels(header, place):
         pytest.skip("no headers of the kernel here")
     defined = re.findall(r"#define __NR(?:3264)?_(\w+)\s+(\d+)", Path(header).read_text())
     numbers = {name: int(number) for name, number in defined}
-    for name, of_each in isolation._SYSTEM_CALLS.items():
-        assert of_each[place] == numbers.get(name), name
+    for name, pair in isolation._SYSTEM_CALLS.items():
+        assert pair[place] == numbers.get(name), name
 
 
 TEST = "import math\n#<answer>\nassert double(2) == 4\nassert double(-1) == -2"
 
 
 def test_an_answer_takes_its_place_in_the_test_program():
-    assert sandbox.assembled("a\n#<answer>\nb", "x") == sandbox.AnswerTests("a", "x", "b")
+    assert sandbox.insert_answer("a\n#<answer>\nb", "x") == sandbox.AnswerTests("a", "x", "b")
     answer = "Here you are:\n```python\nx = 1\n```\nDone.\n```\ny = 2\n```"
-    assert sandbox.assembled("#<answer>\nb", answer) == sandbox.AnswerTests("", "x = 1\n", "b")
-    assert sandbox.code_of("```py\nx = 1") == "x = 1"
+    assert sandbox.insert_answer("#<answer>\nb", answer) == sandbox.AnswerTests("", "x = 1\n", "b")
+    assert sandbox.extract_code("```py\nx = 1") == "x = 1"
     with pytest.raises(EvaluationError, match="lacks the line"):
-        sandbox.assembled("a = '#<answer>'", "x")
+        sandbox.insert_answer("a = '#<answer>'", "x")
 
 
 def test_the_metric_is_the_share_of_answers_that_pass_all_their_tests(on):

@@ -279,7 +279,7 @@ def test_forbidden_requests_are_refused_and_all_others_answered(split):
 def test_a_program_passes_its_tests_and_none_with_a_step_less_does(split):
     for record in records("coding_programs", split):
         program = programs.parse(record["program"])
-        cases = [programs.case(text) for text in record["tests"]]
+        cases = [programs.parse_case(text) for text in record["tests"]]
         assert len(cases) == 4
         assert all(programs.run(program, given) == made for given, made in cases)
         for i in range(len(program)):

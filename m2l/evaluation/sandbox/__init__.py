@@ -29,7 +29,7 @@ from m2l.errors import EvaluationError
 
 SWITCH, ON = "M2L_RUN_GENERATED_CODE", "sandbox"
 ANSWER = "#<answer>"
-"""The line of a test program that gives way to what the model wrote."""
+"""The line of a test program that is replaced by what the model wrote."""
 
 _ISOLATION, *_MODULES = (
     Path(__file__).with_name(name) for name in ("isolation.py", "exchange.py", "execution.py")
@@ -52,18 +52,13 @@ class Limits:
     file: int = 1 << 20
 
 
-def enabled() -> bool:
-    """Whether this process may run code that a model wrote."""
-    return os.environ.get(SWITCH, "") == ON
-
-
 def require_enabled() -> None:
     """Refuses to go on where generated code may not run.
 
     Raises:
         EvaluationError: it is not switched on.
     """
-    if not enabled():
+    if os.environ.get(SWITCH) != ON:
         raise EvaluationError(
             "this task is scored by running Python that the model wrote, which is off by default; "
             f"on a machine that holds nothing you could not lose, set {SWITCH}={ON}; or score by "
@@ -76,19 +71,19 @@ class AnswerTests:
     """Tests of an answer.
 
     Attributes:
-        before: Source that the tests share with the answer: imports, and what it may use.
-        answer: Source that the model wrote, run after `before` in a process of its own.
-        after: Source of the tests, run after `before` in another process: one that does not pass
+        preamble: Source that the tests share with the answer: imports, and what it may use.
+        answer: Source that the model wrote, run after `preamble` in a process of its own.
+        tests: Source of the tests, run after `preamble` in another process: one that does not pass
             raises.
     """
 
-    before: str
+    preamble: str
     answer: str
-    after: str
+    tests: str
 
 
 def run(program: str | AnswerTests, limits: Limits = Limits()) -> str:
-    """Runs one program; returns "passed" if all its tests pass, else what became of it.
+    """Runs one program; returns "passed" if all its tests pass, else how it failed.
 
     Args:
         program: Tests and answer; or Python with its tests inside. Of the latter, asserts at the
@@ -139,13 +134,13 @@ def run(program: str | AnswerTests, limits: Limits = Limits()) -> str:
     return "failed: it ended before its tests did"
 
 
-def code_of(answer: str) -> str:
-    """The code of an answer: its first fenced block if it has one, else all of it."""
+def extract_code(answer: str) -> str:
+    """Returns the code of an answer: its first fenced block if it has one, else all of it."""
     fenced = _FENCE.search(answer)
     return fenced[1] if fenced else answer
 
 
-def assembled(test: str, answer: str) -> AnswerTests:
+def insert_answer(test: str, answer: str) -> AnswerTests:
     """Returns a test program with the code of an answer in place of its line ANSWER.
 
     Raises:
@@ -155,14 +150,14 @@ def assembled(test: str, answer: str) -> AnswerTests:
     if ANSWER not in lines:
         raise EvaluationError(f"a test program lacks the line {ANSWER!r}: {test!r:.80}")
     place = lines.index(ANSWER)
-    before, after = "\n".join(lines[:place]), "\n".join(lines[place + 1 :])
-    return AnswerTests(before, code_of(answer), after)
+    preamble, tests = "\n".join(lines[:place]), "\n".join(lines[place + 1 :])
+    return AnswerTests(preamble, extract_code(answer), tests)
 
 
 def verdicts(
     tests: Sequence[Sequence[str]], answers: Sequence[str], limits: Limits = Limits()
 ) -> list[str]:
-    """What became of each answer, as many at once as there are processors.
+    """Runs the tests of each answer, as many at once as there are processors.
 
     Args:
         tests: Per answer the test programs that it has to pass.
@@ -173,12 +168,12 @@ def verdicts(
         "passed" or the first failure.
 
     Raises:
-        EvaluationError: as `run` and `assembled` do.
+        EvaluationError: as `run` and `insert_answer` do.
     """
     require_enabled()
 
     def verdict(answer_tests: Sequence[str], answer: str) -> str:
-        programs = (assembled(test, answer) for test in answer_tests)
+        programs = (insert_answer(test, answer) for test in answer_tests)
         results = (run(program, limits) for program in programs)
         return next((result for result in results if result != "passed"), "passed")
 

@@ -18,8 +18,12 @@ import struct
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
+# Whatever a program or its tests may hold.
+PythonObject: TypeAlias = Any
+# A value in a message: JSON.
+Node: TypeAlias = list[PythonObject]
 MAX_MESSAGE = 64 << 20
 _SMALL = 1 << 53
 
@@ -38,7 +42,7 @@ class Connection:
     def __init__(self, read_descriptor: int, write_descriptor: int) -> None:
         self._read, self._write = read_descriptor, write_descriptor
 
-    def send(self, message: list[Any]) -> None:
+    def send(self, message: Node) -> None:
         """Writes one message.
 
         Raises:
@@ -52,7 +56,7 @@ class Connection:
             except BrokenPipeError:
                 raise Closed from None
 
-    def receive(self) -> list[Any]:
+    def receive(self) -> Node:
         """Reads one message.
 
         Raises:
@@ -101,7 +105,7 @@ class Remote:
     def __class__(self) -> type:
         return _KINDS.get(object.__getattribute__(self, "_kind"), Remote)
 
-    def _plain(self) -> Any:
+    def _plain(self) -> PythonObject:
         kind = _KINDS.get(self._kind)
         if kind is None:
             raise TypeError("an object of the program has no value that can be compared")
@@ -110,43 +114,43 @@ class Remote:
             raise Violation(f"a value of another type than {self._kind}")
         return value
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> PythonObject:
         if name.startswith("__") and name not in ("__name__", "__qualname__", "__doc__"):
             raise AttributeError(name)
         return self._peer.request("getattr", self, name)
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: PythonObject) -> None:
         self._peer.request("setattr", self, name, value)
 
     def __delattr__(self, name: str) -> None:
         self._peer.request("delattr", self, name)
 
-    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+    def __call__(self, *arguments: PythonObject, **keywords: PythonObject) -> PythonObject:
         try:
             return self._peer.request("call", self, arguments, keywords)
         except StopIteration as error:  # it would end a loop of the caller without a word
             raise RuntimeError("the call raised StopIteration") from error
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def __reduce_ex__(self, protocol: PythonObject) -> PythonObject:
         raise TypeError("an object of the program cannot be copied")
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> PythonObject:
         if self._kind:
             return iter(self._plain())
         return self._peer.request("iter", self)
 
-    def __next__(self) -> Any:
+    def __next__(self) -> PythonObject:
         return self._peer.request("next", self)
 
     def __hash__(self) -> int:
         return hash(self._plain()) if self._kind else hash((Remote, self._handle))
 
-    def __instancecheck__(self, instance: Any) -> bool:
+    def __instancecheck__(self, instance: PythonObject) -> bool:
         if type(instance) is Remote and instance._peer is self._peer:
             return self._exact(bool, "isinstance", instance, self)
         return False
 
-    def _exact(self, kind: type, operation: str, *arguments: Any) -> Any:
+    def _exact(self, kind: type, operation: str, *arguments: PythonObject) -> PythonObject:
         value = self._peer.request(operation, *arguments)
         if type(value) is not kind:
             raise TypeError(f"{operation} returned something else than {kind.__name__}")
@@ -167,19 +171,19 @@ class Remote:
     def __format__(self, specification: str) -> str:
         return self._exact(str, "format", self, specification)
 
-    def __getitem__(self, key: Any) -> Any:
+    def __getitem__(self, key: PythonObject) -> PythonObject:
         return self._peer.request("getitem", self, key)
 
-    def __setitem__(self, key: Any, value: Any) -> None:
+    def __setitem__(self, key: PythonObject, value: PythonObject) -> None:
         self._peer.request("setitem", self, key, value)
 
-    def __delitem__(self, key: Any) -> None:
+    def __delitem__(self, key: PythonObject) -> None:
         self._peer.request("delitem", self, key)
 
-    def __enter__(self) -> Any:
+    def __enter__(self) -> PythonObject:
         return self._peer.request("enter", self)
 
-    def __exit__(self, *_: Any) -> bool:
+    def __exit__(self, *_: PythonObject) -> bool:
         return self._exact(bool, "exit", self)
 
     def __int__(self) -> int:
@@ -192,19 +196,19 @@ class Remote:
         return operator.index(self._plain())
 
 
-def _same_side(first: Any, second: Any) -> bool:
-    """Whether both are objects of the other process without a plain value."""
+def _same_side(first: PythonObject, second: PythonObject) -> bool:
+    """Returns whether both are objects of the other process without a plain value."""
     return all(type(value) is Remote and not value._kind for value in (first, second))
 
 
-def _local(value: Any) -> Any:
+def _local(value: PythonObject) -> PythonObject:
     return value._plain() if type(value) is Remote and value._kind else value
 
 
-def _binary(name: str, *, reflected: bool) -> Callable[[Remote, Any], Any]:
+def _binary(name: str, *, reflected: bool) -> Callable[[Remote, PythonObject], PythonObject]:
     function = getattr(operator, name)
 
-    def operate(self: Remote, other: Any) -> Any:
+    def operate(self: Remote, other: PythonObject) -> PythonObject:
         if _same_side(self, other):
             value = self._peer.request("operate", name, self, other)
             return value if name not in _COMPARISONS or type(value) is bool else False
@@ -216,10 +220,10 @@ def _binary(name: str, *, reflected: bool) -> Callable[[Remote, Any], Any]:
     return operate
 
 
-def _unary(name: str) -> Callable[[Remote], Any]:
+def _unary(name: str) -> Callable[[Remote], PythonObject]:
     function = getattr(operator, name)
 
-    def operate(self: Remote) -> Any:
+    def operate(self: Remote) -> PythonObject:
         return function(self._plain()) if self._kind else self._peer.request("operate", name, self)
 
     return operate
@@ -257,7 +261,7 @@ _MUTABLE = frozenset(
 )
 
 
-def plain_of(value: Any) -> Any:
+def plain_of(value: PythonObject) -> PythonObject:
     """Returns the value of an object's plain base class, whatever its own class overrides.
 
     Raises:
@@ -283,16 +287,16 @@ def plain_of(value: Any) -> Any:
 class ByReference:
     """A result that stays where it is, although it is plain data."""
 
-    def __init__(self, value: Any) -> None:
+    def __init__(self, value: PythonObject) -> None:
         self.value = value
 
 
-def in_place(value: Any) -> Any:
+def in_place(value: PythonObject) -> PythonObject:
     """Returns what a name or an object refers to: the tests may change it where it is."""
     return ByReference(value) if type(value) in _MUTABLE else value
 
 
-def _kind_of(value: Any) -> str:
+def _kind_of(value: PythonObject) -> str:
     return next((name for name, kind in _KINDS.items() if isinstance(value, kind)), "")
 
 
@@ -310,21 +314,21 @@ class Peer:
     def __init__(
         self,
         connection: Connection,
-        operations: dict[str, Callable[..., Any]],
-        shared: Callable[[str], Any],
-        exports: Callable[[Any], bool],
+        operations: dict[str, Callable[..., PythonObject]],
+        shared: Callable[[str], PythonObject],
+        exports: Callable[[PythonObject], bool],
         output: Callable[[], str] = str,
     ) -> None:
         self.connection, self.operations = connection, operations
         self.shared, self.exports, self.output = shared, exports, output
-        self.objects: list[Any] = []
+        self.objects: list[PythonObject] = []
         self.handles: dict[int, int] = {}
         self.remotes: dict[int, Remote] = {}
         self.classes: dict[int, type] = {}
         self.violated = False
         self._lock = threading.RLock()
 
-    def request(self, operation: str, *arguments: Any) -> Any:
+    def request(self, operation: str, *arguments: PythonObject) -> PythonObject:
         """Returns what the other end's operation returns, or raises what it raises.
 
         Raises:
@@ -343,7 +347,7 @@ class Peer:
             self.violated = True
             raise
 
-    def _answer_of(self, values: "Values") -> Any:
+    def _answer_of(self, values: "Values") -> PythonObject:
         while True:
             message = self.connection.receive()
             if message[0] == "request":
@@ -362,7 +366,7 @@ class Peer:
                 raise Violation("an answer that neither returns nor raises")
             return value
 
-    def answer(self, message: list[Any]) -> None:
+    def answer(self, message: Node) -> None:
         """Carries out a request and sends the answer."""
         values = Values(self)
         try:
@@ -391,11 +395,11 @@ class Values:
 
     def __init__(self, peer: Peer) -> None:
         self.peer = peer
-        self.values: list[Any] = []
+        self.values: list[PythonObject] = []
         self.indices: dict[int, int] = {}
-        self._nodes: list[Any] = []
+        self._nodes: list[Node] = []
 
-    def reference(self, value: Any) -> Any:
+    def reference(self, value: PythonObject) -> PythonObject:
         """Returns a value as it is in a message: itself, or its node's number in a list."""
         kind = type(value)
         if kind in _SCALARS:
@@ -413,16 +417,16 @@ class Values:
         del self.values[len(self._nodes) :]
         self.indices = {id(value): index for index, value in enumerate(self.values)}
 
-    def nodes(self) -> list[Any]:
+    def nodes(self) -> list[Node]:
         """Returns the nodes of all values, and of all that they contain."""
-        result: list[Any] = []
+        result: list[Node] = []
         while len(result) < len(self.values):
             result.append(self._node(self.values[len(result)]))
         return result
 
-    def answer_nodes(self) -> list[Any]:
+    def answer_nodes(self) -> list[Node | int]:
         """Returns the nodes as `nodes`, with 0 for what was loaded and has not changed."""
-        result: list[Any] = []
+        result: list[Node | int] = []
         for value, node in zip(self.values, self._nodes, strict=False):
             changed = self._node(value) if type(value) in _MUTABLE else node
             same = changed == node and [*map(type, changed)] == [*map(type, node)]
@@ -431,11 +435,11 @@ class Values:
             result.append(self._node(self.values[len(result)]))
         return result
 
-    def _all(self, values: Any) -> list[Any]:
+    def _all(self, values: PythonObject) -> Node:
         reference, scalars = self.reference, _SCALARS
         return [value if type(value) in scalars else reference(value) for value in values]
 
-    def _node(self, value: Any) -> list[Any]:
+    def _node(self, value: PythonObject) -> Node:
         kind = type(value)
         if kind in _MUTABLE and id(value) in self.peer.handles:
             return ["remote", self._export(value), _kind_of(value)]
@@ -472,7 +476,7 @@ class Values:
             return ["remote", self._export(value.value), _kind_of(value.value)]
         return self._array(value) or self._class(value) or self._object(value)
 
-    def _array(self, value: Any) -> list[Any]:
+    def _array(self, value: PythonObject) -> Node:
         numpy = sys.modules.get("numpy")
         if numpy is None or not (type(value) is numpy.ndarray or isinstance(value, numpy.generic)):
             return []
@@ -482,30 +486,25 @@ class Values:
         data = value.tobytes().decode("latin-1")
         return [tag, value.dtype.str, list(value.shape), data]
 
-    def _class(self, value: Any) -> list[Any]:
+    def _class(self, value: PythonObject) -> Node:
         if isinstance(value, type) and getattr(builtins, value.__name__, None) is value:
             return ["type", value.__name__]
         if isinstance(value, type) and issubclass(value, BaseException):
             bases = self._all(base for base in value.__bases__ if issubclass(base, BaseException))
-            return [
-                "exception class",
-                self._export(value),
-                value.__module__,
-                value.__name__,
-                *bases,
-            ]
+            handle = self._export(value)
+            return ["exception class", handle, value.__module__, value.__name__, *bases]
         if isinstance(value, BaseException):
             return ["exception", self.reference(type(value)), *self._all(value.args)]
         return []
 
-    def _object(self, value: Any) -> list[Any]:
+    def _object(self, value: PythonObject) -> Node:
         kind = type(value)
         state = getattr(value, "__dict__", None)
         if self.peer.shared(kind.__name__) is kind and type(state) is dict:
             return ["object", kind.__name__, self.reference(state)]
         return ["remote", self._export(value), _kind_of(value)]
 
-    def _export(self, value: Any) -> int:
+    def _export(self, value: PythonObject) -> int:
         if not self.peer.exports(value):
             raise TypeError(f"an object of type {type(value).__name__} cannot be sent")
         handles, objects = self.peer.handles, self.peer.objects
@@ -514,7 +513,7 @@ class Values:
             objects.append(value)
         return handles[id(value)]
 
-    def load(self, nodes: list[list[Any]], references: list[Any]) -> list[Any]:
+    def load(self, nodes: list[Node], references: Node) -> list[PythonObject]:
         """Returns the values of references; changes those sent before as their nodes say.
 
         Raises:
@@ -536,7 +535,7 @@ class Values:
                 self._value([index])
         return result
 
-    def _value(self, reference: Any) -> Any:
+    def _value(self, reference: PythonObject) -> PythonObject:
         if type(reference) in _JSON_SCALARS:
             return reference
         [index] = reference
@@ -549,11 +548,11 @@ class Values:
             self._build(index, self._nodes[index])
         return self.values[index]
 
-    def _values(self, references: list[Any]) -> list[Any]:
+    def _values(self, references: Node) -> list[PythonObject]:
         value, scalars = self._value, _JSON_SCALARS
         return [part if type(part) in scalars else value(part) for part in references]
 
-    def _build(self, index: int, node: list[Any]) -> None:
+    def _build(self, index: int, node: Node) -> None:
         tag, *parts = node
         if tag in _KINDS and _KINDS[tag] in _MUTABLE:
             empty = collections.deque(maxlen=parts[0]) if tag == "deque" else _KINDS[tag]()
@@ -568,7 +567,7 @@ class Values:
         else:
             self.values[index] = self._immutable(tag, parts)
 
-    def _fill(self, target: Any, node: list[Any]) -> None:
+    def _fill(self, target: PythonObject, node: Node) -> None:
         values = self._values(node[1:]) if type(target) is not bytearray else []
         if type(target) is list:
             target[:] = values
@@ -590,7 +589,7 @@ class Values:
                 for key, value in pairs:
                     target[key] = value
 
-    def _immutable(self, tag: str, parts: list[Any]) -> Any:
+    def _immutable(self, tag: str, parts: Node) -> PythonObject:
         if tag in ("tuple", "frozenset"):
             return _KINDS[tag](self._values(parts))
         if tag in ("range", "slice"):
@@ -637,7 +636,7 @@ class Values:
             return error
         raise ValueError("an unknown kind of value")
 
-    def _exception_class(self, handle: int, module: str, name: str, *bases: Any) -> type:
+    def _exception_class(self, handle: int, module: str, name: str, *bases: PythonObject) -> type:
         if handle in self.peer.classes:
             return self.peer.classes[handle]
         known = self.peer.shared(name)
@@ -660,7 +659,7 @@ _MALFORMED = (
 )
 
 
-def _array_of(tag: str, dtype: str, shape: list[int], data: str) -> Any:
+def _array_of(tag: str, dtype: str, shape: list[int], data: str) -> PythonObject:
     import numpy
 
     kind = numpy.dtype(dtype)

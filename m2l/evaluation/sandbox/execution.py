@@ -17,43 +17,37 @@ import operator
 import sys
 import types
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 from m2l.evaluation.sandbox import exchange
 
+PythonObject = exchange.PythonObject
 _MODULE = "<tests>"
 # What the tests inside a whole program may name, and have from this process.
 _PURE_BUILTINS = (
     *("abs", "all", "any", "bin", "bool", "bytearray", "bytes", "callable", "chr", "complex"),
+    *("dict", "divmod", "enumerate", "filter", "float", "format", "frozenset", "hash", "hex"),
+    *("int", "isinstance", "issubclass", "iter", "len", "list", "map", "max", "min", "next"),
     *(
-        "dict",
-        "divmod",
-        "enumerate",
-        "filter",
-        "float",
-        "format",
-        "frozenset",
-        "hash",
-        "hex",
-        "int",
+        "oct",
+        "ord",
+        "pow",
+        "range",
+        "repr",
+        "reversed",
+        "round",
+        "set",
+        "slice",
+        "sorted",
+        "str",
+        "sum",
+        "tuple",
     ),
-    *("isinstance", "issubclass", "iter", "len", "list", "map", "max", "min", "next", "oct", "ord"),
-    *("pow", "range", "repr", "reversed", "round", "set", "slice", "sorted", "str", "sum", "tuple"),
     *("zip", "Ellipsis", "NotImplemented", "print"),
 )
 _PURE_MODULES = (
     *("math", "cmath", "re", "string", "itertools", "functools", "operator", "collections", "json"),
-    *(
-        "statistics",
-        "fractions",
-        "decimal",
-        "datetime",
-        "heapq",
-        "bisect",
-        "copy",
-        "numpy",
-        "pytest",
-    ),
+    *("statistics", "fractions", "decimal", "datetime", "heapq", "bisect", "copy", "numpy"),
+    "pytest",
 )
 _IMPURE_NODES = (
     *(ast.Import, ast.ImportFrom, ast.Global, ast.Nonlocal, ast.NamedExpr, ast.ClassDef),
@@ -63,15 +57,15 @@ _FRAMES = ("gi_", "cr_", "ag_", "f_", "tb_", "co_")
 _TEST_NAMES = ("check", "test", "assertion")
 
 
-class _Builtins(dict[str, Any]):
+class _Builtins(dict[str, PythonObject]):
     """Builtins; a name that is none of them is the program's."""
 
-    def __init__(self, names: dict[str, Any], peer: exchange.Peer) -> None:
+    def __init__(self, names: dict[str, PythonObject], peer: exchange.Peer) -> None:
         super().__init__(names)
         self._peer = peer
         self._remembered: set[str] = set()
 
-    def __missing__(self, name: str) -> Any:
+    def __missing__(self, name: str) -> PythonObject:
         if name.startswith("__"):
             raise KeyError(name)
         value = self._peer.request("name", name)
@@ -87,13 +81,13 @@ class _Builtins(dict[str, Any]):
         self._remembered.clear()
 
 
-def run_tests(connection: exchange.Connection, job: dict[str, Any]) -> dict[str, str]:
+def run_tests(connection: exchange.Connection, job: dict[str, str]) -> dict[str, str]:
     """Runs a program's tests.
 
     Args:
         connection: To the process that runs the program.
-        job: "before", "answer" and "after": the source of what the tests share with the answer, of
-            the answer, and of the tests. Or "program" alone: see `_parts_of_program`.
+        job: "preamble", "answer" and "tests": the source of what the tests share with the answer,
+            of the answer, and of the tests. Or "program" alone: see `_parts_of_program`.
 
     Returns:
         "verdict": "passed", or the class of the first error. Or "lacks": the isolation that the
@@ -112,7 +106,7 @@ def run_tests(connection: exchange.Connection, job: dict[str, Any]) -> dict[str,
         if "program" in job:
             _judge_program(peer, job["program"])
         else:
-            _judge_answer(peer, classes, job["before"], job["answer"], job["after"])
+            _judge_answer(peer, classes, job["preamble"], job["answer"], job["tests"])
     except (exchange.Closed, exchange.Violation):
         return {}
     except BaseException as error:  # SystemExit and KeyboardInterrupt too: the tests did not pass
@@ -121,37 +115,37 @@ def run_tests(connection: exchange.Connection, job: dict[str, Any]) -> dict[str,
 
 
 # What the program may do with a function or an iterator that it was passed.
-_OPERATIONS: dict[str, Callable[..., Any]] = {
+_OPERATIONS: dict[str, Callable[..., PythonObject]] = {
     "call": lambda function, arguments, keywords: function(*arguments, **keywords),
     "iter": iter,
     "next": next,
 }
 
 
-def _may_be_called(value: Any) -> bool:
+def _may_be_called(value: object) -> bool:
     functions = (types.FunctionType, types.BuiltinFunctionType, types.MethodType)
     return isinstance(value, (*functions, types.MethodDescriptorType)) or hasattr(value, "__next__")
 
 
-def _namespace(peer: exchange.Peer, names: dict[str, Any]) -> dict[str, Any]:
+def _namespace(peer: exchange.Peer, names: dict[str, PythonObject]) -> dict[str, PythonObject]:
     return {"__name__": "__main__", "__builtins__": _Builtins(names, peer)}
 
 
-def _run(statements: Sequence[ast.stmt], namespace: dict[str, Any]) -> None:
+def _run(statements: Sequence[ast.stmt], namespace: dict[str, PythonObject]) -> None:
     module = ast.Module(list(statements), [])
     exec(compile(module, _MODULE, "exec", dont_inherit=True), namespace)
 
 
-# ---- An answer between what stands before it and its tests
+# ---- An answer, with a preamble and tests
 
 
 def _judge_answer(
-    peer: exchange.Peer, classes: dict[str, type], before: str, answer: str, after: str
+    peer: exchange.Peer, classes: dict[str, type], preamble: str, answer: str, tests: str
 ) -> None:
-    preamble, tests = ast.parse(before).body, ast.parse(after).body
-    defined = [statement for statement in preamble if not _is_declaration(statement)]
+    test_statements = ast.parse(tests).body
+    defined = [part for part in ast.parse(preamble).body if not _is_declaration(part)]
     names = dict(vars(builtins))
-    for name in _own_builtins(tests, ast.parse(answer).body):
+    for name in _own_builtins(test_statements, ast.parse(answer).body):
         del names[name]
     namespace = _namespace(peer, names)
     # Imports and definitions that the tests share with the program are run on both sides.
@@ -161,15 +155,15 @@ def _judge_answer(
         for statement in defined
         if isinstance(statement, ast.ClassDef) and type(namespace[statement.name]) is type
     }
-    peer.request("execute", before)
+    peer.request("execute", preamble)
     peer.request("execute", answer)
     classes |= shared
     peer.request("share", list(shared))
-    _run(tests, namespace)
+    _run(test_statements, namespace)
 
 
 def _is_declaration(statement: ast.stmt) -> bool:
-    """Whether a function or class is only declared, for the answer to define."""
+    """Returns whether a function or class is only declared, for the answer to define."""
     if isinstance(statement, ast.ClassDef):
         methods = (part for part in statement.body if isinstance(part, ast.FunctionDef))
         return any(map(_is_declaration, methods))
@@ -218,11 +212,11 @@ def _judge_program(peer: exchange.Peer, program: str) -> None:
     }
     names["type"] = lambda value: value.__class__  # with three arguments it would make a class
     parts = _parts_of_program(statements)
-    tests, others = (
+    tests, program_statements = (
         [statement for is_test, part in parts if is_test is kind for statement in part]
         for kind in (True, False)
     )
-    for name in _own_builtins(tests, others) & set(names):
+    for name in _own_builtins(tests, program_statements) & set(names):
         del names[name]
     namespace = _namespace(peer, names)
     for is_test, part in parts:
@@ -236,7 +230,7 @@ def _judge_program(peer: exchange.Peer, program: str) -> None:
             _import_pure(statement, namespace)
 
 
-def _import_pure(statement: ast.stmt, namespace: dict[str, Any]) -> None:
+def _import_pure(statement: ast.stmt, namespace: dict[str, PythonObject]) -> None:
     """Imports here what an import statement of the program takes from a pure module."""
     match statement:
         case ast.Import(aliases):
@@ -299,7 +293,7 @@ def _is_test(statement: ast.stmt, functions: set[str]) -> bool:
 
 
 def _is_step(statement: ast.stmt, functions: set[str]) -> bool:
-    """Whether a statement may stand in a loop of asserts."""
+    """Returns whether a statement is allowed in a loop of asserts."""
     match statement:
         case ast.Pass():
             return True
@@ -315,7 +309,7 @@ def _contains(statement: ast.stmt, kind: type[ast.AST]) -> bool:
 
 
 def _is_pure(statements: Iterable[ast.AST]) -> bool:
-    """Whether statements reach nothing of this process but what they are given."""
+    """Returns whether statements reach nothing of this process but their arguments."""
     for node in (node for statement in statements for node in ast.walk(statement)):
         if isinstance(node, _IMPURE_NODES):
             return False
@@ -354,7 +348,7 @@ class _Output(io.RawIOBase):
     def writable(self) -> bool:
         return True
 
-    def write(self, data: Any) -> int:
+    def write(self, data: bytes) -> int:
         self._data += data[: max(_MAX_OUTPUT - len(self._data), 0)]
         return len(data)
 
@@ -367,7 +361,7 @@ class _Output(io.RawIOBase):
 
 def serve_program(connection: exchange.Connection) -> None:
     """Runs the source and the calls that the process of the tests sends, until it ends."""
-    namespace: dict[str, Any] = {"__name__": "__main__"}
+    namespace: dict[str, PythonObject] = {"__name__": "__main__"}
     output, flags, shared = _Output(), [0], set[str]()
     sys.stdout = io.TextIOWrapper(io.BufferedWriter(output), "utf-8", write_through=True)
     printed = sys.stdout
@@ -377,7 +371,7 @@ def serve_program(connection: exchange.Connection) -> None:
         flags[0] |= code.co_flags & _FUTURE_FLAGS
         exec(code, namespace)
 
-    def name(identifier: str) -> Any:
+    def name(identifier: str) -> PythonObject:
         if identifier in namespace:
             return exchange.in_place(namespace[identifier])
         if hasattr(builtins, identifier):
@@ -389,7 +383,7 @@ def serve_program(connection: exchange.Connection) -> None:
             printed.flush()
         return output.take()
 
-    operations: dict[str, Callable[..., Any]] = {
+    operations: dict[str, Callable[..., PythonObject]] = {
         "execute": execute,
         "share": lambda names: shared.update(names),
         "name": name,
@@ -414,7 +408,7 @@ def serve_program(connection: exchange.Connection) -> None:
         "exit": lambda value: bool(type(value).__exit__(value, None, None, None)),
     }
 
-    def shared_class(identifier: str) -> Any:
+    def shared_class(identifier: str) -> PythonObject:
         return namespace.get(identifier) if identifier in shared else None
 
     peer = exchange.Peer(connection, operations, shared_class, lambda value: True, take_output)

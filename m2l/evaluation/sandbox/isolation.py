@@ -20,9 +20,8 @@ import signal
 import struct
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 _NEWNS, _NEWUTS, _NEWIPC = 0x00020000, 0x04000000, 0x08000000
 _NEWUSER, _NEWPID, _NEWNET = 0x10000000, 0x20000000, 0x40000000
@@ -93,7 +92,7 @@ def _mechanism(name: str) -> Iterator[None]:
         raise _Unavailable(f"{name} ({error})") from error
 
 
-def _call(function: Any, *arguments: Any) -> None:
+def _call(function: Callable[..., int], *arguments: object) -> None:
     if function(*arguments) != 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
@@ -251,11 +250,11 @@ def _statement(code: int, value: int, yes: int = 0, no: int = 0) -> bytes:
 
 
 def _system_calls() -> bytes:
-    """A filter in the kernel's BPF: what is forbidden fails; clone makes threads only."""
+    """Returns a filter in the kernel's BPF: what is forbidden fails; clone makes threads only."""
     machine = platform.machine()
     architecture = _ARCHITECTURES[machine]
     place = list(_ARCHITECTURES).index(machine)
-    numbers = {name: of_each[place] for name, of_each in _SYSTEM_CALLS.items()}
+    numbers = {name: pair[place] for name, pair in _SYSTEM_CALLS.items()}
     load, equal, at_least, all_of, give = 0x20, 0x15, 0x35, 0x45, 0x06
     allow, kill = _statement(give, 0x7FFF0000), _statement(give, 0x80000000)
     refuse = _statement(give, 0x00050000 | _EPERM)
@@ -299,7 +298,7 @@ def _filter_system_calls() -> None:
     _call(_libc.prctl, _PR_SET_SECCOMP, 2, ctypes.c_char_p(program), 0, 0)
 
 
-def _isolate(settings: dict[str, Any]) -> None:
+def _isolate(folder: str, seconds: int, memory: int, file: int) -> None:
     """Isolates a new process, in which alone it returns; this one ends as that one does.
 
     Raises:
@@ -315,13 +314,13 @@ def _isolate(settings: dict[str, Any]) -> None:
         _, status = os.waitpid(inner, 0)
         os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
     with _mechanism("file systems that are read-only"):
-        _read_only(settings["folder"], settings["file"], user)
+        _read_only(folder, file, user)
     with _mechanism("a user without privileges"):
         _become(user)
     with _mechanism("an end together with its parent"):
         _call(_libc.prctl, _PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     with _mechanism("limits"):
-        _limits(settings["seconds"], settings["memory"], settings["file"])
+        _limits(seconds, memory, file)
         _limit_processes()
     with _mechanism("no capabilities"):
         _no_capabilities()
@@ -337,7 +336,7 @@ def _read_line(descriptor: int) -> bytes:
     return line
 
 
-def _load(path: str) -> Any:
+def _load(path: str) -> types.ModuleType:
     """Returns the module in a file, as of this package, without what its parents import."""
     for package in ("m2l", "m2l.evaluation", "m2l.evaluation.sandbox"):
         sys.modules.setdefault(package, types.ModuleType(package))
@@ -368,7 +367,7 @@ def main() -> None:
         os.close(values[0])
         connection = exchange.Connection(calls[0], values[1])
         try:
-            _isolate(settings)
+            _isolate(**settings)
         except _Unavailable as error:
             connection.send(["lacks", str(error)])
             os._exit(1)
@@ -384,7 +383,7 @@ def main() -> None:
         os.close(calls[0])
         os.close(values[1])
         try:
-            _isolate(settings)
+            _isolate(**settings)
             result = execution.run_tests(exchange.Connection(values[0], calls[1]), job)
         except _Unavailable as error:
             result = {"lacks": str(error)}
