@@ -8,7 +8,7 @@
   parameters as without the damage.
 - A kill ends a merge, a conversion or the caching of a task at a random moment, by SIGKILL, SIGINT
   or SIGTERM. The signal must be answered by at most one line and the right exit code, and the same
-  command, given again until it is done, must end with the same files and nothing left over.
+  command, run again until it is done, must end with the same files and nothing left over.
 - A hostile file is JSON, gin, YAML, a template or a header that no honest program writes. The
   command must say so in one line and exit with 2, within LIMIT seconds of processor time.
 
@@ -222,7 +222,7 @@ QUESTIONS = [
 
 
 def damages(campaign: Campaign, root: Path, count: int, rng: random.Random) -> None:
-    """Damages one file at a time, and gives it to a command that reads it."""
+    """Damages one file at a time, and runs a command that reads it."""
     environment = os.environ | {"M2L_CACHE": str(root / "cache")}
     make_inputs(root, CONFIG, rng.randrange(2**32))
     (root / "valid.jsonl").write_text("".join(json.dumps(q) + "\n" for q in QUESTIONS))
@@ -302,7 +302,7 @@ _CODES = {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
 def kills(campaign: Campaign, root: Path, count: int, rng: random.Random) -> None:
-    """Ends commands at random moments, and gives them again until they are done."""
+    """Ends commands at random moments, and runs them again until they are done."""
     make_inputs(root, LARGE, rng.randrange(2**32))
     environment = os.environ | {"M2L_CACHE": str(root / "cache")}
     out = root / "OUT"

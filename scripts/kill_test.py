@@ -3,7 +3,7 @@
     python scripts/kill_test.py [--kills 20] [--steps 40] [--seed 0] [--signal KILL]
 
 Trains a tiny T5, with a checkpoint every two steps and a validation every five, first in one go and
-then killed so many times, each time some random steps and milliseconds further on.
+then killed that many times, each time some random steps and milliseconds further on.
 Prints the step that each attempt began at, and both digests; exits with 1 if they differ. Every
 attempt is a process of its own, forked from one that has imported everything but used nothing.
 """
@@ -46,7 +46,7 @@ SETTINGS = functools.partial(
 
 
 def train(out: Path, cache: Path, steps: int) -> None:
-    """Trains so many steps, or goes on."""
+    """Trains a number of steps, or resumes."""
     jax.config.update("jax_enable_compilation_cache", True)
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

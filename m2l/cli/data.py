@@ -54,14 +54,13 @@ def tasks_list(
         registry.info(name)
         for name in (registry.tasks_in(mixture) if mixture else registry.task_names())
     ]
-    for what, wanted in (("category", category), ("dataset", dataset)):
-        known = {getattr(info, what): None for info in infos}
-        if wanted is not None and wanted not in known:
-            raise UnknownNameError(f"{what} of a task", wanted, known)
-        infos = [info for info in infos if wanted in (None, getattr(info, what))]
+    for field, value in (("category", category), ("dataset", dataset)):
+        known = {getattr(info, field): None for info in infos}
+        if value is not None and value not in known:
+            raise UnknownNameError(f"{field} of a task", value, known)
+        infos = [info for info in infos if value in (None, getattr(info, field))]
     if held_in is not None:
         infos = [info for info in infos if info.held_out != held_in]
-    declared = {info.name: registry.declaration(info.name) for info in infos}
     infos = [info for info in infos if sources.has(source, registry.datasets_of(info.name)[0])]
     if not infos:
         raise ConfigError(f"no task of source {source} is left by these filters together")
@@ -77,19 +76,18 @@ def tasks_list(
         for info in infos
     ]
     print_table(f"{len(rows)} tasks", ["task", "category", "", "kind", "metrics", ""], rows)
-    listed = dict.fromkeys(declared[info.name] for info in infos)
     rows = [
         (
-            one.name,
-            f"{one.sizes['train']:,}" if "train" in one.sizes else "",
-            f"{one.sizes['validation']:,}" if "validation" in one.sizes else "1 in 20",
-            " ".join(dict.fromkeys(metric for prompt in one.prompts for metric in prompt.metrics)),
-            " ".join(sources.having(one)),
-            one.licence,
-            one.paper,
+            dataset.name,
+            f"{dataset.sizes['train']:,}" if "train" in dataset.sizes else "",
+            f"{dataset.sizes['validation']:,}" if "validation" in dataset.sizes else "1 in 20",
+            " ".join(dict.fromkeys(m for prompt in dataset.prompts for m in prompt.metrics)),
+            " ".join(sources.having(dataset)),
+            dataset.licence,
+            dataset.paper,
         )
-        for one in listed
-        if one.paper and one is not sources.CORPUS
+        for dataset in dict.fromkeys(registry.declaration(info.name) for info in infos)
+        if dataset.paper and dataset is not sources.CORPUS
     ]
     columns = ["dataset", "train", "validation", "metrics", "sources", "licence", "to cite"]
     print_table(f"{len(rows)} datasets, as published", columns, rows)

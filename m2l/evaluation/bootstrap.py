@@ -13,6 +13,7 @@ Statistic = Callable[[np.ndarray], float]
 """The score in percent of the examples of these numbers, of which one may come several times."""
 
 DRAWS = 1000
+_LEVEL = 0.95
 # Corpus BLEU is computed anew for every draw.
 DRAWS_OF_BLEU = 200
 
@@ -50,23 +51,21 @@ def interval(
     counts: Sequence[int],
     *,
     draws: int = DRAWS,
-    level: float = 0.95,
     seed: int = 0,
 ) -> list[float]:
-    """Computes a percentile interval of the mean of statistics over examples drawn again.
+    """Computes the 95 % percentile interval of a mean of statistics over examples drawn again.
 
     Args:
         statistics: That of each task.
         counts: How many examples each task has; as many are drawn, with replacement.
         draws: How often.
-        level: The share of draws inside the interval.
         seed: Of the draws: the same ones for every model.
 
     Returns:
         Its lower and upper end.
     """
     means = [_mean(statistics, numbers) for numbers in _draw(counts, draws, seed)]
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(means, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
     return [float(low), float(high)]
 
 

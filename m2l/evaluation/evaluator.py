@@ -47,7 +47,7 @@ class Evaluator:
 
     Args:
         config: The models' configuration.
-        tasks: What to evaluate on, as `load_tasks` gives it.
+        tasks: What to evaluate on, from `load_tasks`.
         vocabulary: The seqio vocabulary, to read what a model generates.
         batch_size: Examples in a batch.
         dtype: The dtype to compute in.

@@ -141,7 +141,7 @@ def rouge(references: References, predictions: Sequence[str]) -> dict[str, float
 
     rouge-score's tokenizer knows a-z and 0-9 alone: in other scripts a text equals nothing, not
     even itself. It is used for references of these letters, and `words.words` for others; a
-    reference without any word, such as "+", is compared by what stands between its blanks.
+    reference without any word, such as "+", is split at its blanks.
     """
     _check(references, predictions)
     from rouge_score import rouge_scorer, tokenizers
@@ -294,7 +294,7 @@ def require(names: Sequence[str]) -> list[str]:
     """Makes sure that metrics can be computed, before anything is decoded for them.
 
     Returns:
-        What decides their figures beside the examples, if it is not as it usually is: the
+        What decides their figures apart from the examples, if it is not the default: the
         classifiers' names.
 
     Raises:
@@ -384,7 +384,7 @@ METRICS: dict[str, Metric] = {
     "rouge": rouge,
     **{name: _scorer_metric(scorer) for name, scorer in SCORERS.items()},
 }
-# Which of a metric's figures stands for it in tables and in normalised performance.
+# The figure of each metric that tables and normalised performance use.
 HEADLINE = {
     "squad": "f1",
     "bleu": "bleu",
@@ -393,7 +393,7 @@ HEADLINE = {
     "reference_likelihood": "reference_likelihood",
     **{name: name for name in SCORERS},
 }
-# What stands for a task in free text: the headline of its metrics on decoded text, or the
+# The headline metric of a task in free text: that of its metrics on decoded text, or the
 # likelihood of its references, for which nothing is decoded.
 GENERATIVE_SCORES = ("decoding", "likelihood")
 

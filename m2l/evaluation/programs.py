@@ -53,7 +53,7 @@ class Step(NamedTuple):
 
 
 class Repeat(NamedTuple):
-    """A program to be run so many times."""
+    """A program to be run several times."""
 
     times: int
     body: "Program"

@@ -41,8 +41,8 @@ def spearman(chosen_NxC: np.ndarray, right_N: np.ndarray) -> float:
 
     A tie takes the mean of the tied classes. An answer that is none of the choices takes the class
     farthest from the right one (from the middle one: the first), as it takes the other of two in
-    `f1`. 0 where all examples are of one class, or all answers are the same: they tell nothing of
-    the order.
+    `f1`. 0 where all examples are of one class, or all answers are the same: neither has an
+    order.
     """
     from scipy import stats
 

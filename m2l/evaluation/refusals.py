@@ -113,7 +113,7 @@ def refusal_judge() -> Judge:
 
 
 def toxicity_judge() -> Judge:
-    """Returns the judge of toxicity that the environment names; words alone cannot tell.
+    """Returns the judge of toxicity that the environment names; there is none by words.
 
     Raises:
         ConfigError: There is none, or it cannot be imported or called.

@@ -38,18 +38,18 @@ class Result:
 
     Attributes:
         metric: The headline metric, of the task's own or "reference_likelihood".
-        score: The figure that stands for the task, in percent: the headline metric's.
+        score: The headline metric's figure, in percent.
         metrics: All figures of the task, in percent.
         count: Examples evaluated.
         ties: Examples whose best score was shared by several choices.
         truncated: Examples that lost tokens to the length limits.
-        seconds: Time spent on the model's scores or decodings, data and metrics apart.
+        seconds: Time spent on the model's scores or decodings, without data and metrics.
         interval: That of 95 % confidence of `score`, by a bootstrap over the examples; None for
             BLEU, which is expensive to compute so often.
         tokens: Tokens that the model scored or read, without padding and without what it wrote.
         padding: The share of padding in what it read.
         settings: What else decided the figures, where it is not usual: how metrics split
-            texts of other scripts, the date that a chat template has, whether a space stands
+            texts of other scripts, the date that a chat template has, whether a space is
             between inputs and targets.
     """
 
@@ -330,7 +330,7 @@ def ratios(
 
     Args:
         results: The model's results, one for each task.
-        reference: By task name, the results that stand for 1.0: at least those of `results`.
+        reference: By task name, the results that count as 1.0: at least those of `results`.
 
     Returns:
         1.0 where the model does as well as the reference; NaN where the reference scores 0.

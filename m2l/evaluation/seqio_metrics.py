@@ -45,7 +45,7 @@ def rank_classification(
 
     Returns:
         A function of seqio's (targets, scores): a target as t5's rank_classification
-        postprocessor gives it and a float for every choice of every example, in any order; the
+        postprocessor returns it and a float for every choice of every example, in any order; the
         scores may come with intermediates, as (scores, intermediates). It raises
         EvaluationError: not as many scores as targets, or none; a score that is NaN or infinite; an
         example with choices missing or given twice, or without a right one; a weight.

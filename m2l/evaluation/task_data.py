@@ -29,7 +29,7 @@ class TaskData:
         digest: sha256 of everything that decides a score: tokens, choices, answers, metrics,
             and for free text what its score is and, decoding, how many tokens there may be and how
             they are searched.
-        generative_score: Of metrics.GENERATIVE_SCORES, what stands for a task in free text.
+        generative_score: Of metrics.GENERATIVE_SCORES, what scores a task in free text.
         beams: Of a beam search; 1: the most probable token is taken.
     """
 
@@ -47,7 +47,7 @@ class TaskData:
 
     @property
     def metric(self) -> str:
-        """What stands for the task: its own headline metric, or "reference_likelihood"."""
+        """The headline metric: the task's own, or "reference_likelihood"."""
         ranked = self.info.kind == "rank"
         return self.info.metric if ranked or self.decoded else "reference_likelihood"
 
@@ -74,11 +74,11 @@ def load_tasks(
         infos: What the tasks are; none of kind "train".
         split: The split to read.
         lengths: {"inputs": S, "targets": T}, in tokens: what is longer is cut and counted.
-        max_examples: Only so many examples of each task, drawn from all over the split.
-        skip: With max_examples, so many that would be drawn first are left out: examples to choose
+        max_examples: The most examples of each task, drawn from all over the split.
+        skip: With max_examples, how many of those drawn first are left out: examples to choose
             by, none of which is among those that a model is judged by.
-        generative_score: What stands for a task in free text. "decoding": the headline of its own
-            metric; the likelihood of its references is a figure beside it. "likelihood": that is
+        generative_score: What scores a task in free text. "decoding": the headline of its own
+            metric; the likelihood of its references is another figure. "likelihood": that is
             its score, and nothing is decoded.
         beams: Of the beam search that decodes; 1: greedily.
         max_truncated: The share of a task's examples that may be longer than `lengths`.

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import regex
 
-# Scripts that put no spaces between words: each letter with its marks stands for a word.
+# Scripts that put no spaces between words: each letter with its marks counts as a word.
 _UNSPACED = "".join(
     rf"\p{{scx={script}}}"
     for script in (
@@ -16,7 +16,7 @@ _UNSPACED = "".join(
 )
 # Some punctuation belongs to these scripts as well.
 _LETTER = rf"[[{_UNSPACED}]&&[\p{{L}}\p{{N}}]]"
-# The two joiners stand within words of Persian and of India's languages.
+# The two joiners are used within words of Persian and of India's languages.
 _WORDS = regex.compile(
     rf"{_LETTER}\p{{M}}*"
     rf"|[[\p{{L}}\p{{N}}]--[{_UNSPACED}]](?:[[\p{{L}}\p{{N}}\p{{M}}\u200c\u200d]--[{_UNSPACED}]])*",

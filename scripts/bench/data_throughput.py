@@ -46,7 +46,7 @@ def _count(batch: dict[str, np.ndarray]) -> tuple[int, int]:
 
 
 def ours(mixture: str, examples: int, source: str) -> dict[str, float]:
-    """Measures one pass over so many examples from a source, its first reading included."""
+    """Measures one pass over a number of examples from a source, its first reading included."""
     start = time.perf_counter()
     tasks.register(source=source)
     registered = time.perf_counter()

@@ -13,7 +13,7 @@ multiply-adds of the weights and of attention three times (forward, and twice fo
 bytes, with and without putting them on the disk (a conversion does: the machine may stop any time).
 With N layers of width 2048 instead of 30 of 576 it has 96 N + 201 MB.
 
-Prints medians. Nothing else should run beside it.
+Prints medians. Nothing else should run.
 """
 
 import argparse

@@ -119,12 +119,6 @@ class Remote:
             raise AttributeError(name)
         return self._peer.request("getattr", self, name)
 
-    def __setattr__(self, name: str, value: PythonObject) -> None:
-        self._peer.request("setattr", self, name, value)
-
-    def __delattr__(self, name: str) -> None:
-        self._peer.request("delattr", self, name)
-
     def __call__(self, *arguments: PythonObject, **keywords: PythonObject) -> PythonObject:
         try:
             return self._peer.request("call", self, arguments, keywords)
@@ -138,9 +132,6 @@ class Remote:
         if self._kind:
             return iter(self._plain())
         return self._peer.request("iter", self)
-
-    def __next__(self) -> PythonObject:
-        return self._peer.request("next", self)
 
     def __hash__(self) -> int:
         return hash(self._plain()) if self._kind else hash((Remote, self._handle))
@@ -156,44 +147,8 @@ class Remote:
             raise TypeError(f"{operation} returned something else than {kind.__name__}")
         return value
 
-    def __bool__(self) -> bool:
-        return self._exact(bool, "bool", self)
-
-    def __len__(self) -> int:
-        return self._exact(int, "len", self)
-
-    def __str__(self) -> str:
-        return self._exact(str, "str", self)
-
-    def __repr__(self) -> str:
-        return self._exact(str, "repr", self)
-
-    def __format__(self, specification: str) -> str:
-        return self._exact(str, "format", self, specification)
-
-    def __getitem__(self, key: PythonObject) -> PythonObject:
-        return self._peer.request("getitem", self, key)
-
-    def __setitem__(self, key: PythonObject, value: PythonObject) -> None:
-        self._peer.request("setitem", self, key, value)
-
-    def __delitem__(self, key: PythonObject) -> None:
-        self._peer.request("delitem", self, key)
-
-    def __enter__(self) -> PythonObject:
-        return self._peer.request("enter", self)
-
     def __exit__(self, *_: PythonObject) -> bool:
         return self._exact(bool, "exit", self)
-
-    def __int__(self) -> int:
-        return int(self._plain())
-
-    def __float__(self) -> float:
-        return float(self._plain())
-
-    def __index__(self) -> int:
-        return operator.index(self._plain())
 
 
 def _same_side(first: PythonObject, second: PythonObject) -> bool:
@@ -203,6 +158,21 @@ def _same_side(first: PythonObject, second: PythonObject) -> bool:
 
 def _local(value: PythonObject) -> PythonObject:
     return value._plain() if type(value) is Remote and value._kind else value
+
+
+def _requested(name: str, kind: type | None) -> Callable[..., PythonObject]:
+    def request(self: Remote, *arguments: PythonObject) -> PythonObject:
+        if kind is not None:
+            return self._exact(kind, name, self, *arguments)
+        return self._peer.request(name, self, *arguments)
+
+    return request
+
+
+def _converted(
+    function: Callable[[PythonObject], PythonObject],
+) -> Callable[[Remote], PythonObject]:
+    return lambda self: function(self._plain())
 
 
 def _binary(name: str, *, reflected: bool) -> Callable[[Remote, PythonObject], PythonObject]:
@@ -235,6 +205,14 @@ _ARITHMETIC = (
     *("and_", "or_", "xor", "lshift", "rshift"),
 )
 _UNARY = ("neg", "pos", "abs", "invert")
+# What is requested, and the type that the answer has to have.
+_REQUESTS = dict.fromkeys(
+    ("setattr", "delattr", "getitem", "setitem", "delitem", "next", "enter")
+) | {"bool": bool, "len": int, "str": str, "repr": str, "format": str}
+for _name, _type in _REQUESTS.items():
+    setattr(Remote, f"__{_name}__", _requested(_name, _type))
+for _name, _function in {"int": int, "float": float, "index": operator.index}.items():
+    setattr(Remote, f"__{_name}__", _converted(_function))
 for _name in (*_COMPARISONS, *_ARITHMETIC):
     setattr(Remote, f"__{_name.strip('_')}__", _binary(_name, reflected=False))
 for _name in _ARITHMETIC:
