@@ -11,10 +11,19 @@ from typing import TYPE_CHECKING
 import click
 
 from m2l import api
-from m2l.cli.data import jsonl_files
-from m2l.cli.options import DIRECTORY, print_table, with_mesh, with_source
+from m2l.cli.options import (
+    COUNT,
+    DIRECTORY,
+    print_table,
+    with_batches,
+    with_jsonl,
+    with_max_examples,
+    with_mesh,
+    with_source,
+)
 from m2l.errors import ConfigError, DataError, MergeError
 from m2l.progress import Progress
+from m2l.storage import AnyPath
 from m2l.typing import Json, PyTree
 
 if TYPE_CHECKING:
@@ -31,9 +40,9 @@ if TYPE_CHECKING:
 @click.option("--base", type=DIRECTORY, help="The checkpoint the experts were trained from.")
 @click.option("--expert", "experts", type=DIRECTORY, multiple=True, help="Repeat for each.")
 @click.option("--mixture", help="The task or mixture to be sure of; its labels are not read.")
-@click.option("--jsonl", help="validation=FILE: your own data, as the task `jsonl`.")
+@with_jsonl("validation=FILE: your own data, as the task `jsonl`.")
 @click.option("--out", type=DIRECTORY, required=True, help="The recipe: a JSON file.")
-@click.option("--steps", type=click.IntRange(min=1), default=500, show_default=True)
+@click.option("--steps", type=COUNT, default=500, show_default=True)
 @click.option(
     "--per_layer/--per_expert",
     default=True,
@@ -42,11 +51,8 @@ if TYPE_CHECKING:
 )
 @click.option("--learning_rate", type=float, default=1e-3, show_default=True)
 @click.option("--initial", type=float, default=0.3, show_default=True, help="Of coefficients.")
-@click.option("--split", default="validation", show_default=True)
-@click.option("--max_examples", type=click.IntRange(min=1), help="Examples of each task at most.")
-@click.option("--batch_size", type=click.IntRange(min=1), default=16, show_default=True)
-@click.option("--input_length", type=click.IntRange(min=1), default=512, show_default=True)
-@click.option("--target_length", type=click.IntRange(min=1), default=64, show_default=True)
+@with_batches(batch_size=16)
+@with_max_examples
 @click.option("--vocabulary", help="By default the base's own.")
 @with_mesh
 @with_source()
@@ -54,7 +60,7 @@ def adamerging(
     base: Path | None,
     experts: tuple[Path, ...],
     mixture: str | None,
-    jsonl: str | None,
+    jsonl: dict[str, AnyPath],
     out: Path,
     steps: int,
     per_layer: bool,
@@ -76,8 +82,7 @@ def adamerging(
     """
     from m2l import checkpoints, models, partitioning
 
-    files = jsonl_files(jsonl)
-    mixture = api.mixture_name(mixture, files)
+    mixture = api.mixture_name(mixture, jsonl)
     for flag, value in (("--base", base), ("--expert", experts), ("--mixture", mixture)):
         if not value:
             raise ConfigError(f"m2l adamerging: {flag} is missing")
@@ -98,7 +103,7 @@ def adamerging(
         | {"mixture": mixture, "split": split, "batch_size": batch_size}
         | {"max_examples": max_examples}
         | {"input_length": input_length, "target_length": target_length},
-        "data": api.record_origin(source, files),
+        "data": api.record_origin(source, jsonl),
     }
     if out.exists():
         _check_finished(out, made_by)
@@ -106,7 +111,7 @@ def adamerging(
 
     vocabulary, tasks = api.evaluation_tasks(
         mixture,
-        files,
+        jsonl,
         vocabulary or manifests[0].vocabulary["name"],
         manifests[0].vocabulary["fingerprint"],
         source,

@@ -1,4 +1,4 @@
-"""`m2l tasks`, and the value of --jsonl."""
+"""`m2l tasks`."""
 
 from pathlib import Path
 
@@ -8,17 +8,6 @@ from m2l import storage
 from m2l.cli.options import DIRECTORY, print_table, with_source
 from m2l.errors import ConfigError
 from m2l.progress import Progress
-
-
-def jsonl_files(value: str | None) -> dict[str, storage.AnyPath]:
-    """Returns the files of `train=FILE,validation=FILE` by split."""
-    files = {}
-    for part in value.split(",") if value else []:
-        split, found, path = part.partition("=")
-        if not found or not split or not path:
-            raise ConfigError(f"--jsonl {value}: expected train=FILE,validation=FILE")
-        files[split] = storage.path(path)
-    return files
 
 
 @click.group()

@@ -1,34 +1,37 @@
-"""`m2l train`, `m2l merge`, `m2l eval`, `m2l generate`."""
+"""`m2l train`, `m2l eval`, `m2l generate`."""
 
 import contextlib
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from m2l import api
-from m2l.cli.data import jsonl_files
 from m2l.cli.options import (
+    COUNT,
     DIRECTORY,
+    VOCABULARY,
     join,
     print_table,
+    with_batches,
+    with_beams,
+    with_generative_score,
     with_gin,
+    with_jsonl,
+    with_max_examples,
     with_mesh,
     with_processes,
     with_source,
 )
 from m2l.errors import ConfigError, DataError
-from m2l.evaluation.metrics import GENERATIVE_SCORES
 from m2l.files import read_json, split_name
+from m2l.storage import AnyPath
 
-_VOCABULARY = (
-    "microworld, bytes, a SentencePiece model, a tokenizer.json or its folder; chat: before it "
-    "puts inputs into its chat template (chat@2025-01-31: tells it that date), space: or nospace: "
-    "says whether a space stands between a decoder's inputs and targets."
-)
+if TYPE_CHECKING:
+    from m2l.evaluation.results import Result
 
 
 @click.command()
@@ -37,8 +40,8 @@ _VOCABULARY = (
 @click.option("--init", type=DIRECTORY, help="The checkpoint to start from.")
 @click.option("--mixture", help="The task or mixture to train on.")
 @click.option("--steps", type=int, help="Optimizer steps in all.")
-@click.option("--jsonl", help="train=FILE[,validation=FILE]: your own data, as the task `jsonl`.")
-@click.option("--vocabulary", help=_VOCABULARY)
+@with_jsonl("train=FILE[,validation=FILE]: your own data, as the task `jsonl`.")
+@click.option("--vocabulary", help=VOCABULARY)
 @with_processes
 @click.option("--synthetic", is_flag=True, help="Feed one random batch: how fast without input?")
 @click.option("--profile", is_flag=True, help="Trace steps 5 to 10 to OUT/profile.")
@@ -51,7 +54,7 @@ def train(
     init: Path | None,
     mixture: str | None,
     steps: int | None,
-    jsonl: str | None,
+    jsonl: dict[str, AnyPath],
     vocabulary: str | None,
     distributed: bool,
     coordinator: str | None,
@@ -65,8 +68,7 @@ def train(
     from m2l import configuration
 
     join(distributed, coordinator, process)
-    files = jsonl_files(jsonl)
-    mixture = api.mixture_name(mixture, files)
+    mixture = api.mixture_name(mixture, jsonl)
     flags = [f"Train.mixture={mixture!r}"] if mixture else []
     flags += [f"Train.steps={steps}"] if steps is not None else []
     flags += [f"Run.vocabulary={vocabulary!r}"] if vocabulary else []
@@ -90,7 +92,7 @@ def train(
             config=run.model,
             vocabulary=run.vocabulary,
             source=run.source,
-            jsonl=files,
+            jsonl=jsonl,
             resolved_config=f"# {shlex.join(['m2l', *sys.argv[1:]])}\n{resolved}",
             synthetic=synthetic,
             profile=profile,
@@ -116,13 +118,10 @@ def train(
 @click.command("eval")
 @click.option("--checkpoint", type=DIRECTORY, help="What to evaluate; also a Hugging Face folder.")
 @click.option("--mixture", help="The task or mixture to evaluate by.")
-@click.option("--jsonl", help="validation=FILE: your own data, as the task `jsonl`.")
+@with_jsonl("validation=FILE: your own data, as the task `jsonl`.")
 @click.option("--out", type=DIRECTORY, help="One JSON result a task goes here.")
-@click.option("--split", default="validation", show_default=True)
-@click.option("--max_examples", type=click.IntRange(min=1), help="Examples of each task at most.")
-@click.option("--batch_size", type=click.IntRange(min=1), default=32, show_default=True)
-@click.option("--input_length", type=click.IntRange(min=1), default=512, show_default=True)
-@click.option("--target_length", type=click.IntRange(min=1), default=64, show_default=True)
+@with_batches()
+@with_max_examples
 @click.option(
     "--max_truncated",
     type=click.FloatRange(0, 1),
@@ -130,18 +129,12 @@ def train(
     show_default=True,
     help="The share of a task's examples that may be longer than that.",
 )
-@click.option(
-    "--generative_score",
-    type=click.Choice(GENERATIVE_SCORES),
-    default=GENERATIVE_SCORES[0],
-    show_default=True,
-    help="Of tasks in free text: their metric on what is decoded, or the references' likelihood.",
+@with_generative_score(
+    "Of tasks in free text: their metric on what is decoded, or the references' likelihood."
 )
-@click.option(
-    "--beams", type=click.IntRange(min=1), default=1, show_default=True, help="1: greedy."
-)
+@with_beams
 @click.option("--examples", is_flag=True, help="Write what became of each example as well.")
-@click.option("--vocabulary", help=f"{_VOCABULARY} By default the checkpoint's own.")
+@click.option("--vocabulary", help=f"{VOCABULARY} By default the checkpoint's own.")
 @with_mesh
 @with_processes
 @click.option(
@@ -153,18 +146,7 @@ def train(
 @with_source()
 def evaluate(
     checkpoint: Path | None,
-    mixture: str | None,
-    jsonl: str | None,
     out: Path | None,
-    split: str,
-    max_examples: int | None,
-    batch_size: int,
-    input_length: int,
-    target_length: int,
-    max_truncated: float,
-    generative_score: str,
-    beams: int,
-    examples: bool,
     vocabulary: str | None,
     fsdp: int,
     model: int,
@@ -172,7 +154,7 @@ def evaluate(
     coordinator: str | None,
     process: str | None,
     compare: tuple[Path, Path] | None,
-    source: str,
+    **options: object,
 ) -> None:
     """Evaluate a checkpoint: rank classification where there are answer choices, else decoding.
 
@@ -194,28 +176,17 @@ def evaluate(
     opened = load(checkpoint, vocabulary)
     results = api.evaluate(
         opened,
-        mixture,
-        jsonl=jsonl_files(jsonl),
-        source=source,
         vocabulary=vocabulary,
-        split=split,
-        max_examples=max_examples,
-        batch_size=batch_size,
-        input_length=input_length,
-        target_length=target_length,
-        max_truncated=max_truncated,
-        generative_score=generative_score,
-        beams=beams,
         mesh=partitioning.make_mesh(fsdp=fsdp, model=model),
         out=out,
-        examples=examples,
+        **options,
     )
     if jax.process_index() == 0:
         _print_results(f"{opened.path}", list(results.values()))
         click.echo(f"results: {out}")
 
 
-def _print_results(title: str, results: Sequence[Any]) -> None:
+def _print_results(title: str, results: "Sequence[Result]") -> None:
     from m2l.evaluation.results import over_categories, over_prompts
 
     rows = [
@@ -224,35 +195,26 @@ def _print_results(title: str, results: Sequence[Any]) -> None:
     ]
     columns = ["task", "metric", "score %", "95 %", "examples", "ties", "truncated"]
     print_table(title, columns, rows)
-    of_datasets = over_prompts(results)
-    if all(row.prompts == 1 for row in of_datasets):
+    datasets = over_prompts(results)
+    if all(row.prompts == 1 for row in datasets):
         return
     rows = [
         (
             *(row.dataset, row.metric, row.prompts, row.mean, _interval(row.interval), row.median),
             *(*row.quartiles, row.worst[1], row.best[1], row.worst[0], row.best[0]),
         )
-        for row in of_datasets
+        for row in datasets
     ]
-    columns = [
-        "dataset",
-        "metric",
-        "prompts",
-        "mean %",
-        "95 %",
-        "median",
-        "lower",
-        "upper quartile",
-    ]
-    print_table("over prompts", [*columns, "worst", "best", "worst prompt", "best prompt"], rows)
-    if len({row.dataset for row in of_datasets}) > 1:
-        of_categories = over_categories(of_datasets)
-        rows = [(*group, mean) for group, mean in of_categories.items()]
+    columns = ["dataset", "metric", "prompts", "mean %", "95 %", "median", "lower"]
+    columns += ["upper quartile", "worst", "best", "worst prompt", "best prompt"]
+    print_table("over prompts", columns, rows)
+    if len({row.dataset for row in datasets}) > 1:
+        rows = [(*group, mean) for group, mean in over_categories(datasets).items()]
         print_table("over datasets", ["category", "metric", "mean %"], rows)
 
 
-def _interval(of_score: Sequence[float] | None) -> str:
-    return "" if of_score is None else "{:.2f} to {:.2f}".format(*of_score)
+def _interval(ends: Sequence[float] | None) -> str:
+    return "" if ends is None else "{:.2f} to {:.2f}".format(*ends)
 
 
 # Of each task, how many examples are shown that two models answer differently.
@@ -262,9 +224,9 @@ _SHOWN = 3
 def _compare(one: Path, other: Path) -> None:
     from m2l.evaluation.results import compare
 
-    found, alone = compare(one, other)
+    comparisons, alone = compare(one, other)
     rows = []
-    for task in found:
+    for task in comparisons:
         d = task.difference
         interval = f"{d.low:+.2f} to {d.high:+.2f}"
         scores = task.one.task, task.one.metric, task.one.score, task.other.score
@@ -273,7 +235,7 @@ def _compare(one: Path, other: Path) -> None:
         rows.append((*scores, d.value, interval, d.p, better, worse))
     columns = ["task", "metric", "A %", "B %", "B - A", "95 %", "p", "better", "worse"]
     print_table(f"A: {one}, B: {other}", columns, rows)
-    for task in found:
+    for task in comparisons:
         for flip in task.flips[:_SHOWN]:
             click.echo(f"\n{task.one.task}, example {flip.number}: {flip.inputs}")
             click.echo(f"  right: {flip.right}\n  A: {flip.one}\n  B: {flip.other}")
@@ -284,12 +246,10 @@ def _compare(one: Path, other: Path) -> None:
 @click.command()
 @click.argument("checkpoint", type=DIRECTORY)
 @click.argument("texts", nargs=-1)
-@click.option("--max_length", type=click.IntRange(min=1), default=64, show_default=True)
-@click.option(
-    "--beams", type=click.IntRange(min=1), default=1, show_default=True, help="1: greedy."
-)
+@click.option("--max_length", type=COUNT, default=64, show_default=True)
+@with_beams
 @click.option("--chat", is_flag=True, help="Each text is a message, in the tokenizer's template.")
-@click.option("--vocabulary", help=f"{_VOCABULARY} By default the checkpoint's own.")
+@click.option("--vocabulary", help=f"{VOCABULARY} By default the checkpoint's own.")
 @with_mesh
 def generate(
     checkpoint: Path,
@@ -324,7 +284,7 @@ def generate(
     nothing = np.empty(0, np.int32)
     spec = models.spec(opened.config)
     mesh = partitioning.make_mesh(fsdp=fsdp, model=model)
-    how = {} if beams == 1 else {"beams": beams}
+    options = {} if beams == 1 else {"beams": beams}
     decode = generation.greedy if beams == 1 else generation.beam_search
     with jax.set_mesh(mesh):
         written = decode(
@@ -338,7 +298,7 @@ def generate(
             layout=layouts.of(opened.config, loaded),
             eos_id=loaded.eos_id,
             batch_size=min(8, max(1, len(texts))),
-            **how,
+            **options,
         )
     for text, ids in zip(texts, written, strict=True):
         click.echo(f"{text}\n> {vocabularies.continuing(loaded).decode(ids.tolist())}")

@@ -8,6 +8,7 @@ import click
 
 from m2l import storage
 from m2l.errors import ConfigError
+from m2l.evaluation.metrics import GENERATIVE_SCORES
 
 Command: TypeAlias = Callable[..., None]
 
@@ -21,9 +22,34 @@ class _Directory(click.ParamType):
         return storage.path(value)
 
 
+class _JsonlFiles(click.ParamType):
+    name = "text"
+
+    def convert(
+        self,
+        value: str | dict[str, storage.AnyPath],
+        param: click.Parameter | None,
+        ctx: click.Context | None,
+    ) -> dict[str, storage.AnyPath]:
+        if isinstance(value, dict):
+            return value
+        files = {}
+        for part in value.split(",") if value else []:
+            split, _, path = part.partition("=")
+            if not split or not path:
+                raise ConfigError(f"--jsonl {value}: expected train=FILE,validation=FILE")
+            files[split] = storage.path(path)
+        return files
+
+
 DIRECTORY = _Directory()
 """A path of a file or directory; gs://BUCKET/KEY and s3://BUCKET/KEY too."""
 COUNT = click.IntRange(min=1)
+VOCABULARY = (
+    "microworld, bytes, a SentencePiece model, a tokenizer.json or its folder; chat: before it "
+    "puts inputs into its chat template (chat@2025-01-31: tells it that date), space: or nospace: "
+    "says whether a space stands between a decoder's inputs and targets."
+)
 
 
 def with_options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
@@ -46,11 +72,48 @@ with_mesh = with_options(
     click.option("--fsdp", type=COUNT, default=1, help="Devices to split models over."),
     click.option("--model", type=COUNT, default=1, help="Devices to split layers over."),
 )
+with_lengths = with_options(
+    click.option("--input_length", type=COUNT, default=512, show_default=True),
+    click.option("--target_length", type=COUNT, default=64, show_default=True),
+)
 with_processes = with_options(
     click.option("--distributed", is_flag=True, help="One of a job's processes; JAX finds it."),
     click.option("--coordinator", help="HOST:PORT of process 0, where no cluster says so."),
     click.option("--process", help="I/N: which of N processes, with --coordinator, from 0/N."),
 )
+
+
+with_max_examples = click.option(
+    "--max_examples", type=COUNT, help="Examples of each task at most."
+)
+with_beams = click.option("--beams", type=COUNT, default=1, show_default=True, help="1: greedy.")
+
+
+def with_jsonl(description: str) -> Callable[[Command], Command]:
+    """Returns a decorator that adds --jsonl, the files of one's own data by split."""
+    return click.option("--jsonl", type=_JsonlFiles(), default="", help=description)
+
+
+def with_batches(
+    *, split: str = "validation", batch_size: int = 32
+) -> Callable[[Command], Command]:
+    """Returns a decorator that adds --split, --batch_size, --input_length and --target_length."""
+    return with_options(
+        click.option("--split", default=split, show_default=True),
+        click.option("--batch_size", type=COUNT, default=batch_size, show_default=True),
+        with_lengths,
+    )
+
+
+def with_generative_score(description: str) -> Callable[[Command], Command]:
+    """Returns a decorator that adds --generative_score."""
+    return click.option(
+        "--generative_score",
+        type=click.Choice(GENERATIVE_SCORES),
+        default=GENERATIVE_SCORES[0],
+        show_default=True,
+        help=description,
+    )
 
 
 def with_source(default: str | None = "microworld") -> Callable[[Command], Command]:

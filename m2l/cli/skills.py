@@ -10,11 +10,18 @@ from typing import Any
 import click
 
 from m2l import api, storage
-from m2l.cli.data import jsonl_files
 from m2l.cli.merge import series
-from m2l.cli.options import DIRECTORY, print_table, with_gin, with_source
+from m2l.cli.options import (
+    COUNT,
+    DIRECTORY,
+    print_table,
+    with_generative_score,
+    with_gin,
+    with_jsonl,
+    with_lengths,
+    with_source,
+)
 from m2l.errors import ConfigError
-from m2l.evaluation.metrics import GENERATIVE_SCORES
 
 _EPOCHS = 2.0  # the paper's
 _MANY = 10**9  # steps, until it is known how many
@@ -24,7 +31,7 @@ _MANY = 10**9  # steps, until it is known how many
 @click.option("--general", type=DIRECTORY, required=True, help="The model to add the skill to.")
 @click.option("--base", type=DIRECTORY, help="What it was trained from; left out: itself.")
 @click.option("--skill", type=DIRECTORY, help="A model of the skill, in place of training one.")
-@click.option("--jsonl", help="train=FILE,validation=FILE: the skill's data.")
+@with_jsonl("train=FILE,validation=FILE: the skill's data.")
 @click.option("--mixture", help="Or the mixture that is the skill.")
 @click.option(
     "--keep",
@@ -50,35 +57,28 @@ _MANY = 10**9  # steps, until it is known how many
 )
 @click.option(
     "--general_examples",
-    type=click.IntRange(min=1),
+    type=COUNT,
     help="How many --general was trained on: tries w = |D| / |G| as well.",
 )
 @with_gin
-@click.option("--steps", type=click.IntRange(min=1), help="Optimizer steps of the skill's model.")
+@click.option("--steps", type=COUNT, help="Optimizer steps of the skill's model.")
 @click.option(
     "--epochs",
     type=click.FloatRange(min=0, min_open=True),
     help=f"Or passes over its data, an example a row.  [default: {_EPOCHS:g}]",
 )
 @click.option("--split", default="validation", show_default=True, help="To choose and judge by.")
-@click.option("--max_examples", type=click.IntRange(min=1), help="Of each task, both halves.")
-@click.option("--eval_batch_size", type=click.IntRange(min=1), default=32, show_default=True)
-@click.option("--input_length", type=click.IntRange(min=1), default=512, show_default=True)
-@click.option("--target_length", type=click.IntRange(min=1), default=64, show_default=True)
-@click.option(
-    "--generative_score",
-    type=click.Choice(GENERATIVE_SCORES),
-    default=GENERATIVE_SCORES[0],
-    show_default=True,
-    help="Of tasks in free text.",
-)
+@click.option("--max_examples", type=COUNT, help="Of each task, both halves.")
+@click.option("--eval_batch_size", type=COUNT, default=32, show_default=True)
+@with_lengths
+@with_generative_score("Of tasks in free text.")
 @click.option("--vocabulary", help="By default the general model's own.")
 @with_source(default=None)
 def skills(
     general: Path,
     base: Path | None,
     skill: Path | None,
-    jsonl: str | None,
+    jsonl: dict[str, storage.AnyPath],
     mixture: str | None,
     keep: tuple[str, ...],
     out: Path,
@@ -106,7 +106,7 @@ def skills(
     that keeps what must be kept, and compares before and after by examples that w was not chosen
     by. Training settings are those of m2l train (--gin.BATCH_SIZE=8). Stopped, it goes on.
     """
-    learned = jsonl_files(jsonl)
+    learned = jsonl
     mixture = api.mixture_name(mixture, learned)
     for wrong, what in (
         (not learned and not mixture, "name the skill's data: --jsonl train=FILE,validation=FILE"),

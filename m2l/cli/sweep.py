@@ -8,10 +8,18 @@ from typing import TYPE_CHECKING
 import click
 
 from m2l import api
-from m2l.cli.data import jsonl_files
 from m2l.cli.merge import RecipeCommand
-from m2l.cli.options import DIRECTORY, print_table, with_mesh, with_source
+from m2l.cli.options import (
+    DIRECTORY,
+    print_table,
+    with_batches,
+    with_jsonl,
+    with_max_examples,
+    with_mesh,
+    with_source,
+)
 from m2l.errors import ConfigError
+from m2l.storage import AnyPath
 from m2l.typing import JsonObject, PyTree
 
 if TYPE_CHECKING:
@@ -27,12 +35,9 @@ if TYPE_CHECKING:
 @click.option("--statistics", type=DIRECTORY, multiple=True, help="Of each expert.")
 @click.option("--subtree", help="Of pytrees that Orbax stored, the part to merge: params.")
 @click.option("--mixture", help="The held-in tasks to choose by; by default all merges are kept.")
-@click.option("--jsonl", help="validation=FILE: your own data, as the task `jsonl`.")
-@click.option("--split", default="validation", show_default=True)
-@click.option("--max_examples", type=click.IntRange(min=1), help="Examples of each task at most.")
-@click.option("--batch_size", type=click.IntRange(min=1), default=32, show_default=True)
-@click.option("--input_length", type=click.IntRange(min=1), default=512, show_default=True)
-@click.option("--target_length", type=click.IntRange(min=1), default=64, show_default=True)
+@with_jsonl("validation=FILE: your own data, as the task `jsonl`.")
+@with_batches()
+@with_max_examples
 @click.option("--vocabulary", help="By default the experts' own.")
 @with_mesh
 @with_source()
@@ -46,7 +51,7 @@ def sweep(
     statistics: tuple[Path, ...],
     subtree: str | None,
     mixture: str | None,
-    jsonl: str | None,
+    jsonl: dict[str, AnyPath],
     split: str,
     max_examples: int | None,
     batch_size: int,
@@ -70,8 +75,7 @@ def sweep(
     from m2l.evaluation.evaluator import Evaluator
 
     swept = {name: numbers for name, numbers in values.items() if numbers}
-    task_files = jsonl_files(jsonl)
-    mixture = api.mixture_name(mixture, task_files)
+    mixture = api.mixture_name(mixture, jsonl)
     for flag, missing in (
         ("--method", not method),
         ("--expert", not experts),
@@ -109,7 +113,7 @@ def sweep(
     checkpoints.check_vocabulary(manifest.vocabulary, config.vocab_size, experts[0])
     loaded, tasks = api.evaluation_tasks(
         mixture,
-        task_files,
+        jsonl,
         vocabulary or manifest.vocabulary["name"],
         manifest.vocabulary["fingerprint"],
         source,
