@@ -27,21 +27,8 @@ _PURE_BUILTINS = (
     *("abs", "all", "any", "bin", "bool", "bytearray", "bytes", "callable", "chr", "complex"),
     *("dict", "divmod", "enumerate", "filter", "float", "format", "frozenset", "hash", "hex"),
     *("int", "isinstance", "issubclass", "iter", "len", "list", "map", "max", "min", "next"),
-    *(
-        "oct",
-        "ord",
-        "pow",
-        "range",
-        "repr",
-        "reversed",
-        "round",
-        "set",
-        "slice",
-        "sorted",
-        "str",
-        "sum",
-        "tuple",
-    ),
+    *("oct", "ord", "pow", "range", "repr", "reversed", "round", "set", "slice", "sorted", "str"),
+    *("sum", "tuple"),
     *("zip", "Ellipsis", "NotImplemented", "print"),
 )
 _PURE_MODULES = (
