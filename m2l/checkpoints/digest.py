@@ -15,6 +15,7 @@ import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -23,10 +24,14 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from m2l.checkpoints import uint64
-from m2l.checkpoints.spans import Span, TensorReader, cut
+from m2l.checkpoints.spans import Span, TensorReader, cut, cut_box
+
+NOTHING = np.zeros(4, np.uint32)
+"""The digest of no elements."""
 
 _NO_MESH = jax.sharding.Mesh(np.empty((), object), ())
 _BLOCK = 1 << 18
+_WORKERS = 3
 _COLUMNS = 256
 _PATTERN = re.compile("[0-9a-f]{32}")
 
@@ -125,23 +130,70 @@ def of_arrays(arrays: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
     Of arrays that are sharded over several processes each computes its own shards' part, and the
     words are gathered once for all arrays: every process must call it.
     """
+    digests = {name: of_shards(array) for name, array in arrays.items()}
+    distributed = [name for name, array in arrays.items() if not array.is_fully_addressable]
+    return digests | sum_over_processes({name: digests[name] for name in distributed})
+
+
+def of_shards(array: jax.Array) -> np.ndarray:
+    """Returns the part, uint32 [4], that this process's shards have in an array's digest.
+
+    Of equal shards the first counts. Shards in the memory of this host are digested in threads,
+    without compiling for their shapes; others on their devices.
+    """
+    shards = [shard for shard in array.addressable_shards if shard.replica_id == 0]
+    on_host = [shard for shard in shards if shard.device.platform == "cpu"]
+
+    def of_host(shard: jax.Shard) -> np.ndarray:
+        return of_box(np.asarray(shard.data), shard.index, array.shape)
+
     # Each shard is computed on its own device, whatever mesh the caller has entered.
     with jax.set_mesh(_NO_MESH):
-        parts = [  # A list: JAX would sort a dict by its keys.
-            [
-                _of_shard(shard.data, _origin(shard.index, array.ndim), tuple(array.shape))
-                for shard in array.addressable_shards
-                if shard.replica_id == 0
-            ]
-            for array in arrays.values()
+        parts = [
+            _of_shard(shard.data, _origin(shard.index, array.ndim), tuple(array.shape))
+            for shard in shards
+            if shard.device.platform != "cpu"
         ]
-    totals = np.zeros((len(arrays), 4), np.uint32)
-    for row, words in enumerate(jax.device_get(parts)):
-        totals[row] = np.sum(words, axis=0, dtype=np.uint32) if words else 0
-    if not all(array.is_fully_addressable for array in arrays.values()):
-        everywhere = multihost_utils.process_allgather(totals)
-        totals = np.asarray(everywhere).reshape(-1, *totals.shape).sum(0, dtype=np.uint32)
-    return dict(zip(arrays, totals, strict=True))
+    if len(on_host) > 1:
+        with ThreadPoolExecutor(_WORKERS) as pool:
+            parts += pool.map(of_host, on_host)
+    else:
+        parts += map(of_host, on_host)
+    return functools.reduce(add, jax.device_get(parts), NOTHING)
+
+
+def of_box(elements: np.ndarray, index: Sequence[slice], shape: Sequence[int]) -> np.ndarray:
+    """Returns the part, uint32 [4], that a box has in the digest of an array of a shape.
+
+    Args:
+        elements: Those of the box, in this host's memory.
+        index: Where the box is in the array, a slice per axis.
+        shape: The array's.
+    """
+    ends = zip(_origin(index, len(shape)).tolist(), elements.shape, strict=True)
+    box = tuple(slice(start, start + length) for start, length in ends)
+    total = NOTHING
+    if not elements.size:
+        return total
+    for span in cut_box("", tuple(shape), box, elements.size):
+        part = elements
+        if span.index is not None:
+            axes = zip(span.index, box, strict=True)
+            part = elements[tuple(slice(a.start - b.start, a.stop - b.start) for a, b in axes)]
+        total = add(total, of_span(np.ascontiguousarray(part).reshape(-1), span))
+    return total
+
+
+def sum_over_processes(parts: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns the digests, uint32 [4], of arrays by name of the parts that each process has.
+
+    Every process must call it, with the same names.
+    """
+    if not parts:
+        return {}
+    everywhere = multihost_utils.process_allgather(np.stack(list(parts.values())))
+    sums = np.asarray(everywhere).reshape(-1, len(parts), 4).sum(0, dtype=np.uint32)
+    return dict(zip(parts, sums, strict=True))
 
 
 def _origin(index: Sequence[slice], axes: int) -> np.ndarray:
@@ -185,7 +237,7 @@ def of_span(elements: np.ndarray, span: Span) -> np.ndarray:
     if words > 1:
         elements = elements.view(np.uint32)
     start, columns, stride = span.start * words, span.columns * words, span.stride * words
-    total = np.zeros(4, np.uint32)
+    total = NOTHING
     for first in range(0, elements.size, _BLOCK):
         block = elements[first : first + _BLOCK]
         size = block.size
@@ -202,7 +254,7 @@ def of_span(elements: np.ndarray, span: Span) -> np.ndarray:
 
 def of_stored(tensor: TensorReader) -> np.ndarray:
     """Returns the digest, uint32 [4], of an array in storage, read in blocks."""
-    total = np.zeros(4, np.uint32)
+    total = NOTHING
     for span in cut(tensor.name, tensor.shape, tensor.chunk, _BLOCK):
         block = np.empty(span.size, tensor.dtype)
         tensor.read_span(span, block)

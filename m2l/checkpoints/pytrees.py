@@ -18,7 +18,7 @@ import psutil
 from m2l import files, storage
 from m2l.checkpoints import digest
 from m2l.checkpoints.publishing import UNFINISHED
-from m2l.checkpoints.spans import Extents, Piece, Span, is_array_shape, run_indices
+from m2l.checkpoints.spans import Extents, Piece, Span, is_array_shape, is_run, run_indices
 from m2l.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -129,11 +129,19 @@ class StoredArray:
             last = store[tuple(slice(end - 1, end) for end in store.domain.exclusive_max)]
             self._result(last.read(), np.empty(last.shape, self.dtype))
         out = np.empty(store.shape, self.dtype)
-        if index is None and self.extents is not None:
-            self.extents.read_into(out.reshape(-1))
+        start = self._run_start(store)
+        if self.extents is not None and start is not None:
+            self.extents.read_into(out.reshape(-1), start)
         else:
             self._result(store.read(), out)
         return out
+
+    def _run_start(self, box: "ts.TensorStore") -> int | None:
+        """Returns where the elements of a box begin if they follow one another in the array."""
+        shape, origin = self.shape, box.domain.inclusive_min
+        if not is_run(shape, tuple(box.shape)):
+            return None
+        return sum(o * math.prod(shape[axis + 1 :]) for axis, o in enumerate(origin))
 
     def place(self, sharding: jax.sharding.Sharding) -> jax.Array:
         """Reads the array onto devices; each process reads what its own devices hold, once."""

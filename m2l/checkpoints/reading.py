@@ -156,15 +156,24 @@ def _place(
     arrays: Mapping[str, StoredArray], shardings: Mapping[str, Any], verify: bool
 ) -> dict[str, jax.Array]:
     """Reads arrays onto devices, each process its own shards, and checks them there."""
-    placed: dict[str, jax.Array] = {}
-    for name, stored in arrays.items():
+    placed: dict[str, jax.Array] = dict.fromkeys(arrays)
+    digests: dict[str, np.ndarray] = {}
+
+    def read(name: str) -> None:
+        stored = arrays[name]
         placed[name] = stored.place(shardings[name])
-        if verify and not digest.is_digest(stored.digest):
+        if verify and digest.is_digest(stored.digest):
+            # At once, while the elements are in a processor's cache.
+            digests[name] = digest.of_shards(placed[name])
+        elif verify:
             stored.verify()
-    if verify:
-        checked = {n: x for n, x in placed.items() if digest.is_digest(arrays[n].digest)}
-        for name, words in digest.of_arrays(checked).items():
-            arrays[name].check(digest.to_hex(words))
+
+    in_parallel(read, arrays)
+    digests |= digest.sum_over_processes(
+        {n: digests[n] for n in arrays if n in digests and not placed[n].is_fully_addressable}
+    )
+    for name, words in digests.items():
+        arrays[name].check(digest.to_hex(words))
     return placed
 
 

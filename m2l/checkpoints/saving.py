@@ -11,7 +11,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -398,16 +398,26 @@ def save(
     together = any(isinstance(x, jax.Array) and not x.is_fully_addressable for x in leaves)
     size = sum(map(_size, specs.values()))
     with publishing(directory, size, together=together) as staging:
-        writes = [
-            write
+        parts = [
+            (item, name, part)
             for item, arrays in items.items()
             for name, leaf in arrays.items()
-            for write in _writes(staging / item, name, leaf, specs[item][name], together)
+            for part in _parts(staging / item, name, leaf, specs[item][name], together)
         ]
-        in_parallel(lambda write: write(), writes)
-        digests = {item: digests_of(arrays) for item, arrays in items.items()}
+        words = {item: dict.fromkeys(arrays, digest.NOTHING) for item, arrays in items.items()}
+
+        def add_words(result: tuple[str, str, np.ndarray]) -> None:
+            item, name, part = result
+            words[item][name] = digest.add(words[item][name], part)
+
+        in_parallel(lambda part: (*part[:2], _write(part[2])), parts, add_words)
         if together:
+            words = {item: digest.sum_over_processes(words[item]) for item in items}
             _wait_for_all(f"{directory} written")
+        digests = {
+            item: {name: digest.to_hex(each) for name, each in by_name.items()}
+            for item, by_name in words.items()
+        }
         about = {
             "model": model,
             "vocabulary": vocabulary,
@@ -448,42 +458,40 @@ def _dtype(leaf: Any) -> np.dtype:
     return np.dtype(jax.dtypes.result_type(leaf))
 
 
-def _writes(
-    item: Any, name: str, leaf: Any, spec: ArraySpec, together: bool
-) -> Iterator[Callable[[], None]]:
-    """Yields functions that each write some of an array: what is this process's to write."""
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """Some of an array, which one process writes: `elements` begin at `origin`."""
+
+    writer: TensorWriter
+    elements: jax.Array | np.ndarray
+    origin: tuple[int, ...]
+
+
+def _parts(item: Any, name: str, leaf: Any, spec: ArraySpec, together: bool) -> Iterator[_Part]:
+    """Creates an array in storage and yields the parts of it that are this process's to write."""
     shape, dtype = spec
-    if not together:
+    if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
         writer = _create(item, name, shape, dtype)
-        array = leaf if isinstance(leaf, jax.Array) else np.asarray(leaf, dtype)
-
-        def write_all() -> None:
-            whole = np.asarray(array)
-            for box in boxes(shape, writer.chunk):
-                writer.write(box, whole[box])
-
-        yield write_all
+        if not together or jax.process_index() == 0:
+            elements = leaf if isinstance(leaf, jax.Array) else np.asarray(leaf, dtype)
+            yield _Part(writer, elements, (0,) * len(shape))
         return
-    if not isinstance(leaf, jax.Array):
-        leaf = jax.device_put(np.asarray(leaf, dtype), jax.local_devices()[0])
-        mine = jax.process_index() == 0
-    else:
-        mine = True
-    shard = tuple(leaf.sharding.shard_shape(shape))
-    writer = _create(item, name, shape, dtype, shard)
-    for part in leaf.addressable_shards:
-        if mine and part.replica_id == 0:
-            yield lambda part=part: _write_shard(writer, part.index, part.data)
+    writer = _create(item, name, shape, dtype, tuple(leaf.sharding.shard_shape(shape)))
+    for shard in leaf.addressable_shards:
+        if shard.replica_id == 0:
+            yield _Part(writer, shard.data, tuple(axis.start or 0 for axis in shard.index))
 
 
-def _write_shard(writer: TensorWriter, index: tuple[slice, ...], data: jax.Array) -> None:
-    array = np.asarray(data)
-    origin = [axis.start or 0 for axis in index]
-    for box in boxes(array.shape, writer.chunk):
-        place = tuple(
-            slice(axis.start + o, axis.stop + o) for axis, o in zip(box, origin, strict=True)
-        )
-        writer.write(place, array[box])
+def _write(part: _Part) -> np.ndarray:
+    """Writes a part and returns what it adds to the array's digest, uint32 [4]."""
+    elements, writer = np.asarray(part.elements), part.writer
+    words = digest.NOTHING
+    for box in boxes(elements.shape, writer.chunk):
+        axes = zip(box, part.origin, strict=True)
+        index = tuple(slice(axis.start + o, axis.stop + o) for axis, o in axes)
+        writer.write(index, elements[box])
+        words = digest.add(words, digest.of_box(elements[box], index, writer.shape))
+    return words
 
 
 def _wait_for_all(tag: str) -> None:
@@ -592,8 +600,9 @@ class RunCheckpoints:
         )
         items = {PARAMS: params, OPT_STATE: opt_state}
         items[DATA_STATE] = _arrays(numbered(about["data_state"]))
-        if files:
-            items[TOKENIZER] = _arrays(files)
+        items[TOKENIZER] = _arrays(files)
+        # Orbax has no item without an array.
+        items = {name: item for name, item in items.items() if jax.tree.leaves(item)}
         self._saving = self._checkpointer().save_checkpointables_async(
             step, items, force=True, custom_metadata=custom_metadata(manifest)
         )

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from m2l.checkpoints import digest, uint64
-from m2l.checkpoints.spans import cut
+from m2l.checkpoints.spans import boxes, cut
 
 MASK = 0xFFFFFFFF
 
@@ -79,6 +79,14 @@ def test_digests_of_spans_add_up_to_that_of_the_whole(chunk, dtype):
     assert total.tolist() == oracle(array)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.int64, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("sides", [(4, 6, 10), (1, 3, 10), (2, 6, 5), (3, 2, 7), (1, 1, 4)])
+def test_digests_of_boxes_add_up_to_that_of_the_whole(sides, dtype):
+    array = (np.random.default_rng(6).normal(size=(4, 6, 10)) * 9).astype(dtype)
+    parts = [digest.of_box(array[box], box, array.shape) for box in boxes(array.shape, sides)]
+    assert functools.reduce(digest.add, parts).tolist() == oracle(array)
+
+
 def test_two_word_positions_give_the_digest_of_one_word_positions():
     array = jnp.asarray(np.random.default_rng(2).normal(size=(6, 5)), jnp.float32)
     words = jax.jit(lambda a: digest.of_elements(a, uint64.iota(a.shape)))(array)
@@ -92,8 +100,15 @@ def test_a_sharded_array_has_the_digest_of_the_whole_without_a_collective(spec):
     placed = jax.device_put(array, NamedSharding(mesh, PartitionSpec(*spec)))
     with jax.set_mesh(mesh):  # as in a training loop
         assert np.array_equal(digest.of_array(placed), digest.of_numpy(array))
-    shard = placed.addressable_shards[-1]
-    lowered = digest._of_shard.lower(shard.data, np.zeros(2, np.uint32), placed.shape)
+    # As on accelerators, whose shards are digested where they are.
+    shards = [shard for shard in placed.addressable_shards if shard.replica_id == 0]
+    origins = [np.array([axis.start or 0 for axis in each.index], np.uint32) for each in shards]
+    parts = [
+        digest._of_shard(shard.data, origin, placed.shape)
+        for shard, origin in zip(shards, origins, strict=True)
+    ]
+    assert functools.reduce(digest.add, parts).tolist() == digest.of_numpy(array).tolist()
+    lowered = digest._of_shard.lower(shards[-1].data, origins[-1], placed.shape)
     assert "all-" not in lowered.compile().as_text()
 
 
@@ -109,6 +124,8 @@ def test_the_digest_of_a_shard_beyond_32_bits_is_that_of_its_positions():
     data = np.arange(6, dtype=np.float32).reshape(2, 3)
     shape, origin = (1 << 20, 1 << 14), (1 << 19, 5)
     words = digest._of_shard(data, np.array(origin, np.uint32), shape)
+    box = tuple(slice(o, o + n) for o, n in zip(origin, data.shape, strict=True))
+    assert np.array_equal(words, digest.of_box(data, box, shape))
     rows = [(origin[0] + row) * shape[1] + origin[1] for row in range(2)]
     parts = [digest.of_numpy(data[row], start) for row, start in enumerate(rows)]
     assert np.array_equal(words, digest.add(*parts))

@@ -10,6 +10,7 @@ from orbax.checkpoint import v1 as ocp
 
 from m2l import checkpoints
 from m2l.checkpoints import publishing, pytrees, zarr
+from m2l.checkpoints.saving import RunCheckpoints
 from m2l.errors import CheckpointError
 
 ABOUT = {
@@ -153,9 +154,16 @@ def test_the_optimizer_state_comes_back_into_its_own_structure(root, params):
 
 
 def test_an_empty_optimizer_state_is_a_state(tmp_path, params):
+    del params["nothing"]  # Orbax itself saves no array without elements.
     state = optax.sgd(0.1).init(params)
     checkpoints.save(tmp_path / "x", params, **ABOUT, opt_state=state)
     assert checkpoints.restore_opt_state(tmp_path / "x", state) == state
+    weights = jax.device_put(params)
+    with RunCheckpoints(tmp_path / "run", keep=1) as saves:
+        path = saves.save(1, weights, state, **ABOUT, parents=(), data_state=[b"\0"])
+    assert checkpoints.restore_opt_state(path, state) == state
+    assert_equal(checkpoints.restore(path), weights)
+    assert checkpoints.verify(path).digest == checkpoints.read_manifest(tmp_path / "x").digest
 
 
 def test_another_optimizers_state_is_refused_by_name(tmp_path, params):
