@@ -251,6 +251,8 @@ class ObjectPath:
 
 
 AnyPath = Path | ObjectPath
+PathLike = str | os.PathLike | ObjectPath
+"""What `path` makes an `AnyPath` of."""
 
 
 def _missing(path: "ObjectPath") -> FileNotFoundError:
@@ -281,7 +283,7 @@ class _TextUpload(_Upload, io.StringIO):
     pass
 
 
-def path(text: "str | os.PathLike | ObjectPath") -> AnyPath:
+def path(text: PathLike) -> AnyPath:
     """Returns a local path as it is, or the address of an object in a bucket.
 
     Raises:

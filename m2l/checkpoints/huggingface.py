@@ -1,15 +1,13 @@
-"""Hugging Face's checkpoints: made checkpoints of ours, and made of ours; neither changes a bit."""
+"""Converts Hugging Face's checkpoints to m2l's and back; neither changes a bit."""
 
 import dataclasses
 import hashlib
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -42,6 +40,8 @@ from m2l.errors import CheckpointError, UnsupportedModelError
 from m2l.files import GENERATION
 from m2l.models import Config, LlamaConfig, T5Config
 from m2l.progress import Progress
+from m2l.storage import AnyPath, PathLike
+from m2l.typing import Json, JsonObject
 
 SHARD_SIZE = 5_000_000_000
 
@@ -50,8 +50,8 @@ _PROJECTIONS = {"query": "q", "key": "k", "value": "v", "out": "o"}
 _MLP = {"wi_0": "gate_proj", "wi_1": "up_proj", "wo": "down_proj"}
 
 
-def read_config(directory: str | os.PathLike) -> Config:
-    """The model in a directory, by its config.json and, where they decide, its tensors' names.
+def read_config(directory: PathLike) -> Config:
+    """Reads the model in a directory from config.json and, where they decide, the tensors' names.
 
     Raises:
         CheckpointError: A file is missing or damaged, the model is of no known type, or a field
@@ -74,7 +74,7 @@ def _config(directory: Path, tensors: Mapping[str, StoredTensor]) -> Config:
 
 
 def origins(config: Config, prefix: str = "model.") -> dict[str, Origin]:
-    """Our name of each parameter -> Hugging Face's.
+    """Returns m2l's name of each parameter -> where it comes from in Hugging Face's layout.
 
     Args:
         config: The model.
@@ -85,7 +85,7 @@ def origins(config: Config, prefix: str = "model.") -> dict[str, Origin]:
 
 
 def _t5_origins(config: T5Config) -> dict[str, Origin]:
-    found = {"token_embedder": Origin("shared.weight")}
+    result = {"token_embedder": Origin("shared.weight")}
     inputs = ["wi_0", "wi_1"] if config.feed_forward_proj.startswith("gated-") else ["wi"]
     for stack, layers, attentions in (
         ("encoder", config.num_encoder_layers, {"self": "SelfAttention"}),
@@ -96,28 +96,28 @@ def _t5_origins(config: T5Config) -> dict[str, Origin]:
         ),
     ):
         table = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-        found[f"{stack}/relpos_bias"] = Origin(table, transposed=True)
+        result[f"{stack}/relpos_bias"] = Origin(table, transposed=True)
         for i in range(layers):
             ours = f"{stack}/layers_{i:02}"
             for j, (kind, module) in enumerate(attentions.items()):
                 theirs = f"{stack}.block.{i}.layer.{j}"
-                found[f"{ours}/pre_{kind}_attention_norm"] = Origin(f"{theirs}.layer_norm.weight")
+                result[f"{ours}/pre_{kind}_attention_norm"] = Origin(f"{theirs}.layer_norm.weight")
                 for part, letter in _PROJECTIONS.items():
                     kernel = Origin(f"{theirs}.{module}.{letter}.weight", transposed=True)
-                    found[f"{ours}/{kind}_attention/{part}"] = kernel
+                    result[f"{ours}/{kind}_attention/{part}"] = kernel
             theirs = f"{stack}.block.{i}.layer.{len(attentions)}"
-            found[f"{ours}/pre_mlp_norm"] = Origin(f"{theirs}.layer_norm.weight")
+            result[f"{ours}/pre_mlp_norm"] = Origin(f"{theirs}.layer_norm.weight")
             for part in (*inputs, "wo"):
                 kernel = Origin(f"{theirs}.DenseReluDense.{part}.weight", transposed=True)
-                found[f"{ours}/mlp/{part}"] = kernel
-        found[f"{stack}/norm"] = Origin(f"{stack}.final_layer_norm.weight")
+                result[f"{ours}/mlp/{part}"] = kernel
+        result[f"{stack}/norm"] = Origin(f"{stack}.final_layer_norm.weight")
     if not config.tie_word_embeddings:
-        found["decoder/logits"] = Origin(_OUTPUT, transposed=True)
-    return found
+        result["decoder/logits"] = Origin(_OUTPUT, transposed=True)
+    return result
 
 
 def _llama_origins(config: LlamaConfig, prefix: str) -> dict[str, Origin]:
-    found = {"token_embedder": Origin(f"{prefix}embed_tokens.weight")}
+    result = {"token_embedder": Origin(f"{prefix}embed_tokens.weight")}
     norms = {
         "pre_self_attention_norm": "input_layernorm",
         "pre_mlp_norm": "post_attention_layernorm",
@@ -133,27 +133,27 @@ def _llama_origins(config: LlamaConfig, prefix: str) -> dict[str, Origin]:
     for i in range(config.num_hidden_layers):
         ours, theirs = f"decoder/layers_{i:02}", f"{prefix}layers.{i}"
         for part, norm in norms.items():
-            found[f"{ours}/{part}"] = Origin(f"{theirs}.{norm}.weight")
+            result[f"{ours}/{part}"] = Origin(f"{theirs}.{norm}.weight")
         for part, letter in _PROJECTIONS.items():
             kernel = Origin(f"{theirs}.self_attn.{letter}_proj.weight", transposed=True)
-            found[f"{ours}/self_attention/{part}"] = kernel
+            result[f"{ours}/self_attention/{part}"] = kernel
         for part in biased:
             bias = Origin(f"{theirs}.self_attn.{_PROJECTIONS[part]}_proj.bias")
-            found[f"{ours}/self_attention/{part}_bias"] = bias
+            result[f"{ours}/self_attention/{part}_bias"] = bias
         for part, module in _MLP.items():
-            found[f"{ours}/mlp/{part}"] = Origin(f"{theirs}.mlp.{module}.weight", transposed=True)
-    found["decoder/norm"] = Origin(f"{prefix}norm.weight")
+            result[f"{ours}/mlp/{part}"] = Origin(f"{theirs}.mlp.{module}.weight", transposed=True)
+    result["decoder/norm"] = Origin(f"{prefix}norm.weight")
     if not config.tie_word_embeddings:
-        found["decoder/logits"] = Origin(_OUTPUT, transposed=True)
-    return found
+        result["decoder/logits"] = Origin(_OUTPUT, transposed=True)
+    return result
 
 
 def _aliases(config: Config, embedding: str) -> list[str]:
-    """The names under which a file may hold the embedding once more."""
-    found = [_OUTPUT] if config.tie_word_embeddings else []
+    """Returns the names under which a file may store the embedding once more."""
+    names = [_OUTPUT] if config.tie_word_embeddings else []
     if isinstance(config, T5Config):
-        found += [f"{stack}.embed_tokens.weight" for stack in ("encoder", "decoder")]
-    return [name for name in found if name != embedding]
+        names += [f"{stack}.embed_tokens.weight" for stack in ("encoder", "decoder")]
+    return [name for name in names if name != embedding]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +174,7 @@ class Layout:
 def read_layout(
     directory: Path, stored: Mapping[str, StoredTensor], config: Config | None = None
 ) -> Layout:
-    """How a directory holds its model.
+    """Returns how a directory stores its model.
 
     Args:
         directory: Where config.json is.
@@ -223,10 +223,10 @@ def open_model(path: Path) -> tuple[Layout, dict[str, StoredTensor]]:
 
 
 def import_checkpoint(
-    source: str | os.PathLike,
-    out: str | os.PathLike,
+    source: PathLike,
+    out: PathLike,
     *,
-    vocabulary: Mapping[str, Any],
+    vocabulary: Mapping[str, Json],
     dtype: str | None = None,
     config: Config | None = None,
 ) -> Manifest:
@@ -272,19 +272,19 @@ def _whole(tensor: StoredTensor) -> Tensor:
 
 def export_options(
     dtype: str | None = None, shard_size: int = SHARD_SIZE, results: Sequence[Path] = ()
-) -> dict[str, Any]:
+) -> JsonObject:
     """Returns the options of `export_checkpoint` as its manifest records them."""
     digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in results]
     return {"dtype": dtype, "shard_size": shard_size, "results": digests}
 
 
-def _json(value: Any) -> str:
+def _json(value: Json) -> str:
     return json.dumps(value, sort_keys=True)
 
 
 def export_checkpoint(
-    source: str | os.PathLike,
-    out: str | os.PathLike,
+    source: PathLike,
+    out: PathLike,
     *,
     dtype: str | None = None,
     shard_size: int = SHARD_SIZE,
@@ -332,7 +332,7 @@ def export_checkpoint(
 
 
 def _export(
-    source: Any,
+    source: AnyPath,
     out: Path,
     manifest: Manifest,
     exported: Manifest,
@@ -343,22 +343,22 @@ def _export(
     """Does what `export_checkpoint` says, to a local directory."""
     config = models.from_dict(manifest.model)
     parameters = open_parameters(source)
-    kept = {name: parameter.dtype for name, parameter in parameters.items()}
+    dtypes = {name: parameter.dtype for name, parameter in parameters.items()}
     cast = None if dtype is None else float_dtype(dtype)
     sources: dict[str, tuple[str, bool]] = {}
     described = {}
-    taken = [(name, origin) for name, origin in origins(config).items()]
+    tensors = [*origins(config).items()]
     if config.tie_word_embeddings and writes_output(config):
-        taken.append(("token_embedder", Origin(_OUTPUT)))
-    for name, origin in taken:
+        tensors.append(("token_embedder", Origin(_OUTPUT)))
+    for name, origin in tensors:
         if name not in parameters:
             raise CheckpointError(f"{source}: {name} is missing; it is no model of its settings")
         shape = parameters[name].shape
         sources[origin.tensor] = name, origin.transposed
-        described[origin.tensor] = shape[::-1] if origin.transposed else shape, cast or kept[name]
-    widest = max((spec[1] for spec in described.values()), key=lambda found: found.itemsize)
+        described[origin.tensor] = shape[::-1] if origin.transposed else shape, cast or dtypes[name]
+    widest = max((spec[1] for spec in described.values()), key=lambda dtype: dtype.itemsize)
     settings = to_json(config, widest.name, special_tokens(source, manifest))
-    size = sum(math.prod(shape) * found.itemsize for shape, found in described.values())
+    size = sum(math.prod(shape) * dtype.itemsize for shape, dtype in described.values())
     with publishing(out, size + (1 << 20)) as temporary:
         if manifest.tokenizer is not None:
             shutil.copytree(
@@ -414,8 +414,8 @@ _TOKENS = ("bos", "eos", "pad")
 _SHOWN = {"merge": "merged", "train": "trained", "convert": "converted"}
 
 
-def special_tokens(checkpoint: Path, manifest: Manifest) -> dict[str, Any]:
-    """bos_token_id, eos_token_id and pad_token_id, as far as a checkpoint knows them.
+def special_tokens(checkpoint: Path, manifest: Manifest) -> JsonObject:
+    """Returns bos_token_id, eos_token_id and pad_token_id, as far as a checkpoint knows them.
 
     From the tokenizer that it carries or, if it was imported, from what config.json said there.
     """
@@ -437,20 +437,20 @@ def special_tokens(checkpoint: Path, manifest: Manifest) -> dict[str, Any]:
     known.append(named)
     if isinstance(imported := manifest.made_by.get("config"), Mapping):
         known.append(dict(imported))
-    found = {}
+    tokens = {}
     for name in (f"{token}_token_id" for token in _TOKENS):
         values = [values[name] for values in known if values.get(name) is not None]
         if values:
-            found[name] = values[0]
-    return found
+            tokens[name] = values[0]
+    return tokens
 
 
-def _content(file: Path) -> dict[str, Any]:
+def _content(file: Path) -> JsonObject:
     return read_json(file) if file.is_file() else {}
 
 
 def _carried_ids(directory: Path) -> Iterator[tuple[str, int]]:
-    """The text of each token that stands apart from the vocabulary, and its id."""
+    """Yields the text of each token that is not in the vocabulary itself, and its id."""
     for token in _content(directory / "tokenizer.json").get("added_tokens") or []:
         match token:
             case {"content": str(content), "id": int(number)}:
@@ -522,8 +522,8 @@ def write_card(
     (directory / "README.md").write_text("\n".join(lines) + "\n")
 
 
-def _settings(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Nested settings as rows, named as in "recipe.method"."""
+def _settings(values: Mapping[str, Json], prefix: str = "") -> list[tuple[str, str]]:
+    """Returns nested settings as rows, named as in "recipe.method"."""
     rows = []
     for name, value in values.items():
         if isinstance(value, Mapping):

@@ -8,12 +8,13 @@ import math
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from m2l.checkpoints.model_fields import HARMLESS, read_json, words
 from m2l.errors import CheckpointError, M2LError, UnknownNameError, UnsupportedModelError
 from m2l.files import GENERATION
 from m2l.models import Config, LlamaConfig, T5Config
+from m2l.typing import Json, JsonObject
 
 CONFIG = "config.json"
 
@@ -26,7 +27,7 @@ ARCHITECTURES = {
     "gemma2": "Gemma2ForCausalLM",
 }
 
-_LLAMA_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+_LLAMA_DEFAULTS: Mapping[str, Mapping[str, Json]] = {
     "llama": {"max_position_embeddings": 2048},
     "mistral": {
         "max_position_embeddings": 131072,
@@ -68,7 +69,7 @@ _SLIDES, _SEES_ALL = "sliding_attention", "full_attention"
 
 
 # Fields that decide something which is not in the networks here, unless they are one of these.
-_MUST_BE: Mapping[str, tuple[Any, ...]] = {
+_MUST_BE: Mapping[str, tuple[Json, ...]] = {
     "add_cross_attention": (None, False),
     "compression_config": (None,),
     "mlp_bias": (None, False),
@@ -101,28 +102,28 @@ LLAMA_FIELDS = words(
 
 
 class Fields:
-    """What a config.json holds; what is wrong with a field is said with its name and the file's."""
+    """The fields of a config.json; errors name the field and the file."""
 
-    def __init__(self, file: Path, values: Mapping[str, Any]):
+    def __init__(self, file: Path, values: Mapping[str, Json]):
         self._file, self._values = file, values
 
-    def completed(self, defaults: Mapping[str, Any]) -> "Fields":
-        """The same, with defaults for what is absent."""
+    def completed(self, defaults: Mapping[str, Json]) -> "Fields":
+        """Returns these fields, with defaults for those that are absent."""
         return Fields(self._file, {**defaults, **self._values})
 
-    def refuse(self, what: str) -> NoReturn:
-        raise CheckpointError(f"{self._file}: {what}")
+    def refuse(self, problem: str) -> NoReturn:
+        raise CheckpointError(f"{self._file}: {problem}")
 
-    def unsupported(self, what: str) -> NoReturn:
+    def unsupported(self, problem: str) -> NoReturn:
         """Refuses what the networks here do not have; the model itself may be sound."""
-        raise UnsupportedModelError(f"{self._file}: {what}")
+        raise UnsupportedModelError(f"{self._file}: {problem}")
 
-    def __getitem__(self, name: str) -> Any:
+    def __getitem__(self, name: str) -> Json:
         if name not in self._values:
             self.unsupported(f"the field {name!r} is missing")
         return self._values[name]
 
-    def get(self, name: str, default: Any = None) -> Any:
+    def get(self, name: str, default: Json = None) -> Json:
         return self._values.get(name, default)
 
     def check(self, known: frozenset[str]) -> None:
@@ -141,7 +142,7 @@ class Fields:
 
 
 def read_settings(directory: Path, *, tied: bool | None) -> Config:
-    """The model that `directory`'s config.json describes.
+    """Returns the model that a directory's config.json describes.
 
     Args:
         directory: Where config.json is and, for fields that transformers 5 moved there,
@@ -192,8 +193,8 @@ def _t5(fields: Fields, model_type: str, tied: bool | None, start: int | None) -
     # transformers 5 ties every mT5 and T5, and says in another field whether a T5 scales; its mT5
     # never does.
     flag = fields.get("tie_word_embeddings", model_type == "t5") is not False
-    of_version_5 = str(fields.get("transformers_version", "")).split(".")[0] >= "5"
-    unscaled = model_type == "mt5" and of_version_5
+    writer_is_5 = str(fields.get("transformers_version", "")).split(".")[0] >= "5"
+    unscaled = model_type == "mt5" and writer_is_5
     scaled = bool(fields.get("scale_decoder_outputs", flag and not unscaled))
     tied = flag if tied is None else tied
     if scaled and not tied:
@@ -234,7 +235,7 @@ def _llama(fields: Fields, model_type: str) -> LlamaConfig:
     # Mistral and Qwen2 do not read the field: Qwen2 has three biases, Mistral none.
     bias = model_type in ("llama", "gemma2") and bool(fields.get("attention_bias"))
     activation = fields["hidden_activation"] if gemma else fields.get("hidden_act", "silu")
-    settings: dict[str, Any] = {}
+    settings: JsonObject = {}
     if gemma:
         settings = {
             "norm_offset": 1.0,
@@ -266,7 +267,7 @@ def _llama(fields: Fields, model_type: str) -> LlamaConfig:
 
 
 def _windows(fields: Fields, model_type: str) -> tuple[int, ...]:
-    """Per layer the width of its window, 0 for none; empty where no layer has one."""
+    """Returns the width of each layer's window, 0 for none; empty where no layer has one."""
     layers, width = fields["num_hidden_layers"], fields.get("sliding_window")
     if type(layers) is not int:
         fields.refuse(f"num_hidden_layers = {layers!r} is no number")
@@ -280,20 +281,20 @@ def _windows(fields: Fields, model_type: str) -> tuple[int, ...]:
     if (types := fields.get("layer_types")) is not None:
         if set(types) - {_SLIDES, _SEES_ALL} or len(types) != layers:
             fields.unsupported(f"layer_types = {types} is not supported")
-        given = [kind == _SLIDES for kind in types]
-        if model_type in ("llama", "mistral") and given != slides:
+        listed = [kind == _SLIDES for kind in types]
+        if model_type in ("llama", "mistral") and listed != slides:
             fields.refuse(
                 f"layer_types does not agree with sliding_window, and a {model_type} model of "
                 "transformers reads that alone"
             )
-        slides = given
+        slides = listed
     if any(slides) and (type(width) is not int or width < 1):
         fields.refuse(f"sliding_window = {width!r}, but there are layers that slide")
     return tuple(width if s else 0 for s in slides) if any(slides) else ()
 
 
-def _rope(fields: Fields) -> dict[str, Any]:
-    """The rope_ settings, from transformers 4's two fields or transformers 5's one."""
+def _rope(fields: Fields) -> JsonObject:
+    """Returns the rope_ settings, from transformers 4's two fields or transformers 5's one."""
     rope = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
     if not isinstance(rope, Mapping) or any(isinstance(value, Mapping) for value in rope.values()):
         fields.unsupported(f"rope_parameters = {rope} is not supported: one set for all layers is")
@@ -313,11 +314,11 @@ def _rope(fields: Fields) -> dict[str, Any]:
             rope["original_max_position_embeddings"] = outside
     if kind == "yarn":
         rope = _plain_yarn(rope)
-    beside = {"rope_type", "type", "rope_theta", "finetuned"}
+    known = {"rope_type", "type", "rope_theta", "finetuned"}
     if rope.get("partial_rotary_factor") == 1:
-        beside.add("partial_rotary_factor")
+        known.add("partial_rotary_factor")
     # The default type reads nothing.
-    extra = sorted(set(rope) - beside - set(_ROPE_KEYS[kind])) if kind != "default" else []
+    extra = sorted(set(rope) - known - set(_ROPE_KEYS[kind])) if kind != "default" else []
     if extra or rope.get("partial_rotary_factor", 1) != 1:
         named = ", ".join(extra or ["partial_rotary_factor"])
         fields.unsupported(f"{named} of the rope type {kind!r} is not supported")
@@ -328,8 +329,8 @@ def _rope(fields: Fields) -> dict[str, Any]:
     return settings | {f"rope_{name}": rope[name] for name in _ROPE_KEYS[kind] if name in rope}
 
 
-def _plain_yarn(rope: dict[str, Any]) -> dict[str, Any]:
-    """Without the two scales that only decide the attention factor, and without a default."""
+def _plain_yarn(rope: JsonObject) -> JsonObject:
+    """Resolves the two scales that only decide the attention factor, and drops a default."""
     rope = dict(rope)
     first, second = rope.pop("mscale", None), rope.pop("mscale_all_dim", None)
     if first and second and "attention_factor" not in rope and rope.get("factor", 0) > 1:
@@ -340,8 +341,8 @@ def _plain_yarn(rope: dict[str, Any]) -> dict[str, Any]:
     return rope
 
 
-def to_json(config: Config, dtype: str, tokens: Mapping[str, Any]) -> dict[str, Any]:
-    """The config.json of a model, which transformers 4 and 5 read alike.
+def to_json(config: Config, dtype: str, tokens: Mapping[str, Json]) -> JsonObject:
+    """Returns the config.json of a model, which transformers 4 and 5 read alike.
 
     Args:
         config: The model.
@@ -351,7 +352,7 @@ def to_json(config: Config, dtype: str, tokens: Mapping[str, Any]) -> dict[str, 
     Raises:
         CheckpointError: Models of its type cannot have these settings there.
     """
-    values: dict[str, Any] = {
+    values: JsonObject = {
         "architectures": [ARCHITECTURES[config.model_type]],
         "model_type": config.model_type,
         "dtype": dtype,
@@ -365,7 +366,7 @@ def to_json(config: Config, dtype: str, tokens: Mapping[str, Any]) -> dict[str, 
     return values | _llama_values(config)
 
 
-def _t5_values(config: T5Config, eos: Any) -> dict[str, Any]:
+def _t5_values(config: T5Config, eos: Json) -> JsonObject:
     if config.scale_decoder_outputs and config.model_type == "mt5":
         raise CheckpointError(
             "T5Config.scale_decoder_outputs: an mT5 of transformers 5 scales nothing; export it "
@@ -395,17 +396,17 @@ def _t5_values(config: T5Config, eos: Any) -> dict[str, Any]:
 
 
 def writes_output(config: Config) -> bool:
-    """Whether an export holds an lm_head.weight.
+    """Returns whether an export has an lm_head.weight.
 
-    So does that of a T5 whose output is tied but not scaled: a copy of the embedding is all that
-    transformers 4 understands, and transformers 5 sees that they are equal.
+    So has that of a T5 whose output is tied but not scaled: a copy of the embedding is all that
+    transformers 4 understands, and transformers 5 compares the two.
     """
     if isinstance(config, T5Config):
         return not config.scale_decoder_outputs
     return not config.tie_word_embeddings
 
 
-def _llama_values(config: LlamaConfig) -> dict[str, Any]:
+def _llama_values(config: LlamaConfig) -> JsonObject:
     rope = {"rope_type": config.rope_type}
     for name in _ROPE_KEYS[config.rope_type]:
         value = getattr(config, f"rope_{name}")
@@ -457,26 +458,26 @@ def _llama_values(config: LlamaConfig) -> dict[str, Any]:
     return values
 
 
-def _check_expressible(config: LlamaConfig, values: Mapping[str, Any]) -> None:
+def _check_expressible(config: LlamaConfig, values: Mapping[str, Json]) -> None:
     """Refuses settings that the file's reader would not find in it."""
     read = _llama(
         Fields(Path(CONFIG), values | {"vocab_size": config.vocab_size}), config.model_type
     )
     scalar = config.query_pre_attn_scalar or float(config.head_dim)
     for name in type(config).__dataclass_fields__:
-        wanted, found = getattr(config, name), getattr(read, name)
+        expected, actual = getattr(config, name), getattr(read, name)
         if name == "query_pre_attn_scalar":
-            wanted, found = scalar, found or float(read.head_dim)
-        elif name == "windows" and not any(wanted):
-            wanted = ()
+            expected, actual = scalar, actual or float(read.head_dim)
+        elif name == "windows" and not any(expected):
+            expected = ()
         # What belongs to other rope types decides nothing.
         unread = name.startswith("rope_") and name[5:] not in (
             "type",
             "theta",
             *_ROPE_KEYS[config.rope_type],
         )
-        if wanted != found and not unread:
+        if expected != actual and not unread:
             raise CheckpointError(
-                f"LlamaConfig.{name}: {wanted} cannot be told to transformers in a "
-                f"{config.model_type} model, which would have {found}"
+                f"LlamaConfig.{name}: {expected} cannot be expressed in the config.json of a "
+                f"{config.model_type} model, which transformers would read as {actual}"
             )

@@ -1,4 +1,4 @@
-"""A Hugging Face directory: its tensors and description, checked, and the files that go with it."""
+"""A Hugging Face directory: its tensors, description and other files, and m2l's manifest of it."""
 
 import dataclasses
 import hashlib
@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from m2l import storage
 from m2l.checkpoints import model_fields, safetensors, tensor_kinds
@@ -18,6 +17,8 @@ from m2l.checkpoints.spans import in_parallel, opening
 from m2l.checkpoints.tokenizer import digests, is_bytes
 from m2l.errors import CheckpointError
 from m2l.files import GENERATION, TOKENIZER_FILES, cache_directory, checksum
+from m2l.storage import AnyPath, PathLike
+from m2l.typing import Json, JsonObject
 
 CONFIG = "config.json"
 
@@ -38,7 +39,7 @@ _OTHERS = (
 
 def open_directory(
     path: Path, *, allowed: Collection[str] = ()
-) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
+) -> tuple[dict[str, StoredTensor], JsonObject]:
     """Opens a directory, or a .safetensors file in one; nothing but headers is read yet.
 
     Args:
@@ -96,11 +97,11 @@ def copy_companions(sources: Sequence[Path], out: Path) -> None:
 
 
 def has_tokenizer(directory: Path) -> bool:
-    """Whether a directory holds a tokenizer of any kind."""
+    """Returns whether a directory has a tokenizer of any kind."""
     return any(_matching(directory, TOKENIZER_FILES)) or is_bytes(directory)
 
 
-def local_tokenizer(directory: Any) -> Path:
+def local_tokenizer(directory: AnyPath) -> Path:
     """Returns a local directory with a directory's tokenizer, for libraries that read files alone.
 
     What is in a bucket is copied into m2l's cache, by its content.
@@ -115,7 +116,7 @@ def local_tokenizer(directory: Any) -> Path:
     return copy
 
 
-def tokenizer_files(directory: Any) -> Iterator[Any]:
+def tokenizer_files(directory: AnyPath) -> Iterator[AnyPath]:
     """Yields the files of a directory's tokenizer, and the model's own settings of its ends."""
     for file in _matching(directory, (*TOKENIZER_FILES, *_TOKENIZER_PARTS, GENERATION, CONFIG)):
         if file.parent == directory:
@@ -135,7 +136,7 @@ def _copy(directory: Path, patterns: Sequence[str], out: Path) -> list[Path]:
     return list(names)
 
 
-def config_of(sources: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def config_of(sources: Sequence[Mapping[str, Json]]) -> JsonObject:
     """Returns the first description that says anything."""
     return dict(next((config for config in sources if config), {}))
 
@@ -190,7 +191,7 @@ def read_manifest(directory: Path) -> Manifest:
     return manifest
 
 
-def open_tensors(path: str | os.PathLike) -> dict[str, StoredTensor]:
+def open_tensors(path: PathLike) -> dict[str, StoredTensor]:
     """Opens the tensors of a .safetensors file or a directory, as `safetensors.open_tensors` does.
 
     Where m2l wrote the directory, its files are compared with their digests, and the tensors carry
@@ -211,13 +212,13 @@ def open_tensors(path: str | os.PathLike) -> dict[str, StoredTensor]:
     tensors = recorded["tensors"]
     missing = [name for name in tensors if name not in stored] if path.is_dir() else []
     for name in [*stored, *missing]:
-        found = stored.get(name)
-        spelled = "missing" if found is None else f"{found.dtype}{list(found.shape)}"
+        tensor = stored.get(name)
+        actual = "missing" if tensor is None else f"{tensor.dtype}{list(tensor.shape)}"
         record = tensors.get(name)
         expected = "none" if record is None else f"{record['dtype']}{record['shape']}"
-        if spelled != expected:
+        if actual != expected:
             raise CheckpointError(
-                f"{path}: {name} is {spelled}, {MANIFEST} records {expected}; {_ADVICE}"
+                f"{path}: {name} is {actual}, {MANIFEST} records {expected}; {_ADVICE}"
             )
     for name, digest in recorded["files"].items():
         file = directory / name
@@ -250,7 +251,7 @@ def verify(directory: Path) -> Manifest:
     return manifest
 
 
-def _sha256(file: Any) -> str:
+def _sha256(file: AnyPath) -> str:
     if not isinstance(file, Path):
         return hashlib.sha256(file.read_bytes()).hexdigest()
     digest = hashlib.sha256()

@@ -1,4 +1,4 @@
-"""Making a checkpoint of someone else's tensors, whatever their format: checked, then streamed."""
+"""Imports tensors of any format into a checkpoint: checked first, then streamed."""
 
 import dataclasses
 import math
@@ -23,7 +23,7 @@ from m2l.progress import Progress
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor of someone else's checkpoint.
+    """A tensor of a checkpoint in another format.
 
     Attributes:
         name: Its name there.
@@ -40,10 +40,10 @@ class Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """Where a parameter of ours comes from.
+    """Where a parameter comes from in a checkpoint of another format.
 
     Attributes:
-        tensor: The name of someone else's tensor.
+        tensor: The tensor's name there.
         transposed: Whether its axes are in the reverse order.
         axis: The axis along which the tensor stacks the parameters of several layers; None if it
             is one parameter. The slice is taken first, then transposed.
@@ -56,7 +56,7 @@ class Origin:
     index: int = 0
 
     def take(self, array: np.ndarray) -> np.ndarray:
-        """The parameter, as a view of the tensor's array."""
+        """Returns the parameter, as a view of the tensor's array."""
         if self.axis is not None:
             array = array[(slice(None),) * self.axis + (self.index,)]
         return array.T if self.transposed else array
@@ -75,25 +75,25 @@ def import_tensors(
     dtype: str | None = None,
     at_once: int = WORKERS,
 ) -> Manifest:
-    """Makes a checkpoint; each tensor is read once, and a few are on their way at a time.
+    """Makes a checkpoint, reading each tensor once, and a few at a time.
 
-    Memory held: at most `at_once` tensors' and 0.5 GiB. NaN and infinity are kept.
+    Peak memory: `at_once` tensors and 0.5 GiB. NaN and infinity are preserved.
 
     Args:
         out: The checkpoint to make; must not exist.
         config: The model that the tensors are of.
         tensors: Name -> tensor, all that the source holds.
-        origins: Our name of a parameter -> where it comes from, for every parameter.
+        origins: m2l's name of a parameter -> where it comes from, for every parameter.
         source: The checkpoint that the tensors are of, for messages.
         vocabulary: {"name", "size", "fingerprint"} of the one the model was trained with.
         made_by: What made it, as JSON-like data.
         ignored: Names of tensors that are not needed.
         dtype: One of FLOATS, for all parameters; None keeps each tensor's.
-        at_once: How many tensors are on their way at a time.
+        at_once: How many tensors are in memory at a time.
 
     Raises:
         CheckpointError: Before anything is read or written: a tensor is missing, has another
-            shape, is no float, is claimed twice or not at all; the vocabulary has more ids than
+            shape, is no float, is mapped twice or not at all; the vocabulary has more ids than
             the model's embedding rows; or `out` exists. Then: a tensor
             cannot be read, or a value is too large for `dtype`.
         UnknownNameError: There is no such dtype.
@@ -116,11 +116,11 @@ def import_tensors(
     described = {
         name: (shape, cast or tensors[origins[name].tensor].dtype) for name, shape in shapes.items()
     }
-    claims: dict[str, list[str]] = defaultdict(list)
+    names_by_tensor: dict[str, list[str]] = defaultdict(list)
     for name in shapes:
-        claims[origins[name].tensor].append(name)
+        names_by_tensor[origins[name].tensor].append(name)
     # The largest first, or a thread would be left alone with one at the end.
-    largest_first = sorted(claims, key=lambda tensor: -math.prod(tensors[tensor].shape))
+    largest_first = sorted(names_by_tensor, key=lambda tensor: -math.prod(tensors[tensor].shape))
     total = sum(math.prod(shape) * dtype.itemsize for shape, dtype in described.values())
     done = 0
     with (
@@ -130,7 +130,7 @@ def import_tensors(
 
         def convert(tensor: str) -> int:
             array, nbytes = tensors[tensor].read(), 0
-            for name in claims[tensor]:
+            for name in names_by_tensor[tensor]:
                 view, cast_to = origins[name].take(array), described[name][1]
                 for block in blocks(view, cast_to, f"{source}: {name}"):
                     writer.append(name, block)
@@ -148,7 +148,7 @@ def import_tensors(
 
 
 def parameter_shapes(config: models.Config) -> dict[str, tuple[int, ...]]:
-    """Our name of each parameter -> its shape, as `models.spec` has it.
+    """Returns m2l's name of each parameter -> its shape, as `models.spec` has it.
 
     The layers of a stack are alike, and only one is traced: `models.spec` takes as long for thirty
     as copying them takes.
@@ -159,16 +159,16 @@ def parameter_shapes(config: models.Config) -> dict[str, tuple[int, ...]]:
     else:
         layers = {"decoder": config.num_hidden_layers}
         short = dataclasses.replace(config, num_hidden_layers=1, windows=config.windows[:1])
-    found = {}
+    shapes = {}
     for name, spec in flatten(models.spec(short)).items():
         stack, _, part = name.partition("/layers_00/")
         names = [f"{stack}/layers_{i:02}/{part}" for i in range(layers[stack])] if part else [name]
-        found |= dict.fromkeys(names, spec.shape)
-    return dict(sorted(found.items(), key=lambda item: item[0].split("/")))
+        shapes |= dict.fromkeys(names, spec.shape)
+    return dict(sorted(shapes.items(), key=lambda item: item[0].split("/")))
 
 
 def float_dtype(dtype: Any) -> np.dtype:
-    """The dtype that parameters are to have on disk.
+    """Returns the dtype that parameters are to have on disk.
 
     Raises:
         UnknownNameError: It is none of FLOATS.
@@ -190,9 +190,9 @@ def check_origins(
     """Refuses tensors that are not exactly what a model's parameters come from; reads none.
 
     Args:
-        shapes: Our name of a parameter -> its shape.
+        shapes: m2l's name of a parameter -> its shape.
         tensors: Name -> tensor, all that the source holds.
-        origins: Our name of a parameter -> where it comes from.
+        origins: m2l's name of a parameter -> where it comes from.
         source: The checkpoint, for messages.
         ignored: Names of tensors that are not needed.
 
@@ -206,42 +206,44 @@ def check_origins(
             raise CheckpointError(f"{source}: {'; '.join(problems[:3])}{more}: {remedy}")
 
     wrong_model = "its tensors are not those of the model that its configuration describes"
-    refuse([f"{name} comes from nowhere" for name in shapes if name not in origins], wrong_model)
+    refuse([f"no tensor for {name}" for name in shapes if name not in origins], wrong_model)
     refuse([f"the model has no {name}" for name in origins if name not in shapes], wrong_model)
     wanted = dict.fromkeys(origin.tensor for origin in origins.values())
-    refuse([f"{name} is missing" for name in wanted if name not in tensors], wrong_model)
+    refuse([f"missing key {name}" for name in wanted if name not in tensors], wrong_model)
     unused = [name for name in tensors if name not in wanted and name not in ignored]
-    refuse([f"{name} is no part of the model" for name in unused], wrong_model)
+    refuse([f"unexpected key {name}" for name in unused], wrong_model)
     dtypes = {name: tensors[name].dtype.name for name in wanted}
-    no_floats = [f"{name} is {found}" for name, found in dtypes.items() if found not in FLOATS]
-    refuse(no_floats, f"expected one of {', '.join(FLOATS)}; quantised weights are not read")
+    other_dtypes = [f"{name} is {dtype}" for name, dtype in dtypes.items() if dtype not in FLOATS]
+    refuse(other_dtypes, f"expected one of {', '.join(FLOATS)}; quantised weights are not read")
     misshapen = []
     slices: dict[str, dict[tuple[int | None, int], str]] = defaultdict(dict)
     for name, origin in origins.items():
-        found, shape = tensors[origin.tensor].shape, shapes[name]
+        stored, shape = tensors[origin.tensor].shape, shapes[name]
         wide = shape[::-1] if origin.transposed else shape
-        fits = found == wide
+        fits = stored == wide
         if origin.axis is not None:
-            length = found[origin.axis] if origin.axis < len(found) else 0
-            fits = found == (*wide[: origin.axis], length, *wide[origin.axis :])
+            length = stored[origin.axis] if origin.axis < len(stored) else 0
+            fits = stored == (*wide[: origin.axis], length, *wide[origin.axis :])
             fits = fits and origin.index < length
         if not fits:
             part = "" if origin.axis is None else f", layer {origin.index} of axis {origin.axis},"
             misshapen.append(
-                f"{origin.tensor} {list(found)}{part} does not give {name}, for which "
+                f"{origin.tensor} {list(stored)}{part} does not give {name}, for which "
                 f"{list(wide)} is expected"
             )
-        claimed = slices[origin.tensor]
+        mapped = slices[origin.tensor]
         key = (origin.axis, origin.index if origin.axis is not None else 0)
-        if key in claimed or any(axis != origin.axis for axis, _ in claimed):
-            other = claimed.get(key) or next(iter(claimed.values()))
-            raise CheckpointError(f"{source}: {origin.tensor} is claimed by {other} and by {name}")
-        claimed[key] = name
+        if key in mapped or any(axis != origin.axis for axis, _ in mapped):
+            other = mapped.get(key) or next(iter(mapped.values()))
+            raise CheckpointError(
+                f"{source}: duplicate mapping: {origin.tensor} is both {other} and {name}"
+            )
+        mapped[key] = name
     refuse(misshapen, wrong_model)
-    unclaimed = [
-        f"{name} stacks {tensors[name].shape[axis]} layers, the model has {len(claimed)}"
-        for name, claimed in slices.items()
-        for axis in [next(iter(claimed))[0]]
-        if axis is not None and len(claimed) != tensors[name].shape[axis]
+    unmapped = [
+        f"{name} stacks {tensors[name].shape[axis]} layers, the model has {len(mapped)}"
+        for name, mapped in slices.items()
+        for axis in [next(iter(mapped))[0]]
+        if axis is not None and len(mapped) != tensors[name].shape[axis]
     ]
-    refuse(unclaimed, wrong_model)
+    refuse(unmapped, wrong_model)

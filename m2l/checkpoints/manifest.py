@@ -14,7 +14,6 @@ import platform
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -24,6 +23,8 @@ from m2l.checkpoints.pytrees import is_committed
 from m2l.checkpoints.safetensors import is_dtype
 from m2l.checkpoints.spans import is_array_shape
 from m2l.errors import CheckpointError
+from m2l.storage import AnyPath, PathLike
+from m2l.typing import Json, JsonObject
 from m2l.version import __version__
 
 FORMAT_VERSION = 3
@@ -37,14 +38,14 @@ _ADVICE = "copy the checkpoint again or make it anew"
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """The versions of m2l and of what computes and writes for it, as recorded in every manifest."""
+    """Returns the versions of m2l and of what it computes and writes with."""
     packages = ("jax", "flax", "numpy", "orbax-checkpoint")
-    found = {name: importlib.metadata.version(name) for name in packages}
-    return {"m2l": __version__, "python": platform.python_version()} | found
+    packaged = {name: importlib.metadata.version(name) for name in packages}
+    return {"m2l": __version__, "python": platform.python_version()} | packaged
 
 
 def sha256(array: np.ndarray) -> str:
-    """The SHA-256, in hex, of an array's row-major little-endian bytes."""
+    """Returns the SHA-256, in hex, of an array's row-major little-endian bytes."""
     return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8)).hexdigest()
 
 
@@ -71,17 +72,17 @@ class Manifest:
         format_version: The layout of the directory and of this file.
     """
 
-    model: Mapping[str, Any]
-    vocabulary: Mapping[str, Any]
+    model: Mapping[str, Json]
+    vocabulary: Mapping[str, Json]
     dtype: str
     step: int
-    made_by: Mapping[str, Any]
+    made_by: Mapping[str, Json]
     parents: tuple[Mapping[str, str], ...]
-    parameters: Mapping[str, Mapping[str, Any]]
-    opt_state: Mapping[str, Mapping[str, Any]] | None = None
+    parameters: Mapping[str, Mapping[str, Json]]
+    opt_state: Mapping[str, Mapping[str, Json]] | None = None
     data_state: str | None = None
     tokenizer: Mapping[str, str] | None = None
-    directory: Mapping[str, Mapping[str, Any]] | None = None
+    directory: Mapping[str, Mapping[str, Json]] | None = None
     versions: Mapping[str, str] = dataclasses.field(default_factory=versions)
     format_version: int = FORMAT_VERSION
 
@@ -96,7 +97,7 @@ class Manifest:
         text = json.dumps(identity, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Returns the manifest as JSON values, with its digest and a checksum."""
         content = json.loads(json.dumps({"digest": self.digest} | dataclasses.asdict(self)))
         if self.tokenizer is not None:
@@ -110,7 +111,7 @@ class Manifest:
         (directory / name).write_text(json.dumps(self.to_json(), indent=1) + "\n")
 
     @classmethod
-    def read(cls, directory: Any, name: str | None = None) -> "Manifest":
+    def read(cls, directory: AnyPath, name: str | None = None) -> "Manifest":
         """Reads the manifest of an Orbax checkpoint, or, with a name, of another directory.
 
         Raises:
@@ -128,13 +129,13 @@ class Manifest:
         return cls._parse(entry, file)
 
     @classmethod
-    def _parse(cls, content: Any, file: Any) -> "Manifest":
-        found = content.get("format_version") if isinstance(content, dict) else None
-        if type(found) is not int:
+    def _parse(cls, content: Json, file: AnyPath) -> "Manifest":
+        version = content.get("format_version") if isinstance(content, dict) else None
+        if type(version) is not int:
             raise CheckpointError(f"{file}: damaged, it has no format_version")
-        if found > FORMAT_VERSION:
+        if version > FORMAT_VERSION:
             raise CheckpointError(
-                f"{file}: written in format {found} by a newer m2l; this one reads up to "
+                f"{file}: written in format {version} by a newer m2l; this one reads up to "
                 f"{FORMAT_VERSION}: upgrade m2l"
             )
         if content.pop("checksum", None) != _checksum(content):
@@ -149,7 +150,7 @@ class Manifest:
         return dataclasses.replace(manifest, vocabulary={**manifest.vocabulary, "name": name})
 
 
-def is_checkpoint(directory: Any) -> bool:
+def is_checkpoint(directory: AnyPath) -> bool:
     """Returns whether a directory is a finished checkpoint that m2l wrote; damaged ones are."""
     if (directory / FILE_NAME).is_file():
         return True
@@ -159,7 +160,7 @@ def is_checkpoint(directory: Any) -> bool:
         return True  # Whoever reads it is told what is damaged.
 
 
-def _entry(directory: Any) -> Any:
+def _entry(directory: AnyPath) -> Json:
     file = directory / ORBAX_METADATA
     if not file.is_file():
         return None
@@ -168,34 +169,34 @@ def _entry(directory: Any) -> Any:
     return custom.get(_ENTRY) if isinstance(custom, dict) else None
 
 
-def custom_metadata(manifest: Manifest) -> dict[str, Any]:
+def custom_metadata(manifest: Manifest) -> JsonObject:
     """Returns what Orbax keeps as the custom metadata of a checkpoint with this manifest."""
     return {_ENTRY: manifest.to_json()}
 
 
 def check_vocabulary(
-    vocabulary: Mapping[str, Any], vocab_size: int, where: str | Path | None = None
+    vocabulary: Mapping[str, Json], vocab_size: int, model: PathLike | None = None
 ) -> None:
     """Refuses a tokenizer with ids that a model has no embedding for, as after adding tokens.
 
     Args:
         vocabulary: {"name", "size", "fingerprint"} of the one that the model is to read.
         vocab_size: How many rows the model's embedding has.
-        where: The model, for the message; None: one that is only configured.
+        model: The model's path, for the message; None: one that is only configured.
 
     Raises:
         CheckpointError: there are more ids than rows.
     """
     if vocabulary["size"] > vocab_size:
-        resize = "resize its embedding" if where else f"set vocab_size to {vocabulary['size']}"
+        resize = "resize its embedding" if model else f"set vocab_size to {vocabulary['size']}"
         raise CheckpointError(
-            f"{where or 'the model'}: the tokenizer {vocabulary['name']!r} has "
+            f"{model or 'the model'}: the tokenizer {vocabulary['name']!r} has "
             f"{vocabulary['size']} ids, the model room for {vocab_size} (vocab_size): they do not "
             f"belong together; name another with --vocabulary, or {resize}"
         )
 
 
-def _checksum(content: Mapping[str, Any]) -> str:
+def _checksum(content: Mapping[str, Json]) -> str:
     # In the file's order: sorted, keys that JSON turns into strings could change places.
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
@@ -203,7 +204,7 @@ def _checksum(content: Mapping[str, Any]) -> str:
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
-def check_manifest(file: Path, content: Mapping[str, Any]) -> None:
+def check_manifest(file: Path, content: Mapping[str, Json]) -> None:
     """Checks every field of a manifest but its checksum and format_version.
 
     Args:
@@ -217,8 +218,8 @@ def check_manifest(file: Path, content: Mapping[str, Any]) -> None:
         if name not in content and name in _OPTIONAL:
             continue
         if name not in content or not is_right(content[name]):
-            found = repr(content.get(name, "nothing"))
-            shown = found if len(found) <= 80 else f"{found[:77]}..."
+            value = repr(content.get(name, "nothing"))
+            shown = value if len(value) <= 80 else f"{value[:77]}..."
             raise CheckpointError(f"{file}: damaged: {name} is {shown}, expected {expected}")
     for name in content:
         if name not in _FIELDS:
@@ -229,7 +230,7 @@ def check_manifest(file: Path, content: Mapping[str, Any]) -> None:
         raise CheckpointError(f"{file}: damaged: a tokenizer is recorded, but no vocabulary's name")
 
 
-def check_arrays(where: str, records: Mapping[str, Any]) -> None:
+def check_arrays(place: str, records: Mapping[str, Json]) -> None:
     """Checks name -> {"shape", "dtype", "digest"} of arrays.
 
     Raises:
@@ -238,7 +239,7 @@ def check_arrays(where: str, records: Mapping[str, Any]) -> None:
     """
     for name, record in records.items():
         if not name.isprintable() or not name.strip("./"):
-            raise CheckpointError(f"{where}: damaged: {name!r:.80} is not the name of an array")
+            raise CheckpointError(f"{place}: damaged: {name!r:.80} is not the name of an array")
         if not (
             isinstance(record, dict)
             and set(record) == {"shape", "dtype", "digest"}
@@ -247,11 +248,11 @@ def check_arrays(where: str, records: Mapping[str, Any]) -> None:
             and (_is_digest(record["digest"]) or digest.is_digest(record["digest"]))
         ):
             raise CheckpointError(
-                f"{where}: damaged: {name} is {record!r:.80}, expected its shape, dtype and digest"
+                f"{place}: damaged: {name} is {record!r:.80}, expected its shape, dtype and digest"
             )
 
 
-def is_file_digests(value: Any) -> bool:
+def is_file_digests(value: Json) -> bool:
     """Returns whether a value is a dict of SHA-256 by the plain name of a file."""
     return isinstance(value, dict) and all(
         name.isprintable()
@@ -262,15 +263,15 @@ def is_file_digests(value: Any) -> bool:
     )
 
 
-def _is_digest(value: Any) -> bool:
+def _is_digest(value: Json) -> bool:
     return isinstance(value, str) and _SHA256.fullmatch(value) is not None
 
 
-def _is_dict(value: Any) -> bool:
+def _is_dict(value: Json) -> bool:
     return isinstance(value, dict)
 
 
-def _is_vocabulary(value: Any) -> bool:
+def _is_vocabulary(value: Json) -> bool:
     return (
         isinstance(value, dict)
         and {"name", "size", "fingerprint"} <= set(value)
@@ -279,7 +280,7 @@ def _is_vocabulary(value: Any) -> bool:
     )
 
 
-def _are_parents(value: Any) -> bool:
+def _are_parents(value: Json) -> bool:
     return isinstance(value, list) and all(
         isinstance(parent, dict)
         and {"role", "path", "digest"} <= set(parent)
@@ -288,15 +289,15 @@ def _are_parents(value: Any) -> bool:
     )
 
 
-def _are_texts(value: Any) -> bool:
+def _are_texts(value: Json) -> bool:
     return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
 
 
-def _or_none(is_right: Callable[[Any], bool]) -> Callable[[Any], bool]:
+def _or_none(is_right: Callable[[Json], bool]) -> Callable[[Json], bool]:
     return lambda value: value is None or is_right(value)
 
 
-_FIELDS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
+_FIELDS: Mapping[str, tuple[str, Callable[[Json], bool]]] = {
     "digest": ("a SHA-256", _is_digest),
     "model": ("the model's settings by name", _is_dict),
     "vocabulary": ("its name, size and fingerprint", _is_vocabulary),

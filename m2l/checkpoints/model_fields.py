@@ -8,12 +8,12 @@ value: defaults are filled in, renamed values and the spellings of rotary positi
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from m2l import files
 from m2l.errors import CheckpointError
+from m2l.typing import Json, JsonObject
 
-Description = Mapping[str, Any]
+Description = Mapping[str, Json]
 
 _LARGEST = {"sizes": 2**31, "layers": 10**5}
 
@@ -195,7 +195,7 @@ _RENAMED = {"num_local_experts": "num_experts"}
 
 # Where a family's default is not what a field's absence means in the others (transformers 5.24).
 _T5 = {"relative_attention_num_buckets": 32, "relative_attention_max_distance": 128}
-_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+_DEFAULTS: Mapping[str, Mapping[str, Json]] = {
     "gemma": {"head_dim": 256, "num_key_value_heads": 16},
     "gemma2": {
         "head_dim": 256,
@@ -215,8 +215,8 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON file that holds an object.
+def read_json(file: Path) -> JsonObject:
+    """Returns the object in a JSON file.
 
     Raises:
         CheckpointError: It is missing or damaged.
@@ -234,7 +234,7 @@ def parts(config: Description) -> dict[str, Description]:
     }
 
 
-def normalized(config: Description) -> dict[str, Any]:
+def normalized(config: Description) -> JsonObject:
     """Returns the fields that may decide what a model computes, by one name and spelling each.
 
     Fields that decide nothing and those whose value says "none" (null, false, 0, empty) are left
@@ -246,7 +246,7 @@ def normalized(config: Description) -> dict[str, Any]:
     family = config.get("model_type")
     values = {**_DEFAULTS.get(family if isinstance(family, str) else "", {}), **config}
     values = {name: value for name, value in values.items() if value is not None}
-    result: dict[str, Any] = {}
+    result: JsonObject = {}
     for name, part in parts(values).items():
         # What a part is called changed, and follows from what the whole is called.
         inner = {n: v for n, v in normalized(part).items() if n != "model_type"}
@@ -264,8 +264,8 @@ def normalized(config: Description) -> dict[str, Any]:
     return {name: value for name, value in result.items() if value is not None}
 
 
-def _normalized_field(name: str, values: Description) -> dict[str, Any]:
-    """One field of a description under its name here; empty where it decides nothing."""
+def _normalized_field(name: str, values: Description) -> JsonObject:
+    """Returns one field by its normalized name; empty where it decides nothing."""
     value = values[name]
     if name in parts(values) or not value:
         return {}
@@ -285,7 +285,7 @@ def _normalized_field(name: str, values: Description) -> dict[str, Any]:
     return {_RENAMED.get(name, name): value}
 
 
-def _heads(values: Description) -> dict[str, Any]:
+def _heads(values: Description) -> JsonObject:
     heads, width = values.get("num_attention_heads"), values.get("hidden_size")
     if type(heads) is not int or heads < 1:
         return {}
@@ -295,22 +295,22 @@ def _heads(values: Description) -> dict[str, Any]:
     return result
 
 
-def _windows(values: Description) -> dict[str, Any]:
-    """The width of sliding windows, and which layers have one; None where no layer has."""
+def _windows(values: Description) -> JsonObject:
+    """Returns the width of sliding windows, and which layers have one; None where no layer has."""
     width, types = values.get("sliding_window"), values.get("layer_types")
     slides = width is not None and values.get("use_sliding_window", True) is not False
     if isinstance(types, list) and types and all(each == "full_attention" for each in types):
         slides, types = False, None
-    result: dict[str, Any] = {"sliding_window": width if slides else None, "layer_types": types}
+    result: JsonObject = {"sliding_window": width if slides else None, "layer_types": types}
     if slides and values.get("model_type") == "qwen2":
         result["max_window_layers"] = values.get("max_window_layers", 28)
     return result
 
 
-def _rope(values: Description) -> dict[str, Any]:
-    """Rotary positions by one spelling, as rope_NAME; empty where the description names none."""
+def _rope(values: Description) -> JsonObject:
+    """Returns rotary positions in one spelling, as rope_NAME; empty where there are none."""
     if "rope_type" in values:
-        scaling: Any = {n.removeprefix("rope_"): v for n, v in values.items() if n[:5] == "rope_"}
+        scaling: Json = {n.removeprefix("rope_"): v for n, v in values.items() if n[:5] == "rope_"}
     else:
         scaling = values.get("rope_parameters") or values.get("rope_scaling") or {}
     if not isinstance(scaling, Mapping):
@@ -331,7 +331,7 @@ def _rope(values: Description) -> dict[str, Any]:
     return _one_rope(values, scaling, theta)
 
 
-def _one_rope(values: Description, scaling: Description, theta: Any) -> dict[str, Any]:
+def _one_rope(values: Description, scaling: Description, theta: Json) -> JsonObject:
     read = {name: value for name, value in scaling.items() if value is not None}
     kinds = [read.pop(name) for name in ("rope_type", "type") if name in read]
     kind = kinds[0] if kinds else "default"
@@ -351,7 +351,7 @@ def _one_rope(values: Description, scaling: Description, theta: Any) -> dict[str
     return {f"rope_{name}": value for name, value in (result | read).items() if name != "finetuned"}
 
 
-def _complete_scaling(kind: Any, scaling: dict[str, Any], values: Description) -> None:
+def _complete_scaling(kind: Json, scaling: JsonObject, values: Description) -> None:
     """Fills in what a scaling that depends on lengths reads from elsewhere."""
     length = "original_max_position_embeddings"
     if kind == "dynamic":
@@ -376,7 +376,7 @@ def _complete_scaling(kind: Any, scaling: dict[str, Any], values: Description) -
 
 
 def ties_embeddings(config: Description) -> bool:
-    """Whether a description says that the output's matrix is the input embedding."""
+    """Returns whether a description says that the output's matrix is the input embedding."""
     family = config.get("model_type")
     default = isinstance(family, str) and family.startswith("gemma")
     described = [config, *parts(config).values()]
@@ -384,7 +384,7 @@ def ties_embeddings(config: Description) -> bool:
     return all(said) if said else default
 
 
-def differing(reference: Description, other: Description) -> Iterator[tuple[str, Any, Any]]:
+def differing(reference: Description, other: Description) -> Iterator[tuple[str, Json, Json]]:
     """Yields (field, value in reference, value in other) where normalized descriptions differ.
 
     What one of them has not is None there. Neither has to say what its tensors' shapes or other
@@ -405,12 +405,12 @@ def differing(reference: Description, other: Description) -> Iterator[tuple[str,
 
 
 def decides(name: str) -> bool:
-    """Whether a field of a normalized description is known to decide what a model computes."""
+    """Returns whether a field of a normalized description is known to decide the computation."""
     field = name.rpartition(".")[2]
     return field in DECIDING or field.startswith("rope_")
 
 
-def _equal(one: Any, other: Any) -> bool:
+def _equal(one: Json, other: Json) -> bool:
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         return one.keys() == other.keys() and all(_equal(one[k], other[k]) for k in one)
     if isinstance(one, list | tuple) and isinstance(other, list | tuple):
@@ -453,6 +453,6 @@ def implausible(config: Description) -> str | None:
     return None
 
 
-def _short(value: Any) -> str:
+def _short(value: Json) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -11,7 +11,7 @@ import math
 import threading
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -29,6 +29,11 @@ from m2l.checkpoints.manifest import Manifest, is_checkpoint
 from m2l.checkpoints.pytrees import Tree
 from m2l.checkpoints.spans import Span, TensorReader, read_rows
 from m2l.errors import CheckpointError, UnsupportedModelError
+from m2l.storage import AnyPath
+from m2l.typing import Json
+
+if TYPE_CHECKING:
+    from m2l.checkpoints.importing import Origin
 
 ORBAX, HUGGINGFACE, T5X = "orbax", "huggingface", "t5x"
 
@@ -51,12 +56,12 @@ class Checkpoint:
         strings: Its leaves that are texts, by name.
     """
 
-    path: Any
+    path: AnyPath
     format: str
     parameters: Mapping[str, TensorReader]
     ours: Mapping[str, tuple[str, bool]]
-    model: Mapping[str, Any]
-    vocabulary: Mapping[str, Any] | None
+    model: Mapping[str, Json]
+    vocabulary: Mapping[str, Json] | None
     tokenizer: Path | None = None
     manifest: Manifest | None = None
     native: bool = False
@@ -65,7 +70,7 @@ class Checkpoint:
 
     @functools.cached_property
     def digest(self) -> str:
-        """What it is, SHA-256 in hex: its manifest's digest, or that of its files' content.
+        """The SHA-256, in hex, that identifies it: its manifest's, or that of its files' content.
 
         Of what other programs stored through Orbax, that of Orbax's metadata, and of the names,
         sizes and times of files, or the names of objects.
@@ -82,7 +87,7 @@ class Checkpoint:
 
     @property
     def has_digests(self) -> bool:
-        """Whether its parameters can be checked."""
+        """Whether digests of its parameters are recorded."""
         return any(recorded_digest(tensor) is not None for tensor in self.parameters.values())
 
     def name_of(self, name: str) -> tuple[str, bool]:
@@ -90,7 +95,7 @@ class Checkpoint:
         return self.ours.get(name, (name, False))
 
     @functools.cached_property
-    def description(self) -> Mapping[str, Any]:
+    def description(self) -> Mapping[str, Json]:
         """The fields of its configuration that decide what it computes."""
         return model_fields.normalized(self.model)
 
@@ -100,12 +105,12 @@ class Checkpoint:
         return tensor_kinds.copies(self.parameters) if self.native else {}
 
 
-def recorded_digest(tensor: Any) -> str | None:
+def recorded_digest(tensor: TensorReader) -> str | None:
     """Returns the digest that is recorded of a tensor, of 128 bits or SHA-256; None without one."""
     return getattr(tensor, "digest", None)
 
 
-def kind(path: Any) -> str:
+def kind(path: AnyPath) -> str:
     """Returns "orbax", "huggingface" or "t5x", by what is stored at a path.
 
     Raises:
@@ -136,8 +141,8 @@ def kind(path: Any) -> str:
     )
 
 
-def _is_t5x(path: Any) -> bool:
-    """Whether a directory is a checkpoint of T5X's; other programs have steps of that name too."""
+def _is_t5x(path: AnyPath) -> bool:
+    """Returns whether a directory is a checkpoint of T5X, whose names other programs use too."""
     if (path / "checkpoint").is_file():
         return True
     metadata = path / "state" / pytrees.METADATA
@@ -146,13 +151,13 @@ def _is_t5x(path: Any) -> bool:
     return not metadata.is_file() or "('target'," in metadata.read_text(errors="replace")
 
 
-def has_manifest(path: Any) -> bool:
+def has_manifest(path: AnyPath) -> bool:
     """Returns whether a path is a checkpoint, run or directory of steps that m2l wrote."""
     path = storage.path(path)
     return is_checkpoint(path) or bool(reading.steps(path / reading.STEPS) or reading.steps(path))
 
 
-def _orbax_item(path: Any) -> Any:
+def _orbax_item(path: AnyPath) -> AnyPath | None:
     """Returns the directory of the pytree that Orbax stored at a path; None: there is none."""
     for place in (path, path / reading.STEPS):
         if place.is_dir():
@@ -165,7 +170,7 @@ def _orbax_item(path: Any) -> Any:
 
 
 def open(
-    path: Any,
+    path: AnyPath,
     *,
     subtree: str | None = None,
     native: bool = False,
@@ -190,19 +195,19 @@ def open(
         UnsupportedModelError: m2l has no network for it, and needs one.
     """
     path = storage.path(path).absolute()
-    found = kind(path)
-    if subtree is not None and found != ORBAX:
+    stored_as = kind(path)
+    if subtree is not None and stored_as != ORBAX:
         raise CheckpointError(f"{path}: of a pytree that Orbax stored alone is there a subtree")
-    if found == HUGGINGFACE:
+    if stored_as == HUGGINGFACE:
         return _open_native(path, named, allowed) if native else _open_turned(path)
-    if found == T5X:
+    if stored_as == T5X:
         return _open_t5x(path)
     if subtree is None and has_manifest(path):
         return _open_own(path)
     return _open_pytree(path, subtree)
 
 
-def _open_own(path: Any) -> Checkpoint:
+def _open_own(path: AnyPath) -> Checkpoint:
     path = reading.resolve(path)
     manifest = Manifest.read(path)
     carried = None
@@ -224,17 +229,17 @@ def _open_own(path: Any) -> Checkpoint:
     )
 
 
-def _open_pytree(path: Any, subtree: str | None) -> Checkpoint:
+def _open_pytree(path: AnyPath, subtree: str | None) -> Checkpoint:
     pytree = pytrees.open_pytree(_orbax_item(path), subtree)
     trees = {"tree": pytree.tree, "strings": pytree.strings}
     return Checkpoint(pytree.item, ORBAX, pytree.arrays, {}, {}, None, **trees)
 
 
-def _directory(path: Any) -> Any:
+def _directory(path: AnyPath) -> AnyPath:
     return path if path.is_dir() else path.parent
 
 
-def _open_native(path: Any, named: bool, allowed: Collection[str]) -> Checkpoint:
+def _open_native(path: AnyPath, named: bool, allowed: Collection[str]) -> Checkpoint:
     tensors, config = huggingface_directory.open_directory(path, allowed=allowed)
     return Checkpoint(
         path,
@@ -248,8 +253,8 @@ def _open_native(path: Any, named: bool, allowed: Collection[str]) -> Checkpoint
     )
 
 
-def _m2l_names(path: Any, tensors: Mapping[str, Any]) -> dict[str, tuple[str, bool]]:
-    """m2l's names of tensors; none for a model that m2l has no network for."""
+def _m2l_names(path: AnyPath, tensors: Mapping[str, Json]) -> dict[str, tuple[str, bool]]:
+    """Returns m2l's names of tensors; none for a model that m2l has no network for."""
     from m2l.checkpoints import huggingface
 
     try:
@@ -259,21 +264,21 @@ def _m2l_names(path: Any, tensors: Mapping[str, Any]) -> dict[str, tuple[str, bo
     return {origin.tensor: (name, origin.transposed) for name, origin in layout.origins.items()}
 
 
-def _tokenizer(path: Any) -> Path | None:
+def _tokenizer(path: AnyPath) -> Path | None:
     directory = _directory(path)
     if not huggingface_directory.has_tokenizer(directory):
         return None
     return huggingface_directory.local_tokenizer(directory)
 
 
-def _open_turned(path: Any) -> Checkpoint:
+def _open_turned(path: AnyPath) -> Checkpoint:
     from m2l import models
     from m2l.checkpoints import huggingface
 
     layout, tensors = huggingface.open_model(path)
     recent = _Recent()
 
-    def parameter(name: str, origin: Any) -> TensorReader:
+    def parameter(name: str, origin: "Origin") -> TensorReader:
         tensor = tensors[origin.tensor]
         if not origin.transposed:
             return tensor
@@ -297,7 +302,7 @@ def _open_turned(path: Any) -> Checkpoint:
     )
 
 
-def _open_t5x(path: Any) -> Checkpoint:
+def _open_t5x(path: AnyPath) -> Checkpoint:
     from m2l import models
     from m2l.checkpoints import t5x
     from m2l.checkpoints.importing import check_origins, parameter_shapes

@@ -10,16 +10,16 @@ import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
 
 from m2l import signals, storage
 from m2l.errors import CheckpointError
+from m2l.storage import AnyPath, PathLike
 
 _FLUSHED = 32 << 20
-# A journal commits at once what waits at once.
+# File systems commit together the syncs that wait together.
 _SYNCING = 16
 
 _TEMPORARY = re.compile(r"\..+\.tmp-(?P<host>.+)-(?P<pid>\d+)-\d+")
@@ -29,7 +29,7 @@ _serial = itertools.count()
 _being_written: set[str] = set()
 
 
-def check_absent(directory: str | os.PathLike) -> None:
+def check_absent(directory: PathLike) -> None:
     """Raises CheckpointError if a checkpoint cannot have this name: it exists.
 
     What a save to object storage left that was killed does not count.
@@ -46,7 +46,7 @@ def check_absent(directory: str | os.PathLike) -> None:
         )
 
 
-def clean(directory: str | os.PathLike) -> list[Path]:
+def clean(directory: Path | str) -> list[Path]:
     """Removes what saves that were killed have left in `directory`; returns what was removed.
 
     A temporary directory carries the host and process that writes it; those of other hosts and of
@@ -67,7 +67,7 @@ def clean(directory: str | os.PathLike) -> list[Path]:
     return removed
 
 
-def remove(directory: str | os.PathLike) -> None:
+def remove(directory: PathLike) -> None:
     """Removes a checkpoint: at once under its name, so that no kill leaves a part of it there."""
     directory = storage.path(directory).absolute()
     if isinstance(directory, Path):
@@ -80,7 +80,7 @@ def remove(directory: str | os.PathLike) -> None:
 
 
 def _temporary(directory: Path) -> Path:
-    """A name beside `directory` that `clean` recognises."""
+    """Returns a name next to `directory` that `clean` recognises."""
     serial = next(_serial)
     return directory.parent / (
         f".{directory.name}.tmp-{socket.gethostname()}-{os.getpid()}-{serial}"
@@ -97,7 +97,7 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def sync(path: str | os.PathLike) -> None:
+def sync(path: Path | str) -> None:
     """Waits until a file or a directory is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -107,25 +107,25 @@ def sync(path: str | os.PathLike) -> None:
 
 
 class Flusher:
-    """Puts what is written on the disk, in a thread, while more is written; a context manager.
+    """Syncs written files in a thread while more is written; a context manager.
 
-    Of what it was told, `publish` then finds little left to wait for. Leaving the block raises the
-    OSError that a file could not be put on the disk with.
+    `publish` then has little left to wait for. Leaving the block raises the OSError of a file that
+    could not be synced.
     """
 
     def __init__(self) -> None:
         self._lock, self._pool = threading.Lock(), ThreadPoolExecutor(1)
         self._files: dict[Path, None] = {}
         self._bytes = 0
-        self._under_way: list[Future] = []
+        self._syncs: list[Future] = []
 
     def wrote(self, files: Iterable[Path], nbytes: int) -> None:
-        """Says that `nbytes` were written to these files; any thread may."""
+        """Counts `nbytes` written to these files; any thread may call it."""
         with self._lock:
             self._files |= dict.fromkeys(files)
             self._bytes += nbytes
             if self._bytes >= _FLUSHED:
-                self._under_way.append(self._pool.submit(_sync_data, self._files))
+                self._syncs.append(self._pool.submit(_sync_data, self._files))
                 self._files, self._bytes = {}, 0
 
     def __enter__(self) -> "Flusher":
@@ -134,7 +134,7 @@ class Flusher:
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         self._pool.shutdown(cancel_futures=kind is not None)
         if kind is None:
-            for future in self._under_way:
+            for future in self._syncs:
                 future.result()
 
 
@@ -147,7 +147,7 @@ def _sync_data(files: Iterable[Path]) -> None:
             os.close(descriptor)
 
 
-def publish(temporary: str | os.PathLike, directory: str | os.PathLike) -> None:
+def publish(temporary: Path | str, directory: Path | str) -> None:
     """Gives a directory its final name, when all that it holds is on the disk.
 
     Args:
@@ -173,7 +173,7 @@ def publish(temporary: str | os.PathLike, directory: str | os.PathLike) -> None:
 
 
 @contextlib.contextmanager
-def publishing(directory: str | os.PathLike, size: int, *, together: bool = False) -> Iterator[Any]:
+def publishing(directory: PathLike, size: int, *, together: bool = False) -> Iterator[AnyPath]:
     """Yields a temporary name; what is written there becomes `directory` if all goes well.
 
     On object storage it is `directory` itself, with a mark until all is written.
@@ -195,14 +195,14 @@ def publishing(directory: str | os.PathLike, size: int, *, together: bool = Fals
         publish_to = _publishing_remotely(directory, is_first)
     with publish_to as temporary:
         if together:
-            multihost_utils.sync_global_devices(f"{directory} begun")
+            multihost_utils.sync_global_devices(f"{directory} created")
         yield temporary
     if together:
         multihost_utils.sync_global_devices(f"{directory} published")
 
 
 @contextlib.contextmanager
-def _publishing_remotely(directory: Any, is_first: bool) -> Iterator[Any]:
+def _publishing_remotely(directory: AnyPath, is_first: bool) -> Iterator[AnyPath]:
     if not is_first:
         yield directory
         return

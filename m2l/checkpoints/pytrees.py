@@ -7,19 +7,22 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 import psutil
+from jax.typing import DTypeLike
 
 from m2l import files, storage
 from m2l.checkpoints import digest
 from m2l.checkpoints.publishing import UNFINISHED
 from m2l.checkpoints.spans import Extents, Piece, Span, is_array_shape, is_run, run_indices
 from m2l.errors import CheckpointError
+from m2l.storage import AnyPath
+from m2l.typing import Json, JsonObject, Params, PyTree
 
 if TYPE_CHECKING:
     import tensorstore as ts
@@ -49,7 +52,7 @@ _PROBED_BYTES = 1 << 30
 # a CRC of these.
 _INDEX_BYTES = 20
 
-Tree = dict[str, dict[str, Any]]
+Tree = dict[str, JsonObject]
 """Orbax's description of a pytree: name -> {"key_metadata", "value_metadata"} of a leaf or of an
 empty node."""
 
@@ -76,7 +79,7 @@ class StoredArray:
             `checkpoints.digest`, or 64 of SHA-256; None where there is none.
     """
 
-    item: Any
+    item: AnyPath
     name: str
     store: "ts.TensorStore"
     chunk: tuple[int, ...] | None
@@ -161,9 +164,9 @@ class StoredArray:
             return digest.to_hex(digest.of_numpy(array))
         return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8)).hexdigest()
 
-    def check(self, found: str) -> None:
+    def check(self, actual: str) -> None:
         """Raises CheckpointError unless a digest, in hex, is the one that the manifest records."""
-        if self.digest is not None and found != self.digest:
+        if self.digest is not None and actual != self.digest:
             raise CheckpointError(
                 f"{self.item}: {self.name} is damaged: its bytes do not have the digest that the "
                 f"manifest records; {_ADVICE}"
@@ -203,13 +206,13 @@ class Pytree:
         strings: Its leaves that are texts, by name.
     """
 
-    item: Any
+    item: AnyPath
     arrays: Mapping[str, StoredArray]
     tree: Tree
     strings: Mapping[str, str]
 
 
-def find_item(path: Any, step: int | None = None) -> Any:
+def find_item(path: AnyPath, step: int | None = None) -> AnyPath:
     """Returns the directory of the pytree that a path means.
 
     Args:
@@ -245,25 +248,25 @@ def find_item(path: Any, step: int | None = None) -> Any:
     if finished:
         return find_item(finished[max(finished)])
     unfinished = [e.name for e in entries if _UNFINISHED in e.name or e in steps.values()]
-    what = f"only unfinished ones ({unfinished[-1]})" if unfinished else "no steps"
-    raise CheckpointError(f"{path}: no finished checkpoint: {what}, and no {METADATA} of Orbax")
+    reason = f"only unfinished ones ({unfinished[-1]})" if unfinished else "no steps"
+    raise CheckpointError(f"{path}: no finished checkpoint: {reason}, and no {METADATA} of Orbax")
 
 
-def is_committed(step: Any) -> bool:
-    """Whether Orbax has finished a step; on object storage it says so in a file of its own."""
+def is_committed(step: AnyPath) -> bool:
+    """Returns whether Orbax has finished a step; on object storage a file says so."""
     if isinstance(step, Path):
         return True
     return (step / COMMITTED).is_file() and not (step / UNFINISHED).is_file()
 
 
-def _check_committed(path: Any) -> None:
+def _check_committed(path: AnyPath) -> None:
     if not is_committed(path):
         raise CheckpointError(
             f"{path}: unfinished: {COMMITTED} is missing; name a finished checkpoint"
         )
 
 
-def open_pytree(item: Any, subtree: str | None = None) -> Pytree:
+def open_pytree(item: AnyPath, subtree: str | None = None) -> Pytree:
     """Opens an item; nothing but metadata is read yet.
 
     Args:
@@ -302,7 +305,7 @@ def open_pytree(item: Any, subtree: str | None = None) -> Pytree:
     )
 
 
-def _nodes(file: Any, metadata: Mapping[str, Any]) -> dict[tuple[str, ...], dict[str, Any]]:
+def _nodes(file: AnyPath, metadata: Mapping[str, Json]) -> dict[tuple[str, ...], JsonObject]:
     """Returns the nodes of an item's tree by their keys, each of them checked."""
     try:
         nodes = list(metadata["tree_metadata"].values())
@@ -333,7 +336,7 @@ def _nodes(file: Any, metadata: Mapping[str, Any]) -> dict[tuple[str, ...], dict
     return by_keys
 
 
-def _strings(item: Any, texts: Mapping[str, str]) -> dict[str, str]:
+def _strings(item: AnyPath, texts: Mapping[str, str]) -> dict[str, str]:
     """Reads the leaves that are texts, which Orbax stores in one file by their keys."""
     if not texts:
         return {}
@@ -345,13 +348,13 @@ def _strings(item: Any, texts: Mapping[str, str]) -> dict[str, str]:
     return {name: stored[place] for name, place in texts.items()}
 
 
-def _no_subtree(item: Any, subtree: str, nodes: Mapping[tuple[str, ...], Any]) -> str:
+def _no_subtree(item: AnyPath, subtree: str, nodes: Iterable[tuple[str, ...]]) -> str:
     known = {"/".join(keys[:depth]) for keys in nodes for depth in range(1, len(keys) + 1)}
     nearest = difflib.get_close_matches(subtree, sorted(known), 3, 0.3) or sorted(known)[:3]
     return f"{item}: it has no subtree {subtree!r}; the nearest: {', '.join(nearest)}"
 
 
-def _open(item: Any, name: str, stored: str, metadata: Mapping[str, Any]) -> "ts.Future":
+def _open(item: AnyPath, name: str, stored: str, metadata: Mapping[str, Json]) -> "ts.Future":
     import tensorstore as ts
 
     kvstore = storage.kvstore_spec(item)
@@ -372,7 +375,9 @@ def _open(item: Any, name: str, stored: str, metadata: Mapping[str, Any]) -> "ts
         raise _damaged(item, name, error) from error
 
 
-def _reader(item: Any, name: str, metadata: Mapping[str, Any], future: "ts.Future") -> StoredArray:
+def _reader(
+    item: AnyPath, name: str, metadata: Mapping[str, Json], future: "ts.Future"
+) -> StoredArray:
     try:
         store = future.result()
     except ValueError as error:
@@ -388,7 +393,7 @@ def _reader(item: Any, name: str, metadata: Mapping[str, Any], future: "ts.Futur
     return StoredArray(item, name, store, None if extents else read_chunk, extents)
 
 
-def _check_memory(item: Any, name: str, shape: tuple[int, ...], dtype: Any) -> None:
+def _check_memory(item: AnyPath, name: str, shape: tuple[int, ...], dtype: DTypeLike) -> None:
     """Raises CheckpointError where the machine has less memory than an array or chunk needs."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     if size > psutil.virtual_memory().total:
@@ -458,7 +463,7 @@ def _places(
             yield number * run + start, (*outer, *along, *inner)
 
 
-def _damaged(item: Any, name: str, error: ValueError) -> CheckpointError:
+def _damaged(item: AnyPath, name: str, error: ValueError) -> CheckpointError:
     reason = str(error).split(" [", maxsplit=1)[0].splitlines()[0]
     return CheckpointError(
         f"{item}: {name} cannot be read: a file is missing, truncated or damaged ({reason}); "
@@ -467,7 +472,7 @@ def _damaged(item: Any, name: str, error: ValueError) -> CheckpointError:
 
 
 def write_metadata(
-    item: Any, tree: Mapping[str, Mapping[str, Any]], strings: Mapping[str, str] | None = None
+    item: AnyPath, tree: Mapping[str, Mapping[str, Json]], strings: Mapping[str, str] | None = None
 ) -> None:
     """Writes what makes an Orbax item of arrays in zarr 3 that are stored in a directory.
 
@@ -498,7 +503,7 @@ def write_metadata(
     (item / METADATA).write_text(json.dumps(content))
 
 
-def stored_name(node: Mapping[str, Any]) -> str:
+def stored_name(node: Mapping[str, Json]) -> str:
     """Returns what Orbax calls the directory of an array, of its node in a `Tree`."""
     return ".".join(str(entry["key"]) for entry in node["key_metadata"])
 
@@ -516,7 +521,7 @@ def tree_of(names: Sequence[str], separator: str | None = "/") -> Tree:
     }
 
 
-def tree_from(pytree: Any) -> Tree:
+def tree_from(pytree: PyTree) -> Tree:
     """Returns Orbax's description of any pytree of arrays, such as an optimizer's state."""
     nodes, _ = jax.tree_util.tree_flatten_with_path(pytree, is_leaf=_is_empty)
     result = {}
@@ -528,25 +533,25 @@ def tree_from(pytree: Any) -> Tree:
     return result
 
 
-def _is_empty(node: Any) -> bool:
+def _is_empty(node: PyTree) -> bool:
     return node is None or (isinstance(node, tuple | list | dict) and not node)
 
 
 # As Orbax numbers kinds of keys: 1 is an index of a sequence, 2 a key of a dict or a field's name.
-def _key(entry: Any) -> tuple[str, int]:
+def _key(entry: jax.tree_util.KeyEntry) -> tuple[str, int]:
     if isinstance(entry, jax.tree_util.SequenceKey):
         return str(entry.idx), 1
     return jax.tree_util.keystr((entry,), simple=True), 2
 
 
-def _node(keys: Sequence[tuple[str, int]], kind: str = _ARRAY) -> dict[str, Any]:
+def _node(keys: Sequence[tuple[str, int]], kind: str = _ARRAY) -> JsonObject:
     return {
         "key_metadata": [{"key": key, "key_type": number} for key, number in keys],
         "value_metadata": {"value_type": kind, "skip_deserialize": kind != _ARRAY},
     }
 
 
-def flatten(params: Mapping[str, Any]) -> dict[str, Any]:
+def flatten(params: Mapping[str, PyTree]) -> dict[str, PyTree]:
     """Turns a nested dict into {"a/b/c": leaf}, in the nested dict's order.
 
     Raises:
@@ -563,9 +568,9 @@ def flatten(params: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+def unflatten(flat: Mapping[str, PyTree]) -> Params:
     """Turns {"a/b/c": leaf} back into a nested dict."""
-    nested: dict[str, Any] = {}
+    nested: Params = {}
     for name, leaf in flat.items():
         *groups, last = name.split("/")
         group = nested
@@ -575,7 +580,7 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     return nested
 
 
-def flatten_state(tree: Any) -> dict[str, Any]:
+def flatten_state(tree: PyTree) -> dict[str, PyTree]:
     """Turns any pytree into {"key/path": leaf}; NamedTuple fields and indices become keys."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {

@@ -14,7 +14,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import ml_dtypes
 import numpy as np
@@ -31,6 +31,8 @@ from m2l.checkpoints.spans import (
     reserve,
 )
 from m2l.errors import CheckpointError
+from m2l.storage import AnyPath, PathLike
+from m2l.typing import Json, JsonObject
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -58,7 +60,7 @@ _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 ArraySpec = tuple[tuple[int, ...], np.dtype]
 
 
-def is_dtype(name: Any) -> bool:
+def is_dtype(name: object) -> bool:
     """Returns whether a value is the name of a dtype whose arrays m2l stores."""
     return isinstance(name, str) and any(dtype.name == name for dtype in _CODES)
 
@@ -98,7 +100,7 @@ class StoredTensor:
 
     @property
     def extents(self) -> Extents:
-        """Where its elements lie."""
+        """Where its elements are stored."""
         pieces = (Piece(0, self.file, self.offset),) if self.size else ()
         return Extents(self.name, self.dtype, self.size, pieces)
 
@@ -149,12 +151,12 @@ class StoredTensor:
             )
 
 
-def _refuse(file: Path, what: str) -> NoReturn:
-    raise CheckpointError(f"{file}: {what}; download or copy it again")
+def _refuse(file: Path, problem: str) -> NoReturn:
+    raise CheckpointError(f"{file}: {problem}; download or copy it again")
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of one file, in the order of their bytes.
+    """Returns the tensors of one file, in the order of their bytes.
 
     Raises:
         CheckpointError: It cannot be read, is truncated, or its header does not describe it.
@@ -179,7 +181,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 
 
 @contextlib.contextmanager
-def _reading(file: Any) -> Iterator[tuple[int, Callable[[int, int], bytes]]]:
+def _reading(file: AnyPath) -> Iterator[tuple[int, Callable[[int, int], bytes]]]:
     """Yields the size of a file or object, and what reads so many bytes of it from a place on."""
     if isinstance(file, Path):
         with opening(file, os.O_RDONLY, "read") as descriptor:
@@ -188,16 +190,16 @@ def _reading(file: Any) -> Iterator[tuple[int, Callable[[int, int], bytes]]]:
         yield storage.size(file), lambda length, offset: remote_bytes(file, offset, length)
 
 
-def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+def _without_repetition(pairs: list[tuple[str, Json]]) -> JsonObject:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"{twice!r} is in it twice")
-    return found
+    return fields
 
 
-def _lay_out(file: Path, header: dict[str, Any], first: int, size: int) -> dict[str, StoredTensor]:
+def _lay_out(file: Path, header: JsonObject, first: int, size: int) -> dict[str, StoredTensor]:
     """Checks that the described tensors tile the file's bytes from `first` to its end."""
     placed = []
     for name, entry in header.items():
@@ -225,8 +227,8 @@ def _lay_out(file: Path, header: dict[str, Any], first: int, size: int) -> dict[
     end = first
     for tensor in placed:
         if tensor.offset != end:
-            what = "overlaps the one before it" if tensor.offset < end else "comes after a gap"
-            _refuse(file, f"damaged: {tensor.name} {what}")
+            error = "overlaps the one before it" if tensor.offset < end else "comes after a gap"
+            _refuse(file, f"damaged: {tensor.name} {error}")
         end += tensor.nbytes
         if end > size:
             _refuse(file, f"truncated: it has {size:,} bytes, and {tensor.name} ends at {end:,}")
@@ -235,16 +237,16 @@ def _lay_out(file: Path, header: dict[str, Any], first: int, size: int) -> dict[
     return {tensor.name: tensor for tensor in placed}
 
 
-def _numbers(entry: Any, field: str) -> tuple[int, ...] | None:
-    """A field that is a list of integers from 0, as a tuple; None if it is anything else."""
+def _numbers(entry: Json, field: str) -> tuple[int, ...] | None:
+    """Returns a field that is a list of integers from 0; None if it is anything else."""
     value = entry.get(field) if isinstance(entry, dict) else None
     if not isinstance(value, list) or any(type(n) is not int or n < 0 for n in value):
         return None
     return tuple(value)
 
 
-def open_tensors(path: str | os.PathLike) -> dict[str, StoredTensor]:
-    """The tensors of a .safetensors file, or of a directory that holds one or an index of several.
+def open_tensors(path: PathLike) -> dict[str, StoredTensor]:
+    """Returns the tensors of a .safetensors file, or of a directory with one or several.
 
     Raises:
         CheckpointError: There are none, only pickles, or a file or the index is damaged.
@@ -279,7 +281,7 @@ def _open_shards(directory: Path) -> dict[str, StoredTensor]:
     for name in sorted({shard for _, shard in items}):
         # No name may lead out of the directory.
         if Path(name).name != name:
-            raise CheckpointError(f"{index}: {name!r} is no name of a file beside it")
+            raise CheckpointError(f"{index}: {name!r} is no name of a file next to it")
         if not (directory / name).is_file():
             raise CheckpointError(
                 f"{index}: the file {name} that it names is missing; download it again"
@@ -305,7 +307,7 @@ def _open_shards(directory: Path) -> dict[str, StoredTensor]:
 
 
 def plan_shards(described: Mapping[str, ArraySpec], shard_size: int) -> list[list[str]]:
-    """The names of each shard's tensors, in the order in which `create` lays them down.
+    """Returns the names of each shard's tensors, in the order in which `create` stores them.
 
     Args:
         described: name -> (shape, dtype) of all tensors.
@@ -401,7 +403,7 @@ def create(
 def _header(described: Mapping[str, ArraySpec]) -> bytes:
     sizes = [_nbytes(spec) for spec in described.values()]
     ends = [0, *itertools.accumulate(sizes)]
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: JsonObject = {"__metadata__": {"format": "pt"}}
     for (name, (shape, dtype)), begin, end in zip(
         described.items(), ends[:-1], ends[1:], strict=True
     ):

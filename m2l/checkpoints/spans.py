@@ -14,13 +14,14 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
 
 from m2l import storage
 from m2l.errors import CheckpointError, M2LError
+from m2l.storage import AnyPath
 
 Index = tuple[slice | int, ...]
 T, R = TypeVar("T"), TypeVar("R")
@@ -63,7 +64,7 @@ class Span:
         return self.rows * self.columns
 
     def position(self, element: int) -> int:
-        """The position in the array of an element of the span, counted in row-major order."""
+        """Returns the position in the array of an element of the span, both in row-major order."""
         row, column = divmod(element, self.columns)
         return self.start + row * self.stride + column
 
@@ -118,7 +119,7 @@ def cut(
 
 
 def is_run(shape: tuple[int, ...], chunk: tuple[int, ...]) -> bool:
-    """Whether the elements of each chunk follow one another in the array."""
+    """Returns whether the elements of each chunk follow one another in the array."""
     axis = next((axis for axis, length in enumerate(chunk) if length > 1), len(chunk))
     return all(c >= n for c, n in zip(chunk[axis + 1 :], shape[axis + 1 :], strict=True))
 
@@ -216,7 +217,7 @@ def _boxes(
     )
 
 
-def is_array_shape(shape: Any) -> bool:
+def is_array_shape(shape: object) -> bool:
     """Returns whether a value is a sequence of integers that NumPy can make an array of.
 
     NumPy refuses more than 64 axes and, whatever the other axes, 2**63 bytes.
@@ -246,16 +247,16 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True)
 class Extents:
-    """Where the elements of a row-major array lie: plain little-endian numbers in files.
+    """Where the elements of a row-major array are stored: plain little-endian numbers in files.
 
-    Nothing is held open, so that it can be sent to other processes; reading and writing may go on
+    No file stays open, so that it can be sent to other processes; reading and writing may go on
     in any number of threads and processes at once.
 
     Attributes:
         name: Whose elements they are, for messages.
         dtype: Their dtype.
         size: How many there are.
-        pieces: Where they lie, in order; empty if there are none.
+        pieces: Where they are, in order; empty if there are none.
         file_bytes: The size that each of the files has to have; None: not checked.
     """
 
@@ -303,18 +304,18 @@ class Extents:
     def _check_size(self, file: Path, descriptor: int) -> None:
         size = os.fstat(descriptor).st_size
         if self.file_bytes not in (None, size):
-            what = "truncated" if size < self.file_bytes else "damaged"
+            damage = "truncated" if size < self.file_bytes else "damaged"
             raise CheckpointError(
-                f"{file}: {what}: a chunk of {self.name} has {self.file_bytes:,} bytes, the file "
+                f"{file}: {damage}: a chunk of {self.name} has {self.file_bytes:,} bytes, the file "
                 f"has {size:,}; copy the checkpoint again or make it anew"
             )
 
     def files(self) -> list[Path]:
-        """The files that hold elements, in order."""
+        """Returns the files that have elements, in order."""
         return list(dict.fromkeys(piece.file for piece in self.pieces))
 
     def _parts(self, array: np.ndarray, start: int) -> Iterator[tuple[Path, int, memoryview]]:
-        """Cuts memory of the elements from `start` on as they lie: (file, byte in it, memory)."""
+        """Yields (file, offset in it, memory) for the elements from `start` on."""
         if array.ndim != 1 or array.dtype != self.dtype or not array.flags.c_contiguous:
             raise ValueError(
                 f"{self.name}: a contiguous {self.dtype} array of one axis is needed, not "
@@ -335,7 +336,7 @@ class Extents:
             position = end
 
 
-def remote_bytes(file: Any, offset: int, length: int) -> bytes:
+def remote_bytes(file: AnyPath, offset: int, length: int) -> bytes:
     """Returns bytes of an object in a bucket.
 
     Raises:
@@ -351,7 +352,7 @@ def remote_bytes(file: Any, offset: int, length: int) -> bytes:
 
 @contextlib.contextmanager
 def opening(file: Path, flags: int, done: str) -> Iterator[int]:
-    """A descriptor, for as long as the block runs.
+    """Yields a descriptor, and closes it at the end of the block.
 
     Args:
         file: The file.

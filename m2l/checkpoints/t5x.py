@@ -11,9 +11,7 @@ import os
 import re
 import threading
 from collections.abc import Iterator, Mapping
-from os import PathLike
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import msgpack
@@ -32,8 +30,12 @@ from m2l.checkpoints.spans import blocks, in_parallel
 from m2l.checkpoints.zarr import chunk_shape
 from m2l.errors import CheckpointError, UnsupportedModelError
 from m2l.models.t5 import T5Config
+from m2l.storage import AnyPath, PathLike
+from m2l.typing import Json, JsonObject
 
 __all__ = ["export_checkpoint", "import_checkpoint", "infer_config", "origins", "read"]
+
+Leaf = np.ndarray | ts.TensorStore
 
 _LAYER_AXIS = 1
 
@@ -59,10 +61,10 @@ _ATTENTIONS = {
 
 
 def import_checkpoint(
-    source: str | PathLike,
-    out: str | PathLike,
+    source: PathLike,
+    out: PathLike,
     *,
-    vocabulary: Mapping[str, Any],
+    vocabulary: Mapping[str, Json],
     config: T5Config | None = None,
     dtype: DTypeLike | None = None,
 ) -> Manifest:
@@ -108,8 +110,8 @@ def import_checkpoint(
 
 
 def export_checkpoint(
-    source: str | PathLike, out: str | PathLike, *, dtype: DTypeLike | None = None
-) -> Any:
+    source: PathLike, out: PathLike, *, dtype: DTypeLike | None = None
+) -> AnyPath:
     """Makes a T5X checkpoint, in its own format and the names of examples/t5, of one of m2l's.
 
     It has no optimizer's state. Its digests are checked on the way.
@@ -160,17 +162,17 @@ def infer_config(tensors: Mapping[str, Tensor]) -> T5Config:
     def shape(name: str, rank: int) -> tuple[int, ...]:
         if name not in tensors:
             raise CheckpointError(f"{name}: no such array in the checkpoint: it is not of a T5")
-        found = tensors[name].shape
-        if len(found) != rank or 0 in found:
-            raise CheckpointError(f"{name}: expected {rank} axes, found the shape {list(found)}")
-        return found
+        stored = tensors[name].shape
+        if len(stored) != rank or 0 in stored:
+            raise CheckpointError(f"{name}: expected {rank} axes, found the shape {list(stored)}")
+        return stored
 
     def layer_shape(stack: str, name: str, rank: int) -> tuple[int, ...]:
-        """Of the layers' array `name`, without the axis of layers."""
+        """Returns the shape of the layers' array `name`, without the axis of layers."""
         if not _is_scanned(stack, tensors):
             return shape(f"{stack}/layers_0/{name}", rank)
-        found = shape(f"{stack}/{stack}/{name}", rank + 1)
-        return found[:_LAYER_AXIS] + found[_LAYER_AXIS + 1 :]
+        stored = shape(f"{stack}/{stack}/{name}", rank + 1)
+        return stored[:_LAYER_AXIS] + stored[_LAYER_AXIS + 1 :]
 
     def layers(stack: str) -> int:
         if _is_scanned(stack, tensors):
@@ -212,14 +214,14 @@ def infer_config(tensors: Mapping[str, Tensor]) -> T5Config:
 
 
 def origins(config: T5Config, tensors: Mapping[str, Tensor]) -> dict[str, Origin]:
-    """Where each parameter of `config` is among the tensors that `read` gave.
+    """Returns where each parameter of a model is among the tensors that `read` returned.
 
     Returns:
         m2l's name -> Origin, for every parameter of the config, whether its tensor is there or not.
         A parameter of stacked layers is a slice of axis 1.
     """
     gated = config.feed_forward_proj.startswith("gated")
-    found = {"token_embedder": Origin("token_embedder/embedding")}
+    result = {"token_embedder": Origin("token_embedder/embedding")}
     for stack in _NORMS:
         scanned = _is_scanned(stack, tensors)
         count = config.num_encoder_layers if stack == "encoder" else config.num_decoder_layers
@@ -230,9 +232,9 @@ def origins(config: T5Config, tensors: Mapping[str, Tensor]) -> dict[str, Origin
         for matrix in ("wi_0", "wi_1", "wo") if gated else ("wi", "wo"):
             parts[f"mlp/{matrix}"] = f"mlp/{matrix}/kernel"
 
-        found[f"{stack}/relpos_bias"] = Origin(f"{stack}/relpos_bias/rel_embedding")
+        result[f"{stack}/relpos_bias"] = Origin(f"{stack}/relpos_bias/rel_embedding")
         if scanned:
-            found |= {
+            result |= {
                 f"{stack}/layers_{i:02}/{ours}": Origin(
                     f"{stack}/{stack}/{theirs}", axis=_LAYER_AXIS, index=i
                 )
@@ -240,15 +242,15 @@ def origins(config: T5Config, tensors: Mapping[str, Tensor]) -> dict[str, Origin
                 for i in range(count)
             }
         else:
-            found |= {
+            result |= {
                 f"{stack}/layers_{i:02}/{ours}": Origin(f"{stack}/layers_{i}/{theirs}")
                 for i in range(count)
                 for ours, theirs in parts.items()
             }
-        found[f"{stack}/norm"] = Origin(f"{stack}/{stack}_norm/scale")
+        result[f"{stack}/norm"] = Origin(f"{stack}/{stack}_norm/scale")
     if not config.tie_word_embeddings:
-        found["decoder/logits"] = Origin("decoder/logits_dense/kernel")
-    return found
+        result["decoder/logits"] = Origin("decoder/logits_dense/kernel")
+    return result
 
 
 def _is_scanned(stack: str, tensors: Mapping[str, Tensor]) -> bool:
@@ -269,7 +271,7 @@ _DEPTH = 32
 _READING = threading.Lock()
 
 
-def read(source: str | PathLike) -> dict[str, Tensor]:
+def read(source: PathLike) -> dict[str, Tensor]:
     """Opens the parameters of a T5X checkpoint; the optimizer's state is left alone.
 
     What scalable_t5 keeps apart is joined as examples/t5 has it. The heads of attention kernels:
@@ -311,8 +313,8 @@ def read(source: str | PathLike) -> dict[str, Tensor]:
     return tensors
 
 
-def resolve(source: str | PathLike) -> Path:
-    """The directory of the checkpoint that `source` means."""
+def resolve(source: PathLike) -> Path:
+    """Returns the directory of the checkpoint that `source` means."""
     path = storage.path(source).absolute()
     if not path.is_dir():
         raise CheckpointError(f"{path}: there is no such directory; a T5X checkpoint is one")
@@ -333,8 +335,8 @@ def resolve(source: str | PathLike) -> Path:
 
 
 def write(
-    out: str | PathLike, arrays: Mapping[str, StoredArray], *, step: int, dtype: np.dtype | None
-) -> Any:
+    out: PathLike, arrays: Mapping[str, StoredArray], *, step: int, dtype: np.dtype | None
+) -> AnyPath:
     """Writes a checkpoint in T5X's own format, version 3, whole or not at all.
 
     Args:
@@ -351,26 +353,26 @@ def write(
     """
     out = storage.path(out).absolute()
     size = sum(array.size * (dtype or array.dtype).itemsize for array in arrays.values())
-    described: dict[str, Any] = {}
+    described: JsonObject = {}
     with publishing(out, size) as staging:
 
-        def convert(name: str) -> tuple[str, dict[str, Any]]:
+        def convert(name: str) -> tuple[str, JsonObject]:
             stored = arrays[name]
-            array, kept = stored.read(), dtype or stored.dtype
+            array, stored_as = stored.read(), dtype or stored.dtype
             stored.check(stored.digest_of(array))
             path = f"target.{name.replace('/', '.')}"
             spec = {
                 "driver": "zarr",
-                "dtype": kept.name,
+                "dtype": stored_as.name,
                 "kvstore": storage.kvstore_spec(staging / path),
                 "metadata": {
                     "compressor": {"id": "gzip"},
                     "shape": array.shape,
-                    "chunks": chunk_shape(array.shape, kept.itemsize),
+                    "chunks": chunk_shape(array.shape, stored_as.itemsize),
                 },
             }
             store = ts.open(spec, create=True, open=True).result()
-            cast = [block.reshape(-1) for block in blocks(array, kept, name)]
+            cast = [block.reshape(-1) for block in blocks(array, stored_as, name)]
             store.write(np.concatenate(cast).reshape(array.shape)).result()
             relative = ts.Spec(spec).to_json()
             # T5X reads arrays relative to the checkpoint, wherever that is.
@@ -388,7 +390,7 @@ def write(
 
 
 def _described(file: Path) -> dict[str, np.ndarray | str]:
-    """The parameters that a msgpack names: each an array, or the stored name of one."""
+    """Returns the parameters that a msgpack names: each an array, or the stored name of one."""
     if (size := storage.size(file)) > _MSGPACK_BYTES:
         raise CheckpointError(
             f"{file}: {size:,} bytes, and at most {_MSGPACK_BYTES:,} are read: T5X keeps large "
@@ -450,7 +452,7 @@ def _leaves(file: Path, tree: Mapping, above: str) -> Iterator[tuple[str, np.nda
         if name.count("/") > _DEPTH:
             raise CheckpointError(f"{file}: {name}: more than {_DEPTH} names deep")
         if isinstance(value, dict) and value.keys() >= {"driver", "kvstore", "metadata"}:
-            # Where it was written says nothing about where it lies now; only the name is used.
+            # Where it was written says nothing about where it is now; only the name is used.
             kvstore = value["kvstore"] if isinstance(value["kvstore"], dict) else {}
             yield name, _stored_name(file, name, kvstore.get("path", value.get("path")))
         elif isinstance(value, dict):
@@ -465,31 +467,31 @@ def _leaves(file: Path, tree: Mapping, above: str) -> Iterator[tuple[str, np.nda
             )
 
 
-def _stored_name(file: Path, name: str, path: Any) -> str:
+def _stored_name(file: Path, name: str, path: AnyPath) -> str:
     # A path that leads out of the checkpoint would have m2l read, and publish, any array here.
     stored = path.rstrip("/") if isinstance(path, str) else ""
     if not re.fullmatch(r"[\w.-]+", stored) or not stored.strip("."):
         raise CheckpointError(
-            f"{file}: {name}: expected the name of a directory beside it, found "
+            f"{file}: {name}: expected the name of a directory next to it, found "
             f"{f'{path!r:.60}' if isinstance(path, str) else f'a {type(path).__name__}'}"
         )
     return stored
 
 
-def _kvstore(item: Path, name: str = "") -> dict[str, Any]:
+def _kvstore(item: Path, name: str = "") -> JsonObject:
     if (item / "manifest.ocdbt").is_file():
         return {"driver": "ocdbt", "base": storage.kvstore_spec(item), "path": name}
     return storage.kvstore_spec(item / name.rstrip("/") if name else item)
 
 
-def _spec(item: Path, stored: str) -> dict[str, Any]:
+def _spec(item: Path, stored: str) -> JsonObject:
     # T5X's zarr has no fill value: a chunk that is not there is lost, and not all zeros.
     kvstore = _kvstore(item, f"{stored}/")
     return {"driver": "zarr", "kvstore": kvstore, "fill_missing_data_reads": False}
 
 
 def _listed(item: Path) -> dict[str, str]:
-    """The parameters of an Orbax item that no msgpack describes, with their stored names."""
+    """Returns the parameters of an Orbax item without a msgpack, with their stored names."""
     with _naming(item, "the list of its arrays"):
         store = ts.KvStore.open(_kvstore(item)).result()
         keys = store.list(ts.KvStore.KeyRange("target.", "target/")).result()
@@ -507,14 +509,14 @@ def _naming(item: Path, name: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        what = str(error).split(":")[0].lower().replace("_", " ")
+        reason = str(error).split(":")[0].lower().replace("_", " ")
         raise CheckpointError(
-            f"{item}: {name} cannot be read ({what}): a file is missing, truncated or damaged; "
+            f"{item}: {name} cannot be read ({reason}): a file is missing, truncated or damaged; "
             "copy the checkpoint again"
         ) from error
 
 
-def _tensor(item: Path, name: str, leaf: np.ndarray | ts.TensorStore) -> Tensor:
+def _tensor(item: Path, name: str, leaf: Leaf) -> Tensor:
     stored = isinstance(leaf, ts.TensorStore)
     dtype = leaf.dtype.numpy_dtype if stored else leaf.dtype
     # Version 2 stored the bits of bfloat16 as uint16.
@@ -539,10 +541,10 @@ def _share_table(item: Path, tensors: dict[str, Tensor], stack: str) -> None:
     """Puts one table of position biases where a stack's layers have one each."""
     shared = f"{stack}/relpos_bias/rel_embedding"
     pattern = re.compile(rf"{stack}/({stack}|layers_([0-9]+))/relpos_bias/rel_embedding")
-    found = [match for name in tensors if (match := pattern.fullmatch(name))]
-    if not found or shared in tensors:
+    matches = [match for name in tensors if (match := pattern.fullmatch(name))]
+    if not matches or shared in tensors:
         return
-    own = [tensors.pop(match[0]) for match in sorted(found, key=lambda m: int(m[2] or 0))]
+    own = [tensors.pop(match[0]) for match in sorted(matches, key=lambda m: int(m[2] or 0))]
     for tensor in own:
         rank = 3 if tensor.name.startswith(f"{stack}/{stack}/") else 2
         if len(tensor.shape) != rank or 0 in tensor.shape:
@@ -554,9 +556,9 @@ def _share_table(item: Path, tensors: dict[str, Tensor], stack: str) -> None:
         first = None
         for tensor in own:
             table = tensor.read()
-            for i, of_layer in enumerate(table.swapaxes(0, 1) if table.ndim == 3 else [table]):
-                first = of_layer if first is None else first
-                if of_layer.shape != first.shape or of_layer.tobytes() != first.tobytes():
+            for i, layer in enumerate(table.swapaxes(0, 1) if table.ndim == 3 else [table]):
+                first = layer if first is None else first
+                if layer.shape != first.shape or layer.tobytes() != first.tobytes():
                     which = f" (layer {i} from layer 0)" if table.ndim == 3 else ""
                     raise CheckpointError(
                         f"{item}: {tensor.name}: the layers have tables of position biases that "
@@ -573,8 +575,8 @@ def _memory() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _join_heads(name: str, leaf: Any) -> tuple[Any, tuple[int, ...]]:
-    """The array, and the shape to give it; axes are moved before it is read, so without a copy."""
+def _join_heads(name: str, leaf: Leaf) -> tuple[Leaf, tuple[int, ...]]:
+    """Returns the array, its axes moved before it is read, and its shape with joined heads."""
     kernel = re.fullmatch(r"(\w+)/(\w+)/\w*attention/(query|key|value|out)/kernel", name)
     shape = tuple(leaf.shape)
     scanned = kernel is not None and kernel[2] == kernel[1]

@@ -7,13 +7,15 @@ scales are real numbers as weights are. So it is decided by the description and 
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import NoReturn, Protocol
 
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from m2l.checkpoints.model_fields import parts, ties_embeddings
 from m2l.errors import CheckpointError
+from m2l.typing import Json
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -74,13 +76,13 @@ class TensorSpec(Protocol):
         """Reads elements [start, stop) of the row-major tensor."""
 
 
-def is_float(dtype: Any) -> bool:
-    """Whether a dtype holds real numbers."""
+def is_float(dtype: DTypeLike) -> bool:
+    """Returns whether a dtype is of real numbers."""
     return jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
 
 
 def is_buffer(name: str, tensor: TensorSpec) -> bool:
-    """Whether a tensor is no parameter: it is copied from where it is, and need not be alike."""
+    """Returns whether a tensor is no parameter: a merge copies it, and it may differ."""
     if not is_float(tensor.dtype) or _BUFFER.fullmatch(name):
         return True
     return len(tensor.shape) == 4 and _MASK.fullmatch(name) is not None
@@ -108,7 +110,7 @@ def check_no_adapter(path: Path, names: Iterable[str] = ()) -> None:
 
 
 def check_not_quantized(
-    path: Path, config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]
+    path: Path, config: Mapping[str, Json], tensors: Mapping[str, TensorSpec]
 ) -> None:
     """Refuses weights that are stored as codes, whose numbers are not the weights'.
 
@@ -153,7 +155,7 @@ def _is_plain_float(dtype: np.dtype) -> bool:
 
 
 def _holds_codes(tensor: TensorSpec) -> bool:
-    """Whether a matrix of bytes holds more than the zeros and ones of a mask."""
+    """Returns whether a matrix of bytes has more than the zeros and ones of a mask."""
     if np.dtype(tensor.dtype).itemsize > 1 or len(tensor.shape) < 2 or not tensor.size:
         return False
     block = np.empty(min(tensor.size, _COMPARED), tensor.dtype)
@@ -161,7 +163,7 @@ def _holds_codes(tensor: TensorSpec) -> bool:
     return not np.isin(block, (0, 1)).all()
 
 
-def _quantization_fields(config: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
+def _quantization_fields(config: Mapping[str, Json]) -> Iterable[tuple[str, Json]]:
     for name in ("quantization_config", "compression_config"):
         if config.get(name):
             yield name, config[name]
@@ -204,12 +206,12 @@ def copies(tensors: Mapping[str, TensorSpec]) -> dict[str, str]:
 
 
 def is_vocabulary(name: str) -> bool:
-    """Whether a tensor has a row or column for each token, by its name there or in m2l."""
+    """Returns whether a tensor has a row or column for each token, by its name."""
     own = name in ("token_embedder", "decoder/logits")
     return own or bool(_INPUT.fullmatch(name) or _OUTPUT.fullmatch(name))
 
 
-def check_ties(path: Path, config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> None:
+def check_ties(path: Path, config: Mapping[str, Json], tensors: Mapping[str, TensorSpec]) -> None:
     """Refuses an output of its own in a model whose description says that it has none.
 
     Raises:
@@ -232,7 +234,7 @@ def check_ties(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tens
 
 
 def same_elements(one: TensorSpec, other: TensorSpec) -> bool:
-    """Whether two tensors are equal bit for bit."""
+    """Returns whether two tensors are equal bit for bit."""
     if (one.shape, one.dtype) != (other.shape, other.dtype):
         return False
     for start in range(0, one.size, _COMPARED):

@@ -6,7 +6,6 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from m2l.checkpoints.pytrees import METADATA, open_pytree
 from m2l.errors import CheckpointError
@@ -26,23 +25,24 @@ from m2l.files import (
     read_json,
     split_name,
 )
-from m2l.storage import write_atomic
+from m2l.storage import AnyPath, write_atomic
+from m2l.typing import Json, JsonObject
 
 DIRECTORY = "tokenizer"
 _ADVICE = "copy the checkpoint again or make it anew"
 
 
 def is_path(name: str | None) -> bool:
-    """Whether a vocabulary's name in a manifest is a path, and not what m2l ships."""
+    """Returns whether a vocabulary's name in a manifest is a path, and not what m2l ships."""
     return name is not None and os.path.isabs(split_name(name)[1])
 
 
 def name_in(name: str, directory: Path | None = None) -> str:
-    """The vocabulary's name when a checkpoint carries it: in storage, or with its local copy."""
+    """Returns the name of a vocabulary that a checkpoint has: stored, or of its local copy."""
     return split_name(name)[0] + (DIRECTORY if directory is None else str(directory))
 
 
-def check_tokenizer(vocabulary: Mapping[str, Any]) -> None:
+def check_tokenizer(vocabulary: Mapping[str, Json]) -> None:
     """Raises CheckpointError if a checkpoint with this vocabulary could not carry its files."""
     if is_path(name := vocabulary.get("name")):
         _sources(name)
@@ -73,7 +73,7 @@ def digests(content: Mapping[str, bytes]) -> dict[str, str]:
     return {name: hashlib.sha256(data).hexdigest() for name, data in content.items()}
 
 
-def local_copy(checkpoint: Any, recorded: Mapping[str, str]) -> Path:
+def local_copy(checkpoint: AnyPath, recorded: Mapping[str, str]) -> Path:
     """Returns a local directory with the tokenizer that a checkpoint carries.
 
     Libraries read tokenizers from files alone; the copy is in m2l's cache, by its content.
@@ -98,7 +98,7 @@ def local_copy(checkpoint: Any, recorded: Mapping[str, str]) -> Path:
     return copy
 
 
-def _carried(checkpoint: Any, recorded: Mapping[str, str]) -> dict[str, bytes]:
+def _carried(checkpoint: AnyPath, recorded: Mapping[str, str]) -> dict[str, bytes]:
     """Reads and checks the tokenizer's files of a checkpoint."""
     directory = checkpoint / DIRECTORY
     if (directory / METADATA).is_file():
@@ -119,7 +119,7 @@ def _carried(checkpoint: Any, recorded: Mapping[str, str]) -> dict[str, bytes]:
 
 
 def is_bytes(directory: Path) -> bool:
-    """Whether a directory holds ByT5's tokenizer, which has no file but its settings."""
+    """Returns whether a directory has ByT5's tokenizer, which has no file but its settings."""
     settings = directory / TOKENIZER_SETTINGS[0]
     if not settings.is_file():
         return False
@@ -127,7 +127,7 @@ def is_bytes(directory: Path) -> bool:
     return content.get("tokenizer_class") == BYTES_TOKENIZER
 
 
-def write_shipped(vocabulary: Mapping[str, Any], directory: Path) -> bool:
+def write_shipped(vocabulary: Mapping[str, Json], directory: Path) -> bool:
     """Writes the tokenizer of a vocabulary that comes with m2l, as transformers reads it.
 
     Args:
@@ -151,7 +151,7 @@ def write_shipped(vocabulary: Mapping[str, Any], directory: Path) -> bool:
 
 
 def _unigram_json(file: Path, extra_ids: int) -> str:
-    """A tokenizer.json with the ids of a SentencePiece unigram model that falls back on bytes."""
+    """Returns a tokenizer.json with the ids of a SentencePiece unigram model, bytes included."""
     from sentencepiece import SentencePieceProcessor
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
@@ -182,13 +182,13 @@ def _unigram_json(file: Path, extra_ids: int) -> str:
     return tokenizer.to_str()
 
 
-def verify(checkpoint: Any, recorded: Mapping[str, str]) -> None:
+def verify(checkpoint: AnyPath, recorded: Mapping[str, str]) -> None:
     """Raises CheckpointError if a tokenizer's file is missing, or not what the manifest records."""
     _carried(checkpoint, recorded)
 
 
 def _sources(name: str) -> dict[str, Path]:
-    """The files to copy, by what they are to be called."""
+    """Returns the files to copy by the names that they get."""
     path = Path(split_name(name)[1])
     if path.is_dir():
         chosen = {file: path / file for file in (SPIECE, TOKENIZER_JSON, TOKENIZER_MODEL)}
@@ -198,16 +198,16 @@ def _sources(name: str) -> dict[str, Path]:
         own = TOKENIZER_JSON if path.suffix == ".json" else SPIECE
         chosen = {TOKENIZER_MODEL if path.name == TOKENIZER_MODEL else own: path}
         folder = path.parent
-    found = {target: source for target, source in chosen.items() if source.is_file()}
-    if not found and not (path.is_dir() and is_bytes(path)):
+    files = {target: source for target, source in chosen.items() if source.is_file()}
+    if not files and not (path.is_dir() and is_bytes(path)):
         raise _gone(name)
-    if path.is_file() and SPIECE in found:
-        return found
+    if path.is_file() and SPIECE in files:
+        return files
     settings = {file: folder / file for file in TOKENIZER_SETTINGS}
-    return found | {target: source for target, source in settings.items() if source.is_file()}
+    return files | {target: source for target, source in settings.items() if source.is_file()}
 
 
-def _ends(config: Path) -> dict[str, Any]:
+def _ends(config: Path) -> JsonObject:
     if not config.is_file():
         return {}
     settings = read_json(config, kind=dict, error=CheckpointError, advice="download it again")

@@ -3,13 +3,15 @@
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
+from jax.typing import DTypeLike
 
 from m2l import storage
 from m2l.errors import CheckpointError
+from m2l.storage import AnyPath
+from m2l.typing import JsonObject
 
 CHUNK_BYTES = 8 << 20
 """About as many bytes as a chunk has: few enough for many at once, enough for an object."""
@@ -41,21 +43,21 @@ def chunk_shape(
         rows = max(1, CHUNK_BYTES // inner)
         chunk[axis] = _divisor(length, rows) if grid else -(-length // -(-length // rows))
     for axis in reversed(range(len(chunk) if grid else 0)):
-        others = itemsize * math.prod(chunk) // chunk[axis]
-        times = min(-(-shape[axis] // chunk[axis]), CHUNK_BYTES // (others * chunk[axis]))
+        inner = itemsize * math.prod(chunk) // chunk[axis]
+        times = min(-(-shape[axis] // chunk[axis]), CHUNK_BYTES // (inner * chunk[axis]))
         chunk[axis] = min(chunk[axis] * max(1, times), max(1, shape[axis]))
     return tuple(chunk)
 
 
 def _divisor(number: int, most: int) -> int:
     """Returns the largest divisor of a number up to `most`, if it is not far below; else `most`."""
-    found = next(d for d in range(most, 0, -1) if number % d == 0)
-    return found if 4 * found >= most else most
+    divisor = next(d for d in range(most, 0, -1) if number % d == 0)
+    return divisor if 4 * divisor >= most else most
 
 
-def metadata(shape: tuple[int, ...], dtype: str, chunk: tuple[int, ...]) -> dict[str, Any]:
+def metadata(shape: tuple[int, ...], dtype: str, chunk: tuple[int, ...]) -> JsonObject:
     """Returns the content of zarr.json."""
-    bytes_codec: dict[str, Any] = {"name": "bytes"}
+    bytes_codec: JsonObject = {"name": "bytes"}
     if np.dtype(getattr(ml_dtypes, dtype, dtype)).itemsize > 1:
         bytes_codec["configuration"] = {"endian": "little"}
     return {
@@ -64,7 +66,7 @@ def metadata(shape: tuple[int, ...], dtype: str, chunk: tuple[int, ...]) -> dict
         "shape": list(shape),
         "data_type": dtype,
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(chunk)}},
-        # Chunks beside zarr.json, and not in folders of their own, which cost as much as files.
+        # Chunks next to zarr.json, and not in folders of their own, which cost as much as files.
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
         "fill_value": False if dtype == "bool" else 0,
         "codecs": [bytes_codec],
@@ -83,7 +85,12 @@ class TensorWriter:
     """
 
     def __init__(
-        self, folder: Any, name: str, shape: tuple[int, ...], dtype: Any, chunk: tuple[int, ...]
+        self,
+        folder: AnyPath,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: DTypeLike,
+        chunk: tuple[int, ...],
     ):
         self.folder, self.name = folder, name
         self.shape, self.dtype, self.chunk = tuple(shape), np.dtype(dtype), tuple(chunk)
@@ -122,7 +129,7 @@ class TensorWriter:
         return {entry.name for entry in self.folder.iterdir() if entry.suffix != _TEMPORARY}
 
     def has(self, box: Box, finished: set[str]) -> bool:
-        """Whether a chunk is among those that `finished` has returned."""
+        """Returns whether a chunk is among those that `finished` has returned."""
         return self._file(box).name in finished
 
     def read(self, box: Box) -> np.ndarray:
@@ -141,12 +148,12 @@ class TensorWriter:
         inside = tuple(slice(0, axis.stop - axis.start) for axis in box)
         return data.view(self.dtype).reshape(self.chunk)[inside]
 
-    def _file(self, box: Box) -> Any:
+    def _file(self, box: Box) -> AnyPath:
         place = (axis.start // side for axis, side in zip(box, self.chunk, strict=True))
         return self.folder / ".".join(["c", *map(str, place)])
 
 
-def put(file: Any, data: bytes | memoryview) -> None:
+def put(file: AnyPath, data: bytes | memoryview) -> None:
     """Writes a file that appears under its name whole, on the disk, or not at all.
 
     Raises:

@@ -415,7 +415,7 @@ def test_a_model_that_its_type_cannot_express_is_refused(tmp_path):
         ]
     ):
         save_ours(tmp_path / str(i), **settings)
-        with pytest.raises(CheckpointError, match=rf"LlamaConfig\.{field}: .* cannot be told"):
+        with pytest.raises(CheckpointError, match=rf"LlamaConfig\.{field}: .* cannot be expressed"):
             huggingface.export_checkpoint(tmp_path / str(i), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
