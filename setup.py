@@ -14,6 +14,7 @@ REQUIREMENTS = [
     "absl-py>=2.1",
     "click>=8.1",
     "datasets>=4.0",
+    "filelock>=4.2",
     "flax>=0.12.8",
     "gin-config>=0.5.0",
     "huggingface-hub>=0.34",

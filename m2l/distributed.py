@@ -1,7 +1,7 @@
-"""Processes that run one program together: how they join, and what they say to each other.
+"""Processes that run one program together: joining, and messages between them.
 
-Joining is JAX's: the cluster (Slurm, Open MPI, GKE, a TPU pod) or a coordinator's address. What is
-said goes through the key-value store of `jax.distributed`, which process 0 runs.
+Joining is JAX's: the cluster (Slurm, Open MPI, GKE, a TPU pod) or a coordinator's address. Messages
+go through the key-value store of `jax.distributed`, which process 0 runs.
 """
 
 import atexit
@@ -11,7 +11,6 @@ import itertools
 import threading
 import time
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import numpy as np
@@ -58,7 +57,7 @@ def join(
         ConfigError: No cluster is detected, or a process does not come.
     """
     number, count = process or (None, None)
-    options: dict[str, Any] = {}
+    options: dict[str, int] = {}
     jax.config.update("jax_enable_preemption_service", saves and not survive)
     if survive:
         jax.config.update("jax_enable_recoverability", True)
@@ -123,12 +122,12 @@ class Processes:
             self._thread.start()
         return self
 
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self.count == 1:
             return
         if error is not None and self._failure is None:
-            said = str(error) if isinstance(error, M2LError) else f"{type(error).__name__}: {error}"
-            self._client.key_value_set_bytes(f"{self._prefix}/failed/{self.index}", said.encode())
+            text = str(error) if isinstance(error, M2LError) else f"{type(error).__name__}: {error}"
+            self._client.key_value_set_bytes(f"{self._prefix}/failed/{self.index}", text.encode())
         self._ended.set()
         self._thread.join()
 
@@ -138,7 +137,7 @@ class Processes:
             raise MergeError(self._failure)
 
     def gather(self, tag: str, arrays: Arrays) -> list[dict[str, np.ndarray]]:
-        """Returns what every process gives under a tag, in their order; waits for all of them.
+        """Returns the arrays of every process under a tag, in their order; waits for all of them.
 
         Raises:
             MergeError: A process has failed or stopped.
@@ -156,7 +155,7 @@ class Processes:
             more = start + _MESSAGE_BYTES < len(content)
             self._client.key_value_set_bytes(own[-1], bytes([more]) + part)
         gathered = [self._read(tag, index) for index in range(self.count)]
-        # Whoever gives something here has read all of what was gathered before.
+        # Whoever sends something here has read all of what was gathered before.
         for key in self._stale:
             self._client.key_value_delete(key)
         self._stale = own
@@ -197,7 +196,7 @@ class Processes:
                 raise MergeError(f"process {index} of {self.count} has stopped; {_AGAIN}")
 
     def _beat(self) -> None:
-        """Says that this process is alive, and looks whether another has failed."""
+        """Publishes that this process is alive, and checks whether another has failed."""
         for number in itertools.count():
             try:
                 self._client.key_value_set_bytes(
@@ -206,12 +205,12 @@ class Processes:
                 failed = self._client.key_value_dir_get_bytes(f"{self._prefix}/failed/")
             except jax.errors.JaxRuntimeError:
                 return  # Process 0 is gone; whoever waits for a value finds out.
-            for key, said in failed:
+            for key, text in failed:
                 index = int(key.rpartition("/")[2])
                 if index != self.index:
                     self._failure = (
                         f"process {index} of {self.count} has failed: "
-                        f"{said.decode(errors='replace')}"
+                        f"{text.decode(errors='replace')}"
                     )
             if self._ended.wait(_SECONDS_BETWEEN_BEATS):
                 return

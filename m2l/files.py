@@ -11,14 +11,14 @@ import stat
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from m2l import storage
 from m2l.errors import ConfigError, DataError, M2LError
 from m2l.storage import AnyPath
+from m2l.typing import Json, JsonObject
 
-# A tokenizer's directory: what decides the ids, by precedence, and what is read beside it. Data
-# reads these and checkpoints carry them, and neither may ask the other.
+# A tokenizer's directory: what decides the ids, by precedence, and what is read with it. Data
+# reads these and checkpoints carry them, and neither may import the other.
 GENERATION = "generation_config.json"
 SPIECE, TOKENIZER_JSON, TOKENIZER_MODEL = "spiece.model", "tokenizer.json", "tokenizer.model"
 # Patterns of all that decides the ids by any of transformers' tokenizers; ByT5's has no such file.
@@ -73,7 +73,7 @@ BYTES_TOKENIZER = "ByT5Tokenizer"
 
 
 def microworld_pieces() -> Path:
-    """The SentencePiece model of the microworld's vocabulary."""
+    """Returns the SentencePiece model of the microworld's vocabulary."""
     # Finding m2l.tasks does not load it.
     (folder,) = importlib.util.find_spec("m2l.tasks").submodule_search_locations
     return Path(folder) / "microworld" / "vocabulary.model"
@@ -99,24 +99,24 @@ _ARRAY_METADATA = (
     "_METADATA", "_CHECKPOINT_METADATA", "zarr.json", ".zarray", "manifest.ocdbt",
 )  # fmt: skip
 
-Pairs = list[tuple[str, Any]]
+Pairs = list[tuple[str, Json]]
 
 
 def parse_json(
     content: str | bytes,
-    where: object,
+    source: object,
     *,
     kind: type | None = None,
     finite: bool = False,
-    pairs: Callable[[Pairs], Any] | None = None,
+    pairs: Callable[[Pairs], Json] | None = None,
     error: type[M2LError] = DataError,
     advice: str = _REDO,
-) -> Any:
+) -> Json:
     """Returns the value of a JSON text: the one way in which m2l reads JSON.
 
     Args:
         content: The text; bytes are UTF-8.
-        where: Its file, and line where it has several, for the message.
+        source: Its file, and line where it has several, for the message.
         kind: What it has to be: `dict` or `list`; None: any value.
         finite: Whether NaN, infinity and numbers beyond float64 are refused.
         pairs: Makes an object's value of its fields, and raises ValueError; None: a dict.
@@ -135,23 +135,25 @@ def parse_json(
             json.dumps(value, ensure_ascii=False).encode()
         _check_depth(value)
     except RecursionError as cause:
-        raise error(f"{where}: damaged, its JSON is nested too deeply; {advice}") from cause
+        raise error(f"{source}: damaged, its JSON is nested too deeply; {advice}") from cause
     except UnicodeEncodeError as cause:
-        raise error(f"{where}: damaged, it has half of a surrogate pair in it; {advice}") from cause
+        raise error(
+            f"{source}: damaged, it has half of a surrogate pair in it; {advice}"
+        ) from cause
     except UnicodeDecodeError as cause:
-        raise error(f"{where}: damaged, it is not UTF-8 ({cause.reason}); {advice}") from cause
+        raise error(f"{source}: damaged, it is not UTF-8 ({cause.reason}); {advice}") from cause
     except json.JSONDecodeError as cause:
         place = f"line {cause.lineno}, column {cause.colno}"
         message = f"it is not JSON: {cause.msg} at {place}"
-        raise error(f"{where}: damaged, {message}; {advice}") from cause
+        raise error(f"{source}: damaged, {message}; {advice}") from cause
     except ValueError as cause:
-        what = str(cause)
-        if what.startswith("Exceeds the limit"):
-            what = "it has a number of too many digits"
-        raise error(f"{where}: damaged, {what}; {advice}") from cause
+        reason = str(cause)
+        if reason.startswith("Exceeds the limit"):
+            reason = "it has a number of too many digits"
+        raise error(f"{source}: damaged, {reason}; {advice}") from cause
     if kind is not None and type(value) is not kind:
         expected = {dict: "an object", list: "a list"}[kind]
-        raise error(f"{where}: damaged, it is not JSON of the expected kind, {expected}; {advice}")
+        raise error(f"{source}: damaged, it is not JSON of the expected kind, {expected}; {advice}")
     return value
 
 
@@ -163,7 +165,7 @@ def _finite(text: str) -> float:
     return value if abs(value := float(text)) < float("inf") else _refuse_number(text)
 
 
-def _check_depth(value: Any) -> None:
+def _check_depth(value: Json) -> None:
     """Raises RecursionError where functions that walk through a value would."""
     level = [value] if isinstance(value, dict | list) else []
     for _ in range(_MOST_DEPTH):
@@ -179,9 +181,14 @@ def _check_depth(value: Any) -> None:
 
 
 def read_json(
-    path: AnyPath, *, error: type[M2LError] = DataError, advice: str = _REDO, **how: Any
-) -> Any:
-    """Returns the value in a JSON file; further arguments are those of `parse_json`.
+    path: AnyPath,
+    *,
+    kind: type | None = None,
+    finite: bool = False,
+    error: type[M2LError] = DataError,
+    advice: str = _REDO,
+) -> Json:
+    """Returns the value in a JSON file; the arguments are those of `parse_json`.
 
     Raises:
         M2LError: Of class `error`: the file cannot be read, is no regular file or longer than
@@ -201,15 +208,15 @@ def read_json(
         content = path.read_bytes()
     except OSError as cause:
         raise error(f"{path}: cannot be read ({cause.strerror})") from cause
-    return parse_json(content, path, error=error, advice=advice, **how)
+    return parse_json(content, path, kind=kind, finite=finite, error=error, advice=advice)
 
 
-def checksum(content: Any) -> str:
+def checksum(content: Json) -> str:
     """Returns the SHA-256, in hex, of JSON values, whatever the order of objects' fields."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def write_record(path: AnyPath, content: Mapping[str, Any]) -> None:
+def write_record(path: AnyPath, content: Mapping[str, Json]) -> None:
     """Writes a JSON object and its checksum; `read_record` reads it."""
     content = json.loads(json.dumps(content))
     text = json.dumps({**content, CHECKSUM: checksum(content)}, indent=1)
@@ -220,23 +227,23 @@ def read_record(
     path: AnyPath,
     *,
     required: bool = True,
+    finite: bool = False,
     error: type[M2LError] = DataError,
     advice: str = _REDO,
-    **how: Any,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Returns the JSON object that `write_record` wrote, without its checksum.
 
     Args:
         path: The file.
         required: Whether a record without a checksum, as older versions wrote, is refused.
+        finite: Whether NaN, infinity and numbers beyond float64 are refused.
         error: The class of the error.
         advice: What to do about a damaged file.
-        **how: As `parse_json` takes them.
 
     Raises:
         M2LError: Of class `error`: the file cannot be read, or is not what was written.
     """
-    content = read_json(path, kind=dict, error=error, advice=advice, **how)
+    content = read_json(path, kind=dict, finite=finite, error=error, advice=advice)
     recorded = content.pop(CHECKSUM, None)
     if recorded != checksum(content) and (required or recorded is not None):
         raise error(f"{path}: damaged or edited, it does not match its checksum; {advice}")
@@ -246,11 +253,11 @@ def read_record(
 def check_claim(
     out: AnyPath,
     record: str,
-    content: Mapping[str, Any],
+    content: Mapping[str, Json],
     *,
-    what: str,
+    kind: str,
     update: bool = False,
-    mend: str = "delete it",
+    advice: str = "delete it",
 ) -> None:
     """Refuses a folder that holds something else; writes nothing.
 
@@ -258,9 +265,9 @@ def check_claim(
         out: The folder.
         record: The file in it that says what it holds: "run.json".
         content: What it is to hold, as JSON values by name.
-        what: What it is, in words: "run".
-        update: Whether a folder of the same `what` with other values will do.
-        mend: What can be done about other values, but for choosing another folder.
+        kind: What it is to be, as a noun: "run".
+        update: Whether a folder of the same kind with other values will do.
+        advice: What to do about other values, besides choosing another folder.
 
     Raises:
         ConfigError: the folder holds other content, or files but no record.
@@ -272,19 +279,19 @@ def check_claim(
     if not (out / record).exists():
         # A claim that was killed halfway leaves its temporary file.
         if not all(path.name.startswith(f".{record}.") for path in out.iterdir()):
-            raise ConfigError(f"{out} is not empty and holds no {what}; choose another --out")
+            raise ConfigError(f"{out} is not empty and holds no {kind}; choose another --out")
         return
-    held = read_record(out / record, required=False)
+    recorded = read_record(out / record, required=False)
     for name, value in json.loads(json.dumps(content)).items():
-        if held.get(name) != value and not update:
+        if recorded.get(name) != value and not update:
             raise ConfigError(
-                f"{out} holds another {what}: its {name} is {held.get(name)!r}, this one's is "
-                f"{value!r}; choose another --out, or {mend}"
+                f"{out} holds another {kind}: its {name} is {recorded.get(name)!r}, this one's is "
+                f"{value!r}; choose another --out, or {advice}"
             )
 
 
-def claim(out: AnyPath, record: str, content: Mapping[str, Any]) -> None:
-    """Makes `out` the folder of what `content` says; `check_claim` comes first."""
+def claim(out: AnyPath, record: str, content: Mapping[str, Json]) -> None:
+    """Writes into a folder what it is of; `check_claim` comes first."""
     out.mkdir(parents=True, exist_ok=True)
     write_record(out / record, content)
 

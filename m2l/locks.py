@@ -1,15 +1,18 @@
 """Locks by which one process at a time works in a directory, local or in a bucket."""
 
-import fcntl
 import os
 import socket
 import threading
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from m2l import storage
 from m2l.errors import M2LError
 from m2l.storage import AnyPath, ObjectPath
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 # Seconds. A process that does not renew its lock in a bucket for so long has stopped.
 RENEWED, EXPIRES = 15.0, 60.0
@@ -20,7 +23,7 @@ _seen: dict[ObjectPath, tuple[bytes, float]] = {}
 class Lock:
     """A lock of one process.
 
-    On a file system it is `flock`'s, which the system releases when the process ends. In a bucket
+    On a file system it is filelock's, which the system releases when the process ends. In a bucket
     it is an object that exists while it is locked: a thread renews it every 15 seconds, and one
     that was not renewed for 60 seconds is taken over. No clocks are compared.
 
@@ -30,7 +33,7 @@ class Lock:
 
     def __init__(self, file: AnyPath):
         self.file = file
-        self._descriptor: int | None = None
+        self._file_lock: FileLock | None = None
         self._generation: bytes | None = None
         self._released = threading.Event()
         self._thread: threading.Thread | None = None
@@ -38,7 +41,7 @@ class Lock:
 
     @property
     def acquired(self) -> bool:
-        return self._descriptor is not None or self._thread is not None
+        return self._file_lock is not None or self._thread is not None
 
     def acquire(self, wait: bool = False) -> bool:
         """Acquires the lock, and returns whether it has.
@@ -57,15 +60,16 @@ class Lock:
         return True
 
     def _acquire_file(self, file: Path) -> bool:
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        # It takes 0.3 s to import, where JAX has not done so.
+        from filelock import FileLock, Timeout
+
+        lock = FileLock(file, blocking=False, thread_local=False)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
+            lock.acquire()
+        except Timeout:
             return False
-        os.truncate(descriptor, 0)
-        os.write(descriptor, self._content())
-        self._descriptor = descriptor
+        file.write_bytes(self._content())
+        self._file_lock = lock
         return True
 
     def _acquire_object(self, file: ObjectPath) -> bool:
@@ -119,9 +123,9 @@ class Lock:
 
     def release(self) -> None:
         """Releases the lock, if it is acquired."""
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+        if self._file_lock is not None:
+            self._file_lock.release()
+            self._file_lock = None
         if self._thread is not None:
             self._released.set()
             self._thread.join()

@@ -6,12 +6,13 @@ Callers enter a mesh with `jax.set_mesh`; under the older `with mesh:` constrain
 import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from m2l.errors import ConfigError, UnknownNameError
+from m2l.typing import Params, PyTree
 
 MESH_AXES = ("data", "fsdp", "model")
 
@@ -47,7 +48,7 @@ def make_mesh(
     model: int = 1,
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-    """A mesh over all devices (or those given) with the axes data, fsdp and model.
+    """Returns a mesh over all devices, or some, with the axes data, fsdp and model.
 
     Batches are split over data and fsdp, parameters over fsdp and model. Model-parallel
     neighbours are next to each other, so they share the fastest links.
@@ -59,11 +60,11 @@ def make_mesh(
         ConfigError: the three sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    given = [size for size in (data, fsdp, model) if size is not None]
-    whole = all(type(size) is int and size > 0 for size in given)
-    if whole and data is None:
+    sizes = [size for size in (data, fsdp, model) if size is not None]
+    positive = all(type(size) is int and size > 0 for size in sizes)
+    if positive and data is None:
         data = len(devices) // (fsdp * model)
-    if not whole or data * fsdp * model != len(devices):
+    if not positive or data * fsdp * model != len(devices):
         raise ConfigError(
             f"a mesh of data={data}, fsdp={fsdp}, model={model}: expected positive integers that "
             f"multiply to the number of devices, {len(devices)}"
@@ -73,7 +74,7 @@ def make_mesh(
     return jax.make_mesh((data, fsdp, model), MESH_AXES, auto, devices=devices)
 
 
-def widest_mesh(spec: Mapping[str, Any], *, model: int = 1) -> Mesh:
+def widest_mesh(spec: Params, *, model: int = 1) -> Mesh:
     """Returns the mesh over all devices that splits a model over as many of them as divide it.
 
     Args:
@@ -90,9 +91,9 @@ def widest_mesh(spec: Mapping[str, Any], *, model: int = 1) -> Mesh:
 
 
 def shardings(
-    spec: Mapping[str, Any], mesh: Mesh, rules: Mapping[str, str | None] = RULES
-) -> dict[str, Any]:
-    """Where each parameter lives: a NamedSharding for every ParamSpec of `models.spec`.
+    spec: Params, mesh: Mesh, rules: Mapping[str, str | None] = RULES
+) -> dict[str, PyTree]:
+    """Returns a NamedSharding for every ParamSpec of `models.spec`.
 
     Raises:
         UnknownNameError: a logical axis that `rules` does not have.
@@ -100,16 +101,22 @@ def shardings(
             axis does not divide, or a rule for an axis that the mesh does not have.
     """
 
-    def place(path: tuple[jax.tree_util.DictKey, ...], param: Any) -> NamedSharding:
-        partition = _partition("/".join(part.key for part in path), param, mesh, rules)
-        return NamedSharding(mesh, partition)
+    def place(path: tuple[jax.tree_util.DictKey, ...], param: PyTree) -> NamedSharding:
+        name = "/".join(part.key for part in path)
+        return NamedSharding(mesh, _partition(name, param.shape, param.axes, mesh, rules))
 
     return jax.tree.map_with_path(place, spec)
 
 
-def _partition(name: str, param: Any, mesh: Mesh, rules: Mapping[str, str | None]) -> PartitionSpec:
+def _partition(
+    name: str,
+    shape: tuple[int, ...],
+    axes: tuple[str, ...],
+    mesh: Mesh,
+    rules: Mapping[str, str | None],
+) -> PartitionSpec:
     used: dict[str, str] = {}
-    for dimension, (size, axis) in enumerate(zip(param.shape, param.axes, strict=True)):
+    for dimension, (size, axis) in enumerate(zip(shape, axes, strict=True)):
         if axis not in rules:
             raise UnknownNameError(f"logical axis of the parameter {name}:", axis, rules)
         mesh_axis = rules[axis]
@@ -131,16 +138,16 @@ def _partition(name: str, param: Any, mesh: Mesh, rules: Mapping[str, str | None
                 f"{mesh_axis!r} of {mesh.shape[mesh_axis]} devices does not divide"
             )
         used[mesh_axis] = axis
-    return PartitionSpec(*(rules[axis] for axis in param.axes))
+    return PartitionSpec(*(rules[axis] for axis in axes))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Where a batch lives: its first dimension split over data and fsdp."""
+    """Returns the sharding of a batch: its first dimension is split over data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
 
 
-def table(spec: Mapping[str, Any], mesh: Mesh) -> list[Row]:
-    """What a mesh makes of a model: a row for each parameter, in the order of its names."""
+def table(spec: Params, mesh: Mesh) -> list[Row]:
+    """Returns a row for each parameter of a model on a mesh, in the order of their names."""
     rows = []
     placed = jax.tree.leaves_with_path(shardings(spec, mesh))
     for (path, sharding), param in zip(placed, jax.tree.leaves(spec), strict=True):
@@ -151,7 +158,7 @@ def table(spec: Mapping[str, Any], mesh: Mesh) -> list[Row]:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Tells the compiler how an activation lies on the mesh that `jax.set_mesh` entered, if any.
+    """Constrains the sharding of an activation on the mesh that `jax.set_mesh` entered, if any.
 
     A hint, not a contract: a dimension that its mesh axes do not divide is left to the compiler.
 

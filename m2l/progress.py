@@ -46,7 +46,7 @@ class Progress:
         self._start = self._shown = time.monotonic()
 
     def update(self, done: int | None = None, **figures: str) -> None:
-        """Records that `done` units are finished (None: unchanged) and figures to show beside."""
+        """Sets how many units are finished (None: unchanged) and figures to show."""
         self._done = self._done if done is None else done
         self._figures.update(figures)
         if time.monotonic() - self._shown >= self._every:
@@ -82,7 +82,7 @@ class Progress:
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
-        at: TracebackType | None,
+        trace: TracebackType | None,
     ) -> None:
         if kind is None:
             self._show(self._line() + f"  in {_clock(time.monotonic() - self._start)}")

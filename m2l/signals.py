@@ -105,7 +105,7 @@ def watched(line: str | None, code: int | None, *, restored: bool) -> Iterator[N
     Args:
         line: What is printed where a signal ends the process; None: what `described` returns.
         code: The exit code then; None: 128 and the signal's number.
-        restored: Whether the handlers of before are put back at the end. Without, signals that
+        restored: Whether the previous handlers are restored at the end. Without, signals that
             come later are ignored, for the work is done.
     """
     if threading.current_thread() is not threading.main_thread() or _watched:
@@ -183,7 +183,7 @@ def _clear() -> None:
 
 
 def _forget() -> None:
-    """In a forked process: the pipe and its reader are the parent's."""
+    """Resets a forked process: the pipe and its reader are the parent's."""
     if _watched:
         signal.set_wakeup_fd(-1)
         for descriptor in _watched:

@@ -23,9 +23,13 @@ from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING
 
 from m2l.errors import M2LError
+from m2l.typing import JsonObject
+
+if TYPE_CHECKING:
+    import tensorstore as ts
 
 DRIVERS = {"gs": "gcs", "s3": "s3"}
 # In full: 1 + 2 + 4 + 8 + 16 + 16 seconds of waiting before an unreachable service is an error.
@@ -162,9 +166,9 @@ class ObjectPath:
         prefix = f"{self.key}/" if self.key else ""
         end = f"{self.key}0" if self.key else ""  # "0" follows "/"
         with _one_line(self, "list"):
-            found = _bucket(self).list(ts.KvStore.KeyRange(prefix, end)).result()
+            listed = _bucket(self).list(ts.KvStore.KeyRange(prefix, end)).result()
         # An emulator of Google's storage also lists keys like the directory's own.
-        keys = [key.decode() for key in found if key.startswith(prefix.encode())]
+        keys = [key.decode() for key in listed if key.startswith(prefix.encode())]
         # Some tools leave an empty object that is called like the directory.
         return sorted(key.removeprefix(prefix) for key in keys if not key.endswith("/"))
 
@@ -188,7 +192,7 @@ class ObjectPath:
             yield self / name
 
     def glob(self, pattern: str) -> Iterator["ObjectPath"]:
-        """Yields, in order, the objects and prefixes below that match; "**" is any directories."""
+        """Yields the objects and prefixes below that match, in order; "**" is any directories."""
         wanted = PurePosixPath(pattern).parts
         paths = {PurePosixPath(key) for key in self._keys()}
         paths |= {parent for path in paths for parent in path.parents if parent.parts}
@@ -217,7 +221,7 @@ class ObjectPath:
     def write_text(self, data: str, encoding: str | None = None) -> int:
         return self.write_bytes(data.encode(encoding or "utf-8"))
 
-    def open(self, mode: str = "r", encoding: str | None = None, **options: Any) -> IO:
+    def open(self, mode: str = "r", encoding: str | None = None, **options: str | None) -> IO:
         """Returns a file in memory: the whole object, or what is uploaded when it is closed."""
         if mode not in ("r", "rt", "rb", "w", "wt", "wb"):
             raise ValueError(f"{self}: objects cannot be opened with mode {mode!r}")
@@ -264,7 +268,7 @@ class _Upload:
 
     path: ObjectPath
 
-    def __exit__(self, kind: Any, *cause: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *cause: object) -> None:
         if kind is not None:
             super().close()
         self.close()
@@ -297,8 +301,8 @@ def path(text: PathLike) -> AnyPath:
         if ".." in (key or "").split("/"):
             raise M2LError(f"{text}: an address of an object cannot have '..' in it")
         return ObjectPath(scheme, f"{bucket}/{key or ''}")
-    if found := _SCHEME.search(text):
-        scheme = found[1]
+    if match := _SCHEME.search(text):
+        scheme = match[1]
         if scheme in DRIVERS:
             raise M2LError(f"{text}: expected {scheme}://BUCKET/PATH")
         raise M2LError(
@@ -308,7 +312,7 @@ def path(text: PathLike) -> AnyPath:
     return Path(text)
 
 
-def kvstore_spec(directory: AnyPath) -> dict[str, Any]:
+def kvstore_spec(directory: AnyPath) -> JsonObject:
     """Returns TensorStore's specification of the key-value store of a directory's files."""
     if isinstance(directory, Path):
         return {"driver": "file", "path": f"{directory.absolute()}/"}
@@ -467,16 +471,16 @@ def remove_tree(directory: AnyPath) -> None:
             future.result()
 
 
-def upload(source: AnyPath, to: AnyPath) -> None:
+def upload(source: AnyPath, target: AnyPath) -> None:
     """Copies a file, or a directory with all below it, from any storage to any.
 
     A directory's own files come after those below it, for an index is one of them.
     """
     files = [source] if source.is_file() else list_files(source)
     for file in sorted(files, key=lambda file: -len(file.parts)):
-        target = to if file == source else to / file.relative_to(source)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(target, file.read_bytes())
+        copy = target if file == source else target / file.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(copy, file.read_bytes())
 
 
 def download(path: AnyPath) -> Path:
@@ -514,13 +518,13 @@ def local_output(path: AnyPath) -> Iterator[Path]:
 
 
 @functools.cache
-def _store(scheme: str, bucket: str, settings: tuple[str | None, ...]) -> Any:
+def _store(scheme: str, bucket: str, settings: tuple[str | None, ...]) -> "ts.KvStore":
     import tensorstore as ts
 
     return ts.KvStore.open(kvstore_spec(ObjectPath(scheme, bucket))).result()
 
 
-def _bucket(path: ObjectPath) -> Any:
+def _bucket(path: ObjectPath) -> "ts.KvStore":
     """Returns the key-value store of a whole bucket."""
     with _one_line(path, "open"):
         return _store(path.scheme, path.bucket, tuple(map(os.environ.get, _AWS_SETTINGS)))
@@ -550,13 +554,13 @@ def _one_line(path: ObjectPath, verb: str) -> Iterator[None]:
     except (ValueError, NotImplementedError) as cause:
         # CODE: text [detail='...'] [...]
         text = str(cause).split(" [", 1)[0]
-        code, _, rest = text.partition(": ")
+        code, _, reason = text.partition(": ")
         if code not in _ADVICE:
-            code, rest = "", text
+            code, reason = "", text
         advice = _ADVICE.get(code, "{text}").format(
             bucket=f"{path.scheme}://{path.bucket}",
             verb=verb,
-            text=rest,
+            text=reason,
             login=_LOGIN[path.scheme],
             service=_SERVICE[path.scheme],
         )

@@ -14,8 +14,8 @@ from m2l.tasks import sources
 CONTENT = {"seeds": (0, 1), "split": "validation", "rate": 0.1}
 
 
-def claim(out, content, **how):
-    files.check_claim(out, "study.json", content, what="study", **how)
+def claim(out, content, **options):
+    files.check_claim(out, "study.json", content, kind="study", **options)
     files.claim(out, "study.json", content)
 
 

@@ -105,8 +105,8 @@ def _planned(
     plan = records.plan(settings)
     if claim:
         content = records.describe(settings)
-        mend = "redo what changes with m2l study --update"
-        files.check_claim(out, "study.json", content, what="study", update=update, mend=mend)
+        advice = "redo what changes with m2l study --update"
+        files.check_claim(out, "study.json", content, kind="study", update=update, advice=advice)
         files.claim(out, "study.json", content)
         storage.write_atomic(out / "config.gin", resolved)
     return plan

@@ -106,7 +106,7 @@ def sweep(
             "source": source,
         },
     }
-    files.check_claim(out, "sweep.json", content, what="sweep")
+    files.check_claim(out, "sweep.json", content, kind="sweep")
     merging.prepare(base, experts, recipes[0], statistics=statistics)
     manifest = checkpoints.read_manifest(experts[0])
     config = models.from_dict(manifest.model)

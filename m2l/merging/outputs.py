@@ -6,7 +6,6 @@ share them; a merge that goes on takes those that are there.
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import itertools
 import json
@@ -30,6 +29,7 @@ from m2l.checkpoints.spans import Span, boxes, cut, cut_box, reserve
 from m2l.checkpoints.tensor_kinds import is_buffer, is_float
 from m2l.checkpoints.zarr import TensorWriter
 from m2l.errors import CheckpointError, MergeError
+from m2l.locks import Lock
 from m2l.merging.inputs import Roles
 from m2l.storage import AnyPath
 from m2l.typing import Json
@@ -540,14 +540,14 @@ def staging(out: AnyPath, key: str, first: bool) -> Iterator[AnyPath]:
         yield out
         return
     folder = _folder(out, key)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / "lock", "ab")  # noqa: SIM115 - it is closed below
-    except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be made ({error.strerror})") from error
-    with lock:
-        # A courtesy to whoever starts a merge twice: nothing depends on it.
-        if first and not _locked(lock.fileno()):
+    with Lock(folder / "lock") as lock:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            # A courtesy to whoever starts a merge twice: nothing depends on it.
+            locked = not first or lock.acquire()
+        except OSError as error:
+            raise CheckpointError(f"{folder}: cannot be made ({error.strerror})") from error
+        if not locked:
             raise MergeError(f"{out}: another process is making it right now")
         if first:
             for other in out.parent.glob(f".{out.name}.merge-*"):
@@ -594,16 +594,8 @@ def _claim(out: AnyPath, key: str) -> None:
         )
 
 
-def _locked(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
-
-
 def _in_progress(folder: Path) -> bool:
     """Returns whether a living process of this machine makes something in a folder."""
-    with contextlib.suppress(OSError), open(folder / "lock", "rb") as opened:
-        return not _locked(opened.fileno())
+    with contextlib.suppress(OSError), Lock(folder / "lock") as lock:
+        return not lock.acquire()
     return False

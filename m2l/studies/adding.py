@@ -167,7 +167,7 @@ def add(adding: Adding, out: Path, *, resolved_config: str | None = None) -> Add
     if both := sorted(names[0] & names[1]):
         raise ConfigError(f"{both[0]} is both to be learned and to be kept")
     content = _content(adding, found)
-    files.check_claim(out, RECORD, content, what="addition of a skill")
+    files.check_claim(out, RECORD, content, kind="addition of a skill")
     files.claim(out, RECORD, content)
 
     # --- the skill's own model ---

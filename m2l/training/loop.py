@@ -84,7 +84,7 @@ def train(
         "data": data,
         "init": parents[0]["digest"] if parents else None,
     }
-    files.check_claim(out, "run.json", run, what="run")
+    files.check_claim(out, "run.json", run, kind="run")
 
     # --- mesh, model, optimizer ---
     mesh = partitioning.make_mesh(fsdp=settings.fsdp, model=settings.model)
