@@ -245,17 +245,17 @@ def _llama(fields: Fields, model_type: str) -> LlamaConfig:
             "attn_logit_softcapping": fields["attn_logit_softcapping"] or 0.0,
             "final_logit_softcapping": fields["final_logit_softcapping"] or 0.0,
         }
+    sizes = (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+        "max_position_embeddings",
+    )  # fmt: skip
     return LlamaConfig(
-        vocab_size=fields["vocab_size"],
-        hidden_size=fields["hidden_size"],
-        intermediate_size=fields["intermediate_size"],
-        num_hidden_layers=fields["num_hidden_layers"],
+        **{name: fields[name] for name in sizes},
         num_attention_heads=heads,
         num_key_value_heads=heads if groups is None else groups,
         head_dim=head_dim,
         model_type=model_type,
         rms_norm_eps=fields.get("rms_norm_eps", 1e-6),
-        max_position_embeddings=fields["max_position_embeddings"],
         tie_word_embeddings=fields.get("tie_word_embeddings", False),
         hidden_act={"swish": "silu"}.get(activation, activation),
         qkv_bias=bias or model_type == "qwen2",
@@ -412,17 +412,12 @@ def _llama_values(config: LlamaConfig) -> JsonObject:
         value = getattr(config, f"rope_{name}")
         if name != "attention_factor" or value:
             rope[name] = value
-    values = {
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
-        "head_dim": config.head_dim,
-        "hidden_act": config.hidden_act,
-        "max_position_embeddings": config.max_position_embeddings,
-        "rms_norm_eps": config.rms_norm_eps,
-        "tie_word_embeddings": config.tie_word_embeddings,
+    fields = (
+        "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps",
+        "tie_word_embeddings",
+    )  # fmt: skip
+    values = {name: getattr(config, name) for name in fields} | {
         "attention_dropout": 0.0,
         "initializer_range": 0.02,
         "rope_theta": config.rope_theta,

@@ -1,8 +1,6 @@
 """A Hugging Face directory: its tensors, description and other files, and m2l's manifest of it."""
 
 import dataclasses
-import hashlib
-import os
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,10 +11,10 @@ from m2l.checkpoints.manifest import FILE_NAME, Manifest, check_arrays, is_file_
 from m2l.checkpoints.model_fields import read_json
 from m2l.checkpoints.publishing import UNFINISHED
 from m2l.checkpoints.safetensors import StoredTensor
-from m2l.checkpoints.spans import in_parallel, opening
+from m2l.checkpoints.spans import in_parallel
 from m2l.checkpoints.tokenizer import digests, is_bytes
 from m2l.errors import CheckpointError
-from m2l.files import GENERATION, TOKENIZER_FILES, cache_directory, checksum
+from m2l.files import GENERATION, TOKENIZER_FILES, cache_directory, checksum, sha256
 from m2l.storage import AnyPath, PathLike
 from m2l.typing import Json, JsonObject
 
@@ -252,10 +250,7 @@ def verify(directory: Path) -> Manifest:
 
 
 def _sha256(file: AnyPath) -> str:
-    if not isinstance(file, Path):
-        return hashlib.sha256(file.read_bytes()).hexdigest()
-    digest = hashlib.sha256()
-    with opening(file, os.O_RDONLY, "read") as descriptor:
-        while part := os.read(descriptor, 1 << 20):
-            digest.update(part)
-    return digest.hexdigest()
+    try:
+        return sha256(file)
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from error

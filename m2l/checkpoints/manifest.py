@@ -15,8 +15,6 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import numpy as np
-
 from m2l import files
 from m2l.checkpoints import digest, tokenizer
 from m2l.checkpoints.pytrees import is_committed
@@ -44,11 +42,6 @@ def versions() -> dict[str, str]:
     return {"m2l": __version__, "python": platform.python_version()} | packaged
 
 
-def sha256(array: np.ndarray) -> str:
-    """Returns the SHA-256, in hex, of an array's row-major little-endian bytes."""
-    return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8)).hexdigest()
-
-
 @dataclasses.dataclass(frozen=True)
 class Manifest:
     """What is in a checkpoint, what made it, and from what.
@@ -61,7 +54,7 @@ class Manifest:
         made_by: What made it: the resolved configuration of the run, or the merge's recipe.
         parents: {"role", "path", "digest"} of each checkpoint it was made from.
         parameters: name -> {"shape", "dtype", "digest"}: a digest of `checkpoints.digest`; of a
-            Hugging Face directory, and of a checkpoint in format 2, `sha256`.
+            Hugging Face directory, and of a checkpoint in format 2, SHA-256.
         opt_state: The same for the optimizer state's leaves, by key path; None without one.
         data_state: SHA-256 of the data pipeline's position; None without one.
         tokenizer: SHA-256 of each of the vocabulary's files that the checkpoint carries, by name;

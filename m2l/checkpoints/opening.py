@@ -11,7 +11,6 @@ import math
 import threading
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -31,9 +30,6 @@ from m2l.checkpoints.spans import Span, TensorReader, read_rows
 from m2l.errors import CheckpointError, UnsupportedModelError
 from m2l.storage import AnyPath
 from m2l.typing import Json
-
-if TYPE_CHECKING:
-    from m2l.checkpoints.importing import Origin
 
 ORBAX, HUGGINGFACE, T5X = "orbax", "huggingface", "t5x"
 
@@ -199,7 +195,7 @@ def open(
     if subtree is not None and stored_as != ORBAX:
         raise CheckpointError(f"{path}: of a pytree that Orbax stored alone is there a subtree")
     if stored_as == HUGGINGFACE:
-        return _open_native(path, named, allowed) if native else _open_turned(path)
+        return _open_native(path, named, allowed) if native else _open_converted(path)
     if stored_as == T5X:
         return _open_t5x(path)
     if subtree is None and has_manifest(path):
@@ -271,35 +267,21 @@ def _tokenizer(path: AnyPath) -> Path | None:
     return huggingface_directory.local_tokenizer(directory)
 
 
-def _open_turned(path: AnyPath) -> Checkpoint:
+def _open_converted(path: AnyPath) -> Checkpoint:
     from m2l import models
     from m2l.checkpoints import huggingface
 
     layout, tensors = huggingface.open_model(path)
-    recent = _Recent()
-
-    def parameter(name: str, origin: "Origin") -> TensorReader:
-        tensor = tensors[origin.tensor]
-        if not origin.transposed:
-            return tensor
-        return LazyTensor(
-            name,
-            tensor.shape[::-1],
-            tensor.dtype,
-            lambda: np.ascontiguousarray(tensor.read_checked().T),
-            recent,
-            tensor.file,
-        )
-
-    return Checkpoint(
-        path,
-        HUGGINGFACE,
-        {name: parameter(name, origin) for name, origin in layout.origins.items()},
-        {},
-        json.loads(json.dumps(models.to_dict(layout.config))),
-        None,
-        tokenizer=_tokenizer(path),
-    )
+    sources = {name: tensors[origin.tensor] for name, origin in layout.origins.items()}
+    read = _cached(lambda name: np.ascontiguousarray(sources[name].read_checked().T))
+    parameters: dict[str, TensorReader] = {}
+    for name, tensor in sources.items():
+        parameters[name] = tensor
+        if layout.origins[name].transposed:
+            shape = tensor.shape[::-1]
+            parameters[name] = LazyTensor(name, shape, tensor.dtype, read, tensor.file)
+    model = json.loads(json.dumps(models.to_dict(layout.config)))
+    return Checkpoint(path, HUGGINGFACE, parameters, {}, model, None, tokenizer=_tokenizer(path))
 
 
 def _open_t5x(path: AnyPath) -> Checkpoint:
@@ -312,40 +294,24 @@ def _open_t5x(path: AnyPath) -> Checkpoint:
     config = t5x.infer_config(tensors)
     origins, shapes = t5x.origins(config, tensors), parameter_shapes(config)
     check_origins(shapes, tensors, origins, source=directory)
-    recent = _Recent()
-
-    def parameter(name: str, shape: tuple[int, ...]) -> "LazyTensor":
-        tensor, origin = tensors[origins[name].tensor], origins[name]
-
-        def read() -> np.ndarray:
-            return np.ascontiguousarray(origin.take(tensor.read()))
-
-        return LazyTensor(name, shape, tensor.dtype, read, recent)
-
-    return Checkpoint(
-        directory,
-        T5X,
-        {name: parameter(name, shape) for name, shape in shapes.items()},
-        {},
-        json.loads(json.dumps(models.to_dict(config))),
-        None,
-    )
+    sources = {name: tensors[origin.tensor] for name, origin in origins.items()}
+    read = _cached(lambda name: np.ascontiguousarray(origins[name].take(sources[name].read())))
+    parameters = {
+        name: LazyTensor(name, shape, sources[name].dtype, read) for name, shape in shapes.items()
+    }
+    model = json.loads(json.dumps(models.to_dict(config)))
+    return Checkpoint(directory, T5X, parameters, {}, model, None)
 
 
-class _Recent:
-    """The two tensors that were read last."""
+def _cached(read: Callable[[str], np.ndarray]) -> Callable[[str], np.ndarray]:
+    """Returns `read` with the two last arrays in memory, for one thread at a time."""
+    lock, cached = threading.Lock(), functools.lru_cache(2)(read)
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._arrays: dict[str, np.ndarray] = {}
+    def read_cached(name: str) -> np.ndarray:
+        with lock:
+            return cached(name)
 
-    def read(self, name: str, read: Callable[[], np.ndarray]) -> np.ndarray:
-        """Returns the tensor of that name, read if it is not in memory."""
-        with self._lock:
-            array = self._arrays.pop(name, None)
-            array = read() if array is None else array
-            self._arrays = dict([*self._arrays.items(), (name, array)][-2:])
-            return array
+    return read_cached
 
 
 @dataclasses.dataclass(frozen=True)
@@ -356,16 +322,14 @@ class LazyTensor:
         name: Its name.
         shape: Its shape.
         dtype: Its dtype.
-        read_all: Reads it, in that shape.
-        recent: Where it stays while parts of it are asked for.
+        read_all: Returns the tensor of a name, which stays in memory while its parts are read.
         file: The file that it is in, where it is one.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: np.dtype
-    read_all: Callable[[], np.ndarray]
-    recent: _Recent
+    read_all: Callable[[str], np.ndarray]
     file: Path | None = None
 
     chunk = None
@@ -378,7 +342,7 @@ class LazyTensor:
 
     def read_into(self, start: int, stop: int, out: np.ndarray) -> None:
         """Reads elements [start, stop) into `out`."""
-        out[:] = self.recent.read(self.name, self.read_all).reshape(-1)[start:stop]
+        out[:] = self.read_all(self.name).reshape(-1)[start:stop]
 
     def read_span(self, span: Span, out: np.ndarray) -> None:
         """Reads a span into `out`, 1-D, contiguous, of the dtype and the span's size."""

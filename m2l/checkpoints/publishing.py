@@ -97,11 +97,11 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def sync(path: Path | str) -> None:
-    """Waits until a file or a directory is on the disk."""
+def sync(path: Path | str, *, metadata: bool = True) -> None:
+    """Waits until a file or a directory, or a file's content alone, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        (os.fsync if metadata else os.fdatasync)(descriptor)
     finally:
         os.close(descriptor)
 
@@ -140,11 +140,7 @@ class Flusher:
 
 def _sync_data(files: Iterable[Path]) -> None:
     for file in files:
-        descriptor = os.open(file, os.O_RDONLY)
-        try:
-            os.fdatasync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync(file, metadata=False)
 
 
 def publish(temporary: Path | str, directory: Path | str) -> None:
