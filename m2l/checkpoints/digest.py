@@ -16,7 +16,6 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +44,7 @@ WIDE = {"xla_cpu_prefer_vector_width": 512}
 the numbers are the same."""
 
 
-def is_digest(value: Any) -> bool:
+def is_digest(value: object) -> bool:
     """Returns whether a value is a digest as `to_hex` writes it."""
     return isinstance(value, str) and _PATTERN.fullmatch(value) is not None
 
@@ -88,8 +87,8 @@ def mixed(words: jax.Array, low: jax.Array, high: jax.Array) -> list[jax.Array]:
     return [x, y, z ^ (z >> np.uint32(16)), x ^ _rotated(y, 16)]
 
 
-def _rotated(words: jax.Array, by: int) -> jax.Array:
-    return (words << np.uint32(by)) | (words >> np.uint32(32 - by))
+def _rotated(words: jax.Array, count: int) -> jax.Array:
+    return (words << np.uint32(count)) | (words >> np.uint32(32 - count))
 
 
 def of_elements(
@@ -202,7 +201,7 @@ def _origin(index: Sequence[slice], axes: int) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnames="shape")
 def _of_shard(data: jax.Array, origin: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """The digest of a shard, whose first element is at `origin` of an array of that shape."""
+    """Returns the digest of a shard whose first element is at `origin` of an array of a shape."""
     strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
     along = [
         jax.lax.broadcasted_iota(jnp.uint32, data.shape, axis) + origin[axis]

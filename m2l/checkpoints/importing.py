@@ -5,20 +5,22 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from m2l import models, signals
 from m2l.checkpoints.manifest import Manifest, check_vocabulary
 from m2l.checkpoints.pytrees import flatten
 from m2l.checkpoints.reading import KEY, existing_result
+from m2l.checkpoints.safetensors import StoredTensor
 from m2l.checkpoints.saving import writing
 from m2l.checkpoints.spans import FLOATS, WORKERS, blocks, in_parallel
 from m2l.errors import CheckpointError, UnknownNameError
 from m2l.files import checksum, directory_digest
 from m2l.progress import Progress
+from m2l.typing import Json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +71,8 @@ def import_tensors(
     origins: Mapping[str, Origin],
     *,
     source: Path,
-    vocabulary: Mapping[str, Any],
-    made_by: Mapping[str, Any],
+    vocabulary: Mapping[str, Json],
+    made_by: Mapping[str, Json],
     ignored: Collection[str] = (),
     dtype: str | None = None,
     at_once: int = WORKERS,
@@ -167,7 +169,7 @@ def parameter_shapes(config: models.Config) -> dict[str, tuple[int, ...]]:
     return dict(sorted(shapes.items(), key=lambda item: item[0].split("/")))
 
 
-def float_dtype(dtype: Any) -> np.dtype:
+def float_dtype(dtype: DTypeLike) -> np.dtype:
     """Returns the dtype that parameters are to have on disk.
 
     Raises:
@@ -181,7 +183,7 @@ def float_dtype(dtype: Any) -> np.dtype:
 
 def check_origins(
     shapes: Mapping[str, tuple[int, ...]],
-    tensors: Mapping[str, Any],
+    tensors: Mapping[str, Tensor | StoredTensor],
     origins: Mapping[str, Origin],
     *,
     source: Path,

@@ -3,16 +3,15 @@
 import dataclasses
 import hashlib
 import json
-import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
+from jax.typing import DTypeLike
 
 from m2l import files, storage
 from m2l.checkpoints import digest, huggingface_directory, tokenizer
@@ -28,6 +27,8 @@ from m2l.checkpoints.pytrees import (
 )
 from m2l.checkpoints.spans import in_parallel
 from m2l.errors import CheckpointError
+from m2l.storage import AnyPath, PathLike
+from m2l.typing import Json, Params, PyTree
 
 PARAMS, OPT_STATE, DATA_STATE = "params", "opt_state", "data_state"
 
@@ -43,7 +44,7 @@ STEPS = "checkpoints"
 _STEP = re.compile(r"(?:step_)?(\d+)")
 
 
-def steps(directory: Any) -> dict[int, Any]:
+def steps(directory: AnyPath) -> dict[int, AnyPath]:
     """Returns the finished checkpoints of m2l's in a directory of steps, by step, in order."""
     if not directory.is_dir():
         return {}
@@ -55,7 +56,7 @@ def steps(directory: Any) -> dict[int, Any]:
     return dict(sorted(named.items()))
 
 
-def resolve(path: str | os.PathLike) -> Any:
+def resolve(path: PathLike) -> AnyPath:
     """Finds the checkpoint of m2l's that a path means.
 
     Args:
@@ -95,25 +96,27 @@ def resolve(path: str | os.PathLike) -> Any:
     )
 
 
-def read_manifest(path: str | os.PathLike) -> Manifest:
+def read_manifest(path: PathLike) -> Manifest:
     """Reads the manifest of the checkpoint that `path` means (see `resolve`)."""
     return Manifest.read(resolve(path))
 
 
-def open_parameters(path: str | os.PathLike) -> dict[str, StoredArray]:
+def open_parameters(path: PathLike) -> dict[str, StoredArray]:
     """Opens every parameter of a checkpoint, in the manifest's order; nothing is read yet."""
     directory = resolve(path)
     return open_item(directory, PARAMS, Manifest.read(directory).parameters)
 
 
 def open_item(
-    directory: Any, item: str, records: Mapping[str, Mapping[str, Any]]
+    directory: AnyPath, item: str, records: Mapping[str, Mapping[str, Json]]
 ) -> dict[str, StoredArray]:
     """Returns the arrays of `open_recorded`."""
     return dict(open_recorded(directory, item, records).arrays)
 
 
-def open_recorded(directory: Any, item: str, records: Mapping[str, Mapping[str, Any]]) -> Pytree:
+def open_recorded(
+    directory: AnyPath, item: str, records: Mapping[str, Mapping[str, Json]]
+) -> Pytree:
     """Opens an Orbax item whose arrays a manifest records; they are in the manifest's order.
 
     Raises:
@@ -135,7 +138,7 @@ def open_recorded(directory: Any, item: str, records: Mapping[str, Mapping[str, 
     return dataclasses.replace(pytree, arrays=checked)
 
 
-def _spell(shape: Any, dtype: Any) -> str:
+def _spell(shape: Sequence[int], dtype: DTypeLike) -> str:
     return f"{np.dtype(dtype)}{list(shape)}"
 
 
@@ -153,7 +156,7 @@ def _read(arrays: Mapping[str, StoredArray], verify: bool) -> dict[str, np.ndarr
 
 
 def _place(
-    arrays: Mapping[str, StoredArray], shardings: Mapping[str, Any], verify: bool
+    arrays: Mapping[str, StoredArray], shardings: Mapping[str, jax.sharding.Sharding], verify: bool
 ) -> dict[str, jax.Array]:
     """Reads arrays onto devices, each process its own shards, and checks them there."""
     placed: dict[str, jax.Array] = dict.fromkeys(arrays)
@@ -177,7 +180,7 @@ def _place(
     return placed
 
 
-def restore(path: str | os.PathLike, *, shardings: Any = None, verify: bool = True) -> dict:
+def restore(path: PathLike, *, shardings: PyTree = None, verify: bool = True) -> Params:
     """Reads the parameters of the checkpoint that `path` means.
 
     With shardings each process reads what its own devices hold, whatever mesh the checkpoint was
@@ -205,7 +208,7 @@ def restore(path: str | os.PathLike, *, shardings: Any = None, verify: bool = Tr
     return unflatten(_place(arrays, by_name, verify))
 
 
-def restore_opt_state(path: str | os.PathLike, like: Any) -> Any:
+def restore_opt_state(path: PathLike, like: PyTree) -> PyTree:
     """Reads the optimizer's state into the structure of `like`.
 
     Args:
@@ -219,25 +222,25 @@ def restore_opt_state(path: str | os.PathLike, like: Any) -> Any:
     directory = resolve(path)
     records = Manifest.read(directory).opt_state
     if records is None:
-        raise CheckpointError(f"{directory}: it holds no optimizer state, only parameters")
+        raise CheckpointError(f"{directory}: it has no optimizer state, only parameters")
     leaves = flatten_state(like)
-    wanted = {n: _spell(np.shape(x), jax.dtypes.result_type(x)) for n, x in leaves.items()}
+    expected = {n: _spell(np.shape(x), jax.dtypes.result_type(x)) for n, x in leaves.items()}
     stored = {name: _spell(record["shape"], record["dtype"]) for name, record in records.items()}
-    for name in [*wanted, *stored]:
-        if wanted.get(name) != stored.get(name):
+    for name in [*expected, *stored]:
+        if expected.get(name) != stored.get(name):
             raise CheckpointError(
-                f"{directory}: optimizer state {name}: expected {wanted.get(name, 'none')}, found "
-                f"{stored.get(name, 'none')}: it belongs to another optimizer or model"
+                f"{directory}: optimizer state {name}: expected {expected.get(name, 'none')}, "
+                f"found {stored.get(name, 'none')}: it belongs to another optimizer or model"
             )
     arrays = open_item(directory, OPT_STATE, records)
     shardings = {name: getattr(leaf, "sharding", None) for name, leaf in leaves.items()}
     on_host = {name: array for name, array in arrays.items() if shardings[name] is None}
     on_devices = {name: array for name, array in arrays.items() if name not in on_host}
-    found = _read(on_host, verify=True) | _place(on_devices, shardings, verify=True)
-    return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in wanted])
+    restored = _read(on_host, verify=True) | _place(on_devices, shardings, verify=True)
+    return jax.tree.unflatten(jax.tree.structure(like), [restored[name] for name in expected])
 
 
-def restore_data_state(path: str | os.PathLike) -> list[bytes]:
+def restore_data_state(path: PathLike) -> list[bytes]:
     """Reads the positions in the data, one of each share in which the run was fed.
 
     Raises:
@@ -246,20 +249,20 @@ def restore_data_state(path: str | os.PathLike) -> list[bytes]:
     directory = resolve(path)
     manifest = Manifest.read(directory)
     if manifest.data_state is None:
-        raise CheckpointError(f"{directory}: it holds no data position, only parameters")
-    where = directory / DATA_STATE
-    if isinstance(where, Path) and where.is_file():  # in format 2
-        state = where.read_bytes()
+        raise CheckpointError(f"{directory}: it has no data position, only parameters")
+    item = directory / DATA_STATE
+    if isinstance(item, Path) and item.is_file():  # in format 2
+        state = item.read_bytes()
         shares = [state]
         if state.startswith(b'{"shares"'):
-            shares = [bytes.fromhex(text) for text in files.parse_json(state, where)["shares"]]
-        found = hashlib.sha256(state).hexdigest()
+            shares = [bytes.fromhex(text) for text in files.parse_json(state, item)["shares"]]
+        actual = hashlib.sha256(state).hexdigest()
     else:
-        arrays = open_pytree(where).arrays
+        arrays = open_pytree(item).arrays
         shares = [array.read().tobytes() for array in arrays.values()]
-        found = data_state_digest(shares)
-    if found != manifest.data_state:
-        raise CheckpointError(f"{where}: damaged: its digest is not the one its manifest records")
+        actual = data_state_digest(shares)
+    if actual != manifest.data_state:
+        raise CheckpointError(f"{item}: damaged: its digest is not the one its manifest records")
     return shares
 
 
@@ -268,7 +271,7 @@ def data_state_digest(shares: list[bytes]) -> str:
     return hashlib.sha256(json.dumps([share.hex() for share in shares]).encode()).hexdigest()
 
 
-def verify(path: str | os.PathLike) -> Manifest:
+def verify(path: PathLike) -> Manifest:
     """Computes every digest of a checkpoint, with a few blocks of arrays in memory at a time.
 
     Raises:
@@ -291,7 +294,7 @@ def verify(path: str | os.PathLike) -> Manifest:
 
 
 def existing_result(
-    directory: str | os.PathLike, is_same: Callable[[Manifest], bool], file: str | None = None
+    directory: PathLike, is_same: Callable[[Manifest], bool], file: str | None = None
 ) -> Manifest | None:
     """Returns the manifest of a result that need not be made again, and says so on stderr.
 
@@ -324,7 +327,7 @@ def existing_result(
     return manifest
 
 
-def _manifest(directory: Any, file: str | None) -> Manifest | None:
+def _manifest(directory: AnyPath, file: str | None) -> Manifest | None:
     try:
         if not (is_checkpoint(directory) if file is None else (directory / file).is_file()):
             return None

@@ -21,6 +21,7 @@ import numpy as np
 
 from m2l import files, storage
 from m2l.checkpoints.spans import (
+    ArraySpec,
     Extents,
     Piece,
     Span,
@@ -56,8 +57,6 @@ _DTYPES = {
     "BOOL": np.dtype(np.bool_),
 }
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
-
-ArraySpec = tuple[tuple[int, ...], np.dtype]
 
 
 def is_dtype(name: object) -> bool:

@@ -9,15 +9,15 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, NotRequired, TypedDict, Unpack
 
 import jax
 import numpy as np
+from jax.typing import ArrayLike
 
 from m2l import storage
 from m2l.checkpoints import digest, pytrees, tokenizer
@@ -25,78 +25,80 @@ from m2l.checkpoints.manifest import ORBAX_METADATA, Manifest, custom_metadata
 from m2l.checkpoints.publishing import publishing, remove
 from m2l.checkpoints.pytrees import Tree, flatten, flatten_state
 from m2l.checkpoints.reading import DATA_STATE, OPT_STATE, PARAMS, data_state_digest, steps
-from m2l.checkpoints.spans import boxes, in_parallel
+from m2l.checkpoints.spans import ArraySpec, boxes, in_parallel
 from m2l.checkpoints.tokenizer import DIRECTORY as TOKENIZER
 from m2l.checkpoints.zarr import Box, TensorWriter, chunk_shape
 from m2l.errors import CheckpointError
+from m2l.storage import AnyPath, PathLike
+from m2l.typing import Json, Params, PyTree
 
-ArraySpec = tuple[tuple[int, ...], Any]  # shape, dtype
+if TYPE_CHECKING:
+    from orbax.checkpoint import v1 as ocp
 
 _HANDLER = "orbax.checkpoint.experimental.v1._src.handlers.pytree_handler.PyTreeHandler"
 
 
-def array_directory(item: Any, name: str, tree: Tree | None = None) -> Any:
-    """Returns where Orbax keeps an array of an item whose tree is described; None: nested dicts."""
+def array_directory(item: AnyPath, name: str, tree: Tree | None = None) -> AnyPath:
+    """Returns where Orbax stores an array of an item with that tree; None: nested dicts."""
     node = (tree or {}).get(name)
     return item / (name.replace("/", ".") if node is None else pytrees.stored_name(node))
 
 
+class ManifestFields(TypedDict):
+    """What is recorded of a checkpoint, as keyword arguments.
+
+    Attributes:
+        model: The model's configuration, as `models.to_dict` returns it.
+        vocabulary: {"name", "size", "fingerprint"} of the one it was trained with; if the name is
+            an absolute path, the files of the tokenizer there become part of the checkpoint.
+        made_by: What made it, as JSON values.
+        parents: {"role", "path", "digest"} of each checkpoint it was made from.
+        data_state: The positions in the data, one of each share.
+    """
+
+    model: Mapping[str, Json]
+    vocabulary: Mapping[str, Json]
+    made_by: Mapping[str, Json]
+    parents: NotRequired[tuple[Mapping[str, str], ...]]
+    data_state: NotRequired[list[bytes] | None]
+
+
 def describe(
-    directory: Any,
+    directory: AnyPath,
     parameters: Mapping[str, ArraySpec],
     digests: Mapping[str, str],
     *,
-    model: Mapping[str, Any],
-    vocabulary: Mapping[str, Any],
-    made_by: Mapping[str, Any],
-    parents: tuple[Mapping[str, str], ...] = (),
     step: int = 0,
     opt_state: Mapping[str, ArraySpec] | None = None,
     opt_state_digests: Mapping[str, str] | None = None,
     opt_state_tree: Tree | None = None,
-    data_state: list[bytes] | None = None,
     tree: Tree | None = None,
     strings: Mapping[str, str] | None = None,
+    **fields: Unpack[ManifestFields],
 ) -> Manifest:
     """Makes a checkpoint of a directory whose arrays are all written.
-
-    The files of a vocabulary that is named by its path become an item of the checkpoint.
 
     Args:
         directory: Where the arrays are, in the items "params" and "opt_state".
         parameters: name -> (shape, dtype), in the order of the model.
-        digests: name -> digest, as `digest.to_hex` gives it.
-        model: The model's configuration, as `models.to_dict` gives it.
-        vocabulary: {"name", "size", "fingerprint"} of the one it was trained with.
-        made_by: What made it, as JSON-like data.
-        parents: {"role", "path", "digest"} of each checkpoint it was made from.
+        digests: name -> digest, as `digest.to_hex` returns it.
         step: The training step.
         opt_state: The optimizer's state: key path -> (shape, dtype); None without one.
         opt_state_digests: As `digests`, of the optimizer's state.
         opt_state_tree: Orbax's description of the optimizer's state.
-        data_state: The positions in the data, one of each share.
         tree: Orbax's description of the parameters' tree; None: nested dicts.
         strings: The leaves of that tree that are texts, by name.
+        **fields: What is recorded, see `ManifestFields`.
 
     Raises:
         CheckpointError: The vocabulary's files are not there any more, or the disk is full.
     """
-    manifest, files = described(
-        parameters,
-        digests,
-        model=model,
-        vocabulary=vocabulary,
-        made_by=made_by,
-        parents=parents,
-        step=step,
-        opt_state=opt_state,
-        opt_state_digests=opt_state_digests,
-        data_state=data_state,
-    )
+    manifest, files = _manifest(parameters, digests, step, opt_state, opt_state_digests, **fields)
     items = {PARAMS: tree or pytrees.tree_of(list(parameters))}
     if opt_state:
         items[OPT_STATE] = opt_state_tree or pytrees.tree_of(list(opt_state))
-    for item, content in ((DATA_STATE, numbered(data_state)), (TOKENIZER, files)):
+    positions = numbered(fields.get("data_state"))
+    for item, content in ((DATA_STATE, positions), (TOKENIZER, files)):
         if content:
             _write_bytes(directory / item, content)
             items[item] = pytrees.tree_of(list(content), separator=None)
@@ -105,34 +107,27 @@ def describe(
     return Manifest.read(directory) if files else manifest
 
 
-def described(
+def _manifest(
     parameters: Mapping[str, ArraySpec],
     digests: Mapping[str, str],
-    *,
-    model: Mapping[str, Any],
-    vocabulary: Mapping[str, Any],
-    made_by: Mapping[str, Any],
-    parents: tuple[Mapping[str, str], ...] = (),
-    step: int = 0,
-    opt_state: Mapping[str, ArraySpec] | None = None,
-    opt_state_digests: Mapping[str, str] | None = None,
-    data_state: list[bytes] | None = None,
+    step: int,
+    opt_state: Mapping[str, ArraySpec] | None,
+    opt_state_digests: Mapping[str, str] | None,
+    **fields: Unpack[ManifestFields],
 ) -> tuple[Manifest, dict[str, bytes]]:
-    """Returns the manifest of a checkpoint, and the files of the tokenizer that it carries.
-
-    Arguments and errors are those of `describe`.
-    """
-    vocabulary, files = dict(vocabulary), {}
+    """Returns the manifest of a checkpoint, and the files of the tokenizer that it carries."""
+    vocabulary, files = dict(fields["vocabulary"]), {}
     if tokenizer.is_path(vocabulary.get("name")):
         files = tokenizer.read_files(vocabulary["name"])
     dtypes = {np.dtype(dtype).name for _, dtype in parameters.values()}
+    data_state = fields.get("data_state")
     manifest = Manifest(
-        model=dict(model),
+        model=dict(fields["model"]),
         vocabulary=vocabulary,
         dtype=dtypes.pop() if len(dtypes) == 1 else "mixed",
         step=step,
-        made_by=dict(made_by),
-        parents=tuple(dict(parent) for parent in parents),
+        made_by=dict(fields["made_by"]),
+        parents=tuple(dict(parent) for parent in fields.get("parents", ())),
         parameters=_records(parameters, digests),
         opt_state=None if opt_state is None else _records(opt_state, opt_state_digests or {}),
         data_state=None if data_state is None else data_state_digest(data_state),
@@ -142,9 +137,9 @@ def described(
 
 
 def finish(
-    directory: Any,
+    directory: AnyPath,
     items: Mapping[str, Tree],
-    custom: Mapping[str, Any] | None,
+    custom: Mapping[str, Json] | None,
     strings: Mapping[str, Mapping[str, str]] | None = None,
 ) -> None:
     """Writes Orbax's metadata of items whose arrays are written: then it is a checkpoint.
@@ -188,7 +183,7 @@ def numbered(shares: list[bytes] | None) -> dict[str, bytes]:
     return {f"{number:05}": share for number, share in enumerate(shares or [])}
 
 
-def _write_bytes(item: Any, content: Mapping[str, bytes]) -> None:
+def _write_bytes(item: AnyPath, content: Mapping[str, bytes]) -> None:
     """Writes files as an item of arrays of bytes, which every version of Orbax restores."""
     for name, data in content.items():
         array = np.frombuffer(data, np.uint8)
@@ -238,7 +233,7 @@ class _Growing:
 class Writer:
     """Fills a checkpoint's arrays in pieces; `finish` then describes it. See `writing`."""
 
-    def __init__(self, directory: Any, parameters: Mapping[str, ArraySpec]):
+    def __init__(self, directory: AnyPath, parameters: Mapping[str, ArraySpec]):
         """Creates arrays, name -> (shape, dtype), in a directory."""
         self._directory, self._parameters = directory, parameters
         self._arrays: dict[str, _Growing] = {}
@@ -265,9 +260,7 @@ class Writer:
         array.digest = digest.add(array.digest, digest.of_numpy(block, array.position))
         array.append(block)
 
-    def finish(
-        self, *, model: Mapping[str, Any], vocabulary: Mapping[str, Any], made_by: Mapping[str, Any]
-    ) -> Manifest:
+    def finish(self, **fields: Unpack[ManifestFields]) -> Manifest:
         """Writes the manifest and returns it; see `describe`.
 
         Raises:
@@ -278,20 +271,13 @@ class Writer:
             if array.position != size:
                 raise ValueError(f"{name}: {array.position} of {size} elements were written")
         digests = {name: digest.to_hex(array.digest) for name, array in self._arrays.items()}
-        manifest = describe(
-            self._directory,
-            self._parameters,
-            digests,
-            model=model,
-            vocabulary=vocabulary,
-            made_by=made_by,
-        )
+        manifest = describe(self._directory, self._parameters, digests, **fields)
         self.finished = True
         return manifest
 
 
 def _create(
-    item: Any,
+    item: AnyPath,
     name: str,
     shape: tuple[int, ...],
     dtype: np.dtype,
@@ -320,7 +306,7 @@ def _shard_chunk(shard: tuple[int, ...], itemsize: int, limit: int = 8 << 20) ->
 
 
 @contextlib.contextmanager
-def writing(directory: str | os.PathLike, parameters: Mapping[str, ArraySpec]) -> Iterator[Writer]:
+def writing(directory: PathLike, parameters: Mapping[str, ArraySpec]) -> Iterator[Writer]:
     """Writes a checkpoint piece by piece: `append` every array to its end, then `finish`.
 
     The checkpoint appears under its name when the block ends without an exception, and never
@@ -351,22 +337,18 @@ def check_space(directory: Path, items: Sequence[Mapping[str, ArraySpec]]) -> No
 
 
 def _size(arrays: Mapping[str, ArraySpec]) -> int:
-    """The bytes that arrays take at the least: three blocks of the file system for each as well."""
+    """Returns the bytes that arrays take at least, with three blocks of the disk for each."""
     elements = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in arrays.values())
     return elements + 12288 * len(arrays) + (1 << 20)
 
 
 def save(
-    directory: str | os.PathLike,
-    params: Mapping[str, Any],
+    directory: PathLike,
+    params: Params,
     *,
-    model: Mapping[str, Any],
-    vocabulary: Mapping[str, Any],
-    made_by: Mapping[str, Any],
-    parents: tuple[Mapping[str, str], ...] = (),
     step: int = 0,
-    opt_state: Any = None,
-    data_state: list[bytes] | None = None,
+    opt_state: PyTree = None,
+    **fields: Unpack[ManifestFields],
 ) -> Manifest:
     """Writes a checkpoint, whole or not at all.
 
@@ -376,14 +358,9 @@ def save(
     Args:
         directory: The checkpoint to make; must not exist.
         params: Nested dict of numpy or jax arrays.
-        model: The model's configuration, as `models.to_dict` gives it.
-        vocabulary: {"name", "size", "fingerprint"}; if the name is an absolute path, the files of
-            the tokenizer there become part of the checkpoint.
-        made_by: What made it, as JSON-like data.
-        parents: {"role", "path", "digest"} of each checkpoint it was made from.
         step: The training step.
-        opt_state: Any pytree of arrays.
-        data_state: The positions in the data, one of each share.
+        opt_state: A pytree of arrays; None: no item of it.
+        **fields: What is recorded, see `ManifestFields`.
 
     Raises:
         CheckpointError: `directory` exists or cannot be created, the disk is full, or a parameter
@@ -418,24 +395,22 @@ def save(
             item: {name: digest.to_hex(each) for name, each in by_name.items()}
             for item, by_name in words.items()
         }
-        about = {
-            "model": model,
-            "vocabulary": vocabulary,
-            "made_by": made_by,
-            "parents": parents,
-            "step": step,
-            "data_state": data_state,
-            "opt_state": specs.get(OPT_STATE),
-            "opt_state_digests": digests.get(OPT_STATE),
-        }
+        arrays = specs[PARAMS], digests[PARAMS]
+        state = specs.get(OPT_STATE), digests.get(OPT_STATE)
         if together and jax.process_index() != 0:
-            return described(specs[PARAMS], digests[PARAMS], **about)[0]
-        tree = None if opt_state is None else pytrees.tree_from(opt_state)
-        parameters = specs[PARAMS], digests[PARAMS]
-        return describe(staging, *parameters, opt_state_tree=tree, **about)
+            return _manifest(*arrays, step, *state, **fields)[0]
+        return describe(
+            staging,
+            *arrays,
+            step=step,
+            opt_state=state[0],
+            opt_state_digests=state[1],
+            opt_state_tree=None if opt_state is None else pytrees.tree_from(opt_state),
+            **fields,
+        )
 
 
-def specs_of(arrays: Mapping[str, Any]) -> dict[str, ArraySpec]:
+def specs_of(arrays: Mapping[str, ArrayLike]) -> dict[str, ArraySpec]:
     """Returns the shape and dtype of arrays by name."""
     return {
         name: (np.shape(leaf), np.dtype(jax.dtypes.result_type(leaf)))
@@ -443,7 +418,7 @@ def specs_of(arrays: Mapping[str, Any]) -> dict[str, ArraySpec]:
     }
 
 
-def digests_of(arrays: Mapping[str, Any]) -> dict[str, str]:
+def digests_of(arrays: Mapping[str, ArrayLike]) -> dict[str, str]:
     """Returns the digests of arrays by name; those of JAX's are computed where their shards are."""
     words = digest.of_arrays({n: x for n, x in arrays.items() if isinstance(x, jax.Array)})
     return {
@@ -454,7 +429,7 @@ def digests_of(arrays: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _dtype(leaf: Any) -> np.dtype:
+def _dtype(leaf: ArrayLike) -> np.dtype:
     return np.dtype(jax.dtypes.result_type(leaf))
 
 
@@ -467,7 +442,9 @@ class _Part:
     origin: tuple[int, ...]
 
 
-def _parts(item: Any, name: str, leaf: Any, spec: ArraySpec, together: bool) -> Iterator[_Part]:
+def _parts(
+    item: AnyPath, name: str, leaf: ArrayLike, spec: ArraySpec, together: bool
+) -> Iterator[_Part]:
     """Creates an array in storage and yields the parts of it that are this process's to write."""
     shape, dtype = spec
     if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
@@ -514,12 +491,12 @@ class RunCheckpoints:
         keep: How many of the newest stay.
     """
 
-    def __init__(self, directory: Any, keep: int):
+    def __init__(self, directory: AnyPath, keep: int):
         self.directory = directory
         self._keep = keep
         self._best: int | None = None
-        self._orbax: Any = None
-        self._saving: Any = None
+        self._orbax: ocp.training.Checkpointer | None = None
+        self._saving: Future[None] | ocp.AsyncResponse | None = None
         self._thread: ThreadPoolExecutor | None = None
 
     def __enter__(self) -> "RunCheckpoints":
@@ -537,23 +514,23 @@ class RunCheckpoints:
             if self._thread is not None:
                 self._thread.shutdown()
 
-    def path(self, step: int) -> Any:
+    def path(self, step: int) -> AnyPath:
         """Returns where the checkpoint of a step is."""
         return self.finished().get(step, self.directory / str(step))
 
-    def finished(self) -> dict[int, Any]:
+    def finished(self) -> dict[int, AnyPath]:
         """Returns the finished checkpoints by step, in order."""
         return steps(self.directory)
 
     def save(
         self,
         step: int,
-        params: Mapping[str, Any],
-        opt_state: Any,
+        params: Params,
+        opt_state: PyTree,
         *,
         best: int | None = None,
-        **about: Any,
-    ) -> Any:
+        **fields: Unpack[ManifestFields],
+    ) -> AnyPath:
         """Begins to save a step; returns its directory when the arrays may be changed or donated.
 
         Args:
@@ -561,8 +538,7 @@ class RunCheckpoints:
             params: The parameters, sharded in any way.
             opt_state: The optimizer's state.
             best: The step whose checkpoint stays although it is old; None: none does.
-            **about: model, vocabulary, made_by, parents and data_state, as `checkpoints.save` takes
-                them.
+            **fields: What is recorded, see `ManifestFields`.
 
         Raises:
             CheckpointError: The save before it failed.
@@ -573,33 +549,27 @@ class RunCheckpoints:
         if step in finished:
             return finished[step]
         if isinstance(self.directory, Path) or self.directory.scheme == "gs":
-            self._save_by_orbax(step, params, opt_state, about)
+            self._save_by_orbax(step, params, opt_state, fields)
         else:
-            self._save_directly(step, params, opt_state, about)
+            self._save_directly(step, params, opt_state, fields)
         return self.directory / str(step)
 
-    def check_space(self, step: int, params: Mapping[str, Any], opt_state: Any) -> None:
+    def check_space(self, step: int, params: Params, opt_state: PyTree) -> None:
         """Raises CheckpointError if a local file system has no space for the save of a step."""
         if isinstance(self.directory, Path):
             items = [specs_of(flatten(params)), specs_of(flatten_state(opt_state))]
             check_space(self.directory / str(step), items)
 
     def _save_by_orbax(
-        self, step: int, params: Mapping[str, Any], opt_state: Any, about: Mapping[str, Any]
+        self, step: int, params: Params, opt_state: PyTree, fields: ManifestFields
     ) -> None:
         leaves, state = flatten(params), flatten_state(opt_state)
-        specs, opt_specs = specs_of(leaves), specs_of(state)
         digests = digests_of({**leaves, **{f"\0{n}": x for n, x in state.items()}})
-        manifest, files = described(
-            specs,
-            digests,
-            opt_state=opt_specs,
-            opt_state_digests={name: digests[f"\0{name}"] for name in state},
-            step=step,
-            **about,
-        )
+        state_digests = {name: digests[f"\0{name}"] for name in state}
+        specs, state_specs = specs_of(leaves), specs_of(state)
+        manifest, files = _manifest(specs, digests, step, state_specs, state_digests, **fields)
         items = {PARAMS: params, OPT_STATE: opt_state}
-        items[DATA_STATE] = _arrays(numbered(about["data_state"]))
+        items[DATA_STATE] = _arrays(numbered(fields.get("data_state")))
         items[TOKENIZER] = _arrays(files)
         # Orbax has no item without an array.
         items = {name: item for name, item in items.items() if jax.tree.leaves(item)}
@@ -608,7 +578,7 @@ class RunCheckpoints:
         )
 
     def _save_directly(
-        self, step: int, params: Mapping[str, Any], opt_state: Any, about: Mapping[str, Any]
+        self, step: int, params: Params, opt_state: PyTree, fields: ManifestFields
     ) -> None:
         # The copies on the devices are this save's; the originals may be donated.
         params, opt_state = jax.tree.map(lambda leaf: leaf.copy(), (params, opt_state))
@@ -616,7 +586,7 @@ class RunCheckpoints:
 
         def write() -> None:
             directory = self.directory / str(step)
-            save(directory, params, opt_state=opt_state, step=step, **about)
+            save(directory, params, opt_state=opt_state, step=step, **fields)
             if jax.process_index() == 0:
                 for old in self._superseded(list(self.finished())):
                     remove(self.finished()[old])
@@ -626,13 +596,13 @@ class RunCheckpoints:
     def _superseded(self, finished: Sequence[int]) -> list[int]:
         return [step for step in sorted(finished)[: -self._keep] if step != self._best]
 
-    def _checkpointer(self) -> Any:
+    def _checkpointer(self) -> "ocp.training.Checkpointer":
         """Returns Orbax's, which finds the steps that are there."""
         if self._orbax is None:
             import absl.logging
             from orbax.checkpoint import v1 as ocp
 
-            # Each save would be told of that it has no OCDBT databases to merge.
+            # Each save would warn that there are no OCDBT databases to merge.
             absl.logging.set_verbosity(absl.logging.ERROR)
             context = ocp.Context()
             context.array.saving.use_zarr3 = True
@@ -688,7 +658,7 @@ class _NewestAndBest:
     def __init__(self, run: RunCheckpoints):
         self._run = run
 
-    def should_preserve(self, checkpoints: Sequence[Any], context: Any) -> list[bool]:
+    def should_preserve(self, checkpoints: Sequence[PyTree], context: object) -> list[bool]:
         """Returns for each checkpoint whether it stays."""
         del context
         superseded = self._run._superseded([checkpoint.step for checkpoint in checkpoints])

@@ -24,6 +24,9 @@ from m2l.errors import CheckpointError, M2LError
 from m2l.storage import AnyPath
 
 Index = tuple[slice | int, ...]
+ArraySpec = tuple[tuple[int, ...], np.dtype]
+"""Shape and dtype."""
+
 T, R = TypeVar("T"), TypeVar("R")
 
 FLOATS = ("float32", "bfloat16", "float16", "float64")
