@@ -1,4 +1,4 @@
-"""Whether this installation is sound: what is installed, what it runs on, and how to repair it.
+"""Checks this installation: what is installed, what it runs on, and how to repair it.
 
 Reads the installed distributions' metadata and files; imports neither TensorFlow nor seqio.
 """
@@ -8,26 +8,19 @@ import collections
 import dataclasses
 import hashlib
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import shlex
-import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
 from importlib.metadata import Distribution
 from pathlib import Path
 
-import psutil
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from m2l.version import __version__
-
-_GIB = 2**30
-_MEMORY = 4 * _GIB  # the peak of `m2l demo`
-_DISK = 2 * _GIB
 
 # Distributions that unpack into the same folder as the one m2l requires: of two installed, the
 # last wins file by file, and pip does not notice. A stand-in serves as well, when it is alone.
@@ -44,7 +37,7 @@ _OVERWRITTEN = ("seqio", "tensorflow-datasets", "t5")
 # Required too, but not among the requirements of setup.py, which says why.
 _T5 = Requirement("t5==0.9.4")
 
-# What is there, how it shows, and the extra of jax that drives it.
+# A device, the file that shows it, and the extra of jax that drives it.
 _ACCELERATORS = (
     ("an NVIDIA GPU", "/dev/nvidia0", "cuda13"),
     ("a TPU", "/dev/accel0", "tpu"),
@@ -54,13 +47,13 @@ _ACCELERATORS = (
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """The result of one check.
 
     Attributes:
-        name: What was looked at.
-        value: What was found.
+        name: What was checked.
+        value: Its state, in words.
         ok: Whether m2l works with it.
-        repair: The command, or the step, that would mend or improve it; empty when there is none.
+        repair: The command or step that would repair or improve it; empty when there is none.
     """
 
     name: str
@@ -70,12 +63,12 @@ class Finding:
 
 
 def report() -> list[Finding]:
-    """Everything there is to say of this installation and this machine, in order of reading."""
-    return [*installation(), *supplied(), *machine()]
+    """Returns the findings on this installation and this machine's devices."""
+    return [*installation(), *devices()]
 
 
 def render(findings: Sequence[Finding]) -> str:
-    """The findings as lines of text: a mark, the name, what was found, and the repair below."""
+    """Returns findings as lines of text: a mark, the name, the value, and the repair below."""
     width = max(len(finding.name) for finding in findings)
     lines = []
     for finding in findings:
@@ -89,14 +82,14 @@ def render(findings: Sequence[Finding]) -> str:
 
 
 def installation(path: Sequence[str] | None = None) -> list[Finding]:
-    """Python, m2l, and each distribution that m2l requires, against the range it supports.
+    """Checks Python, m2l, and each distribution that m2l requires against its supported range.
 
     Args:
         path: The folders to look for distributions in; sys.path when None.
     """
     findings = [Finding("python", f"{platform.python_version()} ({sys.executable})")]
-    found = _installed("m2l", path)
-    version = found[0].version if found else "none"
+    own = _installed("m2l", path)
+    version = own[0].version if own else "none"
     if version == __version__:
         findings.append(Finding("m2l", f"{version} ({Path(__file__).parent})"))
     else:
@@ -104,19 +97,19 @@ def installation(path: Sequence[str] | None = None) -> list[Finding]:
         repair = "run `bash scripts/install.sh`, or `pip install .`, in the clone of m2l"
         findings.append(Finding("m2l", value, False, repair))
 
-    wanted = [Requirement(text) for each in found[:1] for text in each.requires or ()]
+    wanted = [Requirement(text) for each in own[:1] for text in each.requires or ()]
     for jax in _installed("jax", path)[:1]:
         wanted += [r for r in map(Requirement, jax.requires or ()) if r.name == "jaxlib"]
-    here = [r for r in wanted if r.marker is None or r.marker.evaluate({"extra": ""})]
-    return findings + [_requirement(r, path) for r in sorted([*here, _T5], key=lambda r: r.name)]
+    needed = [r for r in wanted if r.marker is None or r.marker.evaluate({"extra": ""})]
+    return findings + [_requirement(r, path) for r in sorted([*needed, _T5], key=lambda r: r.name)]
 
 
 def _installed(name: str, path: Sequence[str] | None) -> list[Distribution]:
-    """The distributions of this name in the first folder of `path` that has any."""
-    where = {} if path is None else {"path": list(path)}
-    found = list(importlib.metadata.distributions(name=name, **where))
-    unique = {(_folder(each), each.version): each for each in found}
-    return [each for each in unique.values() if _folder(each) == _folder(found[0])]
+    """Returns the distributions of a name in the first folder of `path` that has any."""
+    folders = {} if path is None else {"path": list(path)}
+    distributions = list(importlib.metadata.distributions(name=name, **folders))
+    unique = {(_folder(each), each.version): each for each in distributions}
+    return [each for each in unique.values() if _folder(each) == _folder(distributions[0])]
 
 
 def _folder(distribution: Distribution) -> Path:
@@ -125,20 +118,20 @@ def _folder(distribution: Distribution) -> Path:
 
 def _requirement(requirement: Requirement, path: Sequence[str] | None) -> Finding:
     name = requirement.name
-    found = _installed(name, path)
+    own = _installed(name, path)
     rivals = [each for rival in _RIVALS.get(name, ()) for each in _installed(rival, path)]
-    rivals = [each for each in rivals if not found or _folder(each) == _folder(found[0])]
-    everything = [*found, *rivals]
+    rivals = [each for each in rivals if not own or _folder(each) == _folder(own[0])]
+    everything = [*own, *rivals]
     if not everything:
         return Finding(name, "not installed", False, _pip("install --no-deps", str(requirement)))
 
     only, stands_in = everything[0], bool(rivals) and _name(rivals[0]) in _STAND_INS
     names = " and ".join(f"{_name(each)} {each.version}" for each in everything)
     supported = requirement.specifier.contains(only.version, prereleases=True)
-    wanted = f"{name}=={only.version}" if found and supported else str(requirement)
+    wanted = f"{name}=={only.version}" if own and supported else str(requirement)
     reinstall = _pip("install --force-reinstall --no-deps", wanted)
     if len(everything) > 1 or (rivals and not stands_in):
-        remove = _pip("uninstall -y", *sorted(map(_name, rivals or found[:1])))
+        remove = _pip("uninstall -y", *sorted(map(_name, rivals or own[:1])))
         value = f"{names} {'share one folder' if len(everything) > 1 else 'is in its place'}"
         return Finding(name, value, False, f"{remove} && {reinstall}")
     if not supported:
@@ -160,75 +153,37 @@ def _pip(command: str, *arguments: str) -> str:
 
 
 def _altered(distribution: Distribution) -> int:
-    """How many Python files are missing, or not what the distribution's record says."""
+    """Counts Python files that are missing, or not what the distribution's record says."""
     altered = 0
     for file in distribution.files or ():
         if file.suffix == ".py" and file.hash:
             path = Path(file.locate())
-            found = path.is_file() and hashlib.new(file.hash.mode, path.read_bytes()).digest()
+            digest = path.is_file() and hashlib.new(file.hash.mode, path.read_bytes()).digest()
             recorded = base64.urlsafe_b64decode(file.hash.value + "==")
-            altered += found != recorded
+            altered += digest != recorded
     return altered
 
 
-def supplied() -> list[Finding]:
-    """The gin configs and vocabularies that m2l ships."""
-    findings = []
-    for name, package, pattern in (
-        ("gin configs", "m2l.gin_configs", "*.gin"),
-        ("vocabularies", "m2l.tasks", "*.model"),
-    ):
-        spec = importlib.util.find_spec(package)
-        folders = [Path(folder) for folder in spec.submodule_search_locations or ()] if spec else []
-        files = [file for folder in folders for file in folder.rglob(pattern)]
-        where = ", ".join(map(str, folders)) or package
-        repair = "" if files else "install m2l again: its package lacks them"
-        findings.append(Finding(name, f"{len(files)} in {where}", bool(files), repair))
-    return findings
-
-
-def machine() -> list[Finding]:
-    """Free memory and disk, the devices JAX sees, and its cache of compiled programs."""
-    memory = psutil.virtual_memory()
-    disk = shutil.disk_usage(Path.cwd()).free
-    findings = [
-        Finding(
-            "memory",
-            f"{memory.available / _GIB:.1f} GiB free of {memory.total / _GIB:.1f}",
-            memory.available >= _MEMORY,
-            "" if memory.available >= _MEMORY else "m2l demo needs 4 GiB: end other programs",
-        ),
-        Finding(
-            "disk",
-            f"{disk / _GIB:.1f} GiB free in {Path.cwd()}",
-            disk >= _DISK,
-            "" if disk >= _DISK else "m2l demo needs 2 GiB: make room, or work in another folder",
-        ),
-    ]
+def devices() -> list[Finding]:
+    """Checks the devices that JAX sees, and its cache of compiled programs."""
     try:
         import jax  # here, because it takes a second and may be what is broken
 
-        devices, backend = jax.devices(), jax.default_backend()
+        visible, backend = jax.devices(), jax.default_backend()
     except (ImportError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        return [
-            *findings,
-            Finding("devices", f"none: {reason}", False, "JAX_PLATFORMS=cpu m2l doctor"),
-        ]
-    kinds = collections.Counter(device.device_kind for device in devices)
+        return [Finding("devices", f"none: {reason}", False, "JAX_PLATFORMS=cpu m2l doctor")]
+    kinds = collections.Counter(device.device_kind for device in visible)
     seen = ", ".join(f"{count} x {kind}" for kind, count in kinds.items()) + f" ({backend})"
     advice = ""
     if backend == "cpu" and not os.environ.get("JAX_PLATFORMS"):
-        for what, path, extra in _ACCELERATORS:
+        for accelerator, path, extra in _ACCELERATORS:
             if Path(path).exists():
-                seen += f"; {what} is here and idle"
+                seen += f"; {accelerator} is here and idle"
                 advice = _pip("install", f"jax[{extra}]=={jax.__version__}")
                 break
-    return [
-        *findings,
-        Finding("devices", seen, True, advice),
-        _cache(jax.config.jax_compilation_cache_dir),
-    ]
+    cache = _cache(jax.config.jax_compilation_cache_dir)
+    return [Finding("devices", seen, True, advice), cache]
 
 
 def _cache(directory: str | None) -> Finding:
