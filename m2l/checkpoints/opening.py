@@ -249,7 +249,9 @@ def _open_native(path: AnyPath, named: bool, allowed: Collection[str]) -> Checkp
     )
 
 
-def _m2l_names(path: AnyPath, tensors: Mapping[str, Json]) -> dict[str, tuple[str, bool]]:
+def _m2l_names(
+    path: AnyPath, tensors: Mapping[str, safetensors.StoredTensor]
+) -> dict[str, tuple[str, bool]]:
     """Returns m2l's names of tensors; none for a model that m2l has no network for."""
     from m2l.checkpoints import huggingface
 

@@ -113,21 +113,25 @@ def _manifest(
     step: int,
     opt_state: Mapping[str, ArraySpec] | None,
     opt_state_digests: Mapping[str, str] | None,
-    **fields: Unpack[ManifestFields],
+    *,
+    model: Mapping[str, Json],
+    vocabulary: Mapping[str, Json],
+    made_by: Mapping[str, Json],
+    parents: tuple[Mapping[str, str], ...] = (),
+    data_state: list[bytes] | None = None,
 ) -> tuple[Manifest, dict[str, bytes]]:
     """Returns the manifest of a checkpoint, and the files of the tokenizer that it carries."""
-    vocabulary, files = dict(fields["vocabulary"]), {}
+    vocabulary, files = dict(vocabulary), {}
     if tokenizer.is_path(vocabulary.get("name")):
         files = tokenizer.read_files(vocabulary["name"])
     dtypes = {np.dtype(dtype).name for _, dtype in parameters.values()}
-    data_state = fields.get("data_state")
     manifest = Manifest(
-        model=dict(fields["model"]),
+        model=dict(model),
         vocabulary=vocabulary,
         dtype=dtypes.pop() if len(dtypes) == 1 else "mixed",
         step=step,
-        made_by=dict(fields["made_by"]),
-        parents=tuple(dict(parent) for parent in fields.get("parents", ())),
+        made_by=dict(made_by),
+        parents=tuple(dict(parent) for parent in parents),
         parameters=_records(parameters, digests),
         opt_state=None if opt_state is None else _records(opt_state, opt_state_digests or {}),
         data_state=None if data_state is None else data_state_digest(data_state),
