@@ -47,14 +47,7 @@ _ACCELERATORS = (
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """The result of one check.
-
-    Attributes:
-        name: What was checked.
-        value: Its state, in words.
-        ok: Whether m2l works with it.
-        repair: The command or step that would repair or improve it; empty when there is none.
-    """
+    """The result of one check, and the command or step that repairs or improves it, if any."""
 
     name: str
     value: str

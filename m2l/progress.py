@@ -1,4 +1,7 @@
-"""One progress bar for long work: a live bar in a terminal, plain lines elsewhere."""
+"""One progress bar for long work: a live bar in a terminal, plain lines elsewhere.
+
+By hand: importing rich.progress takes 0.4 s, next to JAX, and it writes no lines to a log.
+"""
 
 import shutil
 import sys

@@ -158,12 +158,9 @@ def _aliases(config: Config, embedding: str) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How a Hugging Face directory holds a model.
+    """How a Hugging Face directory stores a model.
 
-    Attributes:
-        config: The model.
-        origins: Our name of each parameter -> where it comes from.
-        ignored: Names of tensors that are not needed: aliases and buffers.
+    `ignored` are the names of tensors that are not needed: aliases and buffers.
     """
 
     config: Config

@@ -25,14 +25,7 @@ from m2l.typing import Json
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor of a checkpoint in another format.
-
-    Attributes:
-        name: Its name there.
-        shape: Its shape.
-        dtype: Its dtype.
-        read: Reads it whole, in that shape and dtype. Called once, in any thread.
-    """
+    """A tensor in another format; `read` returns it whole, and is called once, in any thread."""
 
     name: str
     shape: tuple[int, ...]

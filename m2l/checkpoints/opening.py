@@ -320,12 +320,7 @@ def _cached(read: Callable[[str], np.ndarray]) -> Callable[[str], np.ndarray]:
 class LazyTensor:
     """A tensor that is not stored as m2l lays it out, and is read in one piece.
 
-    Attributes:
-        name: Its name.
-        shape: Its shape.
-        dtype: Its dtype.
-        read_all: Returns the tensor of a name, which stays in memory while its parts are read.
-        file: The file that it is in, where it is one.
+    `read_all` returns the tensor of a name, which stays in memory while its parts are read.
     """
 
     name: str

@@ -68,13 +68,8 @@ def is_dtype(name: object) -> bool:
 class StoredTensor:
     """A tensor in a file; nothing of it is read yet.
 
-    Attributes:
-        file: The file.
-        name: The tensor's name.
-        shape: Its shape.
-        dtype: Its dtype.
-        offset: The place of its first byte in the file.
-        digest: SHA-256, in hex, of its bytes; None where none is recorded.
+    `offset` is the place of its first byte in the file, `digest` the SHA-256, in hex, of its bytes;
+    None where none is recorded.
     """
 
     file: Path
@@ -331,14 +326,7 @@ def _nbytes(spec: ArraySpec) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class ShardLayout:
-    """A file that is to be made.
-
-    Attributes:
-        file: Its name.
-        header: The bytes that it begins with.
-        size: Its bytes.
-        offsets: The place of the first byte of each tensor, by name, in order.
-    """
+    """A file to write: its name, first bytes, size, and the offset of each tensor in it."""
 
     file: str
     header: bytes

@@ -235,12 +235,9 @@ def is_array_shape(shape: object) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """Consecutive elements in one file, up to where the array's next piece starts.
+    """Consecutive elements in a file or object, up to where the array's next piece starts.
 
-    Attributes:
-        start: The index of the first, in the row-major array.
-        file: The file, or an object in a bucket.
-        offset: The place of its first byte there.
+    `start` is the index of the first in the row-major array, `offset` the place of its first byte.
     """
 
     start: int

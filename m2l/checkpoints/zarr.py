@@ -74,15 +74,7 @@ def metadata(shape: tuple[int, ...], dtype: str, chunk: tuple[int, ...]) -> Json
 
 
 class TensorWriter:
-    """An array that is written chunk by chunk, by any number of threads and processes.
-
-    Attributes:
-        folder: The array's, a local or remote path.
-        name: The array's, for messages.
-        shape: Its shape.
-        dtype: Its dtype.
-        chunk: The shape of its chunks.
-    """
+    """An array that is written chunk by chunk, by any number of threads and processes."""
 
     def __init__(
         self,
