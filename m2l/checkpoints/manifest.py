@@ -17,7 +17,7 @@ from pathlib import Path
 
 from m2l import files
 from m2l.checkpoints import digest, tokenizer
-from m2l.checkpoints.pytrees import is_committed
+from m2l.checkpoints.pytrees import ADVICE, is_committed
 from m2l.checkpoints.safetensors import is_dtype
 from m2l.checkpoints.spans import is_array_shape
 from m2l.errors import CheckpointError
@@ -31,7 +31,6 @@ FORMAT_VERSION = 3
 FILE_NAME = "manifest.json"
 ORBAX_METADATA = "_CHECKPOINT_METADATA"
 _ENTRY = "m2l"
-_ADVICE = "copy the checkpoint again or make it anew"
 
 
 @functools.cache
@@ -112,7 +111,7 @@ class Manifest:
         """
         if name is not None or not (directory / ORBAX_METADATA).is_file():
             file = directory / (name or FILE_NAME)
-            return cls._parse(files.read_json(file, error=CheckpointError, advice=_ADVICE), file)
+            return cls._parse(files.read_json(file, error=CheckpointError, advice=ADVICE), file)
         file = directory / ORBAX_METADATA
         entry = _entry(directory)
         if entry is None and (directory / FILE_NAME).is_file():
@@ -157,7 +156,7 @@ def _entry(directory: AnyPath) -> Json:
     file = directory / ORBAX_METADATA
     if not file.is_file():
         return None
-    content = files.read_json(file, kind=dict, error=CheckpointError, advice=_ADVICE)
+    content = files.read_json(file, kind=dict, error=CheckpointError, advice=ADVICE)
     custom = content.get("custom_metadata")
     return custom.get(_ENTRY) if isinstance(custom, dict) else None
 

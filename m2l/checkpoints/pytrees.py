@@ -38,7 +38,7 @@ _STEP = re.compile(r"(?:.*_)?(\d+)")
 # Names of items that hold a model, where a step has several.
 _ITEMS = ("params", "state", "items", "default", "pytree", "model_params", "model")
 
-_ADVICE = "copy the checkpoint again or make it anew"
+ADVICE = "copy the checkpoint again or make it anew"
 _CACHE_BYTES = 64 << 20
 
 _ARRAY = "np.ndarray"
@@ -169,7 +169,7 @@ class StoredArray:
         if self.digest is not None and actual != self.digest:
             raise CheckpointError(
                 f"{self.item}: {self.name} is damaged: its bytes do not have the digest that the "
-                f"manifest records; {_ADVICE}"
+                f"manifest records; {ADVICE}"
             )
 
     def verify(self) -> None:
@@ -276,7 +276,7 @@ def open_pytree(item: AnyPath, subtree: str | None = None) -> Pytree:
     Raises:
         CheckpointError: It is damaged, an array is missing, or there is no such subtree.
     """
-    metadata = files.read_json(item / METADATA, kind=dict, error=CheckpointError, advice=_ADVICE)
+    metadata = files.read_json(item / METADATA, kind=dict, error=CheckpointError, advice=ADVICE)
     nodes = _nodes(item / METADATA, metadata)
     depth = 0
     if subtree:
@@ -318,7 +318,7 @@ def _nodes(file: AnyPath, metadata: Mapping[str, Json]) -> dict[tuple[str, ...],
         by_keys = {tuple(str(e["key"]) for e in node["key_metadata"]): node for node in nodes}
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"{file}: damaged: it does not describe a pytree; {_ADVICE}"
+            f"{file}: damaged: it does not describe a pytree; {ADVICE}"
         ) from error
     names, stored = set(), set()
     for node in nodes:
@@ -328,7 +328,7 @@ def _nodes(file: AnyPath, metadata: Mapping[str, Json]) -> dict[tuple[str, ...],
             raise CheckpointError(f"{file}: it describes a single array, not a tree of arrays")
         if not place.isprintable() or {"", ".", ".."} & set(place.split("/")):
             raise CheckpointError(
-                f"{file}: damaged: {keys!r:.80} cannot be the keys of an array; {_ADVICE}"
+                f"{file}: damaged: {keys!r:.80} cannot be the keys of an array; {ADVICE}"
             )
         if name in names or place in stored:
             raise CheckpointError(f"{file}: two leaves are called {name!r}, or stored as {place!r}")
@@ -341,10 +341,10 @@ def _strings(item: AnyPath, texts: Mapping[str, str]) -> dict[str, str]:
     if not texts:
         return {}
     file = item / STRINGS
-    stored = files.read_json(file, kind=dict, error=CheckpointError, advice=_ADVICE)
+    stored = files.read_json(file, kind=dict, error=CheckpointError, advice=ADVICE)
     for name, place in texts.items():
         if not isinstance(stored.get(place), str):
-            raise CheckpointError(f"{file}: damaged: it has no text for {name}; {_ADVICE}")
+            raise CheckpointError(f"{file}: damaged: it has no text for {name}; {ADVICE}")
     return {name: stored[place] for name, place in texts.items()}
 
 
@@ -383,7 +383,7 @@ def _reader(
     except ValueError as error:
         raise _damaged(item, name, error) from error
     if not is_array_shape(store.shape):
-        raise CheckpointError(f"{item}: {name} is damaged: its shape is {store.shape}; {_ADVICE}")
+        raise CheckpointError(f"{item}: {name} is damaged: its shape is {store.shape}; {ADVICE}")
     # TensorStore ends the process where a chunk does not fit.
     read_chunk = tuple(store.chunk_layout.read_chunk.shape or store.shape)
     _check_memory(item, name, read_chunk, store.dtype.numpy_dtype)
@@ -399,7 +399,7 @@ def _check_memory(item: AnyPath, name: str, shape: tuple[int, ...], dtype: DType
     if size > psutil.virtual_memory().total:
         raise CheckpointError(
             f"{item}: {name} has {size:,} bytes in a piece, more than the memory of this machine: "
-            f"read it on a larger one, or, if it is not so large, {_ADVICE}"
+            f"read it on a larger one, or, if it is not so large, {ADVICE}"
         )
 
 
@@ -467,7 +467,7 @@ def _damaged(item: AnyPath, name: str, error: ValueError) -> CheckpointError:
     reason = str(error).split(" [", maxsplit=1)[0].splitlines()[0]
     return CheckpointError(
         f"{item}: {name} cannot be read: a file is missing, truncated or damaged ({reason}); "
-        f"{_ADVICE}"
+        f"{ADVICE}"
     )
 
 

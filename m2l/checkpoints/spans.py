@@ -272,20 +272,20 @@ class Extents:
         Raises:
             CheckpointError: A file is missing, truncated or cannot be read.
         """
-        for file, offset, room in self._parts(out, start):
+        for file, offset, buffer in self._parts(out, start):
             if not isinstance(file, Path):
-                room[:] = remote_bytes(file, offset, len(room))
+                buffer[:] = remote_bytes(file, offset, len(buffer))
                 continue
             with opening(file, os.O_RDONLY, "read") as descriptor:
                 self._check_size(file, descriptor)
-                while room:
-                    count = os.preadv(descriptor, [room], offset)
+                while buffer:
+                    count = os.preadv(descriptor, [buffer], offset)
                     if not count:
                         raise CheckpointError(
                             f"{file}: truncated: {self.name} ends after its end of file; copy or "
                             "download it again"
                         )
-                    room, offset = room[count:], offset + count
+                    buffer, offset = buffer[count:], offset + count
 
     def write_from(self, block: np.ndarray, start: int = 0) -> None:
         """Writes `block`, 1-D, contiguous and of the dtype, as the elements from `start` on.
@@ -432,12 +432,12 @@ def _contiguous(array: np.ndarray) -> np.ndarray:
     # In tiles that the cache holds: several times as fast as NumPy copies a transposed view. Each
     # by way of rows that no power of two is apart, for such rows push each other out of it.
     side = max(1, _TILE_BYTES // array.itemsize)
-    room = np.empty((side, side + 64), array.dtype)
+    buffer = np.empty((side, side + 64), array.dtype)
     for row in range(0, array.shape[0], side):
         for column in range(0, array.shape[1], side):
             place = slice(row, row + side), slice(column, column + side)
             source = array[place].T
-            tile = room[: source.shape[0], : source.shape[1]]
+            tile = buffer[: source.shape[0], : source.shape[1]]
             tile[...] = source
             out[place] = tile.T
     return out

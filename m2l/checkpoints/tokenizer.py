@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from m2l.checkpoints.pytrees import METADATA, open_pytree
+from m2l.checkpoints.pytrees import ADVICE, METADATA, open_pytree
 from m2l.errors import CheckpointError
 from m2l.files import (
     BYTES_TOKENIZER,
@@ -29,7 +29,6 @@ from m2l.storage import AnyPath, write_atomic
 from m2l.typing import Json, JsonObject
 
 DIRECTORY = "tokenizer"
-_ADVICE = "copy the checkpoint again or make it anew"
 
 
 def is_path(name: str | None) -> bool:
@@ -109,11 +108,11 @@ def _carried(checkpoint: AnyPath, recorded: Mapping[str, str]) -> dict[str, byte
         content = {file.name: file.read_bytes() for file in present if file.is_file()}
     for name, sha256 in recorded.items():
         if name not in content:
-            raise CheckpointError(f"{directory / name}: missing; {_ADVICE}")
+            raise CheckpointError(f"{directory / name}: missing; {ADVICE}")
         if hashlib.sha256(content[name]).hexdigest() != sha256:
             raise CheckpointError(
                 f"{directory / name}: damaged: its digest is not the one that the manifest "
-                f"records; {_ADVICE}"
+                f"records; {ADVICE}"
             )
     return content
 
@@ -217,5 +216,5 @@ def _ends(config: Path) -> JsonObject:
 def _gone(name: str) -> CheckpointError:
     return CheckpointError(
         f"{split_name(name)[1]}: the vocabulary's file is not there any more, and the "
-        "checkpoint is to carry it; put it back"
+        "checkpoint is to include it; restore it"
     )
