@@ -189,7 +189,7 @@ def test_an_index_that_does_not_describe_its_shards_is_refused(tmp_path):
             safetensors.open_tensors(tmp_path)
 
     refused({"a": "1.safetensors", "b": "3.safetensors"}, "3.safetensors that it names is missing")
-    refused({"a": "1.safetensors", "b": "../2.safetensors"}, "no name of a file beside it")
+    refused({"a": "1.safetensors", "b": "../2.safetensors"}, "no name of a file next to it")
     refused(
         {"a": "1.safetensors", "b": "2.safetensors", "c": "2.safetensors"},
         "the tensor c that it names is not in 2.safetensors",
