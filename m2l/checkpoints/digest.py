@@ -118,11 +118,6 @@ def _add_all(a: Sequence[jax.Array], b: Sequence[jax.Array]) -> list[jax.Array]:
     return [x + y for x, y in zip(a, b, strict=True)]
 
 
-def of_array(array: jax.Array) -> np.ndarray:
-    """Returns the digest, uint32 [4], of one array; see `of_arrays`."""
-    return of_arrays({"": array})[""]
-
-
 def of_arrays(arrays: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
     """Returns the digests, uint32 [4], of arrays by name, computed where their shards are.
 

@@ -52,7 +52,7 @@ def test_the_digest_is_the_sum_of_the_formula(shape, dtype):
     array = (np.random.default_rng(0).normal(size=shape) * 9).astype(dtype)
     assert digest.of_numpy(array).tolist() == oracle(array)
     if np.dtype(dtype).itemsize <= 4:
-        assert np.asarray(digest.of_array(jnp.asarray(array))).tolist() == oracle(array)
+        assert np.asarray(digest.of_shards(jnp.asarray(array))).tolist() == oracle(array)
 
 
 @pytest.mark.parametrize("start", [0, 5, 2**32 - 3, 2**40 + 11])
@@ -90,7 +90,7 @@ def test_digests_of_boxes_add_up_to_that_of_the_whole(sides, dtype):
 def test_two_word_positions_give_the_digest_of_one_word_positions():
     array = jnp.asarray(np.random.default_rng(2).normal(size=(6, 5)), jnp.float32)
     words = jax.jit(lambda a: digest.of_elements(a, uint64.iota(a.shape)))(array)
-    assert np.array_equal(words, digest.of_array(array))
+    assert np.array_equal(words, digest.of_shards(array))
 
 
 @pytest.mark.parametrize("spec", [(), ("x",), (None, "x")])
@@ -99,7 +99,7 @@ def test_a_sharded_array_has_the_digest_of_the_whole_without_a_collective(spec):
     array = np.random.default_rng(3).normal(size=(64, 48)).astype(np.float32)
     placed = jax.device_put(array, NamedSharding(mesh, PartitionSpec(*spec)))
     with jax.set_mesh(mesh):  # as in a training loop
-        assert np.array_equal(digest.of_array(placed), digest.of_numpy(array))
+        assert np.array_equal(digest.of_shards(placed), digest.of_numpy(array))
     # As on accelerators, whose shards are digested where they are.
     shards = [shard for shard in placed.addressable_shards if shard.replica_id == 0]
     origins = [np.array([axis.start or 0 for axis in each.index], np.uint32) for each in shards]
