@@ -65,23 +65,23 @@ CONFIGURABLES = {
 }
 
 
-def _register(name: str, of: Callable[..., Any]) -> None:
-    @functools.wraps(of, updated=())
-    def build(*args: Any, **kwargs: Any) -> Any:
+def _register(name: str, configurable: Callable[..., object]) -> None:
+    @functools.wraps(configurable, updated=())
+    def build(*args: object, **kwargs: object) -> object:
         for parameter, value in kwargs.items():
             if value is gin.REQUIRED:
                 raise ConfigError(f"{name}.{parameter} must be set; see the head of the gin file")
-        return of(*args, **kwargs)
+        return configurable(*args, **kwargs)
 
     gin.external_configurable(build, name, module="m2l")
 
 
-for _name, _of in CONFIGURABLES.items():
-    _register(_name, _of)
+for _name, _configurable in CONFIGURABLES.items():
+    _register(_name, _configurable)
 
 
 def directory() -> Path:
-    """Where the gin files that come with m2l lie."""
+    """Returns the directory of the gin files that come with m2l."""
     return Path(str(resources.files("m2l.gin_configs")))
 
 
@@ -90,10 +90,10 @@ def _fields(name: str) -> list[str]:
 
 
 def quoted(binding: str) -> str:
-    """NAME=VALUE as gin wants it: a bare word is a string."""
-    name, found, value = binding.partition("=")
+    """Returns NAME=VALUE as gin reads it: a bare word is a string."""
+    name, equals, value = binding.partition("=")
     name, value = name.strip(), value.strip()
-    if not found or not name or not value:
+    if not equals or not name or not value:
         raise ConfigError(f"--gin.{binding}: expected --gin.NAME=VALUE")
     if value[0] not in "@%":
         try:
@@ -106,7 +106,7 @@ def quoted(binding: str) -> str:
 
 
 def _refuse_unknown_macros(bindings: Sequence[str], known: Sequence[str]) -> None:
-    """gin takes a macro that nothing reads without a word."""
+    """Raises for a macro that nothing reads, which gin itself accepts."""
     for binding in bindings:
         name = binding.partition("=")[0].strip()
         if "." not in name and name not in known:
@@ -118,11 +118,11 @@ def _macros(texts: Sequence[str]) -> list[str]:
 
 
 def _plain(error: Exception) -> M2LError:
-    """gin's multi-line message as one line that says what to do."""
+    """Returns gin's multi-line error as one of one line, which says what to do."""
     text = str(error)
     first = text.splitlines()[0] if text else repr(error)
-    where = re.search(r"In (?:file )?(bindings string|\".*?\") line \d+", text)
-    at = f" ({where.group(0)})" if where else ""
+    place = re.search(r"In (?:file )?(bindings string|\".*?\") line \d+", text)
+    at = f" ({place.group(0)})" if place else ""
     if isinstance(error, M2LError):
         return ConfigError(first)
     if match := re.search(r"No configurable matching (?:reference )?'@?([\w./]+)", first):
@@ -160,7 +160,7 @@ def _check_name(selector: str) -> None:
         raise UnknownNameError("gin name", selector, CONFIGURABLES)
 
 
-def _check_statements(text: str, where: str) -> None:
+def _check_statements(text: str, label: str) -> None:
     """Refuses gin text that imports, or that names functions other than CONFIGURABLES.
 
     gin imports modules as it reads a file, and calls any function that is registered or, by dynamic
@@ -173,7 +173,7 @@ def _check_statements(text: str, where: str) -> None:
     for statement in config_parser.ConfigParser(text, _NameCheck()):
         if isinstance(statement, config_parser.ImportStatement):
             raise ConfigError(
-                f"{where}, line {statement.location.line_num}: import of {statement.module!r}: gin "
+                f"{label}, line {statement.location.line_num}: import of {statement.module!r}: gin "
                 "files of m2l set values and cannot import; remove the line"
             )
         if isinstance(statement, config_parser.IncludeStatement):
@@ -183,7 +183,7 @@ def _check_statements(text: str, where: str) -> None:
 
 
 def _open_checked(path: str) -> io.StringIO:
-    """A gin file, included ones too: the text that gin reads is the text that was checked."""
+    """Opens a gin file or an included one: gin reads the text that was checked."""
     text = storage.path(path).read_text()
     _check_statements(text, path)
     file = io.StringIO(text)
@@ -200,10 +200,10 @@ def _is_file(path: str) -> bool:
 
 @contextlib.contextmanager
 def _file_search() -> Iterator[None]:
-    """Files are looked up beside the caller, then among m2l's own, and nowhere else.
+    """Has gin look files up in the working directory, then among m2l's own, and nowhere else.
 
     gin would also take the folders of a relative name for Python packages, and fail where one is
-    there without being a package: `runs/` beside `runs/train.gin`.
+    there without being a package: `runs/` next to `runs/train.gin`.
     """
     state = gin.config._LOCATION_PREFIXES, gin.config._FILE_READERS
     gin.config._LOCATION_PREFIXES = ["", str(directory())]
@@ -264,6 +264,6 @@ def load(name: str, files: Sequence[str], bindings: Sequence[str] = ()) -> tuple
 
 
 def files() -> list[str]:
-    """The gin files that come with m2l, as `load` takes them."""
+    """Returns the gin files that come with m2l, as `load` takes them."""
     root = directory()
     return sorted(str(path.relative_to(root)) for path in root.rglob("*.gin"))
