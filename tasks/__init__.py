@@ -12,10 +12,6 @@ from m2l.data.prompts import Dataset, Prompt, TaskInfo, written_out
 from m2l.errors import DataError, M2LError, UnknownNameError
 from m2l.tasks import flan, skills, sources
 
-SPAN_CORRUPTION = "span_corruption"
-LANGUAGE_MODELING = "language_modeling"
-OF_CORPUS = (SPAN_CORRUPTION, LANGUAGE_MODELING)
-"""The tasks of pretraining: encoder-decoders by the first, decoders by the second."""
 ORIGINAL = "_original"
 
 _own: dict[str, Dataset] = {}
@@ -64,7 +60,7 @@ def _wholes(dataset: Dataset) -> tuple[str, ...]:
 
 def task_names() -> tuple[str, ...]:
     """Returns every task's name, `_score_eval` twins left out."""
-    return (*_prompts(), *OF_CORPUS)
+    return (*_prompts(), *sources.PRETRAINING)
 
 
 def info(task: str) -> TaskInfo:
@@ -73,7 +69,7 @@ def info(task: str) -> TaskInfo:
     Raises:
         UnknownNameError: there is none.
     """
-    if task in OF_CORPUS:
+    if task in sources.PRETRAINING:
         return TaskInfo(task, "corpus", "", "pretraining", False, "train", (), False)
     known = _prompts()
     if task not in known:
@@ -100,7 +96,8 @@ def datasets_of(mixture: str) -> tuple[Dataset, ...]:
     known = _prompts()
     return tuple(
         dict.fromkeys(
-            sources.CORPUS if task in OF_CORPUS else known[task][0] for task in tasks_in(mixture)
+            sources.CORPUS if task in sources.PRETRAINING else known[task][0]
+            for task in tasks_in(mixture)
         )
     )
 

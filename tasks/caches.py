@@ -1,17 +1,16 @@
-"""A mixture's records on disk: written once, then read without their source or a network."""
+"""Writes a mixture's records to disk; `sources` reads them as cache:DIR, without a network."""
 
-import functools
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from m2l.data import parquet_cache
-from m2l.data.prompts import Dataset, written_out
-from m2l.data.raw_records import Record, kind_of
+from m2l.data.prompts import Dataset
+from m2l.data.raw_records import kind_of
 from m2l.errors import DataError
 from m2l.files import checksum, directory_digest
-from m2l.tasks import flan, sources
-from m2l.typing import Json, JsonObject
+from m2l.tasks import sources
+from m2l.typing import JsonObject
 
 
 def write(
@@ -102,52 +101,3 @@ def _to_dict(dataset: Dataset) -> JsonObject:
         "metrics": list(prompt.metrics),
         "original_task": prompt.original_task,
     }
-
-
-def _index(root: Path) -> Mapping[str, Json]:
-    path = root / parquet_cache.INDEX
-    return _index_of(root, path.stat().st_mtime_ns if path.exists() else 0)
-
-
-@functools.lru_cache(maxsize=8)
-def _index_of(root: Path, modified: int) -> Mapping[str, Json]:
-    return parquet_cache.read_index(root)
-
-
-def datasets(root: Path) -> tuple[Dataset, ...]:
-    """Returns every dataset of the source that a cache was written from, cached or not.
-
-    Raises:
-        DataError: there is no whole cache.
-    """
-    index = _index(root)
-    if "declared" not in index:
-        return sources.datasets(index["source"])
-    return (*_declared(index["digest"], root), *flan.datasets(sources.flan_of(index["source"])))
-
-
-@functools.lru_cache(maxsize=8)
-def _declared(digest: str, root: Path) -> tuple[Dataset, ...]:
-    return tuple(
-        written_out(**{**fields, "metrics": tuple(fields["metrics"])})
-        for fields in _index(root)["declared"]
-    )
-
-
-def names(root: Path) -> tuple[str, ...]:
-    """Returns the datasets that a cache has."""
-    return tuple(_index(root)["datasets"])
-
-
-def splits(root: Path, dataset: Dataset) -> tuple[str, ...]:
-    """Returns the splits that were written of a dataset; of one not written, those declared."""
-    return tuple(_index(root)["datasets"].get(dataset.name, dataset.splits))
-
-
-def read(root: Path, dataset: Dataset, split: str) -> Iterator[Record]:
-    """Yields a split's records, flat, by the paths of their fields.
-
-    Raises:
-        DataError: the cache lacks the dataset or the split, or a file of it is damaged.
-    """
-    return parquet_cache.read(root, _index(root), dataset.name, split)

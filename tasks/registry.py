@@ -16,7 +16,7 @@ from m2l.data.record_source import RecordSource, RecordTensors
 from m2l.errors import DataError
 from m2l.evaluation import metrics, seqio_metrics
 from m2l.files import split_name
-from m2l.tasks import LANGUAGE_MODELING, SPAN_CORRUPTION, flan, sources
+from m2l.tasks import flan, sources
 from m2l.typing import Json
 
 # T0 (Sanh et al., 2022, section 4): a dataset counts once per prompt, and at most this often.
@@ -185,13 +185,13 @@ def corpus_tasks(records: RecordTensors, vocabulary: str) -> list[seqio.Task]:
 
     return [
         make(
-            SPAN_CORRUPTION,
-            source=RecordSource(SPAN_CORRUPTION, records, text),
+            sources.SPAN_CORRUPTION,
+            source=RecordSource(sources.SPAN_CORRUPTION, records, text),
             preprocessors=corruption,
         ),
         make(
-            LANGUAGE_MODELING,
-            source=RecordSource(LANGUAGE_MODELING, records, text_without_inputs),
+            sources.LANGUAGE_MODELING,
+            source=RecordSource(sources.LANGUAGE_MODELING, records, text_without_inputs),
             preprocessors=[tokenize, append_eos],
         ),
     ]

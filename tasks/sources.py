@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from m2l import storage
-from m2l.data.prompts import Dataset, Prompt
+from m2l.data.prompts import Dataset, Prompt, written_out
 from m2l.data.raw_records import SPLITS, Hub, Part, ReadSplit, Record, Splits, checked
 from m2l.errors import ConfigError, DataError, UnknownNameError
 from m2l.tasks import flan, skills, t0_held_in, t0_held_out
+from m2l.typing import Json
 
 KINDS = ("microworld", "hub", "p3", "tfds", "promptsource", "jsonl", "cache")
 T0 = (*t0_held_in.DATASETS, *t0_held_out.DATASETS)
@@ -33,6 +34,10 @@ CORPUS = Dataset(
     licence="CC-BY-SA-3.0",
     paper="Merity et al. (2017)",
 )
+SPAN_CORRUPTION = "span_corruption"
+LANGUAGE_MODELING = "language_modeling"
+PRETRAINING = (SPAN_CORRUPTION, LANGUAGE_MODELING)
+"""The tasks of the corpus: encoder-decoders are pretrained by the first, decoders by the second."""
 
 
 class Source(NamedTuple):
@@ -97,9 +102,7 @@ def datasets(setting: str) -> tuple[Dataset, ...]:
     """
     source = parse(setting)
     if source.kind == "cache":
-        from m2l.tasks import caches
-
-        return caches.datasets(source.folder)
+        return _cached_datasets(source.folder)
     if source.kind == "p3":
         from m2l.tasks import p3
 
@@ -109,6 +112,36 @@ def datasets(setting: str) -> tuple[Dataset, ...]:
 
         return (*t0_templates.datasets(), *flan.datasets(flan_of(setting)))
     return (*T0, *flan.datasets(source.kind), *skills.datasets(source.kind))
+
+
+def _cache_index(root: Path) -> Mapping[str, Json]:
+    from m2l.data import parquet_cache
+
+    path = root / parquet_cache.INDEX
+    return _read_index(root, path.stat().st_mtime_ns if path.exists() else 0)
+
+
+@functools.lru_cache(maxsize=8)
+def _read_index(root: Path, modified: int) -> Mapping[str, Json]:
+    from m2l.data import parquet_cache
+
+    return parquet_cache.read_index(root)
+
+
+def _cached_datasets(root: Path) -> tuple[Dataset, ...]:
+    """Returns every dataset of the source that a cache was written from, cached or not."""
+    index = _cache_index(root)
+    if "declared" not in index:
+        return datasets(index["source"])
+    return (*_declared(index["digest"], root), *flan.datasets(flan_of(index["source"])))
+
+
+@functools.lru_cache(maxsize=8)
+def _declared(digest: str, root: Path) -> tuple[Dataset, ...]:
+    return tuple(
+        written_out(**{**fields, "metrics": tuple(fields["metrics"])})
+        for fields in _cache_index(root)["declared"]
+    )
 
 
 def flan_of(setting: str) -> str:
@@ -142,9 +175,7 @@ def has(setting: str, dataset: Dataset) -> bool:
     """Returns whether a source has a dataset, as far as that can be told without reading."""
     source = parse(setting)
     if source.kind == "cache":
-        from m2l.tasks import caches
-
-        return dataset.name in caches.names(source.folder)
+        return dataset.name in _cache_index(source.folder)["datasets"]
     if source.kind in ("hub", "microworld", "p3", "tfds") and dataset.records is None:
         kinds = {"microworld": _has_generator(dataset), "tfds": dataset.tfds is not None}
         return kinds.get(source.kind, dataset.hub is not None)
@@ -169,9 +200,8 @@ def splits(setting: str, dataset: Dataset) -> tuple[str, ...]:
     """Returns our names of the splits that a source has of a dataset."""
     source = parse(setting)
     if source.kind == "cache":
-        from m2l.tasks import caches
-
-        return caches.splits(source.folder, dataset)
+        # Of a dataset that was not cached, those declared.
+        return tuple(_cache_index(source.folder)["datasets"].get(dataset.name, dataset.splits))
     if dataset.records is not None:
         return tuple(dataset.splits)
     if source.kind == "tfds" and dataset.tfds is not None and dataset.tfds.splits is not None:
@@ -193,9 +223,10 @@ def read(setting: str, dataset: Dataset, split: str) -> Iterable[Record]:
     """
     source = parse(setting)
     if source.kind == "cache" and (dataset.records is None or has(setting, dataset)):
-        from m2l.tasks import caches
+        from m2l.data import parquet_cache
 
-        cached = caches.read(source.folder, dataset, split)
+        index = _cache_index(source.folder)
+        cached = parquet_cache.read(source.folder, index, dataset.name, split)
         return checked(dataset.name, split, cached, dataset.fields, dataset.complaint)
     if dataset.records is not None:
         theirs_of, records = dataset.splits, dataset.records

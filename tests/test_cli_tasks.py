@@ -42,7 +42,7 @@ def test_a_filter_leaves_the_tasks_of_its_datasets(run_m2l, capsys, filters, dat
     prefixes = tuple(name.removesuffix("_r1")[:4] for name in datasets)
     # JSON lines that other tests have registered are listed as well.
     others = [dataset.name for dataset in (*skills.EMBEDDED, *skills.PUBLIC)]
-    own = ("flan_", *others, *tasks.OF_CORPUS, *tasks._own)
+    own = ("flan_", *others, *sources.PRETRAINING, *tasks._own)
     assert all(line.startswith((*prefixes, *own)) for line in lines[2:at] if line[:1].strip())
 
 
