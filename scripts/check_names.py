@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-LIMITS = {"vague": 360, "preposition": 27, "docstring": 685, "untyped": 0}
+LIMITS = {"vague": 184, "preposition": 16, "docstring": 314, "untyped": 0}
 """What all of m2l and tasks has; lower them with each function that is put right, never raise them.
 
 The aim is vague names in 3 % of the functions, and none of the others.
