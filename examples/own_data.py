@@ -71,7 +71,7 @@ def main() -> None:
         num_encoder_layers=2,
         num_decoder_layers=2,
     )
-    options = {"batch_size": 16, "input_length": 48, "target_length": 8, "learning_rate": 5e-3}
+    options = {"batch_size": 16, "input_length": 48, "target_length": 16, "learning_rate": 5e-3}
     base = m2l.train(out / "base", "span_corruption", steps=steps, config=config, **options)
     models = {"base": m2l.load(base)}
     for task, files in data.items():
