@@ -34,7 +34,7 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Json]]] = {
         },
         "slerp": {},
     },
-    # github.com/yule-BUAA/MergeLM: its command does not rescale by default.
+    # github.com/yule-BUAA/MergeLM: its command does not rescale unless told to.
     "mergelm": {
         "average": {},
         "task_arithmetic": {},
