@@ -211,7 +211,7 @@ def rotate(x_NxHxTxK: Array, turns: Rotations) -> Array:
     return jnp.concatenate(turned, axis=-1).astype(x_NxHxTxK.dtype)
 
 
-class _SelfAttention(nn.Module):
+class _LlamaAttention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023) with rotary positions."""
 
     config: LlamaConfig
@@ -251,7 +251,7 @@ class _SelfAttention(nn.Module):
         return out + self.out_bias.astype(out.dtype) if self.config.out_bias else out
 
 
-class _Layer(nn.Module):
+class _LlamaLayer(nn.Module):
     config: LlamaConfig
     execution: Execution
 
@@ -261,7 +261,7 @@ class _Layer(nn.Module):
         names += ["post_self_attention_norm", "post_mlp_norm"] if c.post_norms else []
         init = initializers.constant(1.0 - c.norm_offset)
         self.norms = {name: self.param(name, init, (c.hidden_size,)) for name in names}
-        self.self_attention = _SelfAttention(c)
+        self.self_attention = _LlamaAttention(c)
         activation = _ACTIVATIONS[c.hidden_act]
         self.mlp = Mlp(c.hidden_size, c.intermediate_size, activation, True, _INIT, self.execution)
         self.dropout = self.execution.dropout(-2)
@@ -325,14 +325,15 @@ class _Layer(nn.Module):
         return self._after(x_NxTxD, attend_parts(query, parts, **self.scores)), present
 
 
-class _Decoder(nn.Module):
+class _LlamaDecoder(nn.Module):
     config: LlamaConfig
     execution: Execution
 
     def setup(self) -> None:
         c = self.config
         self.layers = [
-            _Layer(c, self.execution, name=f"layers_{i:02}") for i in range(c.num_hidden_layers)
+            _LlamaLayer(c, self.execution, name=f"layers_{i:02}")
+            for i in range(c.num_hidden_layers)
         ]
         self.windows = c.windows or (0,) * c.num_hidden_layers
         self.norm = self.param("norm", initializers.constant(1.0 - c.norm_offset), (c.hidden_size,))
@@ -401,7 +402,7 @@ class Llama(nn.Module):
     def setup(self) -> None:
         c = self.config
         self.token_embedder = self.param("token_embedder", _INIT, (c.vocab_size, c.hidden_size))
-        self.decoder = _Decoder(c, self.execution)
+        self.decoder = _LlamaDecoder(c, self.execution)
 
     def _embed(self, tokens: Array) -> Array:
         x = embed(self.token_embedder, tokens, self.execution.dtype)

@@ -121,7 +121,7 @@ class T5Config:
             )
 
 
-class _Layer(nn.Module):
+class _T5Layer(nn.Module):
     """Self-attention, in a decoder cross-attention, and an MLP; each normed, each added."""
 
     config: T5Config
@@ -194,7 +194,7 @@ class _Layer(nn.Module):
         return constrain(x_NxTxD, "batch", None, None), present
 
 
-class _Stack(nn.Module):
+class _T5Stack(nn.Module):
     """The layers of an encoder or a decoder, their one table of position biases, the last norm."""
 
     config: T5Config
@@ -212,7 +212,7 @@ class _Stack(nn.Module):
             (c.num_heads, c.relative_attention_num_buckets),
         )
         self.layers = [
-            _Layer(c, self.is_decoder, self.execution, name=f"layers_{i:02}")
+            _T5Layer(c, self.is_decoder, self.execution, name=f"layers_{i:02}")
             for i in range(c.num_decoder_layers if self.is_decoder else c.num_encoder_layers)
         ]
         self.norm = self.param("norm", initializers.ones, (c.d_model,))
@@ -290,8 +290,8 @@ class T5(nn.Module):
         self.token_embedder = self.param(
             "token_embedder", initializers.normal(1.0), (c.vocab_size, c.d_model)
         )
-        self.encoder = _Stack(c, False, self.execution)
-        self.decoder = _Stack(c, True, self.execution)
+        self.encoder = _T5Stack(c, False, self.execution)
+        self.decoder = _T5Stack(c, True, self.execution)
 
     def _embed(self, tokens: Array) -> Array:
         return embed(self.token_embedder, tokens, self.execution.dtype)
