@@ -22,8 +22,8 @@ from m2l import storage
 from m2l.errors import ConfigError, M2LError, UnknownNameError
 from m2l.merging import Recipe
 from m2l.models import Config, LlamaConfig, T5Config
-from m2l.studies.scaling import ScalingStudy
-from m2l.studies.skills import SkillsStudy
+from m2l.studies.merge_to_learn import SkillsStudy
+from m2l.studies.merging_at_scale import ScalingStudy
 from m2l.training.settings import TrainSettings, from_flat
 
 

@@ -19,8 +19,9 @@ from pathlib import Path
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from m2l import checkpoints
-from m2l.studies import execute, records, stages
-from m2l.studies.plan import Plan, Stage
+from m2l.studies.graph import Graph, Stage, stage_folder
+from m2l.studies.run import RUNNERS
+from m2l.studies.study_results import read_study
 from m2l.typing import Json
 
 
@@ -32,15 +33,15 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="Kept, and gone on with; else in a new folder.")
     asked = parser.parse_args()
-    plan = records.plan(records.read_study(asked.study))
+    plan = read_study(asked.study).stage_graph()
     out = asked.out or Path(tempfile.mkdtemp(prefix="rerun_"))
     differing, start = 0, time.monotonic()
     chosen = sample(plan, asked.share, asked.seed)
     for stage in chosen:
-        again = execute.folder(out / "results" / "again", stage.name)
-        inputs = {role: execute.folder(asked.study, name) for role, name in stage.inputs.items()}
-        stages.RUNNERS[stage.kind](stage, again, inputs)
-        same = content(stage, again) == content(stage, execute.folder(asked.study, stage.name))
+        again = stage_folder(out / "results" / "again", stage.name)
+        inputs = {role: stage_folder(asked.study, name) for role, name in stage.inputs.items()}
+        RUNNERS[stage.kind](stage, again, inputs)
+        same = content(stage, again) == content(stage, stage_folder(asked.study, stage.name))
         differing += not same
         print(f"{'equal ' if same else 'DIFFER'}  {stage.name}", flush=True)
     seconds = time.monotonic() - start
@@ -50,7 +51,7 @@ def main() -> int:
     return int(differing > 0)
 
 
-def sample(plan: Plan, share: float, seed: int) -> list[Stage]:
+def sample(plan: Graph, share: float, seed: int) -> list[Stage]:
     """Draws that share of the stages of each kind at random; returns them in their order."""
     draws, names = random.Random(seed), set()
     for kind in dict.fromkeys(stage.kind for stage in plan):

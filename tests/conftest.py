@@ -24,7 +24,7 @@ from m2l.evaluation import results
 from m2l.evaluation.results import Result
 from m2l.merging import Recipe
 from m2l.models import T5Config
-from m2l.studies import execute, records, scaling, skills
+from m2l.studies import graph, merge_to_learn, merging_at_scale, study_results
 from m2l.training.settings import TrainSettings
 
 CATEGORIES = ("sentiment", "topic_classification", "closed_book_qa", "structure_to_text")
@@ -174,7 +174,7 @@ def tiny_params(tiny_config):
 @pytest.fixture(scope="session")
 def study(tiny_config):
     settings = TrainSettings(mixture="t0_held_in", steps=3)
-    return scaling.ScalingStudy(
+    return merging_at_scale.ScalingStudy(
         models={"0.1M": tiny_config, "0.4M": dataclasses.replace(tiny_config, d_model=32)},
         pretrain=settings,
         instruct=settings,
@@ -189,7 +189,7 @@ def study(tiny_config):
 
 
 def write_result(out, model, task, category, score):
-    directory = execute.folder(out, f"results/{model}")
+    directory = graph.stage_folder(out, f"results/{model}")
     result = Result(
         task=task,
         dataset=task,
@@ -214,11 +214,11 @@ def write_result(out, model, task, category, score):
 def finished_study(study, tmp_path_factory):
     """A study's folder with made-up results: scores that can be divided by hand."""
     out = tmp_path_factory.mktemp("study")
-    files.claim(out, "study.json", {"kind": "scaling", **scaling.to_dict(study)})
+    files.claim(out, "study.json", study_results.describe(study))
 
     held_out = "natural_language_inference"
     for size in study.models:
-        for base in scaling.BASES:
+        for base in merging_at_scale.BASES:
             low = 20.0 if base == "pretrained" else 40.0
             for category in CATEGORIES:
                 write_result(out, f"bases/{size}/{base}", category, category, low)
@@ -226,7 +226,7 @@ def finished_study(study, tmp_path_factory):
                 write_result(out, f"multitask/{size}/{base}", category, category, 60.0)
             write_result(out, f"bases/{size}/{base}", "rte", held_out, 50.0)
             write_result(out, f"multitask/{size}/{base}", "rte", held_out, 75.0)
-    for merge in scaling.merges(study):
+    for merge in merging_at_scale.merges(study):
         for category in merge.categories:
             score = 80.0 if category == "sentiment" else 40.0
             write_result(out, merge.model, category, category, score)
@@ -238,7 +238,7 @@ def finished_study(study, tmp_path_factory):
             storage.write_atomic(made / "recipes.json", json.dumps(stage.settings["recipes"]))
 
     kinds = ("train", "merge", "evaluate", "choose")
-    outcome = execute.execute(scaling.plan(study), out, dict.fromkeys(kinds, nothing))
+    outcome = graph.execute(study.stage_graph(), out, dict.fromkeys(kinds, nothing))
     assert not outcome.failed
     return out
 
@@ -249,7 +249,7 @@ def skills_study(tiny_config):
     settings = TrainSettings(mixture="set by the study", steps=3, batch_size=32)
     names = ("science", "safety", "coding")
     measured = ("general", *names, "exaggerated_refusals")
-    return skills.SkillsStudy(
+    return merge_to_learn.SkillsStudy(
         model=tiny_config,
         pretrain=dataclasses.replace(settings, mixture="span_corruption"),
         finetune=settings,
@@ -304,12 +304,12 @@ def skills_records(skills_study):
     """
     scored = {"models/pretrained": dict.fromkeys(skills_study.evaluations, 4.0)}
     scored["models/general"] = _BEFORE
-    for model in list(skills.trained(skills_study))[1:]:
+    for model in list(merge_to_learn.trained_models(skills_study))[1:]:
         scored[f"models/{model.name}"] = {
             name: _learned(model.regime, {model.skill}, name, model.part)
             for name in skills_study.evaluations
         }
-    made = {merge.model: merge for merge in skills.merges(skills_study)}
+    made = {merge.model: merge for merge in merge_to_learn.merges(skills_study)}
     for model, merge in made.items():
         scored[model] = {name: _merged(merge, name) for name in skills_study.evaluations}
 
@@ -323,8 +323,8 @@ def skills_records(skills_study):
                 for task in tasks.tasks_in(mixture):
                     by_model[model][task] = _result_of(task, score, model)
         recipes = {model: merge.recipe.to_dict() for model, merge in made.items()}
-        seconds = {stage.name: 60.0 for stage in skills.plan(skills_study)}
-        return records.Records(skills_study, by_model, recipes, {}, seconds)
+        seconds = {stage.name: 60.0 for stage in skills_study.stage_graph()}
+        return study_results.StudyResults(skills_study, by_model, recipes, {}, seconds)
 
     return found
 

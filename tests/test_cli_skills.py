@@ -12,9 +12,8 @@ from m2l.evaluation.bootstrap import Difference
 from m2l.evaluation.evaluator import Evaluator
 from m2l.evaluation.results import read_examples
 from m2l.merging import Recipe
-from m2l.reporting import adding_report
-from m2l.studies.adding import Added
-from m2l.studies.adding_choice import Choice, Point, Tolerance
+from m2l.reporting import adding_skills_report
+from m2l.studies.adding_skills import AddedSkill, Choice, CurvePoint, Tolerance
 
 MIXTURE = "ag_news_section+ag_news_topic"
 WORDS = ("cat", "dog", "owl", "fox", "hen", "cow", "pig", "bee", "ant", "elk", "eel", "emu")
@@ -254,16 +253,18 @@ def answered(monkeypatch):
     def answered(within, skill, kept, tolerance="2%", training=True):
         def row(part, before, after, low, high):
             change = Difference(after - before, low, high, 0.5)
-            return adding_report.Row(part, part, "accuracy", 9, before, 50.0, None, after, change)
+            return adding_skills_report.Row(
+                part, part, "accuracy", 9, before, 50.0, None, after, change
+            )
 
         costs = {name: {"seconds": 30.0} for name in ("choosing", "merging", "judging")}
         if training:
             of = {"steps": 1200, "positions": 10_000, "flops": 2.5e12, "seconds": 600.0}
             costs["training"] = of
         rows = [row("skill", *skill), row("kept", *kept)]
-        monkeypatch.setattr(adding_report, "rows", lambda added: rows)
-        added = Added(None, Choice(Point(0.3, 0, 0), within), None, {}, {}, {}, costs)
-        return adding_report.answer(added, Tolerance.parse(tolerance))
+        monkeypatch.setattr(adding_skills_report, "rows", lambda added: rows)
+        added = AddedSkill(None, Choice(CurvePoint(0.3, 0, 0), within), None, {}, {}, {}, costs)
+        return adding_skills_report.answer(added, Tolerance.parse(tolerance))
 
     return answered
 

@@ -126,8 +126,8 @@ def draw(made_by: Mapping[str, Json], experts: Sequence[str], file: Path) -> Non
         raise ConfigError("no cosines were measured; merge with a base and with --diagnostics")
     if file.suffix not in (".png", ".svg", ".pdf"):
         raise ConfigError(f"{file}: a picture is .png, .svg or .pdf")
-    from m2l.reporting import merges
+    from m2l.reporting import merge_figures
 
     with file.open("wb") as image:
-        merges.cosines(diagnostics, experts).savefig(image, format=file.suffix[1:], dpi=200)
+        merge_figures.cosines(diagnostics, experts).savefig(image, format=file.suffix[1:], dpi=200)
     click.echo(f"cosines: {file}")

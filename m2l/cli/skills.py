@@ -5,7 +5,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -22,6 +22,9 @@ from m2l.cli.options import (
     with_source,
 )
 from m2l.errors import ConfigError
+
+if TYPE_CHECKING:
+    from m2l.studies.adding_skills import AddedSkill, SkillAddition
 
 _EPOCHS = 2.0  # the paper's
 _MANY = 10**9  # steps, until it is known how many
@@ -108,7 +111,7 @@ def skills(
     """
     learned = jsonl
     mixture = api.mixture_name(mixture, learned)
-    for wrong, what in (
+    for wrong, message in (
         (not learned and not mixture, "name the skill's data: --jsonl train=FILE,validation=FILE"),
         (steps and epochs, "--steps and --epochs are two ways of saying how long; give one"),
         (
@@ -122,16 +125,15 @@ def skills(
         (learned and split not in learned, f"--jsonl: {split}=FILE is missing"),
     ):
         if wrong:
-            raise ConfigError(f"m2l skills: {what}")
+            raise ConfigError(f"m2l skills: {message}")
 
     from m2l import configuration, tasks
-    from m2l.reporting import adding_report
-    from m2l.studies import adding
-    from m2l.studies.adding_choice import Tolerance
-    from m2l.studies.adding_models import Model
+    from m2l.reporting import adding_skills_report
+    from m2l.studies import adding_skills
+    from m2l.studies.adding_skills import OpenedCheckpoint, Tolerance
 
     allowed, tried = Tolerance.parse(tolerance), tuple(series("--weights", weights))
-    kept, files = _kept(keep, split)
+    keep_mixture, files = _keep_mixture(keep, split)
     files |= {"skill": learned} if learned else {}
     learn = "skill" if learned else mixture
     # The settings' own file comes first, so that no file is needed.
@@ -140,7 +142,7 @@ def skills(
     before = [] if steps else ["Train.pack=False"]
     flags = [f"Train.mixture={learn!r}", *([f"Run.source={source!r}"] if source else [])]
 
-    def settings(steps: int) -> tuple[Any, str]:
+    def settings(steps: int) -> tuple[configuration.TrainingRun, str]:
         bound = [*before, *bindings, *flags, f"Train.steps={steps}"]
         return configuration.load("Run", gin_files, bound)
 
@@ -148,19 +150,21 @@ def skills(
     if run.model is not None:
         raise ConfigError("m2l skills: the model is --general's; leave it out of the gin files")
     vocabulary = vocabulary or run.vocabulary
-    name = vocabulary or Model.open(general).manifest.vocabulary["name"]
+    name = vocabulary or OpenedCheckpoint.open(general).manifest.vocabulary["name"]
     tasks.register(vocabulary=name, source=run.source)
-    for task, of in files.items():
-        tasks.register_jsonl(of, name=task)
+    for task, splits in files.items():
+        tasks.register_jsonl(splits, name=task)
     if not steps and not skill:
-        count = adding.training_examples(learn)
-        run, resolved = settings(adding.steps_of(epochs or _EPOCHS, count, run.settings.batch_size))
-    asked = adding.Adding(
+        count = adding_skills.training_examples(learn)
+        run, resolved = settings(
+            adding_skills.steps_of(epochs or _EPOCHS, count, run.settings.batch_size)
+        )
+    asked = adding_skills.SkillAddition(
         general=general,
         base=base,
         trained=skill,
         learn=learn,
-        keep=kept,
+        keep=keep_mixture,
         training=None if skill else run.settings,
         method=method or ("task_arithmetic" if base else "wise_ft"),
         weights=tried,
@@ -174,41 +178,41 @@ def skills(
         generative_score=generative_score,
         vocabulary=vocabulary,
         data={"source": run.source}
-        | {task: api.record_origin("", of) for task, of in files.items()},
+        | {task: api.record_origin("", splits) for task, splits in files.items()},
     )
     command = shlex.join(["m2l", *sys.argv[1:]])
-    added = adding.add(asked, out, resolved_config=f"# {command}\n{resolved}")
-    adding_report.write(added, asked, out)
+    added = adding_skills.add_skill(asked, out, resolved_config=f"# {command}\n{resolved}")
+    adding_skills_report.write(added, asked, out)
     _show(added, asked, out)
 
 
-def _kept(keep: Sequence[str], split: str) -> tuple[str, dict[str, dict[str, Path]]]:
-    """The mixture of all that is to be kept, and the files of those tasks that are files."""
+def _keep_mixture(keep: Sequence[str], split: str) -> tuple[str, dict[str, dict[str, Path]]]:
+    """Returns the mixture of all --keep, and the files of the tasks that are files."""
     names, files = [], {}
-    for one in keep:
-        path = storage.path(one)
+    for name in keep:
+        path = storage.path(name)
         if path.suffix in (".jsonl", ".gz") or path.is_file():
-            one = re.sub(r"\W", "_", path.name.partition(".")[0])
-            files[one] = {split: path}
-        names.append(one)
+            name = re.sub(r"\W", "_", path.name.partition(".")[0])
+            files[name] = {split: path}
+        names.append(name)
     if len(set(names)) < len(names) or "skill" in files:
         raise ConfigError(f"--keep: tasks called {', '.join(names)}; each needs a name of its own")
     return "+".join(names), files
 
 
-def _show(added: Any, asked: Any, out: Path) -> None:
-    from m2l.reporting import adding_report
+def _show(added: "AddedSkill", asked: "SkillAddition", out: Path) -> None:
+    from m2l.reporting import adding_skills_report
 
     points = [(0.0, added.ends["general"]), *added.curve.items()]
     rows = [
-        (w, *(text for of in pair for text in (of.mean, "{:.1f} to {:.1f}".format(*of.interval()))))
+        (w, *(cell for s in pair for cell in (s.mean, "{:.1f} to {:.1f}".format(*s.interval()))))
         for w, pair in points
     ]
     columns = ["w", "skill %", "95 %", "kept %", "95 %"]
     print_table(f"{asked.method} along w, by the half that w is chosen by", columns, rows)
-    columns, rows = adding_report.columns(adding_report.rows(added))
+    columns, rows = adding_skills_report.columns(adding_skills_report.rows(added))
     print_table("before and after, by the other half", columns, rows)
     if added.heuristic is not None:
         click.echo(f"without trying any w: w = {added.heuristic:.3g}, from |D| and |G|")
     click.echo(f"merged checkpoint: {added.merged}; {out}/curve.png, {out}/table.md")
-    click.echo(adding_report.answer(added, asked.tolerance))
+    click.echo(adding_skills_report.answer(added, asked.tolerance))

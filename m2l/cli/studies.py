@@ -2,12 +2,15 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from m2l.cli.options import DIRECTORY, print_table, with_gin
 from m2l.errors import ConfigError, M2LError
+
+if TYPE_CHECKING:
+    from m2l.studies.graph import Graph
 
 
 @click.command()
@@ -78,33 +81,33 @@ def study(
     elif executor == "local":
         _run(plan, out)
     elif executor == "processes":
-        from m2l.studies import executors
+        from m2l.studies import cluster
 
         if only:
             raise ConfigError("--only is for one process: leave --executor out")
-        executors.by_processes(out, workers)
+        cluster.by_processes(out, workers)
     else:
-        from m2l.studies import executors
+        from m2l.studies import cluster
 
-        queued = executors.by_slurm(plan, out, _slurm_settings(slurm), workers)
+        queued = cluster.by_slurm(plan, out, _slurm_settings(slurm), workers)
         click.echo(f"{len(queued)} jobs queued; their output is in {out / 'slurm'}")
 
 
 def _planned(
     gin_files: Sequence[str], bindings: Sequence[str], out: Path, update: bool, claim: bool = True
-) -> Any:
-    """The study's plan; its folder is made, unless it is not to be claimed."""
+) -> "Graph":
+    """Returns the study's stages; with `claim`, writes its settings to its folder."""
     from m2l import configuration, files, storage
-    from m2l.studies import records
+    from m2l.studies import study_results
 
     if not gin_files:
-        return records.plan(records.read_study(out))
+        return study_results.read_study(out).stage_graph()
     asked, resolved = configuration.load("Study", gin_files, bindings)
     settings = asked.of
-    records.check_mixtures(settings)
-    plan = records.plan(settings)
+    settings.check_mixtures()
+    plan = settings.stage_graph()
     if claim:
-        content = records.describe(settings)
+        content = study_results.describe(settings)
         advice = "redo what changes with m2l study --update"
         files.check_claim(out, "study.json", content, kind="study", update=update, advice=advice)
         files.claim(out, "study.json", content)
@@ -112,10 +115,11 @@ def _planned(
     return plan
 
 
-def _run(plan: Any, out: Path) -> None:
-    from m2l.studies import execute, stages
+def _run(plan: "Graph", out: Path) -> None:
+    from m2l.studies import graph
+    from m2l.studies.run import RUNNERS
 
-    outcome = execute.execute(plan, out, stages.RUNNERS)
+    outcome = graph.execute(plan, out, RUNNERS)
     ran = len(outcome.ran)
     if outcome.failed:
         rows = [*outcome.failed.items(), *((name, "not run") for name in outcome.blocked)]
@@ -127,22 +131,23 @@ def _run(plan: Any, out: Path) -> None:
     click.echo(f"{ran} of {len(plan)} stages run, {len(plan) - ran} were done before; in {out}")
 
 
-def _slurm_settings(given: Sequence[str]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for one in given:
-        name, has_value, value = one.partition("=")
-        if not has_value:
-            raise ConfigError(f"--slurm {one}: expected NAME=VALUE")
-        found[name] = int(value) if value.isdigit() else value
-    return found
+def _slurm_settings(bindings: Sequence[str]) -> dict[str, int | str]:
+    settings: dict[str, int | str] = {}
+    for binding in bindings:
+        name, equals, value = binding.partition("=")
+        if not equals:
+            raise ConfigError(f"--slurm {binding}: expected NAME=VALUE")
+        settings[name] = int(value) if value.isdigit() else value
+    return settings
 
 
-def _print_plan(plan: Any, out: Path, peak: float | None) -> None:
-    from m2l.studies import costs, execute
+def _print_plan(plan: "Graph", out: Path, peak: float | None) -> None:
+    from m2l.studies import graph
+    from m2l.studies.run import NO_COST, UTILISATION, cost_seconds, stage_cost
     from m2l.training import resources
 
-    states = {stage.name: execute.state(plan, out, stage.name) for stage in plan}
-    found = costs.of_plan(plan)
+    states = {stage.name: graph.stage_state(plan, out, stage.name) for stage in plan}
+    costs = {stage.name: stage_cost(stage, plan) for stage in plan}
     peak = peak or resources.peak_flops("float32") or 0.0
     if not peak:
         raise ConfigError("the devices of this machine are not known: say their --peak")
@@ -150,24 +155,24 @@ def _print_plan(plan: Any, out: Path, peak: float | None) -> None:
         (
             *(stage.name, stage.kind, states[stage.name]),
             ", ".join(stage.inputs.values()),
-            _time(costs.seconds(found[stage.name], peak)),
+            _time(cost_seconds(costs[stage.name], peak)),
         )
         for stage in plan
     ]
     print_table(f"{len(plan)} stages", ["stage", "kind", "state", "reads", "time"], rows)
     kinds = []
     for kind in dict.fromkeys(stage.kind for stage in plan):
-        stages = [stage.name for stage in plan if stage.kind == kind]
-        done = sum(states[name] == "done" for name in stages)
-        cost = sum((found[name] for name in stages), costs.NOTHING)
-        time = _time(costs.seconds(cost, peak))
-        kinds.append((kind, len(stages), done, f"{cost.flops:.2g}", time, _bytes(cost.disk)))
-    left = sum((found[n] for n in states if states[n] != "done"), costs.NOTHING)
-    names = ["kind", "stages", "done", "operations", "time", "disk"]
-    print_table("in all", names, kinds)
+        names = [stage.name for stage in plan if stage.kind == kind]
+        done = sum(states[name] == "done" for name in names)
+        cost = sum((costs[name] for name in names), NO_COST)
+        time = _time(cost_seconds(cost, peak))
+        kinds.append((kind, len(names), done, f"{cost.flops:.2g}", time, _bytes(cost.disk)))
+    left = sum((costs[n] for n in states if states[n] != "done"), NO_COST)
+    columns = ["kind", "stages", "done", "operations", "time", "disk"]
+    print_table("in all", columns, kinds)
     click.echo(
-        f"left to do: {left.flops:.2g} operations, {_time(costs.seconds(left, peak))} at "
-        f"{costs.UTILISATION:.0%} of {peak:.3g} a second; {_bytes(left.disk)} of disk. "
+        f"left to do: {left.flops:.2g} operations, {_time(cost_seconds(left, peak))} at "
+        f"{UTILISATION:.0%} of {peak:.3g} a second; {_bytes(left.disk)} of disk. "
         "Small models reach less, and compiling comes on top."
     )
 
@@ -187,7 +192,9 @@ def _bytes(count: float) -> str:
 
 @click.command()
 @click.argument("directory", type=DIRECTORY)
-@click.option("--publish", type=DIRECTORY, help="Write what the report is made of there, small.")
+@click.option(
+    "--publish", type=DIRECTORY, help="Write results, page, csv and svg there, for a repository."
+)
 def report(directory: Path, publish: Path | None) -> None:
     """Tables (csv, md, tex), figures (svg, pdf, png) and index.html of a study."""
     _report(directory, publish)
@@ -195,13 +202,13 @@ def report(directory: Path, publish: Path | None) -> None:
 
 def _report(directory: Path, publish: Path | None) -> None:
     from m2l.reporting import page
-    from m2l.studies import records
+    from m2l.studies import study_results
 
     if publish:
-        records.publish(records.load(directory), publish)
+        study_results.publish(study_results.load(directory), publish)
         directory = publish
     report = page.collect(directory)
-    path = page.write(directory, report)
+    path = page.write(directory, report, publish=publish is not None)
     title, frame = report.summary
     rows = [tuple(row) for row in frame.itertuples(index=False)]
     print_table(title, list(frame.columns), rows)

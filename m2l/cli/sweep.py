@@ -174,8 +174,8 @@ def _merge_all(
 
 
 def _draw(curve: Sequence[JsonObject], mixture: str, file: Path) -> None:
-    from m2l.reporting import merges
+    from m2l.reporting import merge_figures
 
     points = [(point["settings"], point["score"]) for point in curve]
     with file.open("wb") as image:
-        merges.curve(points, f"score on {mixture} (%)").savefig(image, format="png", dpi=200)
+        merge_figures.curve(points, f"score on {mixture} (%)").savefig(image, format="png", dpi=200)

@@ -1,9 +1,9 @@
-"""What a report is put together from, whatever was studied; page.html.jinja shows each kind."""
+"""The parts of a report of any study; page.html.jinja shows each kind."""
 
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import markupsafe
 import pandas as pd
@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from m2l.reporting import figures, tables
 from m2l.studies.findings import Finding
+from m2l.typing import Json, JsonObject
 
 _HEADERS = {"before": "base model", "made_of": "made of", "drop_rate": "drop rate"}
 
@@ -21,7 +22,7 @@ class Text:
 
     Attributes:
         text: Plain text, or markup.
-        look: "", "note" (aside of what is told) or "files" (links to files).
+        look: "", "note" (grey) or "files" (links to files).
     """
 
     text: str
@@ -31,7 +32,7 @@ class Text:
 
 @dataclasses.dataclass(frozen=True)
 class Heading:
-    """What the blocks after it are about."""
+    """A heading within a section."""
 
     text: str
     kind: ClassVar[str] = "heading"
@@ -42,10 +43,10 @@ class Drawing:
     """A figure.
 
     Attributes:
-        name: Of its files.
-        caption: What it shows.
-        svg: It itself, of `svg`.
-        paper: The same of the paper's own numbers, or nothing.
+        name: The name of its files.
+        caption: The caption.
+        svg: The svg element, as `svg` returns it.
+        paper: The same figure of the paper's own numbers, if there is one.
     """
 
     name: str
@@ -60,23 +61,23 @@ class Table:
     """A table.
 
     Attributes:
-        what: What is in it, for those who do not see it.
-        cells: It itself, of `cells`.
+        label: A description for screen readers.
+        cells: The content, as `cells` returns it.
         file: The name of its files; "" if it has none.
     """
 
-    what: str
-    cells: Mapping[str, Any]
+    label: str
+    cells: JsonObject
     file: str = ""
     kind: ClassVar[str] = "table"
 
 
 @dataclasses.dataclass(frozen=True)
 class Folded:
-    """Blocks that are shown when asked for.
+    """Blocks that are hidden until they are unfolded.
 
     Attributes:
-        summary: What stands there until then.
+        summary: The text that is always shown.
         blocks: The blocks.
         aside: Whether they stay folded in print.
     """
@@ -92,7 +93,7 @@ Block = Text | Heading | Drawing | Table | Folded
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """A part of the page: its anchor, its title, what links call it, and its blocks."""
+    """A section of the page: its anchor, its title, the text of links to it, and its blocks."""
 
     anchor: str
     title: str
@@ -102,20 +103,20 @@ class Section:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """All of a study's report.
+    """A study's report.
 
     Attributes:
-        title: The page's.
-        lead: What was studied, in a few lines; may be markup.
-        headline: A few figures, each with what it is.
+        title: The page's title.
+        lead: A summary of the study in a few lines; may be markup.
+        headline: A few numbers, each with its description.
         claims: The heading of the findings.
-        notes: What to know before reading them.
-        findings: Each with the blocks that it is read from.
-        sections: What comes after the findings.
+        notes: Notes before the findings.
+        findings: Each with the figures and tables that it is derived from.
+        sections: The sections after the findings.
         settings: The study's settings, as JSON values.
-        seconds: How long all of its stages took together.
-        tables: By file name.
-        figures: By file name.
+        seconds: The duration of all stages together.
+        tables: The tables by file name.
+        figures: The figures by file name.
         summary: A heading and a small table, for a terminal.
     """
 
@@ -126,7 +127,7 @@ class Report:
     notes: Sequence[Text]
     findings: Sequence[tuple[Finding, Sequence[Block]]]
     sections: Sequence[Section]
-    settings: Mapping[str, Any]
+    settings: JsonObject
     seconds: float
     tables: Mapping[str, pd.DataFrame]
     figures: Mapping[str, Figure]
@@ -134,12 +135,12 @@ class Report:
 
 
 def svg(figure: Figure, name: str, label: str) -> markupsafe.Markup:
-    """The figure as an svg element; ids carry the figure's name, for a page has many figures.
+    """Returns the figure as an svg element whose ids begin with the figure's name.
 
     Args:
         figure: The figure.
-        name: No other figure's on the page.
-        label: What it shows, for those who do not see it.
+        name: Its name, unique on the page.
+        label: A description for screen readers.
     """
     text = figures.svg(figure)
     element = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', text[text.index("<svg") :])
@@ -149,8 +150,8 @@ def svg(figure: Figure, name: str, label: str) -> markupsafe.Markup:
     return markupsafe.Markup(element.replace("<svg", head, 1))
 
 
-def cells(frame: pd.DataFrame, digits: int = 2) -> dict[str, Any]:
-    """A frame as the template shows it: groups over the header, header, and rows of cells.
+def cells(frame: pd.DataFrame, digits: int = 2) -> JsonObject:
+    """Returns a frame for the template: groups over the header, header, and rows of cells.
 
     A cell is (text, value to sort by, kind); numbers are sorted as numbers, a missing one is "".
     """
@@ -172,46 +173,46 @@ def cells(frame: pd.DataFrame, digits: int = 2) -> dict[str, Any]:
 
 
 def _kind(column: pd.Series) -> str:
-    """How a column is shown: "" for numbers, "text", or "long text", which may be broken."""
+    """Returns "" for a column of numbers, "text", or "long text", which may be broken."""
     if pd.api.types.is_numeric_dtype(column):
         return ""
     return "long text" if column.map(lambda value: len(str(value)) > 40).any() else "text"
 
 
-def _cell(value: Any, digits: int, kind: str) -> tuple[str, str, str]:
+def _cell(value: Json, digits: int, kind: str) -> tuple[str, str, str]:
     if kind:
-        # A long name may be broken where it has a joint.
+        # A long name may be broken after a separator.
         shown = re.sub(r"([/+])", r"\1<wbr>", str(markupsafe.escape(value)))
         return markupsafe.Markup(shown), str(value), kind
     return tables.text(value, digits), "" if pd.isna(value) else f"{value:.12g}", kind
 
 
 def lineage(frame: pd.DataFrame) -> Section:
-    """The models of a study.
+    """Returns the section about the models of a study.
 
     Args:
-        frame: `aggregate.lineage`.
+        frame: What `study_results.lineage` returns.
     """
 
-    def recipe(settings: Mapping[str, Any] | None) -> str:
+    def recipe(settings: JsonObject | None) -> str:
         return ", ".join(
             f"{name} {value}"
             for name, value in (settings or {}).items()
             if name != "method" and value not in (None, [], ())
         )
 
-    words = frame.assign(
+    printed = frame.assign(
         made_of=[_together(parents) for parents in frame["made_of"]],
         recipe=[recipe(settings) for settings in frame["recipe"]],
         digest=frame["digest"].str[:16],
     )
-    table = Table("Every model, its parents, recipe and digest", cells(words))
-    said = f"{len(frame)} models: what each is made of, its recipe and its digest"
-    return Section("models", "Models", "Models", [Folded(said, [table], aside=True)])
+    table = Table("Every model, its parents, recipe and digest", cells(printed))
+    summary = f"{len(frame)} models: what each is made of, its recipe and its digest"
+    return Section("models", "Models", "Models", [Folded(summary, [table], aside=True)])
 
 
 def _together(names: Sequence[str]) -> str:
-    """Names of models, those of one folder together: "bases/1M/instruct, experts/1M/a + b"."""
+    """Joins names of models, grouped by folder: "bases/1M/instruct, experts/1M/a + b"."""
     folders: dict[str, list[str]] = {}
     for name in names:
         folder, _, last = name.rpartition("/")
@@ -219,9 +220,9 @@ def _together(names: Sequence[str]) -> str:
     return ", ".join(f"{folder}/{' + '.join(last)}" for folder, last in folders.items())
 
 
-def verdicts(found: Sequence[Finding]) -> tuple[str, str]:
-    """How many of the paper's findings hold, as a figure of the headline."""
-    verdicts = [finding.verdict for finding in found]
+def verdicts(findings: Sequence[Finding]) -> tuple[str, str]:
+    """Returns how many of the paper's findings are supported, as an entry of the headline."""
+    verdicts = [finding.verdict for finding in findings]
     return (
         f"{verdicts.count('supported')} of {len(verdicts)}",
         "of the paper's findings are supported here, "

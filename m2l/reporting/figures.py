@@ -1,15 +1,15 @@
-"""The paper's figures 1 to 7, each drawn from a performance frame: our results, or the paper's own.
+"""Figures 1 to 7 of paper 1, drawn from a performance frame, and those of experts and sweeps.
 
 A performance frame has a row for each size, base, method ("multitask" among them) and number of
 experts: size, base, method, experts, held_in, held_in_low, held_in_high, held_out, held_out_low,
 held_out_high. Performance is normalised: held-in, 1 is the task's expert; held-out, 1 is the base
-model. Low and high are a 95 % band, NaN where there is none, and then none is drawn.
+model. Low and high are a 95 % band; it is not drawn where they are NaN.
 
 Source: Yadav et al., "What Matters for Model Merging at Scale?", figures 1 to 7.
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -29,7 +29,7 @@ _ERROR = {"elinewidth": 0.8, "ecolor": "#333333", "capsize": 1.5}
 
 
 def radar(frame: pd.DataFrame, experts: Sequence[int] | None = None) -> Figure:
-    """Figure 1: held-in performance of every size and method, a line for each base.
+    """Draws figure 1: held-in performance of every size and method, a line for each base.
 
     Args:
         frame: A performance frame.
@@ -38,8 +38,8 @@ def radar(frame: pd.DataFrame, experts: Sequence[int] | None = None) -> Figure:
     Returns:
         The figure; the bold circle is 1, the task's expert.
     """
-    found = style.counts(frame)
-    panels = list(experts) if experts else list(dict.fromkeys((found[0], found[-1])))
+    counts = style.counts(frame)
+    panels = list(experts or dict.fromkeys((counts[0], counts[-1])))
     sizes, methods = style.sizes(frame), style.methods(frame)
     # A spoke is left free between two sizes; the first free one points up and carries the scale.
     slots = len(methods) + 1
@@ -87,7 +87,7 @@ def _radar_line(
 def _spokes(
     axis: Axes, angles: dict[tuple[str, str], float], sizes: Sequence[str], top: float
 ) -> None:
-    """Names the spokes of a radar by their methods, and the groups of spokes by their sizes."""
+    """Writes the methods' names at the spokes of a radar, and the sizes at groups of spokes."""
     axis.set_theta_zero_location("N")
     axis.set_theta_direction(-1)
     axis.set_ylim(0, top)
@@ -111,9 +111,9 @@ def _spokes(
             va="center",
         )
     for size in sizes:
-        of_size = [angle for (name, _), angle in angles.items() if name == size]
-        # Between two spokes, where no method's name stands.
-        middle = np.mean(of_size[: 2 * (len(of_size) // 2)] or of_size)
+        spokes = [angle for (name, _), angle in angles.items() if name == size]
+        # Between two spokes, where there is no method's name.
+        middle = np.mean(spokes[: 2 * (len(spokes) // 2)] or spokes)
         look = {"fontsize": 10, "fontweight": "bold"}
         axis.text(middle, top * 1.42, size, ha="center", va="center", **look)
 
@@ -121,11 +121,11 @@ def _spokes(
 def generalization(
     frame: pd.DataFrame, base: str, methods: Sequence[str] = ("task_arithmetic", "ties")
 ) -> Figure:
-    """Figures 2 (base "instruct") and 5 ("pretrained"): held-out over the number of experts.
+    """Draws figures 2 (base "instruct") and 5 ("pretrained"): held-out over the number of experts.
 
     Args:
         frame: A performance frame.
-        base: Whose merges.
+        base: The base of the merges.
         methods: The methods to draw, besides multitask; all of them if the frame has none of these.
 
     Returns:
@@ -153,7 +153,7 @@ def generalization(
 
 
 def by_base(frame: pd.DataFrame) -> Figure:
-    """Figure 3: held-in over model size, marker by method and colour by base.
+    """Draws figure 3: held-in over model size, marker by method and colour by base.
 
     Args:
         frame: A performance frame.
@@ -202,7 +202,7 @@ def by_base(frame: pd.DataFrame) -> Figure:
 
 
 def by_size(frame: pd.DataFrame) -> Figure:
-    """Figure 4: held-in bars over the methods, coloured by size.
+    """Draws figure 4: held-in bars over the methods, coloured by size.
 
     Args:
         frame: A performance frame.
@@ -234,11 +234,11 @@ def by_size(frame: pd.DataFrame) -> Figure:
 
 
 def more_experts(frame: pd.DataFrame, method: str = "task_arithmetic") -> Figure:
-    """Figure 6: one method over the number of experts, a line for each size.
+    """Draws figure 6: one method over the number of experts, a line for each size.
 
     Args:
         frame: A performance frame.
-        method: Whose merges; the frame's first method if it has not this one.
+        method: The merge method; the frame's first method if it does not have this one.
 
     Returns:
         The figure: held-in and held-out, each for both bases.
@@ -268,11 +268,11 @@ def more_experts(frame: pd.DataFrame, method: str = "task_arithmetic") -> Figure
 
 
 def methods_at_scale(frame: pd.DataFrame, base: str = "instruct") -> Figure:
-    """Figure 7: the largest size's methods side by side, grouped by the number of experts.
+    """Draws figure 7: the largest size's methods side by side, grouped by the number of experts.
 
     Args:
         frame: A performance frame.
-        base: Whose merges.
+        base: The base of the merges.
 
     Returns:
         The figure: held-in and held-out bars.
@@ -298,13 +298,105 @@ def methods_at_scale(frame: pd.DataFrame, base: str = "instruct") -> Figure:
         return figure
 
 
-# --- what the figures have in common ---
+# --- the experts, and the sweeps ---
+
+
+def gains(experts: pd.DataFrame, size: str | None = None) -> Figure:
+    """Draws each expert's score and its base's, on the datasets it was trained on.
+
+    Args:
+        experts: size, base, dataset, before, expert, multitask; scores in percent.
+        size: The experts' size; by default the last one, the largest.
+
+    Returns:
+        The figure, a panel for each base.
+    """
+    experts = experts[experts["size"] == (size or style.sizes(experts)[-1])]
+    bases, datasets = style.bases(experts), list(experts["dataset"].unique())
+    with matplotlib.rc_context(style.RC):
+        figure = Figure(
+            figsize=(3.6 * len(bases) + 0.8, 0.3 * len(datasets) + 1.1), layout="constrained"
+        )
+        panels = figure.subplots(1, len(bases), sharey=True, sharex=True, squeeze=False)[0]
+        for panel, base in zip(panels, bases, strict=True):
+            here = experts[experts["base"] == base].set_index("dataset").reindex(datasets)
+            rows = range(len(datasets))
+            before, after = here["before"], here["expert"]
+            panel.hlines(rows, 0, 100, color="#eeeeee", zorder=0)
+            panel.hlines(rows, before, after, color=style.BLUE, linewidth=2)
+            look = {"color": "white", "markeredgecolor": style.BLUE}
+            panel.plot(before, rows, "o", label="base", **look)
+            panel.plot(after, rows, "o", color=style.BLUE, label="expert")
+            look = {"color": style.BLACK, "markersize": 10, "markeredgewidth": 1.4}
+            panel.plot(here["multitask"], rows, "|", label="multitask", **look)
+            panel.set_title(f"{style.base_name(base)}, {here['size'].iloc[0]}")
+            panel.set_xlabel("score, %")
+        panels[0].set_yticks(range(len(datasets)), datasets)
+        panels[0].invert_yaxis()
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=3)
+        return figure
+
+
+def sweeps(choices: pd.DataFrame, base: str) -> Figure:
+    """Draws the scores that merges' hyper-parameters were chosen by, over the scale.
+
+    Where a method has a density or a drop rate as well, a line is the best of them at each scale.
+
+    Args:
+        choices: size, base, method, experts, scale, density, drop_rate (NaN where the method has
+            none), score, chosen (bool). Methods without a scale have no curve.
+        base: The base of the merges.
+
+    Returns:
+        The figure: a row for each method, a column for each size, a line for each number of
+        experts, a star at the chosen values.
+    """
+    choices = choices[(choices["base"] == base) & choices["scale"].notna()]
+    sizes, methods = style.sizes(choices), style.methods(choices)
+    looks = style.ordered_styles(style.counts(choices))
+    with matplotlib.rc_context(style.RC):
+        figure = Figure(
+            figsize=(2.2 * len(sizes) + 0.6, 1.75 * len(methods) + 0.8), layout="constrained"
+        )
+        panels = figure.subplots(
+            len(methods), len(sizes), sharex="row", sharey="row", squeeze=False
+        )
+        for row, method in zip(panels, methods, strict=True):
+            for panel, size in zip(row, sizes, strict=True):
+                cell = choices[(choices["method"] == method) & (choices["size"] == size)]
+                for count, look in looks.items():
+                    _curve(panel, cell[cell["experts"] == count], count, look)
+                if method == methods[0]:
+                    panel.set_title(f"{style.base_name(base)}, {size}")
+                if method == methods[-1]:
+                    panel.set_xlabel("scale")
+            row[0].set_ylabel(f"{style.method_name(method)}\nscore")
+        handles = [
+            matplotlib.lines.Line2D([], [], markersize=4, label=f"{count} experts", **look)
+            for count, look in looks.items()
+        ]
+        star = {"marker": "*", "linestyle": "", "markersize": 9, "color": style.GREY}
+        handles.append(matplotlib.lines.Line2D([], [], label="chosen", **star))
+        figure.legend(handles=handles, loc="outside lower center", ncols=6)
+        return figure
+
+
+def _curve(panel: Axes, rows: pd.DataFrame, count: int, look: dict[str, object]) -> None:
+    best = rows.groupby("scale")["score"].max()
+    panel.plot(best.index, best, markersize=3, linewidth=1.2, label=f"{count} experts", **look)
+    chosen = rows[rows["chosen"].astype(bool)]
+    star = {"markeredgecolor": "black", "markeredgewidth": 0.6, "color": look["color"]}
+    panel.plot(chosen["scale"], chosen["score"], "*", markersize=11, zorder=5, **star)
+
+
+# --- common to the figures ---
 
 
 def _row(
     panels: int, width: float, height: float, sharey: bool = True
 ) -> tuple[Figure, list[Axes]]:
-    """A figure of `panels` panels in a row, each `width` by `height` inches."""
+    """Returns a figure of `panels` panels in a row, each `width` by `height` inches."""
     figure = Figure(figsize=(max(4.0, width * panels + 0.5), height), layout="constrained")
     return figure, list(figure.subplots(1, panels, sharey=sharey, squeeze=False)[0])
 
@@ -326,14 +418,14 @@ def _experts_axis(axis: Axes, frame: pd.DataFrame) -> None:
 
 
 def _error(rows: pd.DataFrame, column: str) -> np.ndarray | None:
-    """How far the band goes down and up from the values (2 x rows), None where it has none."""
+    """Returns the band's distances down and up from the values (2 x rows), or None without one."""
     value = rows[column]
     distances = np.array([value - rows[f"{column}_low"], rows[f"{column}_high"] - value])
     return np.clip(distances, 0, None) if np.isfinite(distances).any() else None
 
 
 def _line(axis: Axes, rows: pd.DataFrame, column: str, **look: object) -> None:
-    """A line over the number of experts with its band, shaded; one point has an error bar."""
+    """Draws a line over the number of experts with its band; one point has an error bar."""
     rows = rows.sort_values("experts")
     axis.plot(rows["experts"], rows[column], markersize=4.5, linewidth=1.5, **look)
     error = _error(rows, column)
@@ -347,11 +439,11 @@ def _line(axis: Axes, rows: pd.DataFrame, column: str, **look: object) -> None:
 
 
 def _bars(
-    axis: Axes, rows: pd.DataFrame, column: str, place: int, of: int, **look: object
+    axis: Axes, rows: pd.DataFrame, column: str, index: int, count: int, **look: object
 ) -> BarContainer:
-    """The bars of one group member, the `place`-th `of` them, at 0, 1, 2, ..."""
-    width = 0.82 / of
-    x = np.arange(len(rows)) + (place - (of - 1) / 2) * width
+    """Draws the bars of the `index`-th of `count` group members at 0, 1, 2, ..."""
+    width = 0.82 / count
+    x = np.arange(len(rows)) + (index - (count - 1) / 2) * width
     error = _error(rows, column)
     return axis.bar(x, rows[column], width * 0.94, yerr=error, error_kw=_ERROR, **look)
 
@@ -361,7 +453,7 @@ def _broken(name: str) -> str:
 
 
 def _legend(figure: Figure, handles: Sequence[Artist]) -> None:
-    """Under the panels, in as many columns as the figure's width has room for."""
+    """Adds a legend under the panels, in as many columns as fit."""
     columns = max(1, int(figure.get_figwidth() / 1.3))
     figure.legend(handles=handles, loc="outside lower center", ncols=min(columns, len(handles)))
 
@@ -369,8 +461,8 @@ def _legend(figure: Figure, handles: Sequence[Artist]) -> None:
 # --- files ---
 
 
-def _settled(figure: Figure) -> Figure:
-    """With its layout found once: found again at the next drawing, it would move by a hair."""
+def _with_fixed_layout(figure: Figure) -> Figure:
+    """Computes the layout once: computed again at the next drawing, it would differ slightly."""
     if isinstance(figure.get_layout_engine(), ConstrainedLayoutEngine):
         figure.draw_without_rendering()
         figure.set_layout_engine("none")
@@ -378,20 +470,25 @@ def _settled(figure: Figure) -> Figure:
 
 
 def svg(figure: Figure) -> str:
-    """The figure as an svg document, the same bytes for the same figure."""
+    """Returns the figure as an svg document, the same bytes for the same figure."""
     text = io.StringIO()
     with matplotlib.rc_context(style.RC):
-        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        _settled(figure).savefig(text, format="svg", metadata=nothing)
+        metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        _with_fixed_layout(figure).savefig(text, format="svg", metadata=metadata)
     return text.getvalue()
 
 
-def write(figure: Figure, directory: Path, name: str) -> None:
+_SAVE_OPTIONS = {"pdf": {"metadata": {"CreationDate": None}}, "png": {"dpi": 200}}
+
+
+def write(
+    figure: Figure, directory: Path, name: str, formats: Iterable[str] = ("svg", "pdf", "png")
+) -> None:
     """Writes NAME.svg, NAME.pdf and NAME.png (200 dots an inch)."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / f"{name}.svg").write_text(svg(figure))
     with matplotlib.rc_context(style.RC):
-        with (directory / f"{name}.pdf").open("wb") as file:
-            figure.savefig(file, format="pdf", metadata={"CreationDate": None})
-        with (directory / f"{name}.png").open("wb") as file:
-            figure.savefig(file, format="png", dpi=200)
+        for ending in formats:
+            if ending != "svg":
+                with (directory / f"{name}.{ending}").open("wb") as file:
+                    figure.savefig(file, format=ending, **_SAVE_OPTIONS[ending])

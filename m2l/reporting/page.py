@@ -1,4 +1,4 @@
-"""A study's report: tables, figures, and one HTML page that needs no network."""
+"""Writes a study's report: tables, figures, and one HTML page that needs no network."""
 
 import json
 from collections.abc import Sequence
@@ -7,63 +7,75 @@ from pathlib import Path
 import jinja2
 
 from m2l import storage
-from m2l.reporting import figures, scaling_report, skills_report, tables
+from m2l.reporting import figures, merge_to_learn_report, merging_at_scale_report, tables
 from m2l.reporting.blocks import Report
-from m2l.studies import records
-from m2l.studies.scaling import ScalingStudy
+from m2l.studies import study_results
+from m2l.studies.merging_at_scale import ScalingStudy
 from m2l.version import __version__
+
+# The file formats of figures and of tables: of a study's own report, and of one in a repository.
+_FORMATS = (("svg", "pdf", "png"), ("csv", "md", "tex"))
+_PUBLISHED_FORMATS = (("svg",), ("csv",))
 
 
 def collect(out: Path) -> Report:
-    """A finished study's report, from its folder or its published results, whichever its kind.
+    """Returns a finished study's report, from its folder or its published results.
 
     Raises:
-        DataError: `out` holds no study, or one that is not finished.
-        EvaluationError: results cannot be compared.
+        DataError: `out` has no study, or one that is not finished.
+        EvaluationError: Results cannot be compared.
     """
-    found = records.load(storage.path(out))
-    kind = scaling_report if isinstance(found.study, ScalingStudy) else skills_report
-    return kind.report(kind.collect(found))
+    results = study_results.load(storage.path(out))
+    scaling = isinstance(results.study, ScalingStudy)
+    module = merging_at_scale_report if scaling else merge_to_learn_report
+    return module.report(module.collect(results))
 
 
-def write(out: Path, report: Report | None = None) -> Path:
+def write(out: Path, report: Report | None = None, publish: bool = False) -> Path:
     """Writes a study's report from its results.
 
     Args:
         out: The study's folder, or a published one (study.json and results.parquet). Gets
             report/tables, report/figures and report/index.html.
-        report: What `collect` made of it, if it was asked before.
+        report: What `collect` returned, if it was called before.
+        publish: Whether to write only csv and svg, for a repository.
 
     Returns:
         The page.
 
     Raises:
-        DataError: `out` holds no study, or one that is not finished.
-        EvaluationError: results cannot be compared.
+        DataError: `out` has no study, or one that is not finished.
+        EvaluationError: Results cannot be compared.
     """
     out = storage.path(out)
     report = report or collect(out)
     folder = out / "report"
-    for name, frame in report.tables.items():
-        tables.write(frame, folder / "tables", name)
+    formats = _PUBLISHED_FORMATS if publish else _FORMATS
     for name, figure in report.figures.items():
-        figures.write(figure, folder / "figures", name)
+        figures.write(figure, folder / "figures", name, formats[0])
+    for name, frame in report.tables.items():
+        tables.write(frame, folder / "tables", name, formats[1])
     known = ("study.json", "config.gin", "records.json", "results.parquet", "results")
-    beside = [name for name in known if (out / name).exists()]
+    links = [name for name in known if (out / name).exists()]
     path = folder / "index.html"
-    storage.write_atomic(path, render(report, beside))
+    storage.write_atomic(path, render(report, links, formats))
     return path
 
 
-def render(report: Report, beside: Sequence[str] = ()) -> str:
-    """The page.
+def render(
+    report: Report,
+    links: Sequence[str] = (),
+    formats: tuple[Sequence[str], Sequence[str]] = _FORMATS,
+) -> str:
+    """Renders the page.
 
     Args:
-        report: What it tells.
-        beside: The study's files to link to, by their names in the study's folder.
+        report: Its content.
+        links: The names of files in the study's folder to link to.
+        formats: The formats of figures and of tables to link to.
 
     Returns:
-        An HTML document; it links to ../NAME for these, and to tables/ and figures/ beside it.
+        An HTML document; it links to ../NAME for these, and to files in tables/ and figures/.
     """
     template = jinja2.Environment(
         loader=jinja2.PackageLoader("m2l.reporting", "."),
@@ -77,7 +89,9 @@ def render(report: Report, beside: Sequence[str] = ()) -> str:
         report=report,
         settings_text=json.dumps(report.settings, indent=1),
         tests=list(dict.fromkeys(finding.test for finding, _ in report.findings)),
-        beside=beside,
+        links=links,
+        figure_formats=formats[0],
+        table_formats=formats[1],
         hours=report.seconds / 3600,
     )
     return page + "\n"

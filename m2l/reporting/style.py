@@ -1,12 +1,14 @@
-"""How a report calls and colours things: one name, colour and mark each."""
+"""The names, colours and markers of methods, bases and sizes in reports."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TypeVar
 
 import matplotlib
 import pandas as pd
 
-# The paper's names and order; a method that is not here comes after them, under its own name.
+T = TypeVar("T")
+
+# The paper's names and order; other methods come after them, under their own names.
 METHODS = {
     "average": "Average",
     "task_arithmetic": "Task Arithmetic",
@@ -23,7 +25,7 @@ METHODS = {
 BASES = {"pretrained": "Pretrained", "instruct": "Instruction-tuned"}
 MULTITASK = "multitask"
 
-# Okabe and Ito's colours, told apart with any colour vision.
+# Okabe and Ito's colours, which are distinct with any colour vision.
 BLUE, ORANGE, GREEN, PINK = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
 SKY, VERMILLION, BLACK, GREY = "#56B4E9", "#D55E00", "#000000", "#666666"
 BASE_COLOURS = {"pretrained": VERMILLION, "instruct": BLUE}
@@ -56,40 +58,40 @@ RC = {
 
 
 def method_name(method: str) -> str:
-    """What a method is called in print."""
+    """Returns the printed name of a method."""
     return METHODS.get(method, method.replace("_", " ").title())
 
 
 def base_name(base: str) -> str:
-    """What a base is called in print."""
+    """Returns the printed name of a base."""
     return BASES.get(base, base)
 
 
 def methods(frame: pd.DataFrame, multitask: bool = True) -> list[str]:
-    """The frame's methods in the paper's order, others after them, multitask last."""
-    found = [name for name in frame["method"].unique() if name != MULTITASK]
+    """Returns the frame's methods in the paper's order, then other ones, multitask last."""
+    names = [name for name in frame["method"].unique() if name != MULTITASK]
     known = list(METHODS)
-    found.sort(key=lambda name: known.index(name) if name in known else len(known))
-    return found + [MULTITASK] * (multitask and MULTITASK in set(frame["method"]))
+    names.sort(key=lambda name: known.index(name) if name in known else len(known))
+    return names + [MULTITASK] * (multitask and MULTITASK in set(frame["method"]))
 
 
 def bases(frame: pd.DataFrame) -> list[str]:
-    """The frame's bases, the pretrained one first."""
+    """Returns the frame's bases, the pretrained one first."""
     return [base for base in BASES if base in set(frame["base"])]
 
 
 def sizes(frame: pd.DataFrame) -> list[str]:
-    """The frame's model sizes, in the frame's order."""
+    """Returns the frame's model sizes, in the frame's order."""
     return list(frame["size"].unique())
 
 
 def counts(frame: pd.DataFrame) -> list[int]:
-    """The frame's numbers of merged experts, from few to many."""
+    """Returns the frame's numbers of merged experts, ascending."""
     return sorted(int(count) for count in frame["experts"].unique())
 
 
-def method_style(method: str, among: Sequence[str]) -> dict[str, Any]:
-    """Colour, marker and line of a method; methods the paper has not differ among themselves."""
+def method_style(method: str, among: Sequence[str]) -> dict[str, str]:
+    """Returns a method's colour, marker and line, different from those of the others in `among`."""
     if method == MULTITASK:
         return {"color": GREY, "marker": "", "linestyle": "--"}
     if method in _METHOD_COLOURS:
@@ -98,23 +100,19 @@ def method_style(method: str, among: Sequence[str]) -> dict[str, Any]:
             "marker": _METHOD_MARKERS[method],
             "linestyle": "-",
         }
-    others = [name for name in among if name not in _METHOD_COLOURS]
-    place = others.index(method) % len(_OTHER_COLOURS)
-    return {
-        "color": _OTHER_COLOURS[place],
-        "marker": _OTHER_MARKERS[place],
-        "linestyle": "-",
-    }
+    further = [name for name in among if name not in _METHOD_COLOURS]
+    index = further.index(method) % len(_OTHER_COLOURS)
+    return {"color": _OTHER_COLOURS[index], "marker": _OTHER_MARKERS[index], "linestyle": "-"}
 
 
-def ordered_styles(values: Sequence[Any]) -> dict[Any, dict[str, Any]]:
-    """Colours from light to dark, with markers, for what has an order: sizes, counts."""
+def ordered_styles(values: Sequence[T]) -> dict[T, dict[str, str]]:
+    """Returns colours from light to dark, with markers, for ordered values: sizes, counts."""
     steps = len(values) - 1
-    shades = [0.82 - 0.82 * place / steps if steps else 0.35 for place in range(len(values))]
+    shades = [0.82 - 0.82 * index / steps if steps else 0.35 for index in range(len(values))]
     return {
         value: {
             "color": matplotlib.colors.to_hex(matplotlib.colormaps["viridis"](shade)),
-            "marker": _SIZE_MARKERS[place % len(_SIZE_MARKERS)],
+            "marker": _SIZE_MARKERS[index % len(_SIZE_MARKERS)],
         }
-        for place, (value, shade) in enumerate(zip(values, shades, strict=True))
+        for index, (value, shade) in enumerate(zip(values, shades, strict=True))
     }

@@ -1,29 +1,48 @@
-"""A study's tables: the paper's 1 to 4 and those under them, as csv, Markdown and LaTeX.
+"""The tables of paper 1's study, the paper's own numbers, and frames as csv, Markdown and LaTeX.
 
 Source: Yadav et al., "What Matters for Model Merging at Scale?", appendix C.
 """
 
-import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from m2l.reporting import style
 
-# The paper's tables by number: what is in them, and of which base.
+# The column and the base of the paper's tables, by number.
 PAPER = {
     1: ("held_in", "instruct"),
     2: ("held_out", "instruct"),
     3: ("held_in", "pretrained"),
     4: ("held_out", "pretrained"),
 }
-_LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-_LATEX |= {character: rf"\{character}" for character in "&%$#_{}"}
+
+
+def paper_performance() -> pd.DataFrame:
+    """Returns the numbers of the paper's tables 1 to 4 in the layout of a study's results.
+
+    The models are PaLM-2 ("pretrained") and PaLM-2-IT ("instruct"); means over three seeds, to two
+    decimals. The paper's text and its tables disagree: section 4.4 gives the fall from 0.66 to 0.39
+    and the one from 0.91 to 0.86 to 8B models, tables 3 and 1 to 1B models; these are the tables'.
+
+    Returns:
+        A row for each size ("1B" to "64B", in order), base, method and number of experts: size,
+        base, method, experts, held_in, held_in_low, held_in_high, held_out, held_out_low,
+        held_out_high. Normalised performance (1 = the task's expert, or the base model); the paper
+        gives no bands, so low and high are NaN.
+    """
+    frame = pd.read_csv(Path(__file__).parent / "merging_at_scale.csv")
+    for column in ("held_in", "held_out"):
+        position = frame.columns.get_loc(column) + 1
+        for end in ("high", "low"):
+            frame.insert(position, f"{column}_{end}", np.nan)
+    return frame
 
 
 def performance(frame: pd.DataFrame, column: str, base: str) -> pd.DataFrame:
-    """One of the paper's tables 1 to 4: normalised performance by method, size and experts.
+    """Returns one of the paper's tables 1 to 4: performance by method, size and experts.
 
     Args:
         frame: A performance frame (see `figures`).
@@ -44,7 +63,7 @@ def performance(frame: pd.DataFrame, column: str, base: str) -> pd.DataFrame:
 
 
 def summary(frame: pd.DataFrame) -> pd.DataFrame:
-    """Both kinds of performance at a glance, for a terminal.
+    """Returns both kinds of performance in one table, for a terminal.
 
     Args:
         frame: A performance frame.
@@ -64,13 +83,13 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def named(frame: pd.DataFrame) -> pd.DataFrame:
-    """The frame with the printed names of its bases and methods."""
+    """Returns the frame with the printed names of its bases and methods."""
     names = {"base": style.base_name, "method": style.method_name}
     return frame.assign(**{key: frame[key].map(names[key]) for key in names if key in frame})
 
 
 def experts(frame: pd.DataFrame) -> pd.DataFrame:
-    """What each expert gained over its base on its own datasets.
+    """Returns each expert's gain over its base on its own datasets.
 
     Args:
         frame: size, base, category, dataset, before, expert, multitask; scores in percent.
@@ -82,7 +101,7 @@ def experts(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def chosen(choices: pd.DataFrame) -> pd.DataFrame:
-    """The hyper-parameters that were chosen: the chosen rows of `choices`, with printed names."""
+    """Returns the chosen hyper-parameters: the chosen rows of `choices`, with printed names."""
     rows = choices[choices["chosen"].astype(bool)].drop(columns="chosen")
     return named(rows).reset_index(drop=True)
 
@@ -91,7 +110,7 @@ def chosen(choices: pd.DataFrame) -> pd.DataFrame:
 
 
 def _flat(frame: pd.DataFrame) -> pd.DataFrame:
-    """A table of the paper's layout with one line of header: "1B, 2" is 1B, two experts."""
+    """Returns a table of the paper's layout with one line of header: "1B, 2" is 1B, 2 experts."""
     if frame.columns.nlevels == 1:
         return frame
     flat = frame.copy()
@@ -100,14 +119,14 @@ def _flat(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def text(value: object, digits: int = 2) -> str:
-    """A cell as it is printed; a dash where there is no number."""
+    """Returns a cell as it is printed; a dash for NaN."""
     if not isinstance(value, float):
         return str(value)
     return "–" if pd.isna(value) else f"{value:.{digits}f}"
 
 
 def markdown(frame: pd.DataFrame) -> str:
-    """The frame as a Markdown table, numbers to two decimals."""
+    """Returns the frame as a Markdown table, numbers to two decimals."""
     frame = _flat(frame)
     kinds = [pd.api.types.is_numeric_dtype(frame[name]) for name in frame]
     rule = "|" + "".join("---:|" if numeric else "---|" for numeric in kinds)
@@ -117,41 +136,37 @@ def markdown(frame: pd.DataFrame) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _escaped(value: object) -> str:
-    return re.sub(r"[\\~^&%$#_{}]", lambda match: _LATEX[match[0]], text(value)).replace("–", "--")
-
-
-def _line(cells: Sequence[str]) -> str:
-    return " & ".join(cells) + r" \\"
-
-
 def latex(frame: pd.DataFrame) -> str:
-    r"""The frame as a LaTeX tabular, numbers to two decimals; needs the package booktabs.
+    r"""Returns the frame as a LaTeX tabular, numbers to two decimals; needs the package booktabs.
 
     A table of the paper's layout gets the paper's header: sizes over numbers of experts.
     """
     flat = _flat(frame)
-    kinds = "".join("r" if pd.api.types.is_numeric_dtype(flat[name]) else "l" for name in flat)
-    lines = [rf"\begin{{tabular}}{{{kinds}}}", r"\toprule"]
+    alignment = "".join("r" if pd.api.types.is_numeric_dtype(flat[name]) else "l" for name in flat)
+    table = flat.to_latex(
+        index=False, escape=True, na_rep="--", float_format="%.2f", column_format=alignment
+    )
     if frame.columns.nlevels == 1:
-        lines.append(_line([_escaped(name) for name in frame.columns]))
-    else:
-        sizes = [size for size, _ in frame.columns]
-        spans = [(size, sizes.index(size), sizes.count(size)) for size in dict.fromkeys(sizes)]
-        over = [rf"\multicolumn{{{span}}}{{c}}{{{_escaped(size)}}}" for size, _, span in spans]
-        lines.append(_line([r"Merging method ($\downarrow$)", *over]))
-        rules = [rf"\cmidrule(lr){{{first + 2}-{first + span + 1}}}" for _, first, span in spans]
-        lines.append(" ".join(rules))
-        counts = [str(count) for _, count in frame.columns]
-        lines.append(_line([r"\# of experts ($\rightarrow$)", *counts]))
-    lines.append(r"\midrule")
-    lines += [_line([_escaped(value) for value in row]) for row in flat.itertuples(index=False)]
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
+        return table
+    begin, rule, _, *lines = table.splitlines()
+    sizes, counts = zip(*frame.columns, strict=True)
+    spans = [(size, sizes.index(size), sizes.count(size)) for size in dict.fromkeys(sizes)]
+    groups = [rf"\multicolumn{{{span}}}{{c}}{{{size}}}" for size, _, span in spans]
+    header = [
+        " & ".join([r"Merging method ($\downarrow$)", *groups]) + r" \\",
+        " ".join(rf"\cmidrule(lr){{{first + 2}-{first + span + 1}}}" for _, first, span in spans),
+        " & ".join([r"\# of experts ($\rightarrow$)", *map(str, counts)]) + r" \\",
+    ]
+    return "\n".join([begin, rule, *header, *lines]) + "\n"
 
 
-def write(frame: pd.DataFrame, directory: Path, name: str) -> None:
+_WRITERS = {"csv": lambda frame: _flat(frame).to_csv(index=False), "md": markdown, "tex": latex}
+
+
+def write(
+    frame: pd.DataFrame, directory: Path, name: str, formats: Iterable[str] = tuple(_WRITERS)
+) -> None:
     """Writes NAME.csv (full precision), NAME.md and NAME.tex."""
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / f"{name}.csv").write_text(_flat(frame).to_csv(index=False))
-    (directory / f"{name}.md").write_text(markdown(frame))
-    (directory / f"{name}.tex").write_text(latex(frame))
+    for ending in formats:
+        (directory / f"{name}.{ending}").write_text(_WRITERS[ending](frame))

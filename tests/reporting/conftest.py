@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from m2l.reporting import page, paper, scaling_report, skills_report
-from m2l.studies import records
+from m2l.reporting import merge_to_learn_report, merging_at_scale_report, page, tables
+from m2l.studies import study_results
 from m2l.studies.findings import Finding
 
 SETTINGS = {
@@ -26,7 +26,7 @@ SETTINGS = {
 
 @pytest.fixture(scope="session")
 def paper_frame():
-    return paper.merging_at_scale()
+    return tables.paper_performance()
 
 
 @pytest.fixture(scope="session")
@@ -110,7 +110,7 @@ def material(banded, experts, choices):
     ]
     frames = {"performance": banded, "cells": cells, "experts": experts, "held_out": held_out}
     beside = {"choices": choices, "lineage": lineage, "findings": found, "seconds": 7000.0}
-    return scaling_report.Material(SETTINGS, **frames, **beside)
+    return merging_at_scale_report.Material(SETTINGS, **frames, **beside)
 
 
 @pytest.fixture(scope="session")
@@ -133,23 +133,23 @@ def written(material, tmp_path_factory):
     """A written report of made-up results: its folder."""
     out = tmp_path_factory.mktemp("made_up")
     (out / "study.json").write_text("{}")
-    return _written(out, scaling_report.report(material))
+    return _written(out, merging_at_scale_report.report(material))
 
 
 @pytest.fixture(scope="session")
 def skills_published(skills_records, tmp_path_factory):
     """The folder of made-up results of paper 2's study."""
     out = tmp_path_factory.mktemp("made_up_skills")
-    records.publish(skills_records(), out)
+    study_results.publish(skills_records(), out)
     return out
 
 
 @pytest.fixture(scope="session")
 def skills_material(skills_published):
-    return skills_report.collect(records.load(skills_published))
+    return merge_to_learn_report.collect(study_results.load(skills_published))
 
 
 @pytest.fixture(scope="session")
 def skills_written(skills_published, skills_material):
     """The report of it."""
-    return _written(skills_published, skills_report.report(skills_material))
+    return _written(skills_published, merge_to_learn_report.report(skills_material))

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from m2l.reporting import details, figures, scaling_report, style
+from m2l.reporting import figures, merging_at_scale_report, style
 
 SIZES, COUNTS = ["1B", "8B", "24B", "64B"], [2, 4, 6, 8]
 METHODS = ["average", "task_arithmetic", "dare_ties", "ties"]
@@ -159,7 +159,7 @@ def frames_of_other_shapes(frame):
 
 def test_any_number_of_sizes_counts_and_methods_can_be_drawn(banded):
     for frame in frames_of_other_shapes(banded):
-        for figure in scaling_report.of_paper(frame).values():
+        for figure in merging_at_scale_report.paper_figures(frame).values():
             figure.canvas.draw()
 
 
@@ -170,7 +170,7 @@ def test_no_two_methods_look_alike():
 
 
 def test_gains_draws_the_largest_size_unless_told_otherwise(experts):
-    for size, figure in (("64B", details.gains(experts)), ("1B", details.gains(experts, "1B"))):
+    for size, figure in (("64B", figures.gains(experts)), ("1B", figures.gains(experts, "1B"))):
         for base in style.BASES:
             axis = panel(figure, f"{style.base_name(base)}, {size}")
             for label, column in (("base", "before"), ("expert", "expert")):
@@ -179,7 +179,7 @@ def test_gains_draws_the_largest_size_unless_told_otherwise(experts):
 
 
 def test_a_sweeps_line_is_the_best_at_each_scale_and_its_star_what_was_chosen(choices):
-    figure = details.sweeps(choices, "instruct")
+    figure = figures.sweeps(choices, "instruct")
     assert len(figure.axes) == 3 * 2
     for axis in figure.axes:
         for count in (2, 4):

@@ -2,9 +2,9 @@ import re
 
 import pytest
 
-from m2l.reporting import page, scaling_report, tables
+from m2l.reporting import merging_at_scale_report, page, tables
 
-FIGURES = {"experts", "sweeps_pretrained", "sweeps_instruct", *scaling_report.CAPTIONS}
+FIGURES = {"experts", "sweeps_pretrained", "sweeps_instruct", *merging_at_scale_report.CAPTIONS}
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_every_table_and_figure_is_there_in_every_format(written):
 
 def test_our_figures_and_the_papers_are_on_the_page(html):
     labels = re.findall(r'<svg role="img" aria-label="([^"]+)"', html)
-    assert len(labels) == len(FIGURES) + len(scaling_report.CAPTIONS)
+    assert len(labels) == len(FIGURES) + len(merging_at_scale_report.CAPTIONS)
     assert sum(label.startswith("The paper&#39;s figure") for label in labels) == 7
 
 
@@ -60,7 +60,7 @@ def test_every_finding_has_its_claim_sentence_test_and_verdict(html, material):
         assert finding.sentence.replace("&", "&amp;") in section
         kind = finding.verdict.replace(" ", "-")
         assert re.search(rf'class="badge {kind}">. {finding.verdict}<', section)
-        for name in scaling_report.FINDINGS[finding.number]:
+        for name in merging_at_scale_report.FINDINGS[finding.number]:
             assert f'id="figure-{name}"' in section
             assert f'id="paper_{name}-' in section
 
@@ -76,7 +76,7 @@ def test_the_lineage_gives_parents_and_the_recipe_as_chosen(html):
 
 
 def test_a_study_of_one_size_without_a_sweep_has_a_page(small):
-    report = scaling_report.report(small)
+    report = merging_at_scale_report.report(small)
     assert not any(name.startswith("sweeps") for name in report.figures)
     html = page.render(report)
     assert "1 model size (1B" in html

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from m2l.reporting import paper, tables
+from m2l.reporting import tables
 
 # Copied from appendix C by hand, apart from the file that the package holds.
 PRINTED = {
@@ -47,11 +47,11 @@ def printed(number):
 
 
 def of_paper(number):
-    return tables.performance(paper.merging_at_scale(), *tables.PAPER[number])
+    return tables.performance(tables.paper_performance(), *tables.PAPER[number])
 
 
 def test_the_papers_frame_has_every_cell_once_and_no_bands():
-    frame = paper.merging_at_scale()
+    frame = tables.paper_performance()
     assert len(frame) == 4 * 2 * 5 * 4
     assert not frame.duplicated(["size", "base", "method", "experts"]).any()
     assert list(frame.columns[4:]) == [
@@ -102,7 +102,7 @@ def test_the_latex_header_spans_each_size_over_its_numbers_of_experts():
 
 
 def test_a_cell_that_was_not_measured_is_a_dash_and_further_methods_stand_before_multitask():
-    frame = paper.merging_at_scale()
+    frame = tables.paper_performance()
     frame = frame[frame["size"] == "1B"]
     extra = frame[(frame["method"] == "ties") & (frame["experts"] == 2)]
     frame = pd.concat([frame, extra.assign(method="model_stock")])

@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 
 from m2l import models, tasks
-from m2l.studies import costs, scaling
+from m2l.studies import run
 from m2l.training import resources
 
 
@@ -11,12 +11,12 @@ from m2l.training import resources
 def plan(study):
     tasks.use("microworld")
     swept = {"dare_ties": {"scale": (0.5, 1.0)}}
-    return scaling.plan(dataclasses.replace(study, swept=swept, max_prompts=2, max_examples=10))
+    return dataclasses.replace(study, swept=swept, max_prompts=2, max_examples=10).stage_graph()
 
 
 def test_training_costs_its_steps_and_the_disk_of_what_it_keeps(plan, study):
     config, settings = study.models["0.4M"], study.expert
-    cost = costs.of_stage(plan["experts/0.4M/instruct/sentiment"], plan)
+    cost = run.stage_cost(plan["experts/0.4M/instruct/sentiment"], plan)
     rows = settings.batch_size, settings.input_length, settings.target_length
     assert cost.flops == 3 * resources.step_flops(config, *rows)
     assert cost.disk == 4 * models.parameters(config) * settings.keep
@@ -33,11 +33,11 @@ def test_evaluations_cost_by_their_tasks_and_examples(plan, study):
     lengths = study.expert.input_length, study.expert.target_length
     one = resources.evaluation_flops(study.models["0.1M"], 1, *lengths, choices=4)
     # Sentiment has two datasets, natural language inference one of three parts and one more.
-    expert = costs.of_stage(plan["results/experts/0.1M/instruct/sentiment"], plan)
+    expert = run.stage_cost(plan["results/experts/0.1M/instruct/sentiment"], plan)
     assert expert.flops == pytest.approx(one * 10 * 4)
     merge = next(stage for stage in plan if stage.kind == "merge" and "0.1M" in stage.name)
-    made = costs.of_stage(merge, plan)
-    per_model = costs.of_stage(
+    made = run.stage_cost(merge, plan)
+    per_model = run.stage_cost(
         dataclasses.replace(merge, settings={**merge.settings, "recipes": {"one": {}}}), plan
     )
     assert made.flops == pytest.approx(per_model.flops * len(merge.settings["recipes"]))
@@ -45,13 +45,13 @@ def test_evaluations_cost_by_their_tasks_and_examples(plan, study):
 
 def test_choosing_costs_by_its_candidates(plan):
     stage = plan["choices/0.1M/instruct/2"]
-    cost = costs.of_stage(stage, plan)
+    cost = run.stage_cost(stage, plan)
     candidates = stage.settings["candidates"]
     twice = {**stage.settings, "candidates": {**candidates, "ties": candidates["dare_ties"]}}
     assert len(candidates["dare_ties"]) == 2
-    more = costs.of_stage(dataclasses.replace(stage, settings=twice), plan)
+    more = run.stage_cost(dataclasses.replace(stage, settings=twice), plan)
     assert more.flops == pytest.approx(2 * cost.flops)
 
 
 def test_time_is_arithmetic_over_the_share_of_the_peak_that_is_reached():
-    assert costs.seconds(costs.Cost(flops=8e12, disk=0), peak=1e12) == pytest.approx(8 / 0.4)
+    assert run.cost_seconds(run.Cost(flops=8e12, disk=0), peak=1e12) == pytest.approx(8 / 0.4)

@@ -12,7 +12,7 @@ from m2l import configuration, tasks
 from m2l.data import pipeline
 from m2l.errors import ConfigError, UnknownNameError
 from m2l.merging import merge_params
-from m2l.studies import records, skill_results, skills
+from m2l.studies import merge_to_learn, skill_scores, study_results
 from m2l.training.settings import TrainSettings
 
 # Of the paper's mixtures, and the weights that its repository has for them.
@@ -42,7 +42,7 @@ theta_pre, theta_g, theta_d, theta_s = map(flat, (BASE, GENERAL_MODEL, SCIENCE, 
 
 
 def merged(method, weights, experts, density=0.5):
-    recipe = skills.recipe(method, weights, density)
+    recipe = merge_to_learn.recipe(method, weights, density)
     base = None if recipe.method == "average" else BASE
     return flat(merge_params(base, [GENERAL_MODEL, *experts], recipe))
 
@@ -92,12 +92,12 @@ def test_dare_drops_entries_of_both_vectors_rescales_and_adds():
 @pytest.mark.parametrize("method", PUBLISHED)
 @pytest.mark.parametrize("skill", SIZES)
 def test_the_heuristic_gives_the_papers_weights_for_the_papers_sizes(method, skill):
-    found = skills.heuristic(method, SIZES[skill], GENERAL)
+    found = merge_to_learn.heuristic(method, SIZES[skill], GENERAL)
     assert round(found, 2) == PUBLISHED[method][skill]
 
 
 def test_each_regime_starts_where_the_paper_says_and_trains_on_what_it_says(skills_study):
-    plan = skills.plan(skills_study)
+    plan = skills_study.stage_graph()
     for stage, init, mixture, steps in (
         ("general", "pretrained", "skills_general", 2 * 9800 / 32),
         ("ptm/science", "pretrained", "skills_science", 2 * 7000 / 32),
@@ -120,7 +120,7 @@ def test_each_regime_starts_where_the_paper_says_and_trains_on_what_it_says(skil
 
 
 def test_every_model_is_evaluated_on_everything(skills_study):
-    plan = skills.plan(skills_study)
+    plan = skills_study.stage_graph()
     trained = [stage.name for stage in plan if stage.kind == "train"]
     assert len(trained) == 2 + 3 * (3 + 2 * 2 + 1) + 2
     for name in trained:
@@ -131,7 +131,7 @@ def test_every_model_is_evaluated_on_everything(skills_study):
 
 
 def test_a_merge_reads_the_general_model_and_the_models_of_its_regime(skills_study):
-    plan = skills.plan(skills_study)
+    plan = skills_study.stage_graph()
     base = {"base": "models/pretrained", "expert/general": "models/general"}
     for group, experts in (
         ("science/ptm", {"expert/science": "models/ptm/science"}),
@@ -143,15 +143,15 @@ def test_a_merge_reads_the_general_model_and_the_models_of_its_regime(skills_stu
         ),
     ):
         assert plan[f"results/merges/{group}"].inputs == base | experts
-    made = {merge.method for merge in skills.merges(skills_study) if "/cft" in merge.group}
+    made = {merge.method for merge in merge_to_learn.merges(skills_study) if "/cft" in merge.group}
     assert made == {"wise_ft"}
 
 
 def test_every_skill_is_merged_along_w_and_once_by_the_heuristics(skills_study):
-    made = list(skills.merges(skills_study))
+    made = list(merge_to_learn.merges(skills_study))
     assert len({merge.model for merge in made}) == len(made)
     for skill in skills_study.skills:
-        for method in skills.METHODS:
+        for method in merge_to_learn.METHODS:
             of = [m for m in made if m.skills == (skill,) and m.method == method and m.part == 100]
             weights = {merge.weights[0] for merge in of}
             # Of those that interpolate, w = 1 is the other end itself.
@@ -159,13 +159,13 @@ def test_every_skill_is_merged_along_w_and_once_by_the_heuristics(skills_study):
             assert set(skills_study.weights) - ends <= weights
             (chosen,) = [merge for merge in of if merge.heuristic]
             size = skills_study.examples[skills_study.skills[skill]]
-            assert chosen.weights == (skills.heuristic(method, size, 9800),)
+            assert chosen.weights == (merge_to_learn.heuristic(method, size, 9800),)
 
 
 def test_a_heuristics_weight_that_is_tried_as_well_is_made_once(skills_study):
     """2,940 of 9,800 is exactly 0.3."""
     study = dataclasses.replace(skills_study, weights=(0.3, 0.6))
-    made = [m for m in skills.merges(study) if m.skills == ("coding",) and m.part == 100]
+    made = [m for m in merge_to_learn.merges(study) if m.skills == ("coding",) and m.part == 100]
     arithmetic = [(m.name, m.heuristic) for m in made if m.method == "task_arithmetic"]
     assert arithmetic == [("task_arithmetic-0.3", True), ("task_arithmetic-0.6", False)]
 
@@ -173,7 +173,7 @@ def test_a_heuristics_weight_that_is_tried_as_well_is_made_once(skills_study):
 def test_pairs_are_added_by_arithmetic_and_all_skills_by_every_method_that_adds(skills_study):
     study = dataclasses.replace(skills_study, methods=("ties", "task_arithmetic", "linear"))
     together = {}
-    for merge in skills.merges(study):
+    for merge in merge_to_learn.merges(study):
         if len(merge.skills) > 1:
             together.setdefault("+".join(merge.skills), []).append(merge.method)
             sizes = [study.examples[study.skills[skill]] for skill in merge.skills]
@@ -186,7 +186,7 @@ def test_pairs_are_added_by_arithmetic_and_all_skills_by_every_method_that_adds(
 def test_the_shipped_studys_mixtures_are_there_and_have_the_sizes_it_says():
     asked, _ = configuration.load("Study", ["experiments/merge_to_learn.gin"], [])
     study = asked.of
-    skills.check_mixtures(study)
+    study.check_mixtures()
     tasks.register(vocabulary=study.vocabulary, source=study.source)
     for mixture, count in study.examples.items():
         found = pipeline.find("mixture", mixture, "train")
@@ -194,9 +194,9 @@ def test_the_shipped_studys_mixtures_are_there_and_have_the_sizes_it_says():
 
 
 def test_settings_survive_the_disk(skills_study):
-    fields = json.loads(json.dumps(records.describe(skills_study)))
+    fields = json.loads(json.dumps(study_results.describe(skills_study)))
     assert fields.pop("kind") == "skills"
-    assert skills.from_dict(fields) == skills_study
+    assert merge_to_learn.SkillsStudy.from_dict(fields) == skills_study
 
 
 @pytest.mark.parametrize(
@@ -236,11 +236,11 @@ def test_the_papers_unit_of_cost_gives_the_papers_number_of_steps(skills_study):
         parts=(),
         retrained_parts=(),
     )
-    (row,) = skill_results.papers_steps(study).to_dict("records")
+    (row,) = skill_scores.papers_steps(study).to_dict("records")
     assert row["ptm"] == row["cft"] and round(row["ptm"]) == 517
     assert math.isclose(row["rt"], (GENERAL + SIZES["safety"]) / 128)
     study = dataclasses.replace(study, parts=(20, 40, 60, 80))
-    (row,) = skill_results.papers_steps(study).to_dict("records")
+    (row,) = skill_scores.papers_steps(study).to_dict("records")
     # 20 to 100 % of the data are three times all of it.
     assert math.isclose(row["rt"], (5 * GENERAL + 3 * SIZES["safety"]) / 128, rel_tol=1e-5)
     assert round(row["rt"]) == 12_311

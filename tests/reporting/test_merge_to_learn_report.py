@@ -7,8 +7,8 @@ import re
 
 import pytest
 
-from m2l.reporting import page, skill_tables, skills_report
-from m2l.studies import records
+from m2l.reporting import merge_to_learn_report, merge_to_learn_tables, page
+from m2l.studies import study_results
 
 
 def rows(written, name):
@@ -23,7 +23,7 @@ def html(skills_written):
 
 def test_every_table_and_figure_is_there_in_every_format_and_linked(html, skills_written):
     for folder, stems, endings in (
-        ("tables", skills_report.TABLES, ("csv", "md", "tex")),
+        ("tables", merge_to_learn_report.TABLES, ("csv", "md", "tex")),
         ("figures", ("tradeoff", "data_curves", "cost", "refusals"), ("svg", "pdf", "png")),
     ):
         files = {path.name for path in (skills_written.report / folder).iterdir()}
@@ -91,20 +91,20 @@ def test_a_way_is_ahead_only_if_the_difference_is_beyond_its_error(skills_record
                 return 50
             return 60 + ahead if model.startswith("models/rt") else 60
 
-        material = skills_report.collect(skills_records(change))
-        table = skill_tables.compared(material.study, material.models)
+        material = merge_to_learn_report.collect(skills_records(change))
+        table = merge_to_learn_tables.compared(material.study, material.models)
         for _, row in table.iterrows():
             if row["score"] == "general":
                 assert row["ahead"] == winner and row["by"] == pytest.approx(ahead)
             elif row["score"] != "mean of both":
                 assert row["ahead"] == "none" and row["by"] == 0
-        said = skill_tables.ahead(material.study, material.models)[0]
+        said = merge_to_learn_tables.ahead(material.study, material.models)[0]
         where = "in science (general), safety (general), coding (general)"
         assert f"Retraining is clearly ahead {where if winner != 'none' else 'nowhere'}" in said
 
 
 def test_sentences_tell_of_all_the_data_of_little_and_of_costs(html, skills_material):
-    said = skill_tables.ahead(skills_material.study, skills_material.models)
+    said = merge_to_learn_tables.ahead(skills_material.study, skills_material.models)
     assert said[0].startswith("With all of a skill's data: Continued fine-tuning is clearly")
     # Three comparisons for each skill, and compliance of safety.
     assert said[1].startswith("With 20 % of") and "of 10 comparisons" in said[1]
@@ -134,7 +134,9 @@ def test_a_study_without_safety_has_a_page(skills_records):
         parts=(),
         retrained_parts=(),
     )
-    found = records.Records(study, found.results, found.recipes, found.choices, found.seconds)
-    html = page.render(skills_report.report(skills_report.collect(found)))
+    found = study_results.StudyResults(
+        study, found.results, found.recipes, found.choices, found.seconds
+    )
+    html = page.render(merge_to_learn_report.report(merge_to_learn_report.collect(found)))
     assert "1 skill (science)" in html and 'id="finding-4"' not in html
     assert 'id="figure-refusals"' not in html

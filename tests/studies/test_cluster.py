@@ -9,7 +9,8 @@ import pytest
 
 from m2l import files
 from m2l.errors import ConfigError, M2LError
-from m2l.studies import execute, executors, records, scaling
+from m2l.studies import graph, study_results
+from m2l.studies.cluster import StageJob, by_slurm
 
 
 class Executor:
@@ -45,9 +46,9 @@ def slurm(monkeypatch):
 
 
 def test_each_level_is_an_array_that_waits_for_the_one_before(slurm, study, tmp_path):
-    plan = scaling.plan(study)
+    plan = study.stage_graph()
     settings = {"slurm_partition": "gpu", "timeout_min": 30}
-    numbers = executors.by_slurm(plan, tmp_path, settings, at_once=7)
+    numbers = by_slurm(plan, tmp_path, settings, parallelism=7)
     assert len(numbers) == len(plan)
     level_of = {}
     for level, (how, jobs) in enumerate(Executor.queued):
@@ -62,14 +63,14 @@ def test_each_level_is_an_array_that_waits_for_the_one_before(slurm, study, tmp_
 
 
 def test_only_what_is_not_done_is_queued(slurm, finished_study, study):
-    assert executors.by_slurm(scaling.plan(study), finished_study, {}, at_once=1) == []
+    assert by_slurm(study.stage_graph(), finished_study, {}, parallelism=1) == []
 
 
 def test_a_job_refuses_to_run_before_what_it_reads_and_is_queued_again_as_it_is(
     slurm, study, tmp_path
 ):
-    files.claim(tmp_path, "study.json", records.describe(study))
-    job = executors.StageJob(tmp_path, "experts/0.1M/instruct/sentiment")
+    files.claim(tmp_path, "study.json", study_results.describe(study))
+    job = StageJob(tmp_path, "experts/0.1M/instruct/sentiment")
     with pytest.raises(M2LError, match=r"reads \['bases/0\.1M/instruct'\], which is not done"):
         job()
     words, again = job.checkpoint()
@@ -78,16 +79,16 @@ def test_a_job_refuses_to_run_before_what_it_reads_and_is_queued_again_as_it_is(
 
 def test_a_job_of_a_stage_that_is_done_does_nothing(finished_study, study):
     name = "experts/0.1M/instruct/sentiment"
-    before = execute.seconds(finished_study, name)
-    assert executors.StageJob(finished_study, name)() == name
-    assert execute.seconds(finished_study, name) == before
+    before = graph.stage_seconds(finished_study, name)
+    assert StageJob(finished_study, name)() == name
+    assert graph.stage_seconds(finished_study, name) == before
 
 
 def test_without_submitit_or_slurm_it_says_what_to_do(monkeypatch, study, tmp_path):
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(ConfigError, match="pip install"):
-        executors.by_slurm(scaling.plan(study), tmp_path, {}, at_once=1)
+        by_slurm(study.stage_graph(), tmp_path, {}, parallelism=1)
     monkeypatch.setitem(sys.modules, "submitit", types.SimpleNamespace())
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(ConfigError, match="no sbatch"):
-        executors.by_slurm(scaling.plan(study), tmp_path, {}, at_once=1)
+        by_slurm(study.stage_graph(), tmp_path, {}, parallelism=1)

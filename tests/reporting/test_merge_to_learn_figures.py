@@ -1,7 +1,7 @@
 import pytest
 
-from m2l.reporting import figures, skill_figures, skills_report, style
-from m2l.studies.skills import METHODS
+from m2l.reporting import figures, merge_to_learn_figures, merge_to_learn_report, style
+from m2l.studies.merge_to_learn import METHODS
 
 SKILLS = ["science", "safety", "coding"]
 
@@ -27,7 +27,7 @@ def stars(axis):
 
 
 def test_the_tradeoff_goes_along_w_from_the_general_model_to_what_is_mixed_in(frame):
-    figure = skill_figures.tradeoff(frame)
+    figure = merge_to_learn_figures.tradeoff(frame)
     assert [axis.get_title().lower() for axis in figure.axes] == SKILLS
     start = points(frame, "general", "science", regime="general")
     for method, end in (("task_arithmetic", None), ("linear", "ptm"), ("wise_ft", "cft")):
@@ -40,10 +40,13 @@ def test_the_tradeoff_goes_along_w_from_the_general_model_to_what_is_mixed_in(fr
 
 
 def test_a_star_is_at_the_heuristics_weight_of_each_method(frame):
-    for axis, skill in zip(skill_figures.tradeoff(frame).axes, SKILLS, strict=True):
+    for axis, skill in zip(merge_to_learn_figures.tradeoff(frame).axes, SKILLS, strict=True):
         chosen = frame[frame["heuristic"] & (frame["part"] == 100) & (frame["skills"] == skill)]
         expected = {
-            skill_figures._LOOKS[model["method"]]["color"]: (model["general"], model[skill])
+            merge_to_learn_figures._LOOKS[model["method"]]["color"]: (
+                model["general"],
+                model[skill],
+            )
             for _, model in chosen.iterrows()
         }
         found = {star.get_color(): (*star.get_xdata(), *star.get_ydata()) for star in stars(axis)}
@@ -51,7 +54,7 @@ def test_a_star_is_at_the_heuristics_weight_of_each_method(frame):
 
 
 def test_refusals_are_drawn_as_safety_against_compliance(frame):
-    (axis,) = skill_figures.refusals(frame).axes
+    (axis,) = merge_to_learn_figures.refusals(frame).axes
     drawn = lines(axis)
     for regime in ("cft", "rt", "ptm"):
         where = {"regime": regime, "skills": "safety", "part": 100}
@@ -61,7 +64,7 @@ def test_refusals_are_drawn_as_safety_against_compliance(frame):
 
 def test_cost_is_on_a_logarithmic_axis_beside_the_papers_own(frame, skills_material):
     papers = skills_material.papers_steps
-    *scores, steps = skill_figures.cost(frame, papers).axes
+    *scores, steps = merge_to_learn_figures.cost(frame, papers).axes
     for axis, skill in zip(scores, SKILLS, strict=True):
         assert axis.get_xscale() == "log"
         retrained = frame[(frame["regime"] == "rt") & (frame["skills"] == skill)]
@@ -73,7 +76,7 @@ def test_cost_is_on_a_logarithmic_axis_beside_the_papers_own(frame, skills_mater
 
 
 def test_data_curves_have_a_point_for_each_part_that_was_trained(frame):
-    figure = skill_figures.data_curves(frame)
+    figure = merge_to_learn_figures.data_curves(frame)
     first = {line.get_label(): list(line.get_xdata()) for line in figure.axes[0].get_lines()}
     assert first["Continued fine-tuning"] == first["Merge, heuristic w"] == [20, 60, 100]
     assert first["Retraining"] == [20, 100]
@@ -84,7 +87,7 @@ def test_data_curves_have_a_point_for_each_part_that_was_trained(frame):
 
 
 def test_no_two_marks_look_alike_but_the_star_and_what_it_stands_for():
-    looks = [tuple(look.values()) for look in skill_figures._LOOKS.values()]
+    looks = [tuple(look.values()) for look in merge_to_learn_figures._LOOKS.values()]
     assert len(set(looks)) == len(looks)
     colours = [colour for colour, marker in looks if marker != "*"]
     assert len(set(colours)) == len(colours)
@@ -96,16 +99,18 @@ def test_scores_without_errors_and_one_skill_alone_can_be_drawn(skills_material,
     papers = skills_material.papers_steps
     for shown in (alone, frame.assign(science_error=float("nan"), general_error=float("nan"))):
         for figure in (
-            skill_figures.tradeoff(shown),
-            skill_figures.data_curves(shown),
-            skill_figures.cost(shown, papers[papers["skill"].isin(skill_figures.skills_of(shown))]),
+            merge_to_learn_figures.tradeoff(shown),
+            merge_to_learn_figures.data_curves(shown),
+            merge_to_learn_figures.cost(
+                shown, papers[papers["skill"].isin(merge_to_learn_figures.skills_of(shown))]
+            ),
         ):
             figure.canvas.draw()
 
 
 def test_the_same_results_give_the_same_bytes(skills_material, tmp_path):
     for place in ("a", "b"):
-        for name, figure in skills_report.draw(skills_material).items():
+        for name, figure in merge_to_learn_report.draw(skills_material).items():
             figures.write(figure, tmp_path / place, name)
     written = sorted((tmp_path / "a").iterdir())
     assert len(written) == 4 * 3

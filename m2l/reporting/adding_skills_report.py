@@ -1,22 +1,19 @@
-"""What `m2l skills` found, for people: the answer, the curve, and before and after as a table."""
+"""The report of `m2l skills`: the answer, the curve, and a table of scores before and after."""
 
-import csv
 import dataclasses
-import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
+import pandas as pd
 from matplotlib.figure import Figure
 
 from m2l import storage
 from m2l.evaluation.bootstrap import Difference
 from m2l.reporting import figures, style
-from m2l.studies.adding import Added, Adding
-from m2l.studies.adding_choice import Tolerance
-from m2l.studies.adding_scores import Scores
+from m2l.studies.adding_skills import AddedSkill, Scores, SkillAddition, Tolerance
+from m2l.typing import JsonObject
 
 SKILL, KEPT = "skill", "kept"
 
@@ -27,13 +24,13 @@ class Row:
 
     Attributes:
         part: SKILL or KEPT.
-        task: Its name; "mean of N tasks".
-        metric: Of the score.
-        examples: How many it was judged by.
+        task: The task's name; "mean of N tasks".
+        metric: The metric of the score.
+        examples: The number of examples it was evaluated on.
         general: The general model's score: before.
-        alone: That of the skill's own model.
-        heuristic: That of the merge by the heuristic's w; None without one.
-        merged: That of the merged model: after.
+        alone: The score of the skill's model.
+        heuristic: The score of the merge by the heuristic's w; None without one.
+        merged: The merged model's score: after.
         change: merged less general, paired.
     """
 
@@ -48,29 +45,29 @@ class Row:
     change: Difference
 
 
-def rows(added: Added) -> list[Row]:
-    """Every task of the skill and of what is to be kept, and of several their mean, last."""
-    found = []
-    for place, part in enumerate((SKILL, KEPT)):
-        whole = {name: scores[place] for name, scores in added.judged.items()}
-        single = [
-            dict(zip(whole, of_task, strict=True))
-            for of_task in zip(*(scores.single() for scores in whole.values()), strict=True)
+def rows(added: AddedSkill) -> list[Row]:
+    """Returns a row for each task of the skill and of what is kept, then their means."""
+    rows = []
+    for index, part in enumerate((SKILL, KEPT)):
+        by_model = {name: scores[index] for name, scores in added.judged.items()}
+        tasks = [
+            dict(zip(by_model, scores, strict=True))
+            for scores in zip(*(scores.single() for scores in by_model.values()), strict=True)
         ]
-        found += [_row(part, of_task) for of_task in single]
-        if len(single) > 1:
-            found.append(_row(part, whole))
-    return found
+        rows += [_row(part, scores) for scores in tasks]
+        if len(tasks) > 1:
+            rows.append(_row(part, by_model))
+    return rows
 
 
 def _row(part: str, by_model: Mapping[str, Scores]) -> Row:
     general, merged = by_model["general"], by_model["merged"]
     results = general.results
-    one = len(results) == 1
+    single = len(results) == 1
     return Row(
         part=part,
-        task=results[0].task if one else f"mean of {len(results)} tasks",
-        metric=results[0].metric if one else "",
+        task=results[0].task if single else f"mean of {len(results)} tasks",
+        metric=results[0].metric if single else "",
         examples=sum(result.count for result in results),
         general=general.mean,
         alone=by_model["alone"].mean,
@@ -83,22 +80,22 @@ def _row(part: str, by_model: Mapping[str, Scores]) -> Row:
 # --- the answer ---
 
 
-def answer(added: Added, tolerance: Tolerance) -> str:
-    """Whether the skill can be added and what is lost, and what it cost: two sentences."""
-    found = rows(added)
-    skill, kept = ([row for row in found if row.part == part][-1] for part in (SKILL, KEPT))
-    kept_by_judges = kept.merged >= tolerance.floor(kept.general) - 1e-9
+def answer(added: AddedSkill, tolerance: Tolerance) -> str:
+    """Returns two sentences: whether the skill can be added and what is lost, and the cost."""
+    by_part = {row.part: row for row in rows(added)}  # the last one, the mean
+    skill, keep = by_part[SKILL], by_part[KEPT]
+    confirmed = keep.merged >= tolerance.floor(keep.general) - 1e-9
     figures = (
         f"at w = {added.choice.point.weight:g} the skill goes from {skill.general:.1f} % to "
         f"{skill.merged:.1f} % ({_change(skill.change)}), and what is to be kept from "
-        f"{kept.general:.1f} % to {kept.merged:.1f} % ({_change(kept.change)})"
+        f"{keep.general:.1f} % to {keep.merged:.1f} % ({_change(keep.change)})"
     )
     allowed = f"the {tolerance} allowed"
     if not added.choice.within:
         verdict = f"Not within {allowed}: no w keeps so much, and of all that loses least:"
     elif skill.change.low <= 0:
         verdict = "Not so that it shows: these examples cannot tell the gain from chance:"
-    elif not kept_by_judges:
+    elif not confirmed:
         verdict = (
             f"Doubtful: chosen within {allowed}, but on the examples that it is judged by it loses "
             "more:"
@@ -112,15 +109,15 @@ def _change(change: Difference) -> str:
     return f"{change.value:+.1f} points, 95 %: {change.low:+.1f} to {change.high:+.1f}"
 
 
-def _cost(costs: Mapping[str, Any]) -> str:
+def _cost(costs: JsonObject) -> str:
     merging = sum(costs[phase]["seconds"] for phase in ("choosing", "merging"))
     after = f"{_time(merging)} of choosing w and merging"
     if "training" not in costs:
         return f"It cost {after}; the skill's model was there already."
-    of = costs["training"]
+    training = costs["training"]
     return (
-        f"It cost {of['steps']:,} steps of training ({of['positions']:,} positions, "
-        f"{of['flops']:.2g} FLOPs, {_time(of['seconds'])}) and {after}."
+        f"It cost {training['steps']:,} steps of training ({training['positions']:,} positions, "
+        f"{training['flops']:.2g} FLOPs, {_time(training['seconds'])}) and {after}."
     )
 
 
@@ -131,26 +128,22 @@ def _time(seconds: float) -> str:
 # --- files ---
 
 
-def write(added: Added, adding: Adding, out: Path) -> None:
+def write(added: AddedSkill, adding: SkillAddition, out: Path) -> None:
     """Writes curve.json, .svg, .pdf and .png, and table.md, .csv and .json."""
     described = curve(added, adding)
     storage.write_atomic(out / "curve.json", json.dumps(described, indent=1) + "\n")
     figures.write(draw(described), out, "curve")
-    found = rows(added)
+    table = rows(added)
     text = answer(added, adding.tolerance)
-    storage.write_atomic(out / "table.md", f"{text}\n\n{markdown(found)}")
-    lines = [_plain(row) for row in found]
-    held = io.StringIO()
-    writer = csv.DictWriter(held, list(lines[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    storage.write_atomic(out / "table.csv", held.getvalue())
+    storage.write_atomic(out / "table.md", f"{text}\n\n{markdown(table)}")
+    lines = [_plain(row) for row in table]
+    storage.write_atomic(out / "table.csv", pd.DataFrame(lines).to_csv(index=False))
     record = {"answer": text, "weight": added.choice.point.weight, "rows": lines}
     storage.write_atomic(out / "table.json", json.dumps(record, indent=1) + "\n")
 
 
-def curve(added: Added, adding: Adding) -> dict[str, Any]:
-    """The scores along w on the half to choose by, as JSON values."""
+def curve(added: AddedSkill, adding: SkillAddition) -> JsonObject:
+    """Returns the scores along w on the half to choose by, as JSON values."""
     general = added.ends["general"][1].mean
     return {
         "method": adding.method,
@@ -164,7 +157,7 @@ def curve(added: Added, adding: Adding) -> dict[str, Any]:
     }
 
 
-def _both(pair: tuple[Scores, Scores]) -> dict[str, Any]:
+def _both(pair: tuple[Scores, Scores]) -> JsonObject:
     return {
         part: {
             "score": scores.mean,
@@ -175,9 +168,9 @@ def _both(pair: tuple[Scores, Scores]) -> dict[str, Any]:
     }
 
 
-def columns(found: Sequence[Row]) -> tuple[list[str], list[tuple[Any, ...]]]:
-    """The table for a terminal: its columns and rows."""
-    with_heuristic = any(row.heuristic is not None for row in found)
+def columns(rows: Sequence[Row]) -> tuple[list[str], list[tuple[object, ...]]]:
+    """Returns the table's column names and its lines, for a terminal."""
+    with_heuristic = any(row.heuristic is not None for row in rows)
     names = ["", "task", "metric", "examples", "before %", "skill alone %"]
     names += ["heuristic %"] * with_heuristic + ["after %", "change", "95 %", "p"]
     lines = [
@@ -188,15 +181,14 @@ def columns(found: Sequence[Row]) -> tuple[list[str], list[tuple[Any, ...]]]:
             f"{row.change.low:+.2f} to {row.change.high:+.2f}",
             row.change.p,
         )
-        for row in found
+        for row in rows
     ]
     return names, lines
 
 
-def markdown(found: Sequence[Row]) -> str:
-    """The table as Markdown."""
-    names, lines = columns(found)
-
+def markdown(rows: Sequence[Row]) -> str:
+    """Returns the table as Markdown."""
+    names, lines = columns(rows)
     body = [
         [f"{value:.1f}" if isinstance(value, float) else str(value) for value in line[:-1]]
         + [f"{line[-1]:.2g}"]
@@ -205,14 +197,14 @@ def markdown(found: Sequence[Row]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in [names, ["---"] * len(names), *body])
 
 
-def _plain(row: Row) -> dict[str, Any]:
+def _plain(row: Row) -> JsonObject:
     fields = dataclasses.asdict(row)
     change = fields.pop("change")
     return fields | {"change": change.pop("value"), **change}
 
 
-def draw(described: Mapping[str, Any]) -> Figure:
-    """The curve: both scores along w, what must be kept, and what was chosen."""
+def draw(described: JsonObject) -> Figure:
+    """Draws both scores along w, the least score that is allowed, and the chosen w."""
     points = [{"weight": 0.0, **described["general"]}, *described["points"]]
     with matplotlib.rc_context(style.RC):
         figure = Figure(figsize=(5.0, 3.5), layout="constrained")
@@ -233,12 +225,8 @@ def draw(described: Mapping[str, Any]) -> Figure:
             axis.plot(described["chosen"], chosen[part]["score"], "*", color="black", markersize=10)
         axis.axhline(described["least"], color=style.GREY, linewidth=0.8, linestyle="--")
         axis.plot([], [], "*", color="black", label=f"chosen: {described['chosen']:g}")
-        axis.plot(
-            [], [], color=style.GREY, linewidth=0.8, linestyle="--", label="the least to be kept"
-        )
-        axis.plot(
-            [], [], color=style.GREY, linewidth=0.8, linestyle=":", label="the skill's own model"
-        )
+        for linestyle, label in (("--", "the least to be kept"), (":", "the skill's own model")):
+            axis.plot([], [], color=style.GREY, linewidth=0.8, linestyle=linestyle, label=label)
         if described["heuristic"] is not None:
             axis.axvline(described["heuristic"], color=style.GREY, linewidth=0.8, label="heuristic")
         axis.set_xlabel("w (0: the general model)")

@@ -1,54 +1,47 @@
-"""Pictures of a merge: how the task vectors lie to one another, and the curve of a sweep."""
+"""Figures of a merge: the cosines of task vectors, and the curve of a sweep."""
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
 from m2l.reporting import style
+from m2l.typing import JsonObject
 
 _PANELS_IN_A_ROW = 6
 
 
-def cosines(diagnostics: Mapping[str, Any], experts: Sequence[str]) -> Figure:
-    """The cosine between any two task vectors: of the whole model, and of each of its layers.
+def cosines(diagnostics: JsonObject, experts: Sequence[str]) -> Figure:
+    """Draws the cosine between any two task vectors: of the whole model, and of each layer.
 
     Args:
-        diagnostics: As a merge leaves them in the manifest.
-        experts: What the experts are called, in the merge's order.
+        diagnostics: The diagnostics in a merge's manifest.
+        experts: The experts' names, in the merge's order.
     """
     panels = {"whole model": diagnostics["cosines"]}
-    panels |= {group: found["cosines"] for group, found in diagnostics["groups"].items()}
+    panels |= {name: group["cosines"] for name, group in diagnostics["groups"].items()}
     columns = min(_PANELS_IN_A_ROW, len(panels))
     rows = math.ceil(len(panels) / columns)
     with matplotlib.rc_context(style.RC):
         figure = Figure(figsize=(1.5 * columns + 1.6, 1.6 * rows + 0.6), layout="constrained")
         axes = figure.subplots(rows, columns, squeeze=False).ravel()
-        for place, (axis, (title, matrix)) in enumerate(zip(axes, panels.items(), strict=False)):
+        for index, (axis, (title, matrix)) in enumerate(zip(axes, panels.items(), strict=False)):
             array = np.array(matrix)
             image = axis.imshow(array, vmin=-1, vmax=1, cmap="RdBu_r")
             axis.set_title(title, fontsize=7)
             axis.set_xticks([])
             axis.tick_params(length=0)
             axis.set_yticks([])
-            if place % columns == 0:
+            if index % columns == 0:
                 axis.set_yticks(range(len(experts)), experts, fontsize=6)
             axis.spines[:].set_visible(False)
             if len(experts) <= 5:
                 for (i, j), value in np.ndenumerate(array):
                     colour = "white" if abs(value) > 0.6 else "black"
-                    axis.text(
-                        j,
-                        i,
-                        f"{round(value, 2) + 0:.2f}",
-                        ha="center",
-                        va="center",
-                        fontsize=5,
-                        c=colour,
-                    )
+                    text = f"{round(value, 2) + 0:.2f}"
+                    axis.text(j, i, text, ha="center", va="center", fontsize=5, c=colour)
         for axis in axes[len(panels) :]:
             axis.set_visible(False)
         bar = figure.colorbar(image, ax=axes.tolist(), shrink=0.6, label="cosine of task vectors")
@@ -57,17 +50,17 @@ def cosines(diagnostics: Mapping[str, Any], experts: Sequence[str]) -> Figure:
 
 
 def curve(points: Sequence[tuple[Mapping[str, float], float]], measure: str) -> Figure:
-    """What each recipe of a sweep scored.
+    """Draws the score of each recipe of a sweep.
 
     Args:
-        points: Per recipe the settings that were swept, by name, and its score.
-        measure: What the score is, in words.
+        points: The swept settings by name, and the score, of each recipe.
+        measure: The score's name.
     """
     names = list(points[0][0])
-    along, others = names[-1], names[:-1]
+    *group_names, along = names
     lines: dict[str, list[tuple[float, float]]] = {}
     for settings, score in points:
-        label = ", ".join(f"{name} {settings[name]:g}" for name in others)
+        label = ", ".join(f"{name} {settings[name]:g}" for name in group_names)
         lines.setdefault(label, []).append((settings[along], score))
     with matplotlib.rc_context(style.RC):
         figure = Figure(figsize=(4.6, 3.0), layout="constrained")

@@ -1,4 +1,4 @@
-"""From results to normalised performance: by hand, and against the definition written out."""
+"""From results to normalised frame: by hand, and against the definition written out."""
 
 import dataclasses
 import itertools
@@ -10,21 +10,21 @@ import pytest
 
 from m2l.errors import DataError, EvaluationError
 from m2l.evaluation.results import normalized
-from m2l.studies import aggregate, findings, records, scaling
+from m2l.studies import findings, merging_at_scale, normalized_performance, study_results
 
 
 @pytest.fixture(scope="module")
 def found(finished_study):
-    return records.load(finished_study)
+    return study_results.load(finished_study)
 
 
 @pytest.fixture(scope="module")
 def replicates(found):
-    return aggregate.Replicates(aggregate.grid(found))
+    return normalized_performance.Replicates(normalized_performance.grid(found))
 
 
 def test_held_in_is_in_units_of_the_expert_and_held_out_of_the_base(found):
-    cells = aggregate.cells(aggregate.grid(found))
+    cells = normalized_performance.cells(normalized_performance.grid(found))
     assert len(cells) == 2 * 2 * (2 * 2 * 3 + 2 * 3)
     for row in cells.itertuples():
         names = row.constituents.split("+")
@@ -39,12 +39,12 @@ def test_held_in_is_in_units_of_the_expert_and_held_out_of_the_base(found):
 
 
 def test_performance_is_the_mean_over_seeds(found, replicates):
-    cells = aggregate.cells(aggregate.grid(found))
-    performance = aggregate.performance(replicates)
-    assert len(performance) == 2 * 2 * 3 * 2
-    for row in performance.itertuples():
+    cells = normalized_performance.cells(normalized_performance.grid(found))
+    frame = normalized_performance.performance(replicates)
+    assert len(frame) == 2 * 2 * 3 * 2
+    for row in frame.itertuples():
         here = cells
-        for name in aggregate.CELL:
+        for name in normalized_performance.CELL:
             here = here[here[name] == getattr(row, name)]
         assert row.held_in == pytest.approx(fmean(here["held_in"]))
         assert row.held_in_low - 1e-9 <= row.held_in <= row.held_in_high + 1e-9
@@ -57,7 +57,7 @@ def test_the_papers_definition_worked_by_hand():
     # a: prompts 30 and 50 of the expert's 80 and 80 -> 40/80; b: 90/60; category: mean 1.0
     # c: 20/80; over categories: (1.0 + 0.25) / 2
     ratios = {("x", "a"): 0.5, ("x", "b"): 1.5, ("y", "c"): 0.25}
-    units = aggregate.Units.of([ratios, {("y", "c"): 0.5}])
+    units = normalized_performance.Units.from_cells([ratios, {("y", "c"): 0.5}])
     once = units.performance(np.ones((1, 3)))
     np.testing.assert_allclose(once, [[0.625, 0.5]])
     # If b is drawn twice and a not at all, x has b alone, with the weight of two datasets.
@@ -68,14 +68,14 @@ def test_the_papers_definition_worked_by_hand():
 
 def test_units_agree_with_normalized_of_the_same_results(found):
     study = found.study
-    merge = next(iter(scaling.merges(study)))
+    merge = next(iter(merging_at_scale.merges(study)))
     reference = {
         result.task: result
         for category in study.categories
         for result in found.of(f"experts/{merge.size}/{merge.base}/{category}")
     }
     expected = normalized(found.of(merge.model, merge.categories), reference)
-    cells = aggregate.cells(aggregate.grid(found))
+    cells = normalized_performance.cells(normalized_performance.grid(found))
     assert cells.iloc[0]["held_in"] == pytest.approx(expected)
 
 
@@ -86,9 +86,9 @@ def test_a_bootstrap_of_datasets_has_the_error_of_their_mean():
     frame = pd.DataFrame(
         {"size": "1M", "base": "instruct", "method": "ties", "experts": [2], "seed": 0}
     )
-    units = aggregate.Units.of([ratios])
-    of = aggregate.Replicates(aggregate.Grid(frame, units, units))
-    low, high = aggregate.interval(of.held_in[:, 0, 0, 0, 0])
+    units = normalized_performance.Units.from_cells([ratios])
+    of = normalized_performance.Replicates(normalized_performance.Grid(frame, units, units))
+    low, high = normalized_performance.interval(of.held_in[:, 0, 0, 0, 0])
     error = 1.96 * values.std() / np.sqrt(len(values))
     assert of.held_in[0, 0, 0, 0, 0] == pytest.approx(values.mean())
     assert (low, high) == pytest.approx((values.mean() - error, values.mean() + error), abs=0.003)
@@ -100,39 +100,42 @@ def test_a_ratio_to_nothing_is_told_and_not_left_out(found):
     results[name] = {
         task: dataclasses.replace(result, score=0.0) for task, result in results[name].items()
     }
-    cells = aggregate.cells(aggregate.grid(dataclasses.replace(found, results=results)))
+    cells = normalized_performance.cells(
+        normalized_performance.grid(dataclasses.replace(found, results=results))
+    )
     here = cells[(cells["size"] == "0.1M") & (cells["base"] == "instruct")]
     with_it = here["constituents"].str.contains("sentiment")
     assert here[with_it]["held_in"].isna().all() and here[~with_it]["held_in"].notna().all()
 
 
 def test_what_stands_beside_the_grid(found):
-    experts = aggregate.experts(found)
+    experts = normalized_performance.experts(found)
     assert len(experts) == 2 * 2 * 4
     instruct = experts[experts["base"] == "instruct"]
     assert set(zip(instruct["before"], instruct["expert"], instruct["multitask"], strict=True)) == {
         (40.0, 80.0, 60.0)
     }
-    held_out = aggregate.held_out(found)
+    held_out = normalized_performance.held_out(found)
     assert set(held_out["chance"]) == {50.0} and set(held_out["multitask"]) == {75.0}
-    lineage = aggregate.lineage(found).set_index("model")
-    merge = next(m for m in scaling.merges(found.study) if m.recipe.method == "dare_ties")
+    lineage = study_results.lineage(found).set_index("model")
+    merge = next(m for m in merging_at_scale.merges(found.study) if m.recipe.method == "dare_ties")
     assert lineage.loc[merge.model, "recipe"]["drop_rate"] == 0.5
     assert lineage.loc[merge.model, "made_of"][0] == f"bases/{merge.size}/{merge.base}"
     assert len(lineage) == len(found.results)
 
 
 def test_a_published_study_says_what_the_study_says(found, tmp_path):
-    records.publish(found, tmp_path)
+    study_results.publish(found, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "records.json",
         "results.parquet",
         "study.json",
     ]
-    again = records.load(tmp_path)
+    again = study_results.load(tmp_path)
     assert again.study == found.study and again.recipes == found.recipes
     pd.testing.assert_frame_equal(
-        aggregate.cells(aggregate.grid(again)), aggregate.cells(aggregate.grid(found))
+        normalized_performance.cells(normalized_performance.grid(again)),
+        normalized_performance.cells(normalized_performance.grid(found)),
     )
     before = {
         task: dataclasses.asdict(r) for of in found.results.values() for task, r in of.items()
@@ -143,11 +146,11 @@ def test_a_published_study_says_what_the_study_says(found, tmp_path):
 
 def test_a_study_that_is_not_finished_is_refused(found, tmp_path):
     with pytest.raises(DataError, match="holds no study"):
-        records.load(tmp_path)
-    records.publish(found, tmp_path)
+        study_results.load(tmp_path)
+    study_results.publish(found, tmp_path)
     (tmp_path / "results.parquet").unlink()
     with pytest.raises(DataError, match="stages are not done"):
-        records.load(tmp_path)
+        study_results.load(tmp_path)
     with pytest.raises(EvaluationError, match="no results of"):
         found.of("merges/none")
 
@@ -165,7 +168,7 @@ def made_up(held_in, held_out=lambda *cell: 1.0, noise=0.0):
         rows.append(
             {
                 "size": f"{size}M",
-                "base": scaling.BASES[base],
+                "base": merging_at_scale.BASES[base],
                 "method": name,
                 "experts": 2 + 2 * count,
                 "seed": seed,
@@ -176,9 +179,12 @@ def made_up(held_in, held_out=lambda *cell: 1.0, noise=0.0):
             draws = rng.normal(0, noise, 8) if noise else np.zeros(8)
             found.append({("x", str(i)): value + draws[i] for i in range(8)})
     frame = pd.DataFrame(rows)
-    units = aggregate.Units.of(of_in), aggregate.Units.of(of_out)
-    grid = aggregate.Replicates(aggregate.Grid(frame, *units))
-    return findings.findings(grid, {"0M": 10**6, "1M": 3 * 10**6, "2M": 9 * 10**6})
+    units = (
+        normalized_performance.Units.from_cells(of_in),
+        normalized_performance.Units.from_cells(of_out),
+    )
+    grid = normalized_performance.Replicates(normalized_performance.Grid(frame, *units))
+    return findings.scaling_findings(grid, {"0M": 10**6, "1M": 3 * 10**6, "2M": 9 * 10**6})
 
 
 def verdicts(found):
@@ -222,10 +228,10 @@ def test_noise_decides_nothing():
 
 
 def test_a_study_of_one_size_says_what_it_cannot_test(study, finished_study):
-    found = records.load(finished_study)
+    found = study_results.load(finished_study)
     one = dict(list(study.models.items())[:1])
     found = dataclasses.replace(found, study=dataclasses.replace(study, models=one))
-    grid = aggregate.Replicates(aggregate.grid(found))
-    assert verdicts(findings.findings(grid, {"0.1M": 10**5})) == [
+    grid = normalized_performance.Replicates(normalized_performance.grid(found))
+    assert verdicts(findings.scaling_findings(grid, {"0.1M": 10**5})) == [
         *("undecided", "not tested", "supported", "not tested", "not tested")
     ]

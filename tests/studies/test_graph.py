@@ -6,12 +6,12 @@ import time
 import pytest
 
 from m2l.errors import ConfigError, UnknownNameError
-from m2l.studies import execute, executors
-from m2l.studies.plan import Plan, Stage
+from m2l.studies import cluster, graph
+from m2l.studies.graph import Graph, Stage
 
 
 def plan(steps=3, scale=0.5):
-    return Plan(
+    return Graph(
         [
             Stage("base", "train", {"steps": steps}),
             Stage("expert", "train", {"steps": 2}, {"init": "base"}),
@@ -44,7 +44,7 @@ def test_an_unknown_stage_proposes_the_nearest():
 
 def test_an_input_must_be_made_by_an_earlier_stage():
     with pytest.raises(ValueError, match="no earlier stage"):
-        Plan([Stage("a", "train", {}, {"init": "b"}), Stage("b", "train", {})])
+        Graph([Stage("a", "train", {}, {"init": "b"}), Stage("b", "train", {})])
 
 
 class Recorder:
@@ -62,7 +62,7 @@ class Recorder:
 
 def run(of, out):
     recorder = Recorder()
-    execute.execute(of, out, {"train": recorder, "merge": recorder})
+    graph.execute(of, out, {"train": recorder, "merge": recorder})
     return recorder.ran
 
 
@@ -88,10 +88,10 @@ def test_a_stage_that_broke_off_is_run_again_over_what_it_left(folder):
 
     broken = Broken()
     with pytest.raises(KeyboardInterrupt):
-        execute.execute(plan(), folder, {"train": broken, "merge": broken})
-    assert execute.state(plan(), folder, "base") == "done"
-    assert execute.state(plan(), folder, "expert") == "begun"
-    assert execute.state(plan(), folder, "merged") == "missing"
+        graph.execute(plan(), folder, {"train": broken, "merge": broken})
+    assert graph.stage_state(plan(), folder, "base") == "done"
+    assert graph.stage_state(plan(), folder, "expert") == "begun"
+    assert graph.stage_state(plan(), folder, "merged") == "missing"
     assert run(plan(), folder) == ["expert", "merged", "other"]
     assert (folder / "expert" / "half").exists()
 
@@ -114,7 +114,7 @@ class Failing(Recorder):
 )
 def test_a_stage_that_fails_is_named_and_the_others_go_on(tmp_path, capfd, error, bugs):
     failing = Failing(error)
-    outcome = execute.execute(plan(), tmp_path, {"train": failing, "merge": failing})
+    outcome = graph.execute(plan(), tmp_path, {"train": failing, "merge": failing})
     assert outcome.ran == ["base", "other"] and outcome.blocked == ["merged"]
     assert list(outcome.failed) == ["expert"] and "too small" in outcome.failed["expert"]
     assert outcome.bugs is bugs
@@ -127,7 +127,7 @@ def test_processes_that_share_a_folder_share_the_stages(tmp_path):
     def stage(number):
         return Stage(f"stage_{number}", "train", {}, {"init": "first"})
 
-    of = Plan([Stage("first", "train", {}), *map(stage, range(12))])
+    of = Graph([Stage("first", "train", {}), *map(stage, range(12))])
     workers = []
     for _ in range(3):
         if (worker := os.fork()) == 0:
@@ -137,7 +137,7 @@ def test_processes_that_share_a_folder_share_the_stages(tmp_path):
                 time.sleep(0.05)  # so that others find it under way
                 recorder(stage, out, inputs)
 
-            execute.execute(of, tmp_path, {"train": slowly})
+            graph.execute(of, tmp_path, {"train": slowly})
             (tmp_path / f"ran_{os.getpid()}").write_text("\n".join(recorder.ran))
             os._exit(0)
         workers.append(worker)
@@ -148,7 +148,7 @@ def test_processes_that_share_a_folder_share_the_stages(tmp_path):
 
 
 def test_levels_hold_what_can_run_side_by_side():
-    assert executors.levels(plan()) == [["base", "other"], ["expert"], ["merged"]]
+    assert cluster.levels(plan()) == [["base", "other"], ["expert"], ["merged"]]
 
 
 def test_what_another_digest_began_is_thrown_away(tmp_path):

@@ -1,12 +1,10 @@
-"""Paper 1's grid: bases x sizes x methods x numbers of experts x seeds, as a plan.
+"""Paper 1's study: bases x sizes x methods x numbers of experts x seeds, as a graph of stages.
 
 Source: Yadav et al., "What Matters for Model Merging at Scale?", sections 3 and 4.
 """
 
 import dataclasses
-import math
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import numpy as np
 
@@ -14,16 +12,16 @@ from m2l import checkpoints, models, tasks
 from m2l.errors import ConfigError, MergeError, UnknownNameError
 from m2l.evaluation.metrics import GENERATIVE_SCORES
 from m2l.merging import METHODS, Recipe, grid
-from m2l.models.fields import NOT_NEGATIVE, check_fields
-from m2l.studies.plan import Plan, Stage
+from m2l.models.fields import NOT_NEGATIVE, check_choice, check_fields
+from m2l.studies.graph import Graph, Stage
 from m2l.training.settings import TrainSettings, from_flat
+from m2l.typing import Json, JsonObject
 from m2l.version import __version__
 
 BASES = ("pretrained", "instruct")
+_RUNS = ("pretrain", "instruct", "expert", "multitask")
 
 Swept = Mapping[str, Mapping[str, tuple[float, ...]]]
-
-_RUNS = ("pretrain", "instruct", "expert", "multitask")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,38 +29,38 @@ class ScalingStudy:
     """The study's settings.
 
     Attributes:
-        models: By the name of a size ("1B"), the model's configuration; from small to large.
-        pretrain: How the pretrained base is made from a random model.
-        instruct: How the instruction-tuned base is made from the pretrained one.
-        expert: How an expert is made from a base; its mixture is a category's.
-        multitask: How the multitask model is made from a base; its mixture is all categories.
+        models: The model's configuration by the name of a size ("1B"); from small to large.
+        pretrain: Trains the pretrained base from a random model.
+        instruct: Trains the instruction-tuned base from the pretrained one.
+        expert: Trains an expert from a base; its mixture is a category's.
+        multitask: Trains the multitask model from a base; its mixture is all categories.
         categories: The held-in categories, one expert each.
-        held_out: The held-out categories, by which every model is evaluated.
-        recipes: The merge methods with their hyper-parameters, as far as these are not swept.
-        swept: By method, by setting, the values to choose from; the paper does not tell its own.
-            They are chosen for each size, base, method and number of experts by the mean
+        held_out: The held-out categories, on which every model is evaluated.
+        recipes: The merge methods with their hyper-parameters, unless these are swept.
+        swept: The values to choose from by method and hyper-parameter (the paper does not list
+            its own). They are chosen for each size, base, method and number of experts by the mean
             normalised performance on the constituents' tasks, on examples of their own.
-        expert_counts: How many experts are merged.
+        expert_counts: The numbers of experts to merge.
         seeds: Each draws the constituents of a merge (the same for every size, base and method)
             and is the seed of the methods that need randomness.
-        given: By the name of a stage ("bases/1B/pretrained"), the checkpoint that takes its place.
-        keep_merges: Whether merged models are kept as checkpoints; they are made in memory,
-            evaluated and dropped otherwise.
+        given: Checkpoints that replace stages, by the name of the stage ("bases/1B/pretrained").
+        keep_merges: Whether merged models are written as checkpoints; otherwise they are only
+            evaluated in memory.
         vocabulary: The vocabulary's name.
-        source: Where the raw records come from.
+        source: The source of the raw records.
         split: The split that everything is evaluated on.
-        original_only: Whether models are evaluated by those prompts alone that ask what the
-            dataset was made to ask, as T0 is; experts are trained on all prompts.
-        max_prompts: Prompts of each dataset to evaluate by; 0: all.
+        original_only: Whether models are evaluated only with the prompts of the dataset's original
+            task, as T0 is; experts are trained on all prompts.
+        max_prompts: Prompts of each dataset to evaluate on; 0: all.
         max_examples: Examples of each task at most.
         choosing_prompts: Prompts of each dataset to choose by; 0: all.
         choosing_examples: Examples of each task to choose by; none of them is evaluated on.
         eval_batch_size: Examples in an evaluation batch.
-        generative_score: What stands for a task in free text: "decoding" (its headline metric on
-            what the model writes) or "likelihood" (of the references; nothing is decoded).
+        generative_score: The score of a task in free text: "decoding" (its headline metric on the
+            generated text) or "likelihood" (of the references; nothing is decoded).
     """
 
-    models: Mapping[str, Any]
+    models: Mapping[str, models.Config]
     pretrain: TrainSettings
     instruct: TrainSettings
     expert: TrainSettings
@@ -104,10 +102,7 @@ class ScalingStudy:
         ):
             if len(set(value)) < len(value):
                 raise ConfigError(f"ScalingStudy.{name}: {value!r} has one of them twice")
-        if self.generative_score not in GENERATIVE_SCORES:
-            raise UnknownNameError(
-                "ScalingStudy.generative_score", self.generative_score, GENERATIVE_SCORES
-            )
+        check_choice(self, "generative_score", GENERATIVE_SCORES)
         for count in self.expert_counts:
             if not 1 <= count <= len(self.categories):
                 raise ConfigError(
@@ -149,9 +144,82 @@ class ScalingStudy:
             except MergeError as error:
                 raise ConfigError(f"ScalingStudy.swept: {error}") from error
 
+    def check_mixtures(self) -> None:
+        """Checks that all names exist, before anything is trained.
+
+        Raises:
+            UnknownNameError: There is no such source, mixture or stage.
+            ConfigError: A name in `categories` or `held_out` is not a task category.
+            CheckpointError: A checkpoint of `given` cannot be used.
+        """
+        tasks.use(self.source)
+        for settings in (self.pretrain, self.instruct):
+            tasks.tasks_in(settings.mixture)
+        for category in self.categories + self.held_out:
+            names = {tasks.info(task).category for task in tasks.tasks_in(category)}
+            if names != {category}:
+                raise ConfigError(f"{category!r} is not a task category; its tasks are of {names}")
+        trained = [stage.name for stage in _train_stages(self)]
+        for name in self.given:
+            if name not in trained:
+                raise UnknownNameError("ScalingStudy.given: stage", name, trained)
+
+    def stage_graph(self) -> Graph:
+        """Returns the study's stages: training, evaluations, choices of hyper-parameters, merges.
+
+        A stage of kind "merge" makes all merges of one set of experts and evaluates them, so that
+        the experts are read once; "choose" does it for one number of experts.
+        """
+        evaluated_on = _evaluation_settings(self)
+        everything = self.categories + self.held_out
+        stages = list(_train_stages(self))
+        for stage in list(stages):
+            kind, *_, last = stage.name.split("/")
+            categories = (last,) if kind == "experts" else everything
+            settings = {**evaluated_on, "categories": list(categories)}
+            stages.append(
+                Stage(f"results/{stage.name}", "evaluate", settings, {"model": stage.name})
+            )
+        stages += _choice_stages(self, evaluated_on)
+        groups: dict[str, list[MergeCell]] = {}
+        for merge in merges(self):
+            groups.setdefault(merge.stage, []).append(merge)
+        for name, cells in groups.items():
+            first = cells[0]
+            recipes = {cell.model.rsplit("/", 1)[-1]: cell.recipe.to_dict() for cell in cells}
+            settings = {
+                **evaluated_on,
+                "categories": list(first.categories + self.held_out),
+                "recipes": recipes,
+                "keep": self.keep_merges,
+            }
+            inputs = _merge_inputs(first.size, first.base, first.categories)
+            if self.swept:
+                inputs["choice"] = f"choices/{first.size}/{first.base}/{first.count}"
+            stages.append(Stage(name, "merge", settings, inputs))
+        return Graph(stages)
+
+    def to_dict(self) -> JsonObject:
+        """Returns the settings as JSON values."""
+        fields = dataclasses.asdict(self)
+        fields["models"] = {size: models.to_dict(config) for size, config in self.models.items()}
+        fields["recipes"] = [recipe.to_dict() for recipe in self.recipes]
+        return fields | {run: getattr(self, run).flat() for run in _RUNS}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Json]) -> "ScalingStudy":
+        """Returns the settings of what `to_dict` returned."""
+        configs = fields["models"].items()
+        parsed = {
+            "models": {size: models.from_dict(config) for size, config in configs},
+            "recipes": [Recipe.from_dict(recipe) for recipe in fields["recipes"]],
+            **{run: from_flat(**fields[run]) for run in _RUNS},
+        }
+        return cls(**{**fields, **parsed})
+
 
 def candidates(study: ScalingStudy, recipe: Recipe) -> list[Recipe]:
-    """The recipes that a method's hyper-parameters are chosen from; one: nothing is to choose."""
+    """Returns the recipes that a method's hyper-parameters are chosen from; one if not swept."""
     swept = study.swept.get(recipe.method)
     if not swept:
         return [recipe]
@@ -163,41 +231,20 @@ def candidates(study: ScalingStudy, recipe: Recipe) -> list[Recipe]:
     return grid({name: value for name, value in fixed.items() if name not in swept}, swept)
 
 
-def check_mixtures(study: ScalingStudy) -> None:
-    """Refuses names that nothing answers to, before anything is trained.
-
-    Raises:
-        UnknownNameError: no such source, mixture or stage.
-        ConfigError: something is named as a category that is none.
-        CheckpointError: a given checkpoint is unusable.
-    """
-    tasks.use(study.source)
-    for settings in (study.pretrain, study.instruct):
-        tasks.tasks_in(settings.mixture)
-    for category in study.categories + study.held_out:
-        found = {tasks.info(task).category for task in tasks.tasks_in(category)}
-        if found != {category}:
-            raise ConfigError(f"{category!r} is not a task category; its tasks are of {found}")
-    trained = [stage.name for stage in _trained(study)]
-    for name in study.given:
-        if name not in trained:
-            raise UnknownNameError("ScalingStudy.given: stage", name, trained)
-
-
 def constituents(study: ScalingStudy, count: int, seed: int) -> tuple[str, ...]:
-    """The categories whose experts are merged: a draw by seed, whatever else."""
+    """Returns the categories whose experts are merged, drawn by seed and count alone."""
     drawn = np.random.default_rng((seed, count)).permutation(len(study.categories))[:count]
     return tuple(study.categories[index] for index in sorted(drawn))
 
 
 @dataclasses.dataclass(frozen=True)
-class Merge:
-    """One cell of the grid. Cells that would merge the same experts the same way share a model.
+class MergeCell:
+    """One cell of the grid; cells with the same experts and recipe share a model.
 
     Attributes:
-        recipe: With the cell's seed; what is swept is not chosen yet.
-        model: The model's name, under which its results lie.
-        stage: The stage that makes it, with all others of the same experts.
+        recipe: The recipe with the cell's seed, before swept hyper-parameters are chosen.
+        model: The model's name, and the folder of its results.
+        stage: The stage that makes all merges of the same experts.
     """
 
     size: str
@@ -210,30 +257,30 @@ class Merge:
     model: str
 
 
-def merges(study: ScalingStudy) -> Iterator[Merge]:
-    """Every cell of the grid."""
+def merges(study: ScalingStudy) -> Iterator[MergeCell]:
+    """Yields every cell of the grid."""
     for size in study.models:
         for base in BASES:
             for recipe in study.recipes:
                 for count in study.expert_counts:
                     for seed in study.seeds:
                         categories = constituents(study, count, seed)
-                        whole = count == len(study.categories)
-                        of = "all" if whole else "+".join(categories)
-                        stage = f"results/merges/{size}/{base}/{of}"
+                        every = count == len(study.categories)
+                        names = "all" if every else "+".join(categories)
+                        stage = f"results/merges/{size}/{base}/{names}"
                         draws = METHODS[recipe.method].draws
                         name = recipe.method + (f"-seed{seed}" if draws else "")
                         seeded = dataclasses.replace(recipe, seed=seed) if draws else recipe
                         model = f"{stage.removeprefix('results/')}/{name}"
-                        yield Merge(size, base, seeded, count, seed, categories, stage, model)
+                        yield MergeCell(size, base, seeded, count, seed, categories, stage, model)
 
 
-def _data(study: ScalingStudy) -> dict[str, Any]:
+def _data_settings(study: ScalingStudy) -> JsonObject:
     return {"data": [study.vocabulary, study.source], "m2l": __version__}
 
 
-def _trained(study: ScalingStudy) -> Iterator[Stage]:
-    """Bases, experts and multitask models, size by size."""
+def _train_stages(study: ScalingStudy) -> Iterator[Stage]:
+    """Yields the stages of bases, experts and multitask models, size by size."""
     for size, config in study.models.items():
 
         def train(name: str, settings: TrainSettings, init: str | None = None) -> Stage:
@@ -242,7 +289,7 @@ def _trained(study: ScalingStudy) -> Iterator[Stage]:
                 digest = checkpoints.read_manifest(directory).digest
                 return Stage(name, "given", {"checkpoint": str(directory), "digest": digest})
             decided_by = {
-                **_data(study),
+                **_data_settings(study),
                 "model": models.to_dict(config),  # noqa: B023
                 "settings": settings.flat(),
             }
@@ -259,9 +306,9 @@ def _trained(study: ScalingStudy) -> Iterator[Stage]:
             yield train(f"multitask/{size}/{base}", settings, f"bases/{size}/{base}")
 
 
-def _evaluated_on(study: ScalingStudy) -> dict[str, Any]:
+def _evaluation_settings(study: ScalingStudy) -> JsonObject:
     return {
-        **_data(study),
+        **_data_settings(study),
         "split": study.split,
         "original_only": study.original_only,
         "prompts": study.max_prompts,
@@ -273,102 +320,33 @@ def _evaluated_on(study: ScalingStudy) -> dict[str, Any]:
     }
 
 
-def plan(study: ScalingStudy) -> Plan:
-    """The study's stages: what is trained, the evaluations of it, choices, and merges.
-
-    A stage of kind "merge" makes all merges of one set of experts and evaluates them, so that the
-    experts are read once; "choose" finds the hyper-parameters for one number of experts.
-    """
-    evaluated_on = _evaluated_on(study)
-    everything = study.categories + study.held_out
-    stages = list(_trained(study))
-    for stage in list(stages):
-        kind, *_, last = stage.name.split("/")
-        categories = (last,) if kind == "experts" else everything
-        settings = {**evaluated_on, "categories": list(categories)}
-        stages.append(Stage(f"results/{stage.name}", "evaluate", settings, {"model": stage.name}))
-    stages += _choices(study, evaluated_on)
-    groups: dict[str, list[Merge]] = {}
-    for merge in merges(study):
-        groups.setdefault(merge.stage, []).append(merge)
-    for name, cells in groups.items():
-        first = cells[0]
-        recipes = {cell.model.rsplit("/", 1)[-1]: cell.recipe.to_dict() for cell in cells}
-        settings = {
-            **evaluated_on,
-            "categories": list(first.categories + study.held_out),
-            "recipes": recipes,
-            "keep": study.keep_merges,
-        }
-        inputs = _constituents(first.size, first.base, first.categories)
-        if study.swept:
-            inputs["choice"] = choice(first.size, first.base, first.count)
-        stages.append(Stage(name, "merge", settings, inputs))
-    return Plan(stages)
-
-
-def _constituents(size: str, base: str, categories: tuple[str, ...]) -> dict[str, str]:
+def _merge_inputs(size: str, base: str, categories: tuple[str, ...]) -> dict[str, str]:
     inputs = {"base": f"bases/{size}/{base}"}
     for category in categories:
         inputs[f"expert/{category}"] = f"experts/{size}/{base}/{category}"
     return inputs
 
 
-def choice(size: str, base: str, count: int) -> str:
-    """The stage that chooses the hyper-parameters of merges of so many experts."""
-    return f"choices/{size}/{base}/{count}"
-
-
-def _choices(study: ScalingStudy, evaluated_on: Mapping[str, Any]) -> Iterator[Stage]:
+def _choice_stages(study: ScalingStudy, evaluated_on: Mapping[str, Json]) -> Iterator[Stage]:
     if not study.swept:
         return
     for size in study.models:
         for base in BASES:
             for count in study.expert_counts:
                 sets = dict.fromkeys(constituents(study, count, seed) for seed in study.seeds)
-                drawn = {category for one in sets for category in one}
+                drawn = {category for categories in sets for category in categories}
                 involved = tuple(c for c in study.categories if c in drawn)
                 settings = {
                     **evaluated_on,
                     "choosing": [study.choosing_prompts, study.choosing_examples],
                     "choosing_categories": list(study.categories),
-                    "sets": [list(one) for one in sets],
+                    "sets": [list(categories) for categories in sets],
                     "candidates": {
                         recipe.method: [c.to_dict() for c in candidates(study, recipe)]
                         for recipe in study.recipes
                         if recipe.method in study.swept
                     },
-                    "swept": {method: list(of) for method, of in study.swept.items()},
+                    "swept": {method: list(values) for method, values in study.swept.items()},
                 }
-                inputs = _constituents(size, base, involved)
-                yield Stage(choice(size, base, count), "choose", settings, inputs)
-
-
-def cells(study: ScalingStudy) -> int:
-    """The number of cells of the grid: the paper's 384."""
-    grids = (study.models, BASES, study.recipes, study.expert_counts, study.seeds)
-    return math.prod(map(len, grids))
-
-
-# --- the study's settings on disk ---
-
-
-def to_dict(study: ScalingStudy) -> dict[str, Any]:
-    """The settings as plain JSON values."""
-    fields = dataclasses.asdict(study)
-    fields["models"] = {size: models.to_dict(config) for size, config in study.models.items()}
-    fields |= {run: getattr(study, run).flat() for run in _RUNS}
-    fields["recipes"] = [recipe.to_dict() for recipe in study.recipes]
-    return fields
-
-
-def from_dict(fields: Mapping[str, Any]) -> ScalingStudy:
-    """The settings that `to_dict` wrote."""
-    return ScalingStudy(
-        **{
-            **fields,
-            "models": {size: models.from_dict(of) for size, of in fields["models"].items()},
-            "recipes": [Recipe.from_dict(recipe) for recipe in fields["recipes"]],
-            **{run: from_flat(**fields[run]) for run in _RUNS},
-        }
-    )
+                inputs = _merge_inputs(size, base, involved)
+                yield Stage(f"choices/{size}/{base}/{count}", "choose", settings, inputs)

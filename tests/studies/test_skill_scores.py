@@ -6,8 +6,8 @@ import math
 import pytest
 
 from m2l.evaluation.results import Result
-from m2l.studies import records, skill_findings, skill_results, skills
-from m2l.studies.skill_results import Score
+from m2l.studies import findings, merge_to_learn, skill_scores, study_results
+from m2l.studies.skill_scores import Score
 from m2l.training import resources
 
 RESULT = Result(
@@ -44,23 +44,23 @@ def changed(records_of, **by_model):
         return score
 
     found = records_of(change)
-    return found.study, skill_results.models(found)
+    return found.study, skill_scores.models(found)
 
 
 def verdicts(study, frame):
-    return {finding.number: finding.verdict for finding in skill_findings.findings(study, frame)}
+    return {finding.number: finding.verdict for finding in findings.skills_findings(study, frame)}
 
 
 @pytest.fixture(scope="module")
 def frame(skills_records, tmp_path_factory):
     """From the results as they are published."""
     out = tmp_path_factory.mktemp("published")
-    records.publish(skills_records(), out)
-    return skill_results.models(records.load(out))
+    study_results.publish(skills_records(), out)
+    return skill_scores.models(study_results.load(out))
 
 
 def test_a_score_is_a_mean_over_datasets_of_means_over_prompts_with_its_error():
-    found = skill_results.score(
+    found = skill_scores.score(
         [result("a", 10.0, 1.96), result("a", 30.0, 1.96), result("b", 50.0, 3.92)]
     )
     assert found.value == (20 + 50) / 2
@@ -69,7 +69,7 @@ def test_a_score_is_a_mean_over_datasets_of_means_over_prompts_with_its_error():
 
 
 def test_a_task_without_an_interval_leaves_the_error_unknown():
-    found = skill_results.score([result("a", 10.0, None), result("b", 30.0, 1.0)])
+    found = skill_scores.score([result("a", 10.0, None), result("b", 30.0, 1.0)])
     assert found.value == 20 and math.isnan(found.error)
 
 
@@ -78,14 +78,14 @@ def test_the_error_of_a_difference_is_that_of_independent_scores():
 
 
 def test_the_frame_has_every_model_once_as_it_was_published(frame, skills_study, skills_records):
-    made = [merge.model for merge in skills.merges(skills_study)]
-    trained = [model.name for model in skills.trained(skills_study)]
+    made = [merge.model for merge in merge_to_learn.merges(skills_study)]
+    trained = [model.name for model in merge_to_learn.trained_models(skills_study)]
     assert [name.removeprefix("models/") for name in frame["model"]] == [
         "pretrained",
         *trained,
         *made,
     ]
-    again = skill_results.models(skills_records())
+    again = skill_scores.models(skills_records())
     for column in frame:
         assert list(frame[column].fillna(-1)) == list(again[column].fillna(-1)), column
 
@@ -106,7 +106,7 @@ def test_a_model_costs_what_it_is_made_of_beyond_the_general_model(frame, skills
         skills_study.finetune.input_length,
         skills_study.finetune.target_length,
     )
-    own = {name: skills.steps(skills_study, n) for name, n in skills_study.examples.items()}
+    own = {name: merge_to_learn.steps(skills_study, n) for name, n in skills_study.examples.items()}
     for model, steps in (
         ("models/general", 0),
         ("models/ptm/science", own["skills_science"]),
@@ -125,15 +125,15 @@ def test_a_model_costs_what_it_is_made_of_beyond_the_general_model(frame, skills
 
 
 def test_one_model_is_asked_for_and_no_other_number_is_an_answer(frame):
-    found = skill_results.at(frame, "science", regime="cft", skills="science", part=100)
+    found = skill_scores.score_of_model(frame, "science", regime="cft", skills="science", part=100)
     assert found.value == 80
     for where in ({"regime": "cft", "skills": "science"}, {"regime": "cft", "skills": "art"}):
         with pytest.raises(ValueError, match="not one"):
-            skill_results.at(frame, "science", **where)
+            skill_scores.score_of_model(frame, "science", **where)
 
 
 def test_results_as_the_paper_has_them_support_its_claims(frame, skills_study):
-    found = skill_findings.findings(skills_study, frame)
+    found = findings.skills_findings(skills_study, frame)
     assert [finding.number for finding in found] == [1, 2, 3, 4, 5, 6]
     for finding in found:
         # What is made up is far worse without tuning, and than retraining, for safety.
@@ -147,7 +147,7 @@ def test_results_as_the_paper_has_them_support_its_claims(frame, skills_study):
 def test_the_statistic_of_forgetting_is_a_mean_of_differences(skills_records):
     arithmetic = {"task_arithmetic-heuristic": {"general": 50}, "task_arithmetic-": {"general": 50}}
     study, frame = changed(skills_records, **arithmetic, **{"models/cft": {"general": 38}})
-    first = skill_findings.findings(study, frame)[0]
+    first = findings.skills_findings(study, frame)[0]
     assert first.value == 12
     # A score's error is 8 / 3.92 / 4; a difference has two, a mean over skills three of them.
     half = 1.96 * (8 / 3.92 / 4) * math.sqrt(2) / math.sqrt(3)
@@ -185,7 +185,7 @@ def test_scores_without_intervals_test_nothing(frame, skills_study):
 
 def test_where_no_weight_adds_a_skill_none_is_called_good(skills_records):
     study, frame = changed(skills_records, **{"merges/": {"science": 20, "safety": 5, "coding": 5}})
-    fifth = next(each for each in skill_findings.findings(study, frame) if each.number == 5)
+    fifth = next(each for each in findings.skills_findings(study, frame) if each.number == 5)
     assert fifth.verdict == "not tested"
     assert all(f"{skill}: no w that was tried adds it" in fifth.sentence for skill in study.skills)
     added = {"merges/": {"science": 20, "safety": 5, "coding": 60}}

@@ -12,7 +12,7 @@ import pytest
 from m2l.errors import DataError, M2LError
 from m2l.evaluation import results
 from m2l.reporting import page
-from m2l.studies import execute, records, scaling
+from m2l.studies import graph, study_results
 
 
 def changed_score(folder):
@@ -54,10 +54,10 @@ def copied(finished_study, tmp_path):
 def test_damaged_results_are_refused_by_the_report_and_made_again_by_the_study(
     damage, copied, study, capsys
 ):
-    before = records.load(copied).results
+    before = study_results.load(copied).results
     DAMAGES[damage](copied / STAGE)
-    with pytest.raises(DataError, match=rf"{STAGE}/.*; `m2l study` does the stage again") as caught:
-        records.load(copied)
+    with pytest.raises(DataError, match=rf"{STAGE}/.*; `m2l study` runs the stage again") as caught:
+        study_results.load(copied)
     assert "\n" not in str(caught.value)
     made = []
 
@@ -68,10 +68,10 @@ def test_damaged_results_are_refused_by_the_report_and_made_again_by_the_study(
             out.mkdir(parents=True, exist_ok=True)
             results.write_result(out, result)
 
-    execute.execute(scaling.plan(study), copied, {"evaluate": run})
+    graph.execute(study.stage_graph(), copied, {"evaluate": run})
     assert made == [STAGE]
     assert STAGE in capsys.readouterr().err.splitlines()[0]
-    assert records.load(copied).results == before
+    assert study_results.load(copied).results == before
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", "null", "[" * 100_000, '{"digest": 3}'])
@@ -79,7 +79,7 @@ def test_damaged_results_are_refused_by_the_report_and_made_again_by_the_study(
 def test_records_of_a_study_that_are_damaged_are_refused_in_one_line(copied, name, text):
     (copied / name).write_text(text)
     with pytest.raises(M2LError) as caught:
-        records.load(copied)
+        study_results.load(copied)
     assert "\n" not in str(caught.value)
 
 
@@ -97,7 +97,7 @@ def test_records_of_a_study_that_are_damaged_are_refused_in_one_line(copied, nam
 def test_settings_of_a_study_of_wrong_types_are_refused_in_one_line(copied, changes):
     (copied / "study.json").write_text(json.dumps(changes))
     with pytest.raises(M2LError) as caught:
-        records.read_study(copied)
+        study_results.read_study(copied)
     assert "\n" not in str(caught.value)
 
 
@@ -105,35 +105,35 @@ def test_a_changed_setting_of_a_study_does_not_match_its_checksum(copied):
     file = copied / "study.json"
     file.write_text(file.read_text().replace('"max_examples": 100', '"max_examples": 101'))
     with pytest.raises(DataError, match="does not match its checksum"):
-        records.read_study(copied)
+        study_results.read_study(copied)
 
 
 def test_a_damaged_record_of_a_stage_is_made_again_over_what_is_there(copied, study, capsys):
     (copied / f"stages/{STAGE}.json").write_text("[]")
     made = []
-    plan = scaling.plan(study)
-    execute.execute(plan, copied, {"evaluate": lambda stage, out, inputs: made.append(stage.name)})
+    plan = study.stage_graph()
+    graph.execute(plan, copied, {"evaluate": lambda stage, out, inputs: made.append(stage.name)})
     assert made == [STAGE] and "damaged" in capsys.readouterr().err
-    assert execute.state(plan, copied, STAGE) == "done"
+    assert graph.stage_state(plan, copied, STAGE) == "done"
 
 
 @pytest.mark.parametrize("file", ["results.parquet", "records.json", "study.json"])
 def test_damage_to_a_published_study_is_refused_in_one_line(copied, tmp_path, file):
     published = tmp_path / "published"
-    records.publish(records.load(copied), published)
-    records.load(published)
+    study_results.publish(study_results.load(copied), published)
+    study_results.load(published)
     content = bytearray((published / file).read_bytes())
     content[len(content) // 2] ^= 1
     (published / file).write_bytes(content)
     with pytest.raises(M2LError, match=r"damaged") as caught:
-        records.load(published)
+        study_results.load(published)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["merge_to_learn", "merging_at_scale"])
 def test_the_published_studies_of_this_repository_are_read(name):
     folder = Path(__file__).parents[2] / "docs" / "studies" / name
-    assert len(records.load(folder).results) > 100
+    assert len(study_results.load(folder).results) > 100
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_a_published_study_without_digests_is_refused_where_it_contradicts_itsel
     copied, tmp_path, change, message
 ):
     published = tmp_path / "published"
-    records.publish(records.load(copied), published)
+    study_results.publish(study_results.load(copied), published)
     beside = json.loads((published / "records.json").read_text())
     del beside["results"], beside["checksum"]
     (published / "records.json").write_text(json.dumps(beside))
@@ -159,13 +159,13 @@ def test_a_published_study_without_digests_is_refused_where_it_contradicts_itsel
     rows[3] = change(rows[3])
     pd.DataFrame(rows).to_parquet(published / "results.parquet")
     with pytest.raises(M2LError, match=message) as caught:
-        records.load(published)
+        study_results.load(published)
     assert "\n" not in str(caught.value)
 
 
 def test_a_study_is_published_loaded_and_reported_in_a_bucket(finished_study, gcs_bucket):
-    records.publish(records.load(finished_study), gcs_bucket)
-    assert records.load(gcs_bucket) == records.load(finished_study)
+    study_results.publish(study_results.load(finished_study), gcs_bucket)
+    assert study_results.load(gcs_bucket) == study_results.load(finished_study)
     path = page.write(gcs_bucket)
     assert path == gcs_bucket / "report" / "index.html"
     for link in set(re.findall(r'href="((?:figures|tables)/[^"#]+)"', path.read_text())):

@@ -1,6 +1,6 @@
-"""Paper 2's figures: what a skill costs a general model, by each way to add it.
+"""Paper 2's figures: the scores and costs of each way to add a skill to a general model.
 
-Each is drawn from a frame of `skill_results.models`: a row for each model, scores in percent with
+Each is drawn from a frame of `skill_scores.models`: a row for each model, scores in percent with
 their standard errors. Bars are one standard error long to each side, where it is known.
 
 Source: Morrison et al., "Merge to Learn" (2024), figures 1 to 4.
@@ -16,8 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from m2l.reporting import style
-from m2l.studies.skill_findings import REFUSALS, SAFETY
-from m2l.studies.skills import GENERAL, METHODS
+from m2l.studies.findings import REFUSALS, SAFETY
+from m2l.studies.merge_to_learn import GENERAL, METHODS
 
 MERGED = "merge"
 REGIMES = {
@@ -46,41 +46,38 @@ _LOOKS = {
 }
 _ERROR = {"fmt": "none", "elinewidth": 0.7, "alpha": 0.4, "zorder": 1}
 _STAR = {"marker": "*", "markersize": 12, "markeredgecolor": "black", "markeredgewidth": 0.7}
-# The regime at whose model the line of an interpolation ends, at w = 1.
+# The regime of the model at w = 1, where the line of an interpolation ends.
 _ENDS = {"linear": "ptm", "wise_ft": "cft"}
 
 
 def evaluation_name(name: str) -> str:
-    """What an evaluation measures, as an axis says it."""
+    """Returns the axis label of an evaluation."""
     return _EVALUATIONS.get(name, f"{name.replace('_', ' ')} score, %")
 
 
 def skills_of(frame: pd.DataFrame) -> list[str]:
-    """The frame's skills, in the study's order."""
+    """Returns the frame's skills, in the study's order."""
     return list(frame.loc[frame["regime"] == "ptm", "skills"].unique())
 
 
-def of_skill(frame: pd.DataFrame, skill: str, part: int | None = 100) -> pd.DataFrame:
-    """The models that one skill was added to, by percent of its data; None: any."""
-    found = frame[frame["skills"] == skill]
-    return found if part is None else found[found["part"] == part]
-
-
-def by_heuristic(frame: pd.DataFrame) -> pd.DataFrame:
-    """The merges by task arithmetic whose weight is |D| / |G|."""
-    return frame[frame["heuristic"] & (frame["method"] == "task_arithmetic")]
+def skill_models(frame: pd.DataFrame, skill: str, part: int | None = 100) -> pd.DataFrame:
+    """Returns the models that one skill was added to, by percent of its data; None: any."""
+    models = frame[frame["skills"] == skill]
+    return models if part is None else models[models["part"] == part]
 
 
 def regime(frame: pd.DataFrame, name: str) -> pd.DataFrame:
-    """The models of a regime; of the merges those of `by_heuristic`."""
-    return by_heuristic(frame) if name == MERGED else frame[frame["regime"] == name]
+    """Returns the models of a regime; of merges those by task arithmetic with w = |D| / |G|."""
+    if name == MERGED:
+        return frame[frame["heuristic"] & (frame["method"] == "task_arithmetic")]
+    return frame[frame["regime"] == name]
 
 
 def tradeoff(frame: pd.DataFrame) -> Figure:
-    """The paper's central figure: the general score against the skill's, along w.
+    """Draws the paper's central figure: the general score against the skill's, along w.
 
     Args:
-        frame: Of `skill_results.models`.
+        frame: What `skill_scores.models` returns.
 
     Returns:
         The figure, a panel for each skill: a line for each method, from the general model where w
@@ -98,10 +95,10 @@ def tradeoff(frame: pd.DataFrame) -> Figure:
 
 
 def refusals(frame: pd.DataFrame) -> Figure:
-    """Safety against exaggerated refusals, along w.
+    """Draws safety against exaggerated refusals, along w.
 
     Args:
-        frame: Of `skill_results.models`, of a study with both evaluations.
+        frame: What `skill_scores.models` returns of a study with both evaluations.
 
     Returns:
         The figure, one panel like those of `tradeoff`: the best is at the upper right.
@@ -114,7 +111,7 @@ def refusals(frame: pd.DataFrame) -> Figure:
 
 
 def _along(axis: Axes, frame: pd.DataFrame, skill: str, x: str, y: str) -> None:
-    models = of_skill(frame, skill)
+    models = skill_models(frame, skill)
     general = frame[frame["regime"] == GENERAL]
     for method in _methods(frame):
         merged = models[models["method"] == method].sort_values("weight")
@@ -127,10 +124,10 @@ def _along(axis: Axes, frame: pd.DataFrame, skill: str, x: str, y: str) -> None:
         star = merged[merged["heuristic"]]
         axis.plot(star[x], star[y], color=look["color"], linestyle="", zorder=6, **_STAR)
     for name in (GENERAL, "ptm", "cft", "rt"):
-        found, look = general if name == GENERAL else regime(models, name), _LOOKS[name]
-        _errors(axis, found, x, y, look["color"])
+        rows, look = general if name == GENERAL else regime(models, name), _LOOKS[name]
+        _errors(axis, rows, x, y, look["color"])
         edge = {"markeredgecolor": "white", "markeredgewidth": 0.6}
-        axis.plot(found[x], found[y], linestyle="", markersize=9, zorder=5, **edge, **look)
+        axis.plot(rows[x], rows[y], linestyle="", markersize=9, zorder=5, **edge, **look)
     axis.set_xlabel(evaluation_name(x))
     axis.set_ylabel(evaluation_name(y))
     axis.grid(color="#eeeeee", linewidth=0.6)
@@ -138,16 +135,16 @@ def _along(axis: Axes, frame: pd.DataFrame, skill: str, x: str, y: str) -> None:
 
 
 def cost(frame: pd.DataFrame, papers: pd.DataFrame) -> Figure:
-    """What each way to add a skill costs, beside what it brings.
+    """Draws the score of each way to add a skill over its cost.
 
     Args:
-        frame: Of `skill_results.models`.
-        papers: Of `skill_results.papers_steps`.
+        frame: What `skill_scores.models` returns.
+        papers: What `skill_scores.papers_steps` returns.
 
     Returns:
         The figure: for each skill the mean of general and skill score over floating-point
         operations beyond the general model, from the least part of the data to all of it; and the
-        paper's own measure, steps of one epoch over all parts.
+        paper's measure, steps of one epoch over all parts.
     """
     skills = skills_of(frame)
     with matplotlib.rc_context(style.RC):
@@ -155,10 +152,10 @@ def cost(frame: pd.DataFrame, papers: pd.DataFrame) -> Figure:
         *scores, steps = axes[0]
         _share(scores, "x", "y")
         for axis, skill in zip(scores, skills, strict=True):
-            of_both = of_skill(frame, skill, None)
+            models = skill_models(frame, skill, None)
             _level(axis, (_general(frame)[GENERAL] + _general(frame)[skill]) / 2)
             for name in ("ptm", "cft", "rt", MERGED):
-                rows = regime(of_both, name).sort_values("part")
+                rows = regime(models, name).sort_values("part")
                 both = (rows[GENERAL] + rows[skill]) / 2
                 error = np.hypot(rows[f"{GENERAL}_error"], rows[f"{skill}_error"]) / 2
                 _line(axis, rows["flops"], both, error, name)
@@ -185,10 +182,10 @@ def _papers_bars(axis: Axes, papers: pd.DataFrame) -> None:
 
 
 def data_curves(frame: pd.DataFrame) -> Figure:
-    """What more of a skill's data brings, and what it does to the general score.
+    """Draws a skill's score and the general score over the amount of the skill's data.
 
     Args:
-        frame: Of `skill_results.models`.
+        frame: What `skill_scores.models` returns.
 
     Returns:
         The figure: the skill's score above, the general one below, a column for each skill, over
@@ -202,9 +199,9 @@ def data_curves(frame: pd.DataFrame) -> Figure:
             for axis, skill in zip(axes_of_row, skills, strict=True):
                 name = (skill, GENERAL)[row]
                 _level(axis, _general(frame)[name])
-                for of in ("cft", "rt", MERGED):
-                    rows = regime(of_skill(frame, skill, None), of).sort_values("part")
-                    _line(axis, rows["part"], rows[name], rows[f"{name}_error"], of)
+                for way in ("cft", "rt", MERGED):
+                    rows = regime(skill_models(frame, skill, None), way).sort_values("part")
+                    _line(axis, rows["part"], rows[name], rows[f"{name}_error"], way)
                 axis.set_xlim(0, 105)
                 axis.set_xticks(sorted({int(part) for part in frame["part"].dropna()}))
                 if row == 0:
@@ -217,7 +214,7 @@ def data_curves(frame: pd.DataFrame) -> Figure:
         return figure
 
 
-# --- what the figures have in common ---
+# --- common to the figures ---
 
 
 def _panels(rows: int, columns: int, width: float, height: float) -> tuple[Figure, np.ndarray]:
@@ -227,7 +224,7 @@ def _panels(rows: int, columns: int, width: float, height: float) -> tuple[Figur
 
 
 def _share(axes: Sequence[Axes], *which: str) -> None:
-    """Before anything is drawn: panels that join later keep the first one's limits."""
+    # Called before anything is drawn: panels that join later keep the first one's limits.
     for axis in axes[1:]:
         for name in which:
             getattr(axis, f"share{name}")(axes[0])
@@ -261,7 +258,7 @@ def _errors(axis: Axes, rows: pd.DataFrame, x: str, y: str, colour: str) -> None
 
 
 def _handle(name: str) -> Artist:
-    """What the legend shows for a regime; the general model is a level there."""
+    """Returns a regime's entry of the legend; the general model is a horizontal line."""
     line = matplotlib.lines.Line2D
     if name == GENERAL:
         look = {"color": _LOOKS[GENERAL]["color"], "linestyle": "--", "linewidth": 0.9}
@@ -272,19 +269,19 @@ def _handle(name: str) -> Artist:
 
 def _handles(frame: pd.DataFrame) -> list[Artist]:
     line = matplotlib.lines.Line2D
-    found: list[Artist] = [
+    handles: list[Artist] = [
         line([], [], label=REGIMES[name], linestyle="", markersize=7, **_LOOKS[name])
         for name in (GENERAL, "ptm", "cft", "rt")
     ]
     for method in _methods(frame):
         label = f"{style.method_name(method)}, along w"
-        found.append(line([], [], label=label, markersize=4, linewidth=1.3, **_LOOKS[method]))
+        handles.append(line([], [], label=label, markersize=4, linewidth=1.3, **_LOOKS[method]))
     grey = {"color": "white", "linestyle": ""}
-    found.append(line([], [], label="Heuristic w", **_STAR, **grey))
-    return found
+    handles.append(line([], [], label="Heuristic w", **_STAR, **grey))
+    return handles
 
 
 def _legend(figure: Figure, handles: Sequence[Artist]) -> None:
-    """Under the panels, in as many columns as the figure's width has room for."""
+    """Adds a legend under the panels, in as many columns as fit."""
     columns = min(len(handles), max(1, int(figure.get_figwidth() / 1.75)))
     figure.legend(handles=handles, loc="outside lower center", ncols=columns)

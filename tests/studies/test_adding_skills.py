@@ -3,10 +3,9 @@
 import pytest
 
 from m2l.errors import ConfigError
-from m2l.studies.adding import steps_of
-from m2l.studies.adding_choice import Point, Tolerance, choose
+from m2l.studies.adding_skills import CurvePoint, Tolerance, choose, steps_of
 
-CURVE = [Point(0.2, 60.0, 50.0), Point(0.5, 59.0, 70.0), Point(0.8, 55.0, 80.0)]
+CURVE = [CurvePoint(0.2, 60.0, 50.0), CurvePoint(0.5, 59.0, 70.0), CurvePoint(0.8, 55.0, 80.0)]
 
 
 @pytest.mark.parametrize(
@@ -32,13 +31,13 @@ def test_if_none_keeps_enough_the_one_that_loses_least():
 
 
 def test_of_equal_ones_the_one_that_keeps_more_then_the_smaller_weight():
-    same = [Point(0.9, 60.0, 70.0), Point(0.3, 60.0, 70.0), Point(0.1, 59.5, 70.0)]
+    same = [CurvePoint(0.9, 60.0, 70.0), CurvePoint(0.3, 60.0, 70.0), CurvePoint(0.1, 59.5, 70.0)]
     assert choose(same, 60.0, Tolerance.parse("1")).point.weight == 0.3
     assert choose(same, 90.0, Tolerance.parse("1")).point.weight == 0.3
 
 
 def test_a_merge_that_gains_on_what_is_kept_is_within():
-    assert choose([Point(0.4, 61.0, 10.0)], 60.0, Tolerance.parse("0%")).within
+    assert choose([CurvePoint(0.4, 61.0, 10.0)], 60.0, Tolerance.parse("0%")).within
 
 
 def test_no_curve_gives_no_choice():

@@ -1,21 +1,21 @@
-"""The report of paper 1's study: its figures 1 to 7 and tables 1 to 4, and what lies under them."""
+"""The report of paper 1's study: its figures 1 to 7, its tables 1 to 4, and their details."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import markupsafe
 import pandas as pd
 from matplotlib.figure import Figure
 
-from m2l.reporting import blocks, details, figures, paper, style, tables
+from m2l.reporting import blocks, figures, style, tables
 from m2l.reporting.blocks import Drawing, Folded, Heading, Report, Section, Table, Text
-from m2l.studies import aggregate, findings, scaling
+from m2l.studies import findings, normalized_performance, study_results
 from m2l.studies.findings import Finding
-from m2l.studies.records import Records
+from m2l.studies.study_results import StudyResults
+from m2l.typing import JsonObject
 from m2l.version import __version__
 
-# What each of the paper's findings is read from.
+# The figures that each of the paper's findings is derived from.
 FINDINGS = {
     1: ("by_base",),
     2: ("by_size",),
@@ -23,7 +23,7 @@ FINDINGS = {
     4: ("more_experts",),
     5: ("methods_at_scale",),
 }
-# By figure: its number in the paper, and what it shows.
+# The number in the paper and the caption of each figure.
 CAPTIONS = {
     "radar": (1, "Held-in performance by size, method and base."),
     "generalization_instruct": (2, "Held-out performance, instruction-tuned base."),
@@ -38,7 +38,7 @@ _FILES = ("performance", "cells")
 
 @dataclasses.dataclass(frozen=True)
 class Material:
-    """What a report is made from; `m2l.studies.aggregate` says what the frames hold.
+    """The data of a report, in frames as `m2l.studies.normalized_performance` computes them.
 
     Attributes:
         settings: The study's settings, as JSON values.
@@ -46,13 +46,13 @@ class Material:
         cells: The same by seed.
         experts: Scores of the experts on their own datasets, in percent.
         held_out: Scores of bases and multitask models on the held-out datasets, in percent.
-        choices: The hyper-parameters that were tried, with their scores; none, if none were.
-        lineage: Every model with results: what it is made of and how, its digest, their number.
-        findings: What the study says of the paper's five findings.
-        seconds: How long all of the study's stages took together.
+        choices: The swept hyper-parameters with their scores; may be empty.
+        lineage: The origin of every model, see `study_results.lineage`.
+        findings: The paper's five findings by this study's results.
+        seconds: The duration of all stages together.
     """
 
-    settings: Mapping[str, Any]
+    settings: JsonObject
     performance: pd.DataFrame
     cells: pd.DataFrame
     experts: pd.DataFrame
@@ -63,31 +63,31 @@ class Material:
     seconds: float
 
 
-def collect(found: Records) -> Material:
-    """A finished study's material.
+def collect(results: StudyResults) -> Material:
+    """Computes the data of a finished study's report.
 
     Raises:
-        EvaluationError: results cannot be compared.
+        EvaluationError: Results cannot be compared.
     """
-    grid = aggregate.grid(found)
-    replicates = aggregate.Replicates(grid)
-    parameters = {size: found.parameters(size) for size in found.study.models}
+    grid = normalized_performance.grid(results)
+    replicates = normalized_performance.Replicates(grid)
+    parameters = {size: results.parameters(size) for size in results.study.models}
     return Material(
-        settings=scaling.to_dict(found.study),
-        performance=aggregate.performance(replicates),
-        cells=aggregate.cells(grid),
-        experts=aggregate.experts(found),
-        held_out=aggregate.held_out(found),
-        choices=aggregate.choices(found),
-        lineage=aggregate.lineage(found),
-        findings=findings.findings(replicates, parameters),
-        seconds=sum(found.seconds.values()),
+        settings=results.study.to_dict(),
+        performance=normalized_performance.performance(replicates),
+        cells=normalized_performance.cells(grid),
+        experts=normalized_performance.experts(results),
+        held_out=normalized_performance.held_out(results),
+        choices=normalized_performance.choices(results),
+        lineage=study_results.lineage(results),
+        findings=findings.scaling_findings(replicates, parameters),
+        seconds=sum(results.seconds.values()),
     )
 
 
 def frames(material: Material) -> dict[str, pd.DataFrame]:
-    """The report's tables by file name."""
-    found = {
+    """Returns the report's tables by file name."""
+    frames = {
         "performance": material.performance,
         "cells": material.cells,
         "experts": tables.experts(material.experts),
@@ -96,12 +96,12 @@ def frames(material: Material) -> dict[str, pd.DataFrame]:
     }
     for number, (column, base) in tables.PAPER.items():
         table = tables.performance(material.performance, column, base)
-        found[f"table{number}_{column}_{base}"] = table
-    return found
+        frames[f"table{number}_{column}_{base}"] = table
+    return frames
 
 
-def of_paper(frame: pd.DataFrame) -> dict[str, Figure]:
-    """The paper's figures by name, drawn from a performance frame."""
+def paper_figures(frame: pd.DataFrame) -> dict[str, Figure]:
+    """Draws the paper's figures from a performance frame; returns them by name."""
     drawn = {
         "radar": figures.radar(frame),
         "by_base": figures.by_base(frame),
@@ -115,20 +115,16 @@ def of_paper(frame: pd.DataFrame) -> dict[str, Figure]:
 
 
 def draw(material: Material) -> dict[str, Figure]:
-    """The report's figures by file name."""
-    drawn = of_paper(material.performance) | {"experts": details.gains(material.experts)}
+    """Draws the report's figures; returns them by file name."""
+    drawn = paper_figures(material.performance) | {"experts": figures.gains(material.experts)}
     swept = material.choices[material.choices["scale"].notna()]
     for base in style.bases(swept):
-        drawn[f"sweeps_{base}"] = details.sweeps(swept, base)
+        drawn[f"sweeps_{base}"] = figures.sweeps(swept, base)
     return drawn
 
 
 def report(material: Material) -> Report:
-    """The report.
-
-    Args:
-        material: What it tells.
-    """
+    """Returns the report of a study's data."""
     drawn = draw(material)
     pairs = _pairs(drawn)
     return Report(
@@ -168,18 +164,18 @@ def report(material: Material) -> Report:
     )
 
 
-def _number(count: int, what: str) -> str:
-    return f"{count} {what}" + ("" if count == 1 else "s")
+def _number(count: int, noun: str) -> str:
+    return f"{count} {noun}" + ("" if count == 1 else "s")
 
 
 def _lead(material: Material) -> str:
     settings, sizes = material.settings, style.sizes(material.performance)
-    said = markupsafe.Markup(
+    text = markupsafe.Markup(
         "{}, two bases, {} merge methods, {} experts merged, {} held-in and {} held-out task "
         "categories, {} of experts; data: {}. After Yadav et al., <cite>What Matters for Model "
         "Merging at Scale?</cite> m2l {}."
     )
-    return said.format(
+    return text.format(
         f"{_number(len(sizes), 'model size')} ({', '.join(sizes)} parameters)",
         len(settings["recipes"]),
         ", ".join(map(str, settings["expert_counts"])),
@@ -192,7 +188,7 @@ def _lead(material: Material) -> str:
 
 
 def _pairs(drawn: Mapping[str, Figure]) -> dict[str, Drawing]:
-    """The paper's figures, ours beside the paper's own."""
+    """Returns the study's figures, each with the figure of the paper's own numbers."""
     return {
         name: Drawing(
             name,
@@ -200,36 +196,40 @@ def _pairs(drawn: Mapping[str, Figure]) -> dict[str, Drawing]:
             blocks.svg(drawn[name], name, caption),
             blocks.svg(figure, f"paper_{name}", f"The paper's figure {number}. {caption}"),
         )
-        for name, figure in of_paper(paper.merging_at_scale()).items()
+        for name, figure in paper_figures(tables.paper_performance()).items()
         for number, caption in [CAPTIONS[name]]
         if name in drawn
     }
 
 
 def _grids(material: Material) -> Section:
-    theirs = paper.merging_at_scale()
-    shown: list[blocks.Block] = [
+    paper = tables.paper_performance()
+    content: list[blocks.Block] = [
         Text(
             "Normalised performance by method, model size and number of experts merged. A header "
             "sorts."
         )
     ]
     for number, (column, base) in tables.PAPER.items():
-        what = (
+        title = (
             f"{column.replace('_', '-').capitalize()} performance, "
             f"{style.base_name(base).lower()} base"
         )
-        ours = blocks.cells(tables.performance(material.performance, column, base))
-        papers = blocks.cells(tables.performance(theirs, column, base))
+        cells, paper_cells = (
+            blocks.cells(tables.performance(frame, column, base))
+            for frame in (material.performance, paper)
+        )
         name = f"The paper's table {number}"
-        shown += [
-            Heading(f"Table {number}. {what}"),
-            Table(what, ours, f"table{number}_{column}_{base}"),
-            Folded(name, [Table(name, papers)]),
+        content += [
+            Heading(f"Table {number}. {title}"),
+            Table(title, cells, f"table{number}_{column}_{base}"),
+            Folded(name, [Table(name, paper_cells)]),
         ]
     links = [markupsafe.Markup('<a href="tables/{0}.csv">{0}.csv</a>').format(n) for n in _FILES]
-    shown.append(Text(markupsafe.Markup("With bands, and by draw: {} {}").format(*links), "files"))
-    return Section("tables", "The paper's tables 1 to 4", "Tables", shown)
+    content.append(
+        Text(markupsafe.Markup("With bands, and by draw: {} {}").format(*links), "files")
+    )
+    return Section("tables", "The paper's tables 1 to 4", "Tables", content)
 
 
 def _experts(material: Material, figure: Figure) -> Section:
@@ -262,21 +262,21 @@ def _experts(material: Material, figure: Figure) -> Section:
 def _held_out(material: Material) -> Section:
     scores = blocks.cells(tables.named(material.held_out), digits=1)
     table = Table("Scores on the held-out datasets", scores, "held_out")
-    said = Text(
+    note = Text(
         "Scores in percent. Ratios to a base that stands at chance say little: compare these "
         "figures with chance before reading the held-out panels."
     )
     title = "The held-out datasets themselves"
-    shown = [said, Folded("Scores by dataset", [table])]
-    return Section("held-out", title, "Held-out datasets", shown)
+    content = [note, Folded("Scores by dataset", [table])]
+    return Section("held-out", title, "Held-out datasets", content)
 
 
 def _choices(material: Material, drawn: Mapping[str, Figure]) -> Section:
     chosen = blocks.cells(tables.chosen(material.choices))
     swept = {name: figure for name, figure in drawn.items() if name.startswith("sweeps_")}
-    shown: list[blocks.Block] = []
+    content: list[blocks.Block] = []
     if swept or chosen["rows"]:
-        shown.append(
+        content.append(
             Text(
                 "The paper does not give its scale, density and drop rate. Here they are chosen "
                 "for each size, base, method and number of experts, on examples that nothing is "
@@ -287,36 +287,37 @@ def _choices(material: Material, drawn: Mapping[str, Figure]) -> Section:
         for name, figure in swept.items():
             base = style.base_name(name.removeprefix("sweeps_")).lower()
             caption = f"What each scale scored, {base} base."
-            shown.append(Drawing(name, caption, blocks.svg(figure, name, caption)))
+            content.append(Drawing(name, caption, blocks.svg(figure, name, caption)))
         table = Table("The hyper-parameters chosen", chosen, "choices")
-        shown.append(Folded("What was chosen", [table], aside=True))
+        content.append(Folded("What was chosen", [table], aside=True))
     else:
-        shown.append(
+        content.append(
             Text(
                 "The scale, density and drop rate of a merge are fixed values; the paper gives "
                 "none. They are among the settings below."
             )
         )
-    return Section("choices", "Hyper-parameters", "Hyper-parameters", shown)
+    return Section("choices", "Hyper-parameters", "Hyper-parameters", content)
 
 
 def _headline(material: Material) -> list[tuple[str, str]]:
-    """The page's first figures, each with what it is."""
-    found = [blocks.verdicts(material.findings)]
+    """Returns the page's first numbers, each with its description."""
+    numbers = [blocks.verdicts(material.findings)]
     performance = material.performance
     largest, most = style.sizes(performance)[-1], style.counts(performance)[-1]
     merged = performance[performance["method"] != style.MULTITASK]
     merged = merged[(merged["size"] == largest) & (merged["experts"] == most)]
-    for column, what in (
+    for column, text in (
         ("held_in", "of its experts' performance is what the best merge of {} keeps"),
         ("held_out", "times its base's performance on unseen tasks: the best merge of {}"),
     ):
         if merged[column].notna().any():
             best = merged.loc[merged[column].idxmax()]
-            how = f"({style.method_name(best['method'])}, {style.base_name(best['base']).lower()})"
-            found.append((f"{best[column]:.2f}", f"{what.format(most)} at {largest} {how}"))
+            model = f"{style.method_name(best['method'])}, {style.base_name(best['base']).lower()}"
+            description = f"{text.format(most)} at {largest} ({model})"
+            numbers.append((f"{best[column]:.2f}", description))
     merges = int((material.cells["method"] != style.MULTITASK).sum())
-    found.append((f"{merges:,}", "merging experiments"))
+    numbers.append((f"{merges:,}", "merging experiments"))
     results = int(material.lineage["results"].sum())
-    found.append((f"{results:,}", "results (model and task)"))
-    return found
+    numbers.append((f"{results:,}", "results (model and task)"))
+    return numbers

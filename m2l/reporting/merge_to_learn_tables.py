@@ -1,32 +1,32 @@
-"""Paper 2's tables, and what they say of where each way to add a skill is ahead."""
+"""Paper 2's tables, and sentences on where each way to add a skill is ahead."""
 
 from collections.abc import Iterator
 
 import pandas as pd
 
 from m2l.reporting import style
-from m2l.reporting.skill_figures import (
+from m2l.reporting.merge_to_learn_figures import (
     MERGED,
     REGIMES,
-    of_skill,
     regime,
+    skill_models,
     skills_of,
 )
-from m2l.studies.skill_findings import REFUSALS, SAFETY
-from m2l.studies.skill_results import Score, mean
-from m2l.studies.skills import ALL, GENERAL, SkillsStudy
+from m2l.studies.findings import REFUSALS, SAFETY
+from m2l.studies.merge_to_learn import ALL, GENERAL, SkillsStudy
+from m2l.studies.skill_scores import Score, mean
 
-# The three ways that the paper compares.
 _PRINTED = {REFUSALS: "compliance"}
+# The three ways that the paper compares.
 WAYS = {"cft": "continued fine-tuning", "rt": "retraining", MERGED: "merging"}
 
 
 def by_regime(study: SkillsStudy, frame: pd.DataFrame) -> pd.DataFrame:
-    """Each skill by each regime.
+    """Returns the scores and costs of each skill by each regime.
 
     Args:
         study: The study's settings.
-        frame: Of `skill_results.models`.
+        frame: What `skill_scores.models` returns.
 
     Returns:
         Rows with skill, model (in print), each evaluation in percent, and GFLOPs beyond the general
@@ -35,17 +35,17 @@ def by_regime(study: SkillsStudy, frame: pd.DataFrame) -> pd.DataFrame:
     rows = [_scores(study, frame[frame["regime"] == GENERAL].iloc[0], "", REGIMES[GENERAL])]
     for skill in skills_of(frame):
         for name in ("ptm", "cft", "rt", MERGED):
-            (_, model), *_ = regime(of_skill(frame, skill), name).iterrows()
+            (_, model), *_ = regime(skill_models(frame, skill), name).iterrows()
             rows.append(_scores(study, model, skill, REGIMES[name]))
     return pd.DataFrame(rows)
 
 
 def several(study: SkillsStudy, frame: pd.DataFrame) -> pd.DataFrame:
-    """The paper's table of several skills at once.
+    """Returns the paper's table of several skills at once.
 
     Args:
         study: The study's settings.
-        frame: Of `skill_results.models`.
+        frame: What `skill_scores.models` returns.
 
     Returns:
         Rows with skill (which ones), model, each evaluation in percent, and GFLOPs beyond the
@@ -70,10 +70,10 @@ def _scores(study: SkillsStudy, model: pd.Series, skill: str, name: str) -> dict
 
 
 def weights(frame: pd.DataFrame) -> pd.DataFrame:
-    """What the heuristic's weight gives, beside the best of those tried.
+    """Returns the score of the heuristic's weight and of the best weight.
 
     Args:
-        frame: Of `skill_results.models`.
+        frame: What `skill_scores.models` returns.
 
     Returns:
         Rows with skill, method, w and score of the heuristic's weight, best_w and best_score; a
@@ -81,7 +81,7 @@ def weights(frame: pd.DataFrame) -> pd.DataFrame:
     """
     rows = []
     for skill in skills_of(frame):
-        merged = of_skill(frame, skill)
+        merged = skill_models(frame, skill)
         merged = merged[merged["regime"] == MERGED]
         for method in style.methods(merged):
             tried = merged[merged["method"] == method]
@@ -101,17 +101,17 @@ def weights(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def every_model(study: SkillsStudy, frame: pd.DataFrame) -> pd.DataFrame:
-    """All models in print: what they are, their scores with standard errors, their costs."""
+    """Returns all models with printed column names: scores with standard errors, and costs."""
     columns = ["model", "regime", "skills", "part", "weight"]
     for name in study.evaluations:
         columns += [name, f"{name}_error"]
     printed = {"weight": "w", f"{REFUSALS}_error": "compliance_error", **_PRINTED}
-    found = frame[columns].rename(columns=printed)
-    return found.assign(steps=frame["steps"], GFLOPs=frame["flops"] / 1e9)
+    models = frame[columns].rename(columns=printed)
+    return models.assign(steps=frame["steps"], GFLOPs=frame["flops"] / 1e9)
 
 
 def papers_steps(papers: pd.DataFrame) -> pd.DataFrame:
-    """`skill_results.papers_steps` in print."""
+    """Returns `skill_scores.papers_steps` with printed column names."""
     return papers.rename(columns=WAYS | {"ptm": WAYS[MERGED]})
 
 
@@ -119,11 +119,11 @@ def papers_steps(papers: pd.DataFrame) -> pd.DataFrame:
 
 
 def compared(study: SkillsStudy, frame: pd.DataFrame) -> pd.DataFrame:
-    """Continued fine-tuning, retraining and merging beside one another.
+    """Compares continued fine-tuning, retraining and merging.
 
     Args:
         study: The study's settings.
-        frame: Of `skill_results.models`.
+        frame: What `skill_scores.models` returns.
 
     Returns:
         Rows with skill, data (percent), score (which), a column for each of WAYS by its name,
@@ -134,11 +134,11 @@ def compared(study: SkillsStudy, frame: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for part in sorted({100, *study.retrained_parts}, reverse=True):
         for skill in skills_of(frame):
-            for what, names in _scores_of(study, skill):
+            for title, names in _scores_of(study, skill):
                 scores = {way: _mean(frame, skill, way, names, part) for way in WAYS}
                 first, second, *_ = sorted(scores, key=lambda way: -scores[way].value)
                 gap = scores[first] - scores[second]
-                row = {"skill": skill, "data": part, "score": what}
+                row = {"skill": skill, "data": part, "score": title}
                 row |= {WAYS[way]: score.value for way, score in scores.items()}
                 clear = gap.value > 1.96 * gap.error
                 rows.append(row | {"ahead": WAYS[first] if clear else "none", "by": gap.value})
@@ -146,38 +146,31 @@ def compared(study: SkillsStudy, frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def ahead(study: SkillsStudy, frame: pd.DataFrame) -> list[str]:
-    """Sentences on where each way is ahead by `compared`, and on what merging costs."""
-    table, said = compared(study, frame), []
+    """Returns sentences on where each way is ahead by `compared`, and on the cost of merging."""
+    table, sentences = compared(study, frame), []
     for part, rows in table.groupby("data", sort=False):
-        told = []
+        clauses = []
         for way in WAYS.values():
-            wins = rows[rows["ahead"] == way]
-            where = [
-                f"{skill} ({', '.join(of_skill['score'])})"
-                for skill, of_skill in wins.groupby("skill", sort=False)
-            ]
-            told.append(f"{way.capitalize()} is clearly ahead {_in(where)}.")
+            wins = rows[rows["ahead"] == way].groupby("skill", sort=False)
+            skills = [f"{skill} ({', '.join(won['score'])})" for skill, won in wins]
+            places = f"in {', '.join(skills)}" if skills else "nowhere"
+            clauses.append(f"{way.capitalize()} is clearly ahead {places}.")
         close = int((rows["ahead"] == "none").sum())
         with_part = "all" if part == 100 else f"{part} %"
-        said.append(
-            f"With {with_part} of a skill's data: {' '.join(told)} Too close to call: {close} of "
-            f"{len(rows)} comparisons."
+        sentences.append(
+            f"With {with_part} of a skill's data: {' '.join(clauses)} Too close to call: "
+            f"{close} of {len(rows)} comparisons."
         )
     shares = []
     for skill in skills_of(frame):
-        ours, again = (
-            regime(of_skill(frame, skill), way)["flops"].iloc[0] for way in (MERGED, "rt")
-        )
-        shares.append(f"{100 * ours / again:.0f} % for {skill}")
-    said.append(
+        models = skill_models(frame, skill)
+        merging, retraining = (regime(models, way)["flops"].iloc[0] for way in (MERGED, "rt"))
+        shares.append(f"{100 * merging / retraining:.0f} % for {skill}")
+    sentences.append(
         "To train a model for a merge takes, of the arithmetic of retraining, "
         f"{', '.join(shares)}; trying weights takes evaluations alone."
     )
-    return said
-
-
-def _in(where: list[str]) -> str:
-    return f"in {', '.join(where)}" if where else "nowhere"
+    return sentences
 
 
 def _scores_of(study: SkillsStudy, skill: str) -> Iterator[tuple[str, tuple[str, ...]]]:
@@ -189,5 +182,5 @@ def _scores_of(study: SkillsStudy, skill: str) -> Iterator[tuple[str, tuple[str,
 
 
 def _mean(frame: pd.DataFrame, skill: str, way: str, names: tuple[str, ...], part: int) -> Score:
-    model = regime(of_skill(frame, skill, part), way).iloc[0]
+    model = regime(skill_models(frame, skill, part), way).iloc[0]
     return mean([Score(float(model[name]), float(model[f"{name}_error"])) for name in names])

@@ -1,7 +1,4 @@
-"""Who runs a study's stages: several processes of this machine, or a cluster through Slurm.
-
-Each of them does no more than `m2l study --out DIR` does: it takes stages that are ready.
-"""
+"""Runs the stages of a study in several processes of this machine, or on a cluster with Slurm."""
 
 import contextlib
 import importlib
@@ -12,22 +9,20 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from m2l import signals
 from m2l.errors import ConfigError, M2LError, Stopped
-from m2l.studies import execute
-from m2l.studies.plan import Plan
+from m2l.studies.graph import Graph, discard_damaged, run_stage, stage_state
 
-_SECONDS_BETWEEN_LOOKS = 0.2
+_POLL_SECONDS = 0.2
 
 
 def by_processes(out: Path, workers: int) -> None:
-    """Starts so many processes on the study in `out`, and waits for all of them.
+    """Starts processes that share the stages of the study in `out`, and waits for all of them.
 
     Raises:
-        M2LError: one ended with an error; what it was is in its output.
-        Stopped: by SIGINT or SIGTERM, when what was under way in each of them was saved.
+        M2LError: A process failed; its output has the error.
+        Stopped: SIGINT or SIGTERM was received; what was in progress in each process is saved.
     """
     command = [sys.executable, "-m", "m2l", "study", "--out", str(out)]
     # In groups of their own, or a terminal's Ctrl-C would reach them twice.
@@ -41,7 +36,7 @@ def by_processes(out: Path, workers: int) -> None:
             while any(process.poll() is None for process in running):
                 if (number := signals.requested()) is not None:
                     raise Stopped("stopped; the same command goes on from what is finished")
-                time.sleep(_SECONDS_BETWEEN_LOOKS)
+                time.sleep(_POLL_SECONDS)
         except BaseException:
             for process in running:
                 process.send_signal(number or signal.SIGTERM)
@@ -53,52 +48,54 @@ def by_processes(out: Path, workers: int) -> None:
         raise M2LError(f"{sum(map(bool, codes))} of {workers} processes failed; see above")
 
 
-def levels(plan: Plan) -> list[list[str]]:
-    """The stages by how many stages deep they are: those of one level can run side by side."""
+def levels(graph: Graph) -> list[list[str]]:
+    """Returns the stages by depth in the graph: those of one level can run at the same time."""
     depth: dict[str, int] = {}
-    for stage in plan:
+    for stage in graph:
         depth[stage.name] = 1 + max((depth[name] for name in stage.inputs.values()), default=-1)
     deepest = max(depth.values(), default=-1)
-    return [[name for name, of in depth.items() if of == level] for level in range(deepest + 1)]
+    return [[name for name in depth if depth[name] == level] for level in range(deepest + 1)]
 
 
 class StageJob:
-    """One stage as a job of its own; when it is preempted or out of time, it is queued again."""
+    """One stage as a job of its own; it is queued again when it is preempted or out of time."""
 
     def __init__(self, out: Path, name: str):
         self.out, self.name = out, name
 
     def __call__(self) -> str:
-        from m2l.studies import records, stages
+        from m2l.studies import run, study_results
 
-        plan = records.plan(records.read_study(self.out)).needed_for(self.name)
-        reads = plan[self.name].inputs.values()
-        missing = [name for name in reads if execute.state(plan, self.out, name) != "done"]
+        graph = study_results.read_study(self.out).stage_graph().needed_for(self.name)
+        inputs = graph[self.name].inputs.values()
+        missing = [name for name in inputs if stage_state(graph, self.out, name) != "done"]
         if missing:
             raise M2LError(f"{self.name} reads {missing}, which is not done: see their jobs")
-        execute.run_stage(plan, self.out, self.name, stages.RUNNERS)
+        run_stage(graph, self.out, self.name, run.RUNNERS)
         return self.name
 
-    def checkpoint(self) -> Any:
-        """What submitit queues in its place: the same, which goes on from what was saved."""
+    def checkpoint(self) -> object:
+        """Returns what submitit queues in its place: the same job, which resumes."""
         submitit = importlib.import_module("submitit")
         return submitit.helpers.DelayedSubmission(StageJob(self.out, self.name))
 
 
-def by_slurm(plan: Plan, out: Path, settings: Mapping[str, Any], at_once: int) -> list[str]:
-    """Queues a job for each stage that is not done: an array for each level, after the one before.
+def by_slurm(
+    graph: Graph, out: Path, settings: Mapping[str, int | str], parallelism: int
+) -> list[str]:
+    """Queues a job for each stage that is not done: an array for each level of the graph.
 
     Args:
-        plan: The study's.
-        out: Its folder, on a file system that all nodes share.
-        settings: Of submitit's AutoExecutor: slurm_partition, timeout_min, gpus_per_node, ...
-        at_once: Jobs of an array that may run at a time.
+        graph: The study's stages.
+        out: The study's folder, on a file system that all nodes share.
+        settings: Parameters of submitit's AutoExecutor: slurm_partition, timeout_min, ...
+        parallelism: The number of jobs of an array that may run at a time.
 
     Returns:
         The jobs' numbers.
 
     Raises:
-        ConfigError: submitit is not installed, or there is no Slurm here.
+        ConfigError: submitit or Slurm is not installed, or the folder is in a bucket.
     """
     if not isinstance(out, Path):
         raise ConfigError(
@@ -111,21 +108,20 @@ def by_slurm(plan: Plan, out: Path, settings: Mapping[str, Any], at_once: int) -
         raise ConfigError("--executor slurm needs submitit: pip install 'm2l[slurm]'") from error
     if shutil.which("sbatch") is None:
         raise ConfigError("--executor slurm: no sbatch on this machine; run it where Slurm is")
-    execute.discard_damaged(plan, out)
+    discard_damaged(graph, out)
     queued: list[str] = []
-    after: str | None = None
-    for names in levels(plan):
-        left = [name for name in names if execute.state(plan, out, name) != "done"]
-        if not left:
+    sbatch_options: dict[str, bool | str] = {"requeue": True}
+    for names in levels(graph):
+        remaining = [name for name in names if stage_state(graph, out, name) != "done"]
+        if not remaining:
             continue
         executor = submitit.AutoExecutor(folder=out / "slurm", cluster="slurm")
-        how = {"name": "m2l", "timeout_min": 24 * 60, "slurm_array_parallelism": at_once}
-        beside: dict[str, Any] = {"requeue": True}
-        if after:
-            beside["dependency"] = f"afterany:{after}"
-        executor.update_parameters(**{**how, **settings}, slurm_additional_parameters=beside)
+        defaults = {"name": "m2l", "timeout_min": 24 * 60, "slurm_array_parallelism": parallelism}
+        executor.update_parameters(
+            **{**defaults, **settings}, slurm_additional_parameters=dict(sbatch_options)
+        )
         with executor.batch():
-            jobs = [executor.submit(StageJob(out.absolute(), name)) for name in left]
-        after = jobs[0].job_id.split("_")[0]
+            jobs = [executor.submit(StageJob(out.absolute(), name)) for name in remaining]
+        sbatch_options["dependency"] = f"afterany:{jobs[0].job_id.split('_')[0]}"
         queued += [job.job_id for job in jobs]
     return queued

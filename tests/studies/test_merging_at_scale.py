@@ -6,7 +6,7 @@ import pytest
 
 from m2l.errors import ConfigError, UnknownNameError
 from m2l.merging import Recipe
-from m2l.studies import scaling
+from m2l.studies import merging_at_scale
 
 
 def kinds(plan):
@@ -15,7 +15,7 @@ def kinds(plan):
 
 def test_constituents_are_the_same_for_every_size_base_and_method(study):
     drawn = {}
-    for merge in scaling.merges(study):
+    for merge in merging_at_scale.merges(study):
         drawn.setdefault((merge.count, merge.seed), set()).add(merge.categories)
     assert all(len(sets) == 1 for sets in drawn.values())
     assert all(len(c) == count for (count, _), sets in drawn.items() for c in sets)
@@ -23,13 +23,15 @@ def test_constituents_are_the_same_for_every_size_base_and_method(study):
 
 
 def test_every_cell_of_the_grid_is_there(study):
-    cells = {(m.size, m.base, m.recipe.method, m.count, m.seed) for m in scaling.merges(study)}
-    assert len(cells) == scaling.cells(study) == 2 * 2 * 2 * 2 * 3
+    cells = {
+        (m.size, m.base, m.recipe.method, m.count, m.seed) for m in merging_at_scale.merges(study)
+    }
+    assert len(cells) == 2 * 2 * 2 * 2 * 3
 
 
 def test_merges_of_the_same_experts_in_the_same_way_are_made_once(study):
     made = {}
-    for merge in scaling.merges(study):
+    for merge in merging_at_scale.merges(study):
         key = merge.size, merge.base, merge.recipe.method, merge.count
         made.setdefault(key, set()).add(merge.model)
     assert len(made["0.1M", "instruct", "average", 4]) == 1
@@ -38,18 +40,18 @@ def test_merges_of_the_same_experts_in_the_same_way_are_made_once(study):
 
 
 def test_all_merges_of_a_set_of_experts_are_one_stage_that_reads_them_once(study):
-    plan = scaling.plan(study)
+    plan = study.stage_graph()
     stages = [stage for stage in plan if stage.kind == "merge"]
     read = [tuple(sorted(stage.inputs.values())) for stage in stages]
     assert len(set(read)) == len(read)
     planned = {f"{stage.name}/{name}" for stage in stages for name in stage.settings["recipes"]}
-    assert planned == {f"results/{merge.model}" for merge in scaling.merges(study)}
+    assert planned == {f"results/{merge.model}" for merge in merging_at_scale.merges(study)}
 
 
 def test_the_plan_reads_what_the_paper_compares(study):
-    plan = scaling.plan(study)
+    plan = study.stage_graph()
     assert kinds(plan)["train"] == 2 * (2 + 2 * (4 + 1))
-    for merge in scaling.merges(study):
+    for merge in merging_at_scale.merges(study):
         stage = plan[merge.stage]
         assert stage.inputs["base"] == f"bases/{merge.size}/{merge.base}"
         # A merge of sentiment and another is not evaluated on what neither was trained on.
@@ -60,27 +62,27 @@ def test_the_plan_reads_what_the_paper_compares(study):
 def test_settings_survive_the_disk(study):
     swept = dataclasses.replace(study, swept={"dare_ties": {"scale": (0.5, 1.0)}})
     for one in (study, swept):
-        assert scaling.from_dict(json.loads(json.dumps(scaling.to_dict(one)))) == one
+        assert merging_at_scale.ScalingStudy.from_dict(json.loads(json.dumps(one.to_dict()))) == one
 
 
 def test_what_is_swept_is_chosen_by_a_stage_that_the_merges_read(study):
     swept = {"dare_ties": {"scale": (0.5, 1.0), "drop_rate": (0.1, 0.9)}}
     study = dataclasses.replace(study, swept=swept)
-    plan = scaling.plan(study)
+    plan = study.stage_graph()
     assert kinds(plan)["choose"] == 2 * 2 * 2
-    for merge in scaling.merges(study):
+    for merge in merging_at_scale.merges(study):
         choice = plan[plan[merge.stage].inputs["choice"]]
         assert choice.name == f"choices/{merge.size}/{merge.base}/{merge.count}"
         assert list(merge.categories) in choice.settings["sets"]
         assert set(choice.settings["candidates"]) == {"dare_ties"}
-    recipes = scaling.candidates(study, study.recipes[1])
+    recipes = merging_at_scale.candidates(study, study.recipes[1])
     assert [(r.scale, r.drop_rate) for r in recipes] == [(0.5, 0.1), (0.5, 0.9), (1, 0.1), (1, 0.9)]
-    assert scaling.candidates(study, study.recipes[0]) == [study.recipes[0]]
+    assert merging_at_scale.candidates(study, study.recipes[0]) == [study.recipes[0]]
 
 
 def test_a_changed_sweep_changes_choices_and_merges_and_nothing_trained(study):
-    before = scaling.plan(dataclasses.replace(study, swept={"dare_ties": {"scale": (0.5, 1.0)}}))
-    after = scaling.plan(dataclasses.replace(study, swept={"dare_ties": {"scale": (0.5, 2.0)}}))
+    before = dataclasses.replace(study, swept={"dare_ties": {"scale": (0.5, 1.0)}}).stage_graph()
+    after = dataclasses.replace(study, swept={"dare_ties": {"scale": (0.5, 2.0)}}).stage_graph()
     changed = {s.kind for s in after if after.digest(s.name) != before.digest(s.name)}
     same = {s.kind for s in after if after.digest(s.name) == before.digest(s.name)}
     assert (changed, same) == ({"choose", "merge"}, {"train", "evaluate"})
@@ -89,7 +91,7 @@ def test_a_changed_sweep_changes_choices_and_merges_and_nothing_trained(study):
 def test_a_size_more_changes_no_stage_of_the_others(study, tiny_config):
     larger = {**study.models, "1M": dataclasses.replace(tiny_config, d_model=64)}
     before, after = (
-        scaling.plan(dataclasses.replace(study, models=m)) for m in (study.models, larger)
+        dataclasses.replace(study, models=m).stage_graph() for m in (study.models, larger)
     )
     assert len(after) == len(before) * 3 // 2
     assert all(after.digest(stage.name) == before.digest(stage.name) for stage in before)
@@ -98,13 +100,13 @@ def test_a_size_more_changes_no_stage_of_the_others(study, tiny_config):
 def test_a_given_checkpoint_takes_a_stages_place(study, road):
     name = "experts/0.1M/instruct/sentiment"
     given = dataclasses.replace(study, given={name: str(road / "sentiment")})
-    scaling.check_mixtures(given)
-    plan = scaling.plan(given)
+    given.check_mixtures()
+    plan = given.stage_graph()
     assert plan[name].kind == "given" and not plan[name].inputs
     assert plan[name].settings["digest"]
     wrong = dataclasses.replace(study, given={"experts/0.1M/sentiment": str(road / "sentiment")})
     with pytest.raises(UnknownNameError, match=r"experts/0\.1M/"):
-        scaling.check_mixtures(wrong)
+        wrong.check_mixtures()
 
 
 @pytest.mark.parametrize(
@@ -150,16 +152,16 @@ def test_what_stands_for_free_text_is_known_and_decides_evaluations_alone(study)
     with pytest.raises(UnknownNameError, match=r"generative_score 'decode'.*'decoding'"):
         dataclasses.replace(study, generative_score="decode")
     assert study.generative_score == "decoding"
-    before = scaling.plan(study)
-    after = scaling.plan(dataclasses.replace(study, generative_score="likelihood"))
+    before = study.stage_graph()
+    after = dataclasses.replace(study, generative_score="likelihood").stage_graph()
     changed = {s.kind for s in after if after.digest(s.name) != before.digest(s.name)}
     same = {s.kind for s in after if after.digest(s.name) == before.digest(s.name)}
     assert (changed, same) == ({"evaluate", "merge"}, {"train"})
 
 
 def test_names_are_looked_up_before_anything_is_trained(study):
-    scaling.check_mixtures(study)
+    study.check_mixtures()
     with pytest.raises(UnknownNameError, match="'sentiment'"):
-        scaling.check_mixtures(dataclasses.replace(study, held_out=("sentimant",)))
+        dataclasses.replace(study, held_out=("sentimant",)).check_mixtures()
     with pytest.raises(ConfigError, match="'imdb' is not a task category"):
-        scaling.check_mixtures(dataclasses.replace(study, categories=("imdb", "sentiment", *"ab")))
+        dataclasses.replace(study, categories=("imdb", "sentiment", *"ab")).check_mixtures()

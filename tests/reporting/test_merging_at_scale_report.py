@@ -9,7 +9,7 @@ from m2l.errors import DataError
 from m2l.evaluation.results import Result
 from m2l.merging import Recipe
 from m2l.reporting import page
-from m2l.studies import records, scaling
+from m2l.studies import merging_at_scale, study_results
 from m2l.training.settings import TrainSettings
 
 CATEGORIES, HELD_OUT = ("sentiment", "summarization", "paraphrase"), ("coreference",)
@@ -53,7 +53,7 @@ def merged_score(merge):
 @pytest.fixture(scope="module")
 def published(tiny_config, tmp_path_factory):
     settings = TrainSettings(mixture="t0_held_in", steps=3)
-    study = scaling.ScalingStudy(
+    study = merging_at_scale.ScalingStudy(
         models={"1M": tiny_config, "2M": dataclasses.replace(tiny_config, d_ff=64)},
         **dict.fromkeys(("pretrain", "instruct", "expert", "multitask"), settings),
         categories=CATEGORIES,
@@ -65,7 +65,7 @@ def published(tiny_config, tmp_path_factory):
     )
     results, recipes, choices = {}, {}, {}
     for size in study.models:
-        for base in scaling.BASES:
+        for base in merging_at_scale.BASES:
             results[f"bases/{size}/{base}"] = scored("base", 20.0, BASE)
             results[f"multitask/{size}/{base}"] = scored("together", 72.0, 60.0)
             for name in CATEGORIES:
@@ -74,14 +74,16 @@ def published(tiny_config, tmp_path_factory):
             for count in study.expert_counts:
                 points = [{"settings": {"scale": s}, "score": s} for s in (0.4, 0.8)]
                 record = {"points": points, "chosen": {"scale": 0.8}}
-                choices[scaling.choice(size, base, count)] = {"task_arithmetic": record}
-    for merge in scaling.merges(study):
+                choices[f"choices/{size}/{base}/{count}"] = {"task_arithmetic": record}
+    for merge in merging_at_scale.merges(study):
         score = merged_score(merge)
         results[merge.model] = scored("merge", score, BASE + 4, merge.categories)
         recipes[merge.model] = merge.recipe.to_dict()
     out = tmp_path_factory.mktemp("published")
     seconds = {"bases/1M/pretrained": 90.0}
-    records.publish(records.Records(study, results, recipes, choices, seconds), out)
+    study_results.publish(
+        study_results.StudyResults(study, results, recipes, choices, seconds), out
+    )
     return out
 
 

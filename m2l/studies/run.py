@@ -1,0 +1,352 @@
+"""The functions that run each kind of stage (train, evaluate, choose, merge), and their costs."""
+
+import dataclasses
+import functools
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+
+import jax
+
+from m2l import checkpoints, files, merging, models, partitioning, storage, tasks
+from m2l.data import vocabularies
+from m2l.errors import CheckpointError
+from m2l.evaluation.evaluator import Evaluator
+from m2l.evaluation.results import Result, normalized
+from m2l.evaluation.task_data import TaskData, load_tasks
+from m2l.merging import Recipe
+from m2l.studies.graph import Graph, Runner, Stage
+from m2l.training import resources
+from m2l.training.loop import train
+from m2l.training.settings import from_flat
+from m2l.typing import Json, Params, PyTree
+
+RECIPES = "recipes.json"
+
+
+def run_train(stage: Stage, out: Path, inputs: Mapping[str, Path]) -> None:
+    """Trains the stage's model, or resumes; the output is a training run's directory."""
+    vocabulary_name, source = stage.settings["data"]
+    tasks.register(vocabulary=vocabulary_name, source=source)
+    vocabulary = vocabularies.load(vocabulary_name)
+    train(
+        out,
+        config=models.from_dict(stage.settings["model"]),
+        vocabulary=vocabularies.describe(vocabulary, vocabulary_name),
+        settings=from_flat(**stage.settings["settings"]),
+        init=inputs.get("init"),
+        data={"source": source, "stage": stage.name},
+    )
+
+
+def run_given(stage: Stage, out: Path, inputs: Mapping[str, Path]) -> None:
+    """Links an existing checkpoint to the stage's folder; in buckets, copies it.
+
+    Raises:
+        CheckpointError: The checkpoint has changed since the study was planned.
+    """
+    directory = storage.path(stage.settings["checkpoint"])
+    if checkpoints.read_manifest(directory).digest != stage.settings["digest"]:
+        raise CheckpointError(f"{directory}: changed since the study was planned; start it again")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(out, Path) and isinstance(directory, Path):
+        out.unlink(missing_ok=True)
+        out.symlink_to(directory, target_is_directory=True)
+    else:
+        storage.remove_tree(out)
+        storage.upload(directory, out)
+
+
+# --- evaluation ---
+
+
+@functools.lru_cache(maxsize=2)
+def _load_tasks(selection: str) -> tuple[list[TaskData], dict[str, list[str]]]:
+    """Returns the data of a study's tasks, and the tasks' names by category."""
+    options = json.loads(selection)
+    vocabulary, source = options["data"]
+    tasks.register(vocabulary=vocabulary, source=source)
+    suffix = tasks.ORIGINAL if options["original_only"] else ""
+    names = {c: prompts(c + suffix, options["prompts"]) for c in options["categories"]}
+    loaded = load_tasks(
+        [tasks.info(name) for category in names for name in names[category]],
+        split=options["split"],
+        lengths=options["lengths"],
+        max_examples=options["examples"],
+        skip=options["skip"],
+        generative_score=options["generative_score"],
+    )
+    return loaded, names
+
+
+def prompts(mixture: str, limit: int) -> list[str]:
+    """Returns the tasks of a mixture that can be scored, at most `limit` a dataset (0: all)."""
+    by_dataset: dict[str, list[str]] = defaultdict(list)
+    for name in tasks.tasks_in(mixture):
+        info = tasks.info(name)
+        if info.kind != "train":
+            by_dataset[info.dataset].append(name)
+    return [name for names in by_dataset.values() for name in names[: limit or len(names)]]
+
+
+@functools.lru_cache(maxsize=2)
+def _load_evaluator(selection: str, model: str, batch_size: int) -> Evaluator:
+    loaded, _ = _load_tasks(selection)
+    vocabulary = vocabularies.load(json.loads(selection)["data"][0])
+    return Evaluator(models.from_dict(json.loads(model)), loaded, vocabulary, batch_size=batch_size)
+
+
+class StudyEvaluator:
+    """The evaluator of a study's tasks, loaded once for all models of a size.
+
+    Args:
+        settings: The settings of a stage that evaluates.
+        model: The models' configuration as in a manifest.
+        choosing: Whether on the examples that hyper-parameters are chosen by, rather than those
+            that models are evaluated on.
+    """
+
+    def __init__(self, settings: Mapping[str, Json], model: Mapping[str, Json], choosing: bool):
+        names = ("data", "original_only", "split", "lengths", "generative_score")
+        options = {name: settings[name] for name in names}
+        limit, examples, skip = settings["prompts"], settings["max_examples"], 0
+        if choosing:
+            skip = examples
+            limit, examples = settings["choosing"]
+        categories = settings["choosing_categories" if choosing else "all_categories"]
+        options |= {"prompts": limit, "examples": examples, "skip": skip, "categories": categories}
+        selection = json.dumps(options, sort_keys=True)
+        self._names = _load_tasks(selection)[1]
+        described = json.dumps(model, sort_keys=True)
+        self._evaluator = _load_evaluator(selection, described, settings["batch_size"])
+
+    def _tasks(self, categories: Sequence[str]) -> list[str]:
+        return [name for category in categories for name in self._names[category]]
+
+    def write(self, params: Params, categories: Sequence[str], out: Path, digest: str) -> None:
+        """Writes a result file for each task of the categories."""
+        self._evaluator.run(
+            params,
+            out,
+            model_digest=digest,
+            only=self._tasks(categories),
+            description="/".join(out.parts[out.parts.index("results") + 1 :]),
+        )
+
+    def results(self, params: Params, categories: Sequence[str]) -> list[Result]:
+        """Returns the result of each task of the categories."""
+        return list(self._evaluator.results(params, only=self._tasks(categories)))
+
+
+def run_evaluate(stage: Stage, out: Path, inputs: Mapping[str, Path]) -> None:
+    """Evaluates the stage's model; the output is a result file for each task."""
+    directory = checkpoints.resolve(inputs["model"])
+    manifest = checkpoints.read_manifest(directory)
+    evaluator = StudyEvaluator(stage.settings, manifest.model, choosing=False)
+    mesh, shardings = model_shardings(manifest.model)
+    with jax.set_mesh(mesh):
+        params = checkpoints.restore(directory, shardings=shardings)
+        evaluator.write(params, stage.settings["categories"], out, manifest.digest)
+
+
+def model_shardings(model: Mapping[str, Json]) -> tuple[jax.sharding.Mesh, PyTree]:
+    """Returns the mesh that splits a model over as many devices as it can, and its shardings."""
+    spec = models.spec(models.from_dict(model))
+    mesh = partitioning.widest_mesh(spec)
+    return mesh, partitioning.shardings(spec, mesh)
+
+
+# --- merges ---
+
+
+class _Experts:
+    """A base and its experts in memory, read once for all their merges."""
+
+    def __init__(self, inputs: Mapping[str, Path]):
+        self.paths = {
+            role.removeprefix("expert/"): checkpoints.resolve(path)
+            for role, path in inputs.items()
+            if role == "base" or role.startswith("expert/")
+        }
+        manifests = {name: checkpoints.read_manifest(path) for name, path in self.paths.items()}
+        self.model = manifests["base"].model
+        self.mesh, shardings = model_shardings(self.model)
+        self._digests = {name: manifest.digest for name, manifest in manifests.items()}
+        self.params = {
+            name: checkpoints.restore(path, shardings=shardings)
+            for name, path in self.paths.items()
+        }
+
+    def merge(self, recipe: Recipe, categories: Sequence[str]) -> tuple[Params, str]:
+        """Returns the merge of these categories' experts, and its digest."""
+        base = "base" if merging.METHODS[recipe.method].needs_base else None
+        params = merging.merge_params(
+            base and self.params[base], [self.params[c] for c in categories], recipe
+        )
+        digests = [self._digests[c] for c in categories]
+        return params, recipe.identity(base and self._digests[base], digests)
+
+    def write_merge(self, recipe: Recipe, categories: Sequence[str], out: Path) -> None:
+        """Writes the merge as a checkpoint."""
+        base = self.paths["base"] if merging.METHODS[recipe.method].needs_base else None
+        merging.merge(base, [self.paths[c] for c in categories], recipe, out)
+
+
+def run_choose(stage: Stage, out: Path, inputs: Mapping[str, Path]) -> None:
+    """Chooses each method's hyper-parameters; the output is a file METHOD.json for each.
+
+    The score of a candidate is its mean normalised performance on its constituents' tasks, over
+    the sets of constituents, on examples that no model is evaluated on.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    methods = [m for m in stage.settings["candidates"] if not (out / f"{m}.json").exists()]
+    if not methods:
+        return
+    experts, sets = _Experts(inputs), stage.settings["sets"]
+    evaluator = StudyEvaluator(stage.settings, experts.model, choosing=True)
+    with jax.set_mesh(experts.mesh):
+        references = {
+            result.task: result
+            for category in dict.fromkeys(category for names in sets for category in names)
+            for result in evaluator.results(experts.params[category], [category])
+        }
+        for method in methods:
+            points = []
+            for candidate in stage.settings["candidates"][method]:
+                recipe = Recipe.from_dict(candidate)
+                by_set = []
+                for names in sets:
+                    results = evaluator.results(experts.merge(recipe, names)[0], names)
+                    by_set.append(normalized(results, references))
+                swept = {name: getattr(recipe, name) for name in stage.settings["swept"][method]}
+                points.append({"settings": swept, "score": fmean(by_set), "by_set": by_set})
+            best = max(points, key=lambda point: point["score"])
+            record = {"points": points, "chosen": best["settings"], "sets": sets}
+            files.write_record(out / f"{method}.json", record)
+
+
+def run_merge(stage: Stage, out: Path, inputs: Mapping[str, Path]) -> None:
+    """Makes all merges of a set of experts in memory, and evaluates each.
+
+    The output is a folder of results for each, and recipes.json with the recipes as chosen.
+    """
+    categories = [role.removeprefix("expert/") for role in inputs if role.startswith("expert/")]
+    experts = _Experts(inputs)
+    evaluator = StudyEvaluator(stage.settings, experts.model, choosing=False)
+    out.mkdir(parents=True, exist_ok=True)
+    recipes = {
+        name: _as_chosen(Recipe.from_dict(recipe), inputs.get("choice"))
+        for name, recipe in stage.settings["recipes"].items()
+    }
+    for name, recipe in recipes.items():
+        if stage.settings["keep"]:
+            checkpoint = _checkpoint_folder(out) / name
+            if not checkpoint.exists():
+                experts.write_merge(recipe, categories, checkpoint)
+        with jax.set_mesh(experts.mesh):
+            params, digest = experts.merge(recipe, categories)
+            evaluator.write(params, stage.settings["categories"], out / name, digest)
+    text = json.dumps({name: recipe.to_dict() for name, recipe in recipes.items()}, indent=1)
+    storage.write_atomic(out / RECIPES, text + "\n")
+
+
+def _checkpoint_folder(results: Path) -> Path:
+    # results/merges/X: merges/X
+    root = results
+    while root.name != "results":
+        root = root.parent
+    return root.parent / results.relative_to(root)
+
+
+def _as_chosen(recipe: Recipe, choice: Path | None) -> Recipe:
+    file = choice and choice / f"{recipe.method}.json"
+    if not file or not file.exists():
+        return recipe
+    return Recipe.from_dict(recipe.to_dict() | files.read_record(file)["chosen"])
+
+
+RUNNERS: Mapping[str, Runner] = {
+    "train": run_train,
+    "given": run_given,
+    "evaluate": run_evaluate,
+    "choose": run_choose,
+    "merge": run_merge,
+}
+
+
+# --- costs ---
+
+
+# The share of the peak that training and evaluation reach as a whole: the trainer's MFU and the
+# evaluator's bench for models that fill a device. Small models reach less.
+UTILISATION = 0.4
+_CHOICES = 4
+_RESULT_BYTES = 1000.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What a stage costs.
+
+    Attributes:
+        flops: Floating-point operations of its matrix products.
+        disk: Bytes that it leaves on the disk.
+    """
+
+    flops: float
+    disk: float
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.flops + other.flops, self.disk + other.disk)
+
+
+NO_COST = Cost(0.0, 0.0)
+
+
+def stage_cost(stage: Stage, graph: Graph) -> Cost:
+    """Computes a stage's cost; an upper bound for evaluations, with examples of maximal length."""
+    if stage.kind == "given":
+        return NO_COST
+    settings = stage.settings
+    if stage.kind == "train":
+        config, training = models.from_dict(settings["model"]), settings["settings"]
+        rows = training["batch_size"], training["input_length"], training["target_length"]
+        # The optimizer's state is factored, a few per cent of this.
+        disk = 4.0 * models.parameters(config) * training["keep"]
+        return Cost(resources.step_flops(config, *rows) * training["steps"], disk)
+    model = graph[next(iter(stage.inputs.values()))]
+    if model.kind == "train":
+        config = models.from_dict(model.settings["model"])
+    else:
+        config = models.from_dict(checkpoints.read_manifest(model.settings["checkpoint"]).model)
+    lengths = settings["lengths"]["inputs"], settings["lengths"]["targets"]
+    per_example = resources.evaluation_flops(config, 1, *lengths, choices=_CHOICES)
+    if stage.kind == "choose":
+        limit, examples = settings["choosing"]
+        candidates = sum(map(len, settings["candidates"].values()))
+        count = sum(_task_count(names, settings, limit) for names in settings["sets"])
+        return Cost(per_example * count * candidates * examples, 0.0)
+    count = _task_count(settings["categories"], settings, settings["prompts"])
+    merges = len(settings.get("recipes", {"": None}))
+    disk = merges * _RESULT_BYTES * count
+    if settings.get("keep"):
+        disk += merges * 4.0 * models.parameters(config)
+    return Cost(per_example * count * settings["max_examples"] * merges, disk)
+
+
+def _task_count(categories: Iterable[str], settings: Mapping[str, Json], limit: int) -> int:
+    tasks.use(settings["data"][1])
+    suffix = tasks.ORIGINAL if settings["original_only"] else ""
+    return sum(_prompt_count(category + suffix, limit) for category in categories)
+
+
+@functools.cache
+def _prompt_count(mixture: str, limit: int) -> int:
+    return len(prompts(mixture, limit))
+
+
+def cost_seconds(cost: Cost, peak: float) -> float:
+    """Returns the time on devices with this peak, in operations a second of all together."""
+    return cost.flops / (UTILISATION * peak)
