@@ -1,8 +1,9 @@
 """How other codebases merge, as settings of a recipe, for reproducing what was made with them.
 
-Each was run, and tests compare with what it gave (tests/data/merge_goldens.*). No setting says that
-mergekit ranks della's magnitudes along rows, and of entries that tie with the last that is kept it
-keeps some, by an unstable sort; FusionBench averages angles in Model Stock, we their cosines.
+Each was run, and tests compare with its output (tests/goldens/merge_goldens.*). No setting says
+that mergekit ranks della's magnitudes along rows, and of entries that tie with the last that is
+kept it keeps some, by an unstable sort; FusionBench averages angles in Model Stock, we their
+cosines.
 """
 
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""The presets give what the peers' own code gave on a tiny model: tests/data/merge_goldens.*."""
+"""The presets give what the peers' own code gave on a tiny model: tests/goldens/merge_goldens.*."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from m2l.merging import METHODS, PRESETS, Recipe, merge, preset
 from m2l.merging.methods import Consensus, drop, elect_and_merge, trim
 from m2l.merging.requirements import Requirements
 
-DATA = Path(__file__).parents[1] / "data"
+DATA = Path(__file__).parents[1] / "goldens"
 NAMES = ["embed.weight", "up.weight", "down.weight", "norm.weight", "gate", "odd"]
 WEIGHTS = (0.5, 0.3, 0.2)
 UNEQUAL = (0.5, 0.4, 0.3)

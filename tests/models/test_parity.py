@@ -1,4 +1,4 @@
-"""Hugging Face's own models against ours, on golden outputs that scripts/make_goldens.py made."""
+"""Hugging Face's models against ours, on golden outputs of tests/goldens/make_goldens.py."""
 
 import importlib.util
 import json
@@ -17,7 +17,9 @@ from m2l.evaluation import generation, ranking
 from m2l.training import losses
 
 ROOT = Path(__file__).parents[2]
-_spec = importlib.util.spec_from_file_location("make_goldens", ROOT / "scripts/make_goldens.py")
+_spec = importlib.util.spec_from_file_location(
+    "make_goldens", ROOT / "tests/goldens/make_goldens.py"
+)
 make_goldens = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(make_goldens)
 
@@ -29,7 +31,7 @@ class Case:
 
     def __init__(self, name, folder):
         self.settings = make_goldens.CASES[name]
-        self.golden = np.load(ROOT / "tests/data/goldens" / f"{name}.npz")
+        self.golden = np.load(ROOT / "tests/goldens/models" / f"{name}.npz")
         shapes = json.loads(self.golden["shapes"].tobytes())
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps(self.settings))
@@ -163,6 +165,6 @@ def test_rank_scores_are_the_summed_log_probabilities_of_hugging_faces_logits(ca
 def test_the_installed_transformers_computes_the_goldens(name):
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
-    golden = np.load(ROOT / "tests/data/goldens" / f"{name}.npz")
+    golden = np.load(ROOT / "tests/goldens/models" / f"{name}.npz")
     for key, found in make_goldens.compute(make_goldens.CASES[name]).items():
         np.testing.assert_allclose(found, golden[key], rtol=1e-4, atol=1e-5, err_msg=key)

@@ -1,9 +1,9 @@
-"""Writes tests/data/goldens: what Hugging Face's models compute, for tests/models/test_parity.py.
+"""Writes tests/goldens/models: what Hugging Face's models compute, for tests/models/test_parity.py.
 
 Needs torch and transformers, which m2l does not: run it in an environment that has both.
 Weights are drawn from a generator seeded by their names, so the files hold outputs alone.
 
-    python scripts/make_goldens.py [CASE ...]
+    python tests/goldens/make_goldens.py [CASE ...]
 """
 
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-GOLDENS = Path(__file__).parents[1] / "tests" / "data" / "goldens"
+GOLDENS = Path(__file__).parent / "models"
 
 _T5 = {
     "model_type": "t5",

@@ -1,11 +1,11 @@
-"""Writes tests/data/merge_goldens: what the peers' merging code computes on tiny models.
+"""Writes tests/goldens/merge_goldens: what the peers' merging code computes on tiny models.
 
 The peers are run, not copied: mergekit from an environment that has it (pip install
 mergekit==0.1.5, with torch), the others from clones at the commits below. FusionBench also needs
 hydra-core, lightning, h5py, bidict and joblib; ties-merging matplotlib and scipy.
 
-    python scripts/make_merge_goldens.py --ties-merging DIR --fusion-bench DIR --mergelm DIR
-    python scripts/make_merge_goldens.py --check
+    python tests/goldens/make_merge_goldens.py --ties-merging DIR --fusion-bench DIR --mergelm DIR
+    python tests/goldens/make_merge_goldens.py --check
 
 --check needs NumPy alone: it computes every case again in float64 from the formula that
 merge_goldens.json states, and compares.
@@ -44,7 +44,7 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
-DATA = Path(__file__).parents[1] / "tests" / "data"
+DATA = Path(__file__).parent
 ARRAYS, CASES_FILE = DATA / "merge_goldens.npz", DATA / "merge_goldens.json"
 
 PEERS = {
@@ -1326,7 +1326,7 @@ def write() -> None:
     np.savez_compressed(ARRAYS, **arrays)
     packages = ("torch", "transformers", "numpy", "safetensors")
     document = {
-        "made_by": "scripts/make_merge_goldens.py",
+        "made_by": "tests/goldens/make_merge_goldens.py",
         "with": {package: importlib.metadata.version(package) for package in packages},
         "symbols": SYMBOLS,
         "cases": records,
