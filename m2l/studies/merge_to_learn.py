@@ -75,12 +75,12 @@ class SkillsStudy:
     generative_score: str = "decoding"
 
     def __post_init__(self) -> None:
-        check_fields(self)
         if not isinstance(self.model, models.Config):
             raise ConfigError(f"SkillsStudy.model: expected a model, found {self.model!r}")
-        for name in ("pretrain", "finetune"):
+        for name in _RUNS:
             if not isinstance(getattr(self, name), TrainSettings):
                 raise ConfigError(f"SkillsStudy.{name}: expected @Train(), found a plain value")
+        check_fields(self)
         for name in ("skills", "evaluations", "examples"):
             if not isinstance(getattr(self, name), Mapping) or not getattr(self, name):
                 raise ConfigError(f"SkillsStudy.{name}: expected a dict")
