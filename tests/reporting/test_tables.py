@@ -115,7 +115,7 @@ def test_a_cell_that_was_not_measured_is_a_dash_and_further_methods_stand_before
 def test_what_is_special_to_latex_is_escaped():
     frame = pd.DataFrame({"data_set": ["a_b & 100% #1 {~^\\}"], "score": [np.nan]})
     row = tables.latex(frame).splitlines()[4]
-    escaped = r"a\_b \& 100\% \#1 \{\textasciitilde{}\textasciicircum{}\textbackslash{}\}"
+    escaped = r"a\_b \& 100\% \#1 \{\textasciitilde \textasciicircum \textbackslash \}"
     assert row == rf"{escaped} & -- \\"
     assert tables.latex(frame).splitlines()[2] == r"data\_set & score \\"
 
