@@ -46,7 +46,7 @@ _ACCELERATORS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Finding:
+class Diagnosis:
     """The result of one check, and the command or step that repairs or improves it, if any."""
 
     name: str
@@ -55,12 +55,12 @@ class Finding:
     repair: str = ""
 
 
-def report() -> list[Finding]:
+def report() -> list[Diagnosis]:
     """Returns the findings on this installation and this machine's devices."""
     return [*installation(), *devices()]
 
 
-def render(findings: Sequence[Finding]) -> str:
+def render(findings: Sequence[Diagnosis]) -> str:
     """Returns findings as lines of text: a mark, the name, the value, and the repair below."""
     width = max(len(finding.name) for finding in findings)
     lines = []
@@ -74,21 +74,21 @@ def render(findings: Sequence[Finding]) -> str:
     return "\n".join(lines)
 
 
-def installation(path: Sequence[str] | None = None) -> list[Finding]:
+def installation(path: Sequence[str] | None = None) -> list[Diagnosis]:
     """Checks Python, m2l, and each distribution that m2l requires against its supported range.
 
     Args:
         path: The folders to look for distributions in; sys.path when None.
     """
-    findings = [Finding("python", f"{platform.python_version()} ({sys.executable})")]
+    findings = [Diagnosis("python", f"{platform.python_version()} ({sys.executable})")]
     own = _installed("m2l", path)
     version = own[0].version if own else "none"
     if version == __version__:
-        findings.append(Finding("m2l", f"{version} ({Path(__file__).parent})"))
+        findings.append(Diagnosis("m2l", f"{version} ({Path(__file__).parent})"))
     else:
         value = f"the code is {__version__}, the installed metadata {version}"
         repair = "run `bash scripts/install.sh`, or `pip install .`, in the clone of m2l"
-        findings.append(Finding("m2l", value, False, repair))
+        findings.append(Diagnosis("m2l", value, False, repair))
 
     wanted = [Requirement(text) for each in own[:1] for text in each.requires or ()]
     for jax in _installed("jax", path)[:1]:
@@ -109,14 +109,14 @@ def _folder(distribution: Distribution) -> Path:
     return Path(distribution.locate_file("")).resolve()
 
 
-def _requirement(requirement: Requirement, path: Sequence[str] | None) -> Finding:
+def _requirement(requirement: Requirement, path: Sequence[str] | None) -> Diagnosis:
     name = requirement.name
     own = _installed(name, path)
     rivals = [each for rival in _RIVALS.get(name, ()) for each in _installed(rival, path)]
     rivals = [each for each in rivals if not own or _folder(each) == _folder(own[0])]
     everything = [*own, *rivals]
     if not everything:
-        return Finding(name, "not installed", False, _pip("install --no-deps", str(requirement)))
+        return Diagnosis(name, "not installed", False, _pip("install --no-deps", str(requirement)))
 
     only, stands_in = everything[0], bool(rivals) and _name(rivals[0]) in _STAND_INS
     names = " and ".join(f"{_name(each)} {each.version}" for each in everything)
@@ -126,15 +126,15 @@ def _requirement(requirement: Requirement, path: Sequence[str] | None) -> Findin
     if len(everything) > 1 or (rivals and not stands_in):
         remove = _pip("uninstall -y", *sorted(map(_name, rivals or own[:1])))
         value = f"{names} {'share one folder' if len(everything) > 1 else 'is in its place'}"
-        return Finding(name, value, False, f"{remove} && {reinstall}")
+        return Diagnosis(name, value, False, f"{remove} && {reinstall}")
     if not supported:
         wanted = f"{_name(only)}{requirement.specifier}"
         value = f"{names} is outside {requirement.specifier}"
-        return Finding(name, value, False, _pip("install --no-deps", wanted))
+        return Diagnosis(name, value, False, _pip("install --no-deps", wanted))
     if name in _OVERWRITTEN and (altered := _altered(only)):
         value = f"{names}, but {altered} of its files are missing or not its own"
-        return Finding(name, value, False, reinstall)
-    return Finding(name, f"{names if rivals else only.version} ({requirement.specifier})")
+        return Diagnosis(name, value, False, reinstall)
+    return Diagnosis(name, f"{names if rivals else only.version} ({requirement.specifier})")
 
 
 def _name(distribution: Distribution) -> str:
@@ -157,7 +157,7 @@ def _altered(distribution: Distribution) -> int:
     return altered
 
 
-def devices() -> list[Finding]:
+def devices() -> list[Diagnosis]:
     """Checks the devices that JAX sees, and its cache of compiled programs."""
     try:
         import jax  # here, because it takes a second and may be what is broken
@@ -165,7 +165,7 @@ def devices() -> list[Finding]:
         visible, backend = jax.devices(), jax.default_backend()
     except (ImportError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        return [Finding("devices", f"none: {reason}", False, "JAX_PLATFORMS=cpu m2l doctor")]
+        return [Diagnosis("devices", f"none: {reason}", False, "JAX_PLATFORMS=cpu m2l doctor")]
     kinds = collections.Counter(device.device_kind for device in visible)
     seen = ", ".join(f"{count} x {kind}" for kind, count in kinds.items()) + f" ({backend})"
     advice = ""
@@ -176,17 +176,17 @@ def devices() -> list[Finding]:
                 advice = _pip("install", f"jax[{extra}]=={jax.__version__}")
                 break
     cache = _cache(jax.config.jax_compilation_cache_dir)
-    return [Finding("devices", seen, True, advice), cache]
+    return [Diagnosis("devices", seen, True, advice), cache]
 
 
-def _cache(directory: str | None) -> Finding:
+def _cache(directory: str | None) -> Diagnosis:
     if not directory:
-        return Finding("compile cache", "off: each run compiles anew")
+        return Diagnosis("compile cache", "off: each run compiles anew")
     folder = Path(directory).absolute()
     present = next(each for each in (folder, *folder.parents) if each.exists())
     try:
         with tempfile.TemporaryFile(dir=present):
-            return Finding("compile cache", directory)
+            return Diagnosis("compile cache", directory)
     except OSError as error:
         repair = "set XDG_CACHE_HOME to a folder that can be written"
-        return Finding("compile cache", f"{directory}: {error.strerror}", False, repair)
+        return Diagnosis("compile cache", f"{directory}: {error.strerror}", False, repair)

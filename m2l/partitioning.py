@@ -32,7 +32,7 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = MappingProxyType(
 _MIB = 2**20
 
 
-class Row(NamedTuple):
+class ShardedParameter(NamedTuple):
     """One parameter in the table of a mesh."""
 
     name: str
@@ -146,14 +146,14 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
 
 
-def table(spec: Params, mesh: Mesh) -> list[Row]:
+def table(spec: Params, mesh: Mesh) -> list[ShardedParameter]:
     """Returns a row for each parameter of a model on a mesh, in the order of their names."""
     rows = []
     placed = jax.tree.leaves_with_path(shardings(spec, mesh))
     for (path, sharding), param in zip(placed, jax.tree.leaves(spec), strict=True):
         local = math.prod(sharding.shard_shape(param.shape)) * param.dtype.itemsize
         name = "/".join(part.key for part in path)
-        rows.append(Row(name, param.shape, sharding.spec, local / _MIB))
+        rows.append(ShardedParameter(name, param.shape, sharding.spec, local / _MIB))
     return rows
 
 

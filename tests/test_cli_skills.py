@@ -253,7 +253,7 @@ def answered(monkeypatch):
     def answered(within, skill, kept, tolerance="2%", training=True):
         def row(part, before, after, low, high):
             change = Difference(after - before, low, high, 0.5)
-            return adding_skills_report.Row(
+            return adding_skills_report.TaskChange(
                 part, part, "accuracy", 9, before, 50.0, None, after, change
             )
 

@@ -19,7 +19,7 @@ SKILL, KEPT = "skill", "kept"
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class TaskChange:
     """A task, or the mean over tasks, before and after; scores in percent.
 
     Attributes:
@@ -45,7 +45,7 @@ class Row:
     change: Difference
 
 
-def rows(added: AddedSkill) -> list[Row]:
+def rows(added: AddedSkill) -> list[TaskChange]:
     """Returns a row for each task of the skill and of what is kept, then their means."""
     rows = []
     for index, part in enumerate((SKILL, KEPT)):
@@ -60,11 +60,11 @@ def rows(added: AddedSkill) -> list[Row]:
     return rows
 
 
-def _row(part: str, by_model: Mapping[str, Scores]) -> Row:
+def _row(part: str, by_model: Mapping[str, Scores]) -> TaskChange:
     general, merged = by_model["general"], by_model["merged"]
     results = general.results
     single = len(results) == 1
-    return Row(
+    return TaskChange(
         part=part,
         task=results[0].task if single else f"mean of {len(results)} tasks",
         metric=results[0].metric if single else "",
@@ -168,7 +168,7 @@ def _both(pair: tuple[Scores, Scores]) -> JsonObject:
     }
 
 
-def columns(rows: Sequence[Row]) -> tuple[list[str], list[tuple[object, ...]]]:
+def columns(rows: Sequence[TaskChange]) -> tuple[list[str], list[tuple[object, ...]]]:
     """Returns the table's column names and its lines, for a terminal."""
     with_heuristic = any(row.heuristic is not None for row in rows)
     names = ["", "task", "metric", "examples", "before %", "skill alone %"]
@@ -186,7 +186,7 @@ def columns(rows: Sequence[Row]) -> tuple[list[str], list[tuple[object, ...]]]:
     return names, lines
 
 
-def markdown(rows: Sequence[Row]) -> str:
+def markdown(rows: Sequence[TaskChange]) -> str:
     """Returns the table as Markdown."""
     names, lines = columns(rows)
     body = [
@@ -197,7 +197,7 @@ def markdown(rows: Sequence[Row]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in [names, ["---"] * len(names), *body])
 
 
-def _plain(row: Row) -> JsonObject:
+def _plain(row: TaskChange) -> JsonObject:
     fields = dataclasses.asdict(row)
     change = fields.pop("change")
     return fields | {"change": change.pop("value"), **change}

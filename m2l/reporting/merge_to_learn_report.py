@@ -46,7 +46,7 @@ CAPTIONS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Material:
+class SkillsContents:
     """The data of a report, in frames as `m2l.studies.skill_scores` computes them.
 
     Attributes:
@@ -66,10 +66,10 @@ class Material:
     seconds: float
 
 
-def collect(results: StudyResults) -> Material:
+def collect(results: StudyResults) -> SkillsContents:
     """Computes the data of a finished study's report."""
     frame = skill_scores.models(results)
-    return Material(
+    return SkillsContents(
         study=results.study,
         models=frame,
         papers_steps=skill_scores.papers_steps(results.study),
@@ -79,7 +79,7 @@ def collect(results: StudyResults) -> Material:
     )
 
 
-def frames(material: Material) -> dict[str, pd.DataFrame]:
+def frames(material: SkillsContents) -> dict[str, pd.DataFrame]:
     """Returns the report's tables by file name, of TABLES."""
     study, frame = material.study, material.models
     return {
@@ -92,7 +92,7 @@ def frames(material: Material) -> dict[str, pd.DataFrame]:
     }
 
 
-def draw(material: Material) -> dict[str, Figure]:
+def draw(material: SkillsContents) -> dict[str, Figure]:
     """Draws the report's figures; returns them by file name."""
     frame = material.models
     drawn = {
@@ -105,7 +105,7 @@ def draw(material: Material) -> dict[str, Figure]:
     return drawn
 
 
-def report(material: Material) -> Report:
+def report(material: SkillsContents) -> Report:
     """Returns the report of a study's data."""
     study = material.study
     tables, drawn = frames(material), draw(material)
@@ -170,7 +170,7 @@ def _how_scored(study: SkillsStudy) -> str:
     return text
 
 
-def _headline(material: Material) -> list[tuple[str, str]]:
+def _headline(material: SkillsContents) -> list[tuple[str, str]]:
     """Returns the page's first numbers, each with its description."""
     frame, skill_names = material.models, list(material.study.skills)
     numbers = [blocks.verdicts(material.findings)]
@@ -209,7 +209,7 @@ def _headline(material: Material) -> list[tuple[str, str]]:
     return numbers
 
 
-def _ahead(material: Material, tables: Mapping[str, pd.DataFrame]) -> Section:
+def _ahead(material: SkillsContents, tables: Mapping[str, pd.DataFrame]) -> Section:
     content: list[blocks.Block] = [
         Text(
             "Merges by task arithmetic, without tuning. One way is ahead if it is so by more than "
@@ -224,7 +224,7 @@ def _ahead(material: Material, tables: Mapping[str, pd.DataFrame]) -> Section:
     return Section("ahead", "Which way is ahead where", "Which way is ahead", content)
 
 
-def _scores(material: Material) -> Section:
+def _scores(material: SkillsContents) -> Section:
     everything = merge_to_learn_tables.every_model(material.study, material.models)
     table = Table("Every model's scores", blocks.cells(everything, 1), "models")
     summary = f"{len(everything)} models: scores in percent, their standard errors, and costs"

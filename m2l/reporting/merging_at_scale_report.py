@@ -37,7 +37,7 @@ _FILES = ("performance", "cells")
 
 
 @dataclasses.dataclass(frozen=True)
-class Material:
+class ScalingContents:
     """The data of a report, in frames as `m2l.studies.normalized_performance` computes them.
 
     Attributes:
@@ -63,7 +63,7 @@ class Material:
     seconds: float
 
 
-def collect(results: StudyResults) -> Material:
+def collect(results: StudyResults) -> ScalingContents:
     """Computes the data of a finished study's report.
 
     Raises:
@@ -72,7 +72,7 @@ def collect(results: StudyResults) -> Material:
     grid = normalized_performance.grid(results)
     replicates = normalized_performance.Replicates(grid)
     parameters = {size: results.parameters(size) for size in results.study.models}
-    return Material(
+    return ScalingContents(
         settings=results.study.to_dict(),
         performance=normalized_performance.performance(replicates),
         cells=normalized_performance.cells(grid),
@@ -85,7 +85,7 @@ def collect(results: StudyResults) -> Material:
     )
 
 
-def frames(material: Material) -> dict[str, pd.DataFrame]:
+def frames(material: ScalingContents) -> dict[str, pd.DataFrame]:
     """Returns the report's tables by file name."""
     frames = {
         "performance": material.performance,
@@ -114,7 +114,7 @@ def paper_figures(frame: pd.DataFrame) -> dict[str, Figure]:
     return drawn
 
 
-def draw(material: Material) -> dict[str, Figure]:
+def draw(material: ScalingContents) -> dict[str, Figure]:
     """Draws the report's figures; returns them by file name."""
     drawn = paper_figures(material.performance) | {"experts": figures.gains(material.experts)}
     swept = material.choices[material.choices["scale"].notna()]
@@ -123,7 +123,7 @@ def draw(material: Material) -> dict[str, Figure]:
     return drawn
 
 
-def report(material: Material) -> Report:
+def report(material: ScalingContents) -> Report:
     """Returns the report of a study's data."""
     drawn = draw(material)
     pairs = _pairs(drawn)
@@ -168,7 +168,7 @@ def _number(count: int, noun: str) -> str:
     return f"{count} {noun}" + ("" if count == 1 else "s")
 
 
-def _lead(material: Material) -> str:
+def _lead(material: ScalingContents) -> str:
     settings, sizes = material.settings, style.sizes(material.performance)
     text = markupsafe.Markup(
         "{}, two bases, {} merge methods, {} experts merged, {} held-in and {} held-out task "
@@ -202,7 +202,7 @@ def _pairs(drawn: Mapping[str, Figure]) -> dict[str, Drawing]:
     }
 
 
-def _grids(material: Material) -> Section:
+def _grids(material: ScalingContents) -> Section:
     paper = tables.paper_performance()
     content: list[blocks.Block] = [
         Text(
@@ -232,7 +232,7 @@ def _grids(material: Material) -> Section:
     return Section("tables", "The paper's tables 1 to 4", "Tables", content)
 
 
-def _experts(material: Material, figure: Figure) -> Section:
+def _experts(material: ScalingContents, figure: Figure) -> Section:
     free = (
         "the task's metric on greedy decoding"
         if material.settings["generative_score"] == "decoding"
@@ -259,7 +259,7 @@ def _experts(material: Material, figure: Figure) -> Section:
     )
 
 
-def _held_out(material: Material) -> Section:
+def _held_out(material: ScalingContents) -> Section:
     scores = blocks.cells(tables.named(material.held_out), digits=1)
     table = Table("Scores on the held-out datasets", scores, "held_out")
     note = Text(
@@ -271,7 +271,7 @@ def _held_out(material: Material) -> Section:
     return Section("held-out", title, "Held-out datasets", content)
 
 
-def _choices(material: Material, drawn: Mapping[str, Figure]) -> Section:
+def _choices(material: ScalingContents, drawn: Mapping[str, Figure]) -> Section:
     chosen = blocks.cells(tables.chosen(material.choices))
     swept = {name: figure for name, figure in drawn.items() if name.startswith("sweeps_")}
     content: list[blocks.Block] = []
@@ -300,7 +300,7 @@ def _choices(material: Material, drawn: Mapping[str, Figure]) -> Section:
     return Section("choices", "Hyper-parameters", "Hyper-parameters", content)
 
 
-def _headline(material: Material) -> list[tuple[str, str]]:
+def _headline(material: ScalingContents) -> list[tuple[str, str]]:
     """Returns the page's first numbers, each with its description."""
     numbers = [blocks.verdicts(material.findings)]
     performance = material.performance

@@ -110,7 +110,7 @@ def material(banded, experts, choices):
     ]
     frames = {"performance": banded, "cells": cells, "experts": experts, "held_out": held_out}
     beside = {"choices": choices, "lineage": lineage, "findings": found, "seconds": 7000.0}
-    return merging_at_scale_report.Material(SETTINGS, **frames, **beside)
+    return merging_at_scale_report.ScalingContents(SETTINGS, **frames, **beside)
 
 
 @pytest.fixture(scope="session")
