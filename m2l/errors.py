@@ -18,6 +18,12 @@ def one_line(text: str) -> str:
     )
 
 
+def reason(error: object) -> str:
+    """Returns an error of a library, or a long text of it, as one line of 400 characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 400 else f"{text[:400]} ..."
+
+
 class M2LError(Exception):
     """A bad input. The command prints its message alone and exits with code 2.
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from m2l.data import yaml_text
 from m2l.data.raw_records import Hub, Record
-from m2l.errors import DataError
+from m2l.errors import DataError, reason
 from m2l.typing import Json
 
 if TYPE_CHECKING:
@@ -74,12 +74,6 @@ def _download(hub: Hub, folder: str) -> str:
     )
 
 
-def _line(error: BaseException) -> str:
-    """Returns an error of a library as one line."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 400 else f"{text[:400]} ..."
-
-
 # ---- The Hub, and what this machine keeps of it
 
 
@@ -98,7 +92,7 @@ def _from_hub(
         # What can go wrong in a download has classes of its own in four libraries.
         except Exception as error:
             if not offline:
-                raise DataError(f"{hub}: {_line(error)}") from error
+                raise DataError(f"{hub}: {reason(error)}") from error
         folder = _snapshot(hub)
     with contextlib.suppress(DataError):
         if folder is not None:
@@ -225,7 +219,7 @@ def _from_folder(
                 _FORMATS[files[0].suffix], data_files=[str(path) for path in files], split="train"
             )
         except Exception as error:  # each format's reader has its own
-            raise DataError(f"{files[0]}: {_line(error)}") from error
+            raise DataError(f"{files[0]}: {reason(error)}") from error
     return _batches(dataset, columns, str(files[0]))
 
 
@@ -245,7 +239,7 @@ def _parquet(
                     records += batch.num_rows
         except (pa.ArrowException, OSError) as error:
             raise DataError(
-                f"{path} is damaged, from record {records} of the split on ({_line(error)}); "
+                f"{path} is damaged, from record {records} of the split on ({reason(error)}); "
                 "download it again"
             ) from error
     if expected not in (None, records):

@@ -12,6 +12,7 @@ from m2l.models import Config
 
 Batch = dict[str, np.ndarray]
 Example = tuple[np.ndarray, np.ndarray]  # inputs and targets
+Sizes = tuple[int, ...]  # in tokens, of each side of a row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,19 +25,14 @@ class EncoderDecoder:
         """Returns what is encoded, and the token that starts what follows it."""
         return inputs, self.start_id
 
-    def _space(self, lengths: Mapping[str, int]) -> tuple[int, ...]:
+    def _space(self, lengths: Mapping[str, int]) -> Sizes:
         return lengths["inputs"], lengths["targets"]
 
-    def _sizes(self, example: Example) -> tuple[int, ...]:
+    def _sizes(self, example: Example) -> Sizes:
         return len(example[0]), len(example[1])
 
     def _batch(
-        self,
-        examples: Sequence[Example],
-        rows: Sequence[int],
-        space: tuple[int, ...],
-        batch_size: int,
-        pack: bool,
+        self, examples: list[Example], rows: list[int], space: Sizes, batch_size: int, pack: bool
     ) -> Batch:
         inputs, targets = zip(*examples, strict=True)
         encoder = _TokenGrid(rows, inputs, batch_size, space[0])
@@ -82,20 +78,15 @@ class PrefixLM:
     def _start(self) -> np.ndarray:
         return np.array([] if self.start_id is None else [self.start_id], np.int32)
 
-    def _space(self, lengths: Mapping[str, int]) -> tuple[int, ...]:
+    def _space(self, lengths: Mapping[str, int]) -> Sizes:
         return (lengths["inputs"] + lengths["targets"],)
 
-    def _sizes(self, example: Example) -> tuple[int, ...]:
+    def _sizes(self, example: Example) -> Sizes:
         # A row is what the decoder reads: all tokens but the last.
         return (len(self._start()) + len(example[0]) + len(example[1]) - 1,)
 
     def _batch(
-        self,
-        examples: Sequence[Example],
-        rows: Sequence[int],
-        space: tuple[int, ...],
-        batch_size: int,
-        pack: bool,
+        self, examples: list[Example], rows: list[int], space: Sizes, batch_size: int, pack: bool
     ) -> Batch:
         start = self._start()
         texts = [np.concatenate([start, *example]) for example in examples]

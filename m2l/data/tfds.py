@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from m2l.data.raw_records import Record, Tfds
-from m2l.errors import DataError
+from m2l.errors import DataError, reason
 from m2l.typing import Json, JsonObject
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def _examples(builder: "DatasetBuilder", split: str) -> Iterator[Record]:
         except UnicodeDecodeError as error:
             raise _RecordError(f"it is not UTF-8 text: {error.reason}") from error
         except Exception as error:  # TensorFlow's, of many classes
-            raise _RecordError(f"its file is damaged or not there: {_line(error)}") from error
+            raise _RecordError(f"its file is damaged or not there: {reason(error)}") from error
         yield example
 
 
@@ -126,7 +126,7 @@ def _record(example: Record, tfds: Tfds, fields: Iterable[str]) -> JsonObject:
             )
         except Exception as error:  # a declaration's function may fail in any way
             raise _RecordError(
-                f"field {field!r} cannot be made of it: {type(error).__name__}: {_line(error)}"
+                f"field {field!r} cannot be made of it: {type(error).__name__}: {reason(error)}"
             ) from error
         *above, last = field.split("/")
         place = record
@@ -156,13 +156,13 @@ def _prepared(name: str, data_dir: Path | None) -> "DatasetBuilder":
             try:
                 return _prepare(builder)
             except Exception as error:  # of the network, the archive or the builder's code
-                why = f"preparing it failed: {_line(error)}"
+                why = f"preparing it failed: {reason(error)}"
         root = builder.data_dir_root
         manual = ""
         if builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
             manual = (
                 f"; some of its files have to be put into {root}/downloads/manual by hand: "
-                f"{_line(builder.MANUAL_DOWNLOAD_INSTRUCTIONS)}"
+                f"{reason(builder.MANUAL_DOWNLOAD_INSTRUCTIONS)}"
             )
     raise DataError(
         f"{name} is not prepared in {root}, and {why}; prepare it where there is a network with "
@@ -201,9 +201,3 @@ def _quiet() -> Iterator[None]:
             after.callback(logger.setLevel, logger.level)
             logger.setLevel(logging.CRITICAL)
         yield
-
-
-def _line(error: object) -> str:
-    """Returns an error of a library, or a long text of it, as one line."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= 400 else f"{text[:400]} ..."

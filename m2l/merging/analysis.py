@@ -348,7 +348,7 @@ class Analysis:
     ) -> list[list[Counts]]:
         counts = [[Counts(interval) for interval in row] for row in intervals]
         limits = thresholds.edges(intervals)[:, :2]
-        # Few entries lie inside, and their bits are had for less than those of all.
+        # Few entries are inside, and their bits cost less than those of all.
         sparse = len(intervals[0]) == 1 and not self.method.draws
         sparse = sparse and jax.default_backend() == "cpu"
         bits = _bits(self.method, sparse)

@@ -272,7 +272,7 @@ def shares(sizes: Mapping[K, int], processes: int) -> list[list[K]]:
     """Cuts parameters, or units, into consecutive parts of about equal size, one a process."""
     total, parts, done = sum(sizes.values()), [[] for _ in range(processes)], 0
     for name, size in sizes.items():
-        # By where its middle lies.
+        # By the position of its middle.
         place = int((done + size / 2) * processes / max(1, total))
         parts[min(processes - 1, place)].append(name)
         done += size

@@ -183,7 +183,7 @@ def fisher_average(
 ) -> jax.Array:
     """Averages each entry by how sure the experts are of it.
 
-    sum_i w_i F_i theta_i / sum_i w_i F_i, no F_i counting as less than `floor`; so where all lie
+    sum_i w_i F_i theta_i / sum_i w_i F_i, no F_i counting as less than `floor`; so where all are
     below it, this is the mean by weights alone. Elementwise, on blocks of any shape; jittable and
     differentiable.
 

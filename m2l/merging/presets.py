@@ -35,7 +35,7 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Json]]] = {
         },
         "slerp": {},
     },
-    # github.com/yule-BUAA/MergeLM: its command does not rescale unless told to.
+    # github.com/yule-BUAA/MergeLM: its command does not rescale by default.
     "mergelm": {
         "average": {},
         "task_arithmetic": {},

@@ -1,7 +1,7 @@
 """The k-th largest magnitude of a whole model, exactly, in bounded memory and mostly one reading.
 
 The bits of a non-negative float32, read as an integer, are in the order of the numbers. A sample
-says between which two integers the k-th largest lies; one reading counts what lies above them and
+says between which two integers the k-th largest is; one reading counts what is above them and
 how often each integer between them occurs, and so finds it. Whether it lay between them is known
 then, too: if not, or if there are too many integers for one histogram, the next reading searches
 where the counts say. Counts do not depend on who counts which part, so any number of processes
@@ -68,7 +68,7 @@ class BitRange:
 
 @dataclasses.dataclass
 class Counts:
-    """What one reading finds for one interval: how much lies above it, and in each bin of it."""
+    """What one reading finds for one interval: how much is above it, and in each bin of it."""
 
     interval: BitRange
     above: int = 0

@@ -22,6 +22,20 @@ class Answer(NamedTuple):
     choices: Sequence[str] | None = None
 
 
+Make = Callable[[Dice], Answer]
+TASKS: dict[str, tuple[Make, tuple[str, ...]]] = {}
+
+
+def _worded(*wordings: str) -> Callable[[Make], Make]:
+    """Adds a kind of instruction, called as the function that makes it, with its wordings."""
+
+    def add(make: Make) -> Make:
+        TASKS[make.__name__] = make, wordings
+        return make
+
+    return add
+
+
 def _statement(dice: Dice, relation: str, subject: str, value: str) -> str:
     fact = RELATIONS[relation]
     return fact.state(dice.below(4), fact.subject.format(subject), value)
@@ -55,30 +69,35 @@ def _strangers(dice: Dice, kind: str, k: int) -> list[str]:
     return [dice.pick(KINDS[other]) for other in dice.sample([x for x in KINDS if x != kind], k)]
 
 
+@_worded("Copy this: {x}", "Say it again: {x}", "{x} Write the same sentence again.")
 def copy(dice: Dice) -> Answer:
     """Says the sentence again."""
     sentence = _true_sentence(dice)
     return Answer({"x": sentence}, sentence)
 
 
+@_worded("What is the first word of: {x}", "{x} Write only the first word.")
 def first_word(dice: Dice) -> Answer:
     """Asks for the sentence's first word."""
     sentence = _true_sentence(dice)
     return Answer({"x": sentence}, sentence.split()[0])
 
 
+@_worded("What is the last word of: {x}", "{x} Write only the last word.")
 def last_word(dice: Dice) -> Answer:
     """Asks for the sentence's last word."""
     sentence = _true_sentence(dice)
     return Answer({"x": sentence}, sentence.rstrip(".").split()[-1])
 
 
+@_worded("Which word is the name of a {kind}? {choices}", "{choices} Find the {kind}.")
 def word_of_kind(dice: Dice) -> Answer:
     """Asks which of four words names something of a kind."""
     kind, [right] = _word_of_kind(dice, 1)
     return Answer({"kind": kind}, right, [right, *_strangers(dice, kind, 3)])
 
 
+@_worded("What kind of word is {x}? {choices}", "{x} is the name of what? {choices}")
 def kind_of_word(dice: Dice) -> Answer:
     """Asks what a word names."""
     kind, [word] = _word_of_kind(dice, 1)
@@ -86,6 +105,7 @@ def kind_of_word(dice: Dice) -> Answer:
     return Answer({"x": word}, kind, [kind, *wrong])
 
 
+@_worded("Which word is not like the others? {choices}", "{choices} Find the word of another kind.")
 def odd_one_out(dice: Dice) -> Answer:
     """Asks for the word that is not of the others' kind."""
     kind, alike = _word_of_kind(dice, 3)
@@ -93,6 +113,7 @@ def odd_one_out(dice: Dice) -> Answer:
     return Answer({}, odd, [odd, *alike])
 
 
+@_worded("What is the opposite of {x}? {choices}", "{choices} Find the opposite of {x}.")
 def opposite(dice: Dice) -> Answer:
     """Asks for the opposite of a word."""
     pair, *other_pairs = dice.sample(OPPOSITES, 4)
@@ -100,6 +121,7 @@ def opposite(dice: Dice) -> Answer:
     return Answer({"x": word}, right, [right, *(dice.pick(other) for other in other_pairs)])
 
 
+@_worded("{x} {choices}", 'Is it so that "{claim}"? {choices}', "{choices} {x}")
 def true_or_false(dice: Dice) -> Answer:
     """Asks whether a fact is one of the world's."""
     relation, subject, value = _fact(dice)
@@ -112,6 +134,7 @@ def true_or_false(dice: Dice) -> Answer:
     return Answer(words, answers[true], answers)
 
 
+@_worded("Which sentence is true? {choices}", "{choices} Write the true sentence.")
 def true_sentence(dice: Dice) -> Answer:
     """Asks which of two sentences is true."""
     relation, subject, value = _fact(dice)
@@ -122,6 +145,7 @@ def true_sentence(dice: Dice) -> Answer:
     return Answer({}, sentences[0], sentences)
 
 
+@_worded("Which sentence is about {x}? {choices}", "{choices} Find the sentence about {x}.")
 def sentence_about(dice: Dice) -> Answer:
     """Asks which of two sentences is about somebody."""
     relation = dice.pick(("job", "home", "pet", "food", "hobby"))
@@ -131,6 +155,7 @@ def sentence_about(dice: Dice) -> Answer:
     return Answer({"x": names[0]}, sentences[0], sentences)
 
 
+@_worded("{x} Which word is missing? {choices}", "Find the missing word: {x} {choices}")
 def missing_word(dice: Dice) -> Answer:
     """Asks for the word that makes a sentence true."""
     relation, subject, value = _fact(dice)
@@ -138,6 +163,7 @@ def missing_word(dice: Dice) -> Answer:
     return Answer({"x": blank}, value, [value, *_wrong(dice, relation, subject, 3)])
 
 
+@_worded("{X}", "Please {x}", "One word only: {x}")
 def name_it(dice: Dice) -> Answer:
     """Asks for a fact by an order."""
     relation, subject, value = _fact(dice)
@@ -146,6 +172,7 @@ def name_it(dice: Dice) -> Answer:
     return Answer({"x": order, "X": order.capitalize()}, value)
 
 
+@_worded("{X} {choices}", "{choices} {X}", "Please {x} {choices}")
 def choose_it(dice: Dice) -> Answer:
     """Asks for a fact by an order, with choices."""
     relation, subject, value = _fact(dice)
@@ -155,6 +182,7 @@ def choose_it(dice: Dice) -> Answer:
     return Answer(words, value, [value, *_wrong(dice, relation, subject, 3)])
 
 
+@_worded("Who goes with {x} and {y}? {choices}", "{choices} Find who goes with {x} and {y}.")
 def who_is_it(dice: Dice) -> Answer:
     """Asks for the only person of whom two things are true."""
     person = dice.pick(tuple(PEOPLE.values()))
@@ -169,67 +197,13 @@ def who_is_it(dice: Dice) -> Answer:
     return Answer(words, person.name, [person.name, *dice.sample(strangers, 3)])
 
 
+@_worded("{x} He or she?", "{x} Which word can you use for this person? {choices}")
 def he_or_she(dice: Dice) -> Answer:
     """Asks for somebody's pronoun."""
     person = dice.pick(tuple(PEOPLE.values()))
     return Answer(
         {"x": _statement(dice, "home", person.name, person.town)}, person.he, ("he", "she")
     )
-
-
-TASKS: dict[str, tuple[Callable[[Dice], Answer], tuple[str, ...]]] = {
-    "copy": (copy, ("Copy this: {x}", "Say it again: {x}", "{x} Write the same sentence again.")),
-    "first_word": (
-        first_word,
-        ("What is the first word of: {x}", "{x} Write only the first word."),
-    ),
-    "last_word": (last_word, ("What is the last word of: {x}", "{x} Write only the last word.")),
-    "word_of_kind": (
-        word_of_kind,
-        ("Which word is the name of a {kind}? {choices}", "{choices} Find the {kind}."),
-    ),
-    "kind_of_word": (
-        kind_of_word,
-        ("What kind of word is {x}? {choices}", "{x} is the name of what? {choices}"),
-    ),
-    "odd_one_out": (
-        odd_one_out,
-        (
-            "Which word is not like the others? {choices}",
-            "{choices} Find the word of another kind.",
-        ),
-    ),
-    "opposite": (
-        opposite,
-        ("What is the opposite of {x}? {choices}", "{choices} Find the opposite of {x}."),
-    ),
-    "true_or_false": (
-        true_or_false,
-        ("{x} {choices}", 'Is it so that "{claim}"? {choices}', "{choices} {x}"),
-    ),
-    "true_sentence": (
-        true_sentence,
-        ("Which sentence is true? {choices}", "{choices} Write the true sentence."),
-    ),
-    "sentence_about": (
-        sentence_about,
-        ("Which sentence is about {x}? {choices}", "{choices} Find the sentence about {x}."),
-    ),
-    "missing_word": (
-        missing_word,
-        ("{x} Which word is missing? {choices}", "Find the missing word: {x} {choices}"),
-    ),
-    "name_it": (name_it, ("{X}", "Please {x}", "One word only: {x}")),
-    "choose_it": (choose_it, ("{X} {choices}", "{choices} {X}", "Please {x} {choices}")),
-    "who_is_it": (
-        who_is_it,
-        ("Who goes with {x} and {y}? {choices}", "{choices} Find who goes with {x} and {y}."),
-    ),
-    "he_or_she": (
-        he_or_she,
-        ("{x} He or she?", "{x} Which word can you use for this person? {choices}"),
-    ),
-}
 
 
 def example(dice: Dice, index: int, stratum: int) -> JsonObject:

@@ -56,7 +56,7 @@ def merge(directory, out):
 
 
 def merge_to_orbax(directory, out):
-    how = {"to": "orbax", "vocabulary": VOCABULARY, "progress": False}
+    how = {"output_format": "orbax", "vocabulary": VOCABULARY, "progress": False}
     merging.merge(None, [directory], AVERAGE, out / "orbax", **how)
 
 

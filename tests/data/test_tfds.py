@@ -103,9 +103,9 @@ def test_every_declared_dataset_comes_with_the_types_that_are_declared(dataset, 
 
     records = RecordTensors(dataset.name, dataset.fields, tuple(splits), read_split)
     for split, part in splits.items():
-        assert 0 < records.size(split) <= 60
-        assert isinstance(part, Part) or records.size(split) == 60
-        assert set(records.reader(split)(0)) == set(dataset.fields)
+        assert 0 < records.split(split).size <= 60
+        assert isinstance(part, Part) or records.split(split).size == 60
+        assert set(records.split(split).read(0)) == set(dataset.fields)
 
 
 # ---- What is made of a record

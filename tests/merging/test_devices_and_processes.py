@@ -63,7 +63,7 @@ from m2l.merging import METHODS, Recipe, merge, merge_params
 root, devices = sys.argv[1], int(sys.argv[2])
 recipes = {n: Recipe.from_dict(r) for n, r in json.load(open(f"{root}/recipes.json")).items()}
 def inputs(recipe):
-    experts = range(METHODS[recipe.method].experts or 2)
+    experts = range(1 if METHODS[recipe.method].experts.high == 1 else 2)
     kind = METHODS[recipe.method].statistic
     statistics = [f"{root}/{kind}_{i}" for i in experts] if kind else []
     return f"{root}/base", [f"{root}/expert_{i}" for i in experts], statistics

@@ -77,7 +77,7 @@ def merged(tmp_path):
             for i, model in enumerate(models)
         ]
         merge(paths[0], paths[1:], recipe, tmp_path / out, progress=False, **options)
-        return read(tmp_path / out) if options.get("to") != "orbax" else tmp_path / out
+        return read(tmp_path / out) if options.get("output_format") != "orbax" else tmp_path / out
 
     return run
 
@@ -103,7 +103,7 @@ SAME_MODEL = {
 @pytest.mark.parametrize("case", SAME_MODEL)
 def test_fields_that_decide_nothing_refuse_no_merge(merged, case, to):
     base, expert = decoder(1), decoder(2)
-    options = {} if to is None else {"to": to, "vocabulary": VOCABULARY}
+    options = {} if to is None else {"output_format": to, "vocabulary": VOCABULARY}
     found = merged((LLAMA, base), (LLAMA | SAME_MODEL[case], expert), **options)
     if to is None:
         assert_added(found, base, expert)
@@ -126,7 +126,7 @@ def test_fields_that_decide_refuse_a_merge_by_name_until_they_are_allowed(
     merged, tmp_path, case, to
 ):
     base, expert = decoder(1), decoder(2)
-    options = {} if to is None else {"to": to, "vocabulary": VOCABULARY}
+    options = {} if to is None else {"output_format": to, "vocabulary": VOCABULARY}
     with pytest.raises(MergeError, match=r"another model: .*--allow_differences") as refused:
         merged((LLAMA, base), (LLAMA | OTHER_MODEL[case], expert), **options)
     fields = str(refused.value).rpartition("--allow_differences ")[2].split(",")

@@ -150,7 +150,7 @@ def test_an_interrupted_cache_is_no_cache_and_is_written_again(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         caches.write(datasets, "microworld", out, stop)
-    with pytest.raises(DataError, match="no cache, or an unfinished one"):
+    with pytest.raises(DataError, match="not a cache, or an unfinished one"):
         sources.datasets(f"cache:{out}")
     assert caches.write(datasets, "microworld", out) > 0
     assert flat(BY_NAME["imdb"], "test", f"cache:{out}")
