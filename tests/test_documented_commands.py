@@ -15,7 +15,8 @@ PAGES = [str(page.relative_to(ROOT)) for name in FILES for page in sorted(ROOT.g
 
 def commands(page):
     """(command, what follows it) of each m2l in the blocks of code."""
-    for block in re.findall(r"^```\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S):
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / page).read_text(), re.M | re.S)
+    for block in [text for language, text in blocks if not language]:
         for line in block.replace("\\\n", " ").splitlines():
             yield from re.findall(r"(?<![\w./])m2l (\w+)(.*?)(?=[;#]|$)", line)
 
@@ -23,7 +24,8 @@ def commands(page):
 def flags_of(name):
     command = cli.commands[name]
     parts = [command, *(command.commands.values() if isinstance(command, click.Group) else ())]
-    return {flag for part in parts for p in part.params for flag in (*p.opts, *p.secondary_opts)}
+    params = [p for part in parts for p in part.get_params(click.Context(part))]
+    return {flag for p in params for flag in (*p.opts, *p.secondary_opts)}
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -15,6 +15,7 @@ import sys
 import threading
 from pathlib import Path
 
+import click
 import pytest
 import yaml
 
@@ -478,7 +479,8 @@ def test_what_is_said_to_be_launched_is_a_command_of_m2l_with_such_flags(page):
     for line in launched:
         name, *rest = line.split()
         command = cli.commands[name]
-        flags = {flag for p in command.params for flag in (*p.opts, *p.secondary_opts)}
+        params = command.get_params(click.Context(command))
+        flags = {flag for p in params for flag in (*p.opts, *p.secondary_opts)}
         for word in rest:
             if word.startswith("--") and not word.startswith("--gin."):
                 assert word in flags, line

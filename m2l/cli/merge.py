@@ -62,33 +62,38 @@ class RecipeCommand(click.Command):
         Raises:
             ConfigError: A hyper-parameter has the name of another flag.
         """
+        from m2l.merging import method_registry
+
         own = super().get_params(ctx)
+        recipe_flags = _recipe_flags(tuple(method_registry.METHODS), self._swept)
         place = 1 + [each.name for each in own].index("method")
-        for flag in self._recipe_flags:
+        for flag in recipe_flags:
             if flag.name in {each.name for each in own}:
                 raise ConfigError(
                     f"hyper-parameter {flag.name}: m2l {self.name} has another flag of this name; "
                     "rename it"
                 )
-        return [*own[:place], *self._recipe_flags, *own[place:]]
+        return [*own[:place], *recipe_flags, *own[place:]]
 
-    @functools.cached_property
-    def _recipe_flags(self) -> list[click.Option]:
-        from m2l.merging import method_registry
 
-        flags = []
-        for name, by_method in method_registry.hyper_parameters().items():
-            first = next(iter(by_method.values()))
-            kind: click.ParamType | type = Numbers() if first.per_expert else float
-            text = f"{first.description.rstrip('.')}: {', '.join(by_method)}."
-            if self._swept:
-                kind, text = Series(), f"Values, 0.1,0.2 or FIRST:LAST:STEP. {text}"
-            if not (self._swept and first.per_expert):
-                flags.append(click.Option([f"--{name}"], type=kind, help=text))
-        for name, variant in () if self._swept else method_registry.VARIANTS.items():
-            text = f"{variant.description} One of {', '.join(variant.choices)}."
-            flags.append(click.Option([f"--{name}"], help=text))
-        return flags
+@functools.lru_cache(4)
+def _recipe_flags(methods: tuple[str, ...], swept: bool) -> list[click.Option]:
+    """Returns the flags of hyper-parameters: the same objects while there are these methods."""
+    from m2l.merging import method_registry
+
+    flags = []
+    for name, by_method in method_registry.hyper_parameters().items():
+        first = next(iter(by_method.values()))
+        kind: click.ParamType | type = Numbers() if first.per_expert else float
+        text = f"{first.description.rstrip('.')}: {', '.join(by_method)}."
+        if swept:
+            kind, text = Series(), f"Values, 0.1,0.2 or FIRST:LAST:STEP. {text}"
+        if not (swept and first.per_expert):
+            flags.append(click.Option([f"--{name}"], type=kind, help=text))
+    for name, variant in () if swept else method_registry.VARIANTS.items():
+        text = f"{variant.description} One of {', '.join(variant.choices)}."
+        flags.append(click.Option([f"--{name}"], help=text))
+    return flags
 
 
 @click.command(cls=RecipeCommand)

@@ -142,7 +142,7 @@ def test_a_method_of_another_module_is_not_replaced(registry):
     def average(experts):
         """Is another average."""
 
-    with pytest.raises(MergeError, match=r"'average' of .*test_registry is already defined in m2l"):
+    with pytest.raises(MergeError, match=r"'average' of .*registry is already defined in m2l"):
         method(average)
 
 
