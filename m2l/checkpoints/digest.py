@@ -231,19 +231,45 @@ def of_span(elements: np.ndarray, span: Span) -> np.ndarray:
     if words > 1:
         elements = elements.view(np.uint32)
     start, columns, stride = span.start * words, span.columns * words, span.stride * words
+    if span.rows == 1 or columns > _BLOCK:
+        rows = elements.reshape(span.rows, -1)
+        parts = [_of_consecutive(row, start + i * stride) for i, row in enumerate(rows)]
+        return functools.reduce(add, parts, NOTHING)
+    total, step = NOTHING, min(_BLOCK // columns, max(1, (1 << 32) // stride - 1))
+    offsets = _row_offsets(step, columns, stride)
+    for row in range(0, span.rows, step):
+        block = elements[row * columns : (row + step) * columns]
+        place = uint64.split(start + row * stride)
+        part = _of_offsets(_padded(block), np.int32(block.size), place, offsets)
+        total = add(total, np.asarray(part))
+    return total
+
+
+def _of_consecutive(elements: np.ndarray, start: int) -> np.ndarray:
     total = NOTHING
     for first in range(0, elements.size, _BLOCK):
         block = elements[first : first + _BLOCK]
-        size = block.size
-        if size < _BLOCK:
-            block = np.concatenate([block, np.zeros(_BLOCK - size, block.dtype)])
-        if span.rows > 1:
-            rows = np.uint32(columns), uint64.split(stride)
-            part = _of_rows(block, np.int32(size), uint64.split(start), np.uint32(first), *rows)
-        else:
-            part = _of_run(block, np.int32(size), uint64.split(start + first))
+        part = _of_run(_padded(block), np.int32(block.size), uint64.split(start + first))
         total = add(total, np.asarray(part))
     return total
+
+
+def _padded(block: np.ndarray) -> np.ndarray:
+    if block.size == _BLOCK:
+        return block
+    return np.concatenate([block, np.zeros(_BLOCK - block.size, block.dtype)])
+
+
+@functools.lru_cache(16)
+def _row_offsets(rows: int, columns: int, stride: int) -> np.ndarray:
+    """Returns where the elements of rows are, counted from the first, uint32 [_BLOCK].
+
+    On the host, once for all arrays of a shape: XLA divides integers slowly on a CPU.
+    """
+    offsets = np.zeros(_BLOCK, np.uint32)
+    starts = np.arange(rows, dtype=np.uint32) * np.uint32(stride if rows > 1 else 0)
+    offsets[: rows * columns] = np.add.outer(starts, np.arange(columns, dtype=np.uint32)).ravel()
+    return offsets
 
 
 def of_stored(tensor: TensorReader) -> np.ndarray:
@@ -263,18 +289,10 @@ def _of_run(block: jax.Array, size: jax.Array, start: jax.Array) -> jax.Array:
     return of_elements(block, positions, index < size.astype(jnp.uint32))
 
 
-@jax.jit
-def _of_rows(
-    block: jax.Array,
-    size: jax.Array,
-    start: jax.Array,
-    first: jax.Array,
-    columns: jax.Array,
-    stride: jax.Array,
+@functools.partial(jax.jit, compiler_options=WIDE)
+def _of_offsets(
+    block: jax.Array, size: jax.Array, start: jax.Array, offsets: jax.Array
 ) -> jax.Array:
     index = jax.lax.iota(jnp.uint32, _BLOCK)
-    element = index + first  # a span has fewer than 2^32
-    zero = jnp.zeros_like(index)
-    rows = uint64.multiply((zero, element // columns), stride)
-    positions = uint64.add(uint64.add(start, rows), (zero, element % columns))
+    positions = uint64.add((jnp.uint32(0), offsets), start)
     return of_elements(block, positions, index < size.astype(jnp.uint32))

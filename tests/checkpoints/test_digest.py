@@ -87,6 +87,14 @@ def test_digests_of_boxes_add_up_to_that_of_the_whole(sides, dtype):
     assert functools.reduce(digest.add, parts).tolist() == oracle(array)
 
 
+@pytest.mark.parametrize("shape", [(1 << 20, 1 << 14), (4, 1 << 31), (4, 1 << 33)])
+def test_the_digest_of_a_box_is_that_of_its_rows(shape):
+    data = np.arange(6, dtype=np.float32).reshape(2, 3)
+    parts = [digest.of_numpy(row, (1 + i) * shape[1] + 5) for i, row in enumerate(data)]
+    box = slice(1, 3), slice(5, 8)
+    assert np.array_equal(digest.of_box(data, box, shape), digest.add(*parts))
+
+
 def test_two_word_positions_give_the_digest_of_one_word_positions():
     array = jnp.asarray(np.random.default_rng(2).normal(size=(6, 5)), jnp.float32)
     words = jax.jit(lambda a: digest.of_elements(a, uint64.iota(a.shape)))(array)
