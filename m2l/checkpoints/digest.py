@@ -29,7 +29,8 @@ NOTHING = np.zeros(4, np.uint32)
 """The digest of no elements."""
 
 _NO_MESH = jax.sharding.Mesh(np.empty((), object), ())
-_BLOCK = 1 << 18
+_BLOCKS = 1 << 18, 1 << 16, 1 << 14
+_BLOCK = _BLOCKS[0]
 _WORKERS = 3
 _COLUMNS = 256
 _PATTERN = re.compile("[0-9a-f]{32}")
@@ -236,28 +237,37 @@ def of_span(elements: np.ndarray, span: Span) -> np.ndarray:
         parts = [_of_consecutive(row, start + i * stride) for i, row in enumerate(rows)]
         return functools.reduce(add, parts, NOTHING)
     total, step = NOTHING, min(_BLOCK // columns, max(1, (1 << 32) // stride - 1))
-    offsets = _row_offsets(step, columns, stride)
-    for row in range(0, span.rows, step):
-        block = elements[row * columns : (row + step) * columns]
+    offsets, row = _row_offsets(step, columns, stride), 0
+    while row < span.rows:
+        block = elements[row * columns : min(row + step, span.rows) * columns]
+        rows = max(1, min(block.size, _block_size(block.size)) // columns)
+        block = _padded(block[: rows * columns])
         place = uint64.split(start + row * stride)
-        part = _of_offsets(_padded(block), np.int32(block.size), place, offsets)
-        total = add(total, np.asarray(part))
+        part = _of_offsets(block, np.int32(rows * columns), place, offsets[: block.size])
+        total, row = add(total, np.asarray(part)), row + rows
     return total
 
 
 def _of_consecutive(elements: np.ndarray, start: int) -> np.ndarray:
-    total = NOTHING
-    for first in range(0, elements.size, _BLOCK):
-        block = elements[first : first + _BLOCK]
+    total, first = NOTHING, 0
+    while first < elements.size:
+        block = elements[first : first + _block_size(elements.size - first)]
         part = _of_run(_padded(block), np.int32(block.size), uint64.split(start + first))
-        total = add(total, np.asarray(part))
+        total, first = add(total, np.asarray(part)), first + block.size
     return total
 
 
+def _block_size(size: int) -> int:
+    """Returns the largest size of a block that so many elements fill, or the smallest there is."""
+    return next((block for block in _BLOCKS if block <= size), _BLOCKS[-1])
+
+
 def _padded(block: np.ndarray) -> np.ndarray:
-    if block.size == _BLOCK:
+    """Returns a block with zeros up to a size that is compiled for."""
+    size = next(each for each in reversed(_BLOCKS) if each >= block.size)
+    if block.size == size:
         return block
-    return np.concatenate([block, np.zeros(_BLOCK - block.size, block.dtype)])
+    return np.concatenate([block, np.zeros(size - block.size, block.dtype)])
 
 
 @functools.lru_cache(16)
@@ -284,7 +294,7 @@ def of_stored(tensor: TensorReader) -> np.ndarray:
 
 @functools.partial(jax.jit, compiler_options=WIDE)
 def _of_run(block: jax.Array, size: jax.Array, start: jax.Array) -> jax.Array:
-    index = jax.lax.iota(jnp.uint32, _BLOCK)
+    index = jax.lax.iota(jnp.uint32, block.size)
     positions = uint64.add((jnp.uint32(0), index), start)
     return of_elements(block, positions, index < size.astype(jnp.uint32))
 
@@ -293,6 +303,6 @@ def _of_run(block: jax.Array, size: jax.Array, start: jax.Array) -> jax.Array:
 def _of_offsets(
     block: jax.Array, size: jax.Array, start: jax.Array, offsets: jax.Array
 ) -> jax.Array:
-    index = jax.lax.iota(jnp.uint32, _BLOCK)
+    index = jax.lax.iota(jnp.uint32, block.size)
     positions = uint64.add((jnp.uint32(0), offsets), start)
     return of_elements(block, positions, index < size.astype(jnp.uint32))
