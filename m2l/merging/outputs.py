@@ -20,6 +20,7 @@ import numpy as np
 
 from m2l import checkpoints, files, storage
 from m2l.checkpoints import Manifest, huggingface_directory, safetensors, saving, zarr
+from m2l.checkpoints.model_card import write_card
 from m2l.checkpoints.opening import Checkpoint
 from m2l.checkpoints.publishing import UNFINISHED
 from m2l.checkpoints.pytrees import Tree
@@ -480,8 +481,6 @@ def describe_directory(
 
     All but weights is `like`'s, and of what it lacks the first of the fallbacks' that has it.
     """
-    from m2l.checkpoints.huggingface import write_card
-
     huggingface_directory.copy_companions(
         [like.path, *(source.path for source in fallbacks)], result.directory
     )
