@@ -70,6 +70,7 @@ setup(
     install_requires=REQUIREMENTS,
     extras_require={
         "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.29"],
+        "gguf": ["gguf>=0.17"],
         "test": [
             # The four serve Google Cloud Storage and S3 in the tests' process, and let Orbax reach
             # the former there: TensorFlow's files, its default, know Google's own address alone.
@@ -77,6 +78,7 @@ setup(
             "flask-cors>=5.0",
             "gcp-storage-emulator>=2024.8.3",
             "gcsfs>=2025.1",
+            "gguf>=0.17",
             "hypothesis>=6.100",
             "moto[s3]>=5.0",
             "pyrefly>=1.5",

@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from m2l import storage
@@ -11,9 +12,10 @@ from m2l.storage import AnyPath
 from m2l.typing import Json
 
 if TYPE_CHECKING:
-    import seqio
     from jax.sharding import Mesh
 
+    from m2l.data.vocabularies import Vocabulary
+    from m2l.evaluation.decoding import Decoding
     from m2l.evaluation.model import Model
     from m2l.evaluation.results import Result
     from m2l.evaluation.task_data import TaskData
@@ -102,7 +104,9 @@ def run_training(
     from m2l import checkpoints, models
 
     if init is not None:
-        manifest = checkpoints.read_manifest(checkpoints.resolve(storage.path(init)))
+        start = checkpoints.resolve(storage.path(init))
+        manifest = checkpoints.read_manifest(start)
+        manifest.check_whole(start)
         config = config or models.from_dict(manifest.model)
         vocabulary = vocabulary or manifest.vocabulary["name"]
     if config is None:
@@ -144,6 +148,11 @@ def evaluate(
     max_truncated: float = 1.0,
     generative_score: str = "decoding",
     beams: int = 1,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    samples: int = 1,
+    seed: int = 0,
     mesh: "Mesh | None" = None,
     out: AnyPath | str | None = None,
     examples: bool = False,
@@ -164,6 +173,11 @@ def evaluate(
         max_truncated: The share of a task's examples that may be longer than that.
         generative_score: What scores tasks in free text: "decoding" or "likelihood".
         beams: Beams of the search that decodes; 1: greedily.
+        temperature: What logits are divided by before tokens are drawn; 0: none are drawn.
+        top_k: How many of the most probable tokens may be drawn; 0: any.
+        top_p: From how much of the probability they are drawn.
+        samples: Texts drawn for each example; scores are means over them, `pass@k` beside.
+        seed: Of what is drawn.
         mesh: Where the model is placed; by default every device has a copy of it.
         out: A directory for one JSON result a task; results that are there are not computed again.
         examples: Whether each example's scores and predictions are written to `out` as well.
@@ -177,8 +191,10 @@ def evaluate(
     import jax
 
     from m2l import models, partitioning
+    from m2l.evaluation.decoding import Decoding
     from m2l.evaluation.model import Model, load
 
+    decoding = Decoding(beams, temperature, top_k, top_p, samples, seed)
     if not isinstance(model, Model):
         model = load(model, vocabulary)
     loaded_vocabulary, tasks = evaluation_tasks(
@@ -191,7 +207,7 @@ def evaluate(
         lengths={"inputs": input_length, "targets": target_length},
         max_examples=max_examples,
         generative_score=generative_score,
-        beams=beams,
+        decoding=decoding,
         max_truncated=max_truncated,
     )
 
@@ -212,10 +228,10 @@ def evaluate(
 
 
 def register_tasks(vocabulary: str, source: str, jsonl: JsonlFiles | None) -> dict[str, Json]:
-    """Fills seqio's registry; returns where the records come from, as plain values."""
+    """Declares the tasks; returns where the records come from, as plain values."""
     from m2l import tasks
 
-    tasks.register(vocabulary=vocabulary, source=source)
+    tasks.declare(vocabulary=vocabulary, source=source)
     if jsonl:
         tasks.register_jsonl(jsonl)
     return record_origin(source, jsonl)
@@ -232,6 +248,22 @@ def record_origin(source: str, jsonl: JsonlFiles | None) -> dict[str, Json]:
     return {"source": JSONL, **digests}
 
 
+def current_records(source: str, jsonl: JsonlFiles | None) -> Json:
+    """Returns what records follow from, as a value that changes with them; None: nothing tells.
+
+    Files that are missing or stored elsewhere tell nothing: whoever reads them says so.
+    """
+    from m2l.tasks import sources
+
+    if not jsonl:
+        origin = sources.origin(source)
+        return origin and [source, origin]
+    paths = {split: storage.path(file) for split, file in jsonl.items()}
+    if not all(isinstance(path, Path) and path.is_file() for path in paths.values()):
+        return None
+    return {split: hashlib.sha256(path.read_bytes()).hexdigest() for split, path in paths.items()}
+
+
 def evaluation_tasks(
     mixture: str | None,
     jsonl: JsonlFiles | None,
@@ -243,9 +275,9 @@ def evaluation_tasks(
     lengths: Mapping[str, int],
     max_examples: int | None = None,
     generative_score: str = "decoding",
-    beams: int = 1,
+    decoding: "Decoding | None" = None,
     max_truncated: float = 1.0,
-) -> "tuple[seqio.Vocabulary, list[TaskData]]":
+) -> "tuple[Vocabulary, list[TaskData]]":
     """Reads and tokenises the tasks of a mixture that a model can be scored on.
 
     Args:
@@ -254,14 +286,14 @@ def evaluation_tasks(
         vocabulary_name: A name that `vocabularies.load` takes.
         fingerprint: That of the vocabulary that the model was trained with.
         source: Where the records of declared datasets come from.
-        split, lengths, max_examples, generative_score, beams, max_truncated: As `load_tasks` takes
-            them.
+        split, lengths, max_examples, generative_score, decoding, max_truncated: As `load_tasks`
+            takes them; text is decoded greedily by default.
 
     Returns:
-        The seqio vocabulary, and the tasks.
+        The vocabulary, and the tasks.
 
     Raises:
-        ConfigError: neither a mixture nor files.
+        ConfigError: neither a mixture nor files; or nothing is decoded, and `decoding` says how.
         DataError: another vocabulary than the model's; nothing in the mixture can be scored.
         UnknownNameError: no such mixture.
     """
@@ -271,6 +303,7 @@ def evaluation_tasks(
 
     from m2l import tasks as registry
     from m2l.data import vocabularies
+    from m2l.evaluation.decoding import GREEDY
     from m2l.evaluation.task_data import load_tasks
 
     vocabulary = vocabularies.load(vocabulary_name)
@@ -287,9 +320,13 @@ def evaluation_tasks(
         lengths=lengths,
         max_examples=max_examples,
         generative_score=generative_score,
-        beams=beams,
+        decoding=decoding or GREEDY,
         max_truncated=max_truncated,
     )
+    if decoding not in (None, GREEDY) and not any(task.decoded for task in loaded):
+        raise ConfigError(
+            f"nothing of {mixture} is decoded: {decoding.settings()['decoding']}: no use"
+        )
     return vocabulary, loaded
 
 

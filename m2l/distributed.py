@@ -5,6 +5,7 @@ go through the key-value store of `jax.distributed`, which process 0 runs.
 """
 
 import atexit
+import collections
 import contextlib
 import io
 import itertools
@@ -20,6 +21,8 @@ from m2l.errors import ConfigError, M2LError, MergeError
 
 # A pod's hosts do not all come up at once.
 _SECONDS_TO_START = 1800
+
+_MILLISECONDS_TO_COME = 1800 * 1000
 
 _SECONDS_BETWEEN_BEATS = 1.0
 _SECONDS_UNTIL_STOPPED = 15.0
@@ -92,6 +95,54 @@ def rank() -> tuple[int, int]:
     """Returns this process's number and how many there are: (0, 1) where nothing was joined."""
     state = jax_distributed.global_state
     return (0, 1) if state.client is None else (state.process_id, state.num_processes)
+
+
+_uses: collections.Counter[str] = collections.Counter()
+
+
+def _key(tag: str) -> str:
+    """Returns a key for the next use of a tag, the same in every process."""
+    _uses[tag] += 1
+    return f"m2l/{tag}/{_uses[tag]}"
+
+
+def wait_for_all(tag: str) -> None:
+    """Returns when every process has come here; any thread may wait, as devices have no part in it.
+
+    Raises:
+        M2LError: One does not come.
+    """
+    client = jax_distributed.global_state.client
+    if rank()[1] > 1:
+        try:
+            client.wait_at_barrier(_key(tag), _MILLISECONDS_TO_COME)
+        except jax.errors.JaxRuntimeError as error:
+            raise M2LError(f"{tag}: a process has not come here; {_AGAIN}") from error
+
+
+def sum_at_first(tag: str, words: np.ndarray) -> np.ndarray:
+    """Returns the sum of an array of every process in process 0, the process's own in the others.
+
+    Any thread may call it, as devices have no part in it.
+
+    Raises:
+        M2LError: A process does not come.
+    """
+    client, (index, count) = jax_distributed.global_state.client, rank()
+    if count == 1:
+        return words
+    key = _key(tag)
+    if index:
+        client.key_value_set_bytes(f"{key}/{index}", words.tobytes())
+        return words
+    for other in range(1, count):
+        try:
+            content = client.blocking_key_value_get_bytes(f"{key}/{other}", _MILLISECONDS_TO_COME)
+        except jax.errors.JaxRuntimeError as error:
+            raise M2LError(f"{tag}: process {other} has not come here; {_AGAIN}") from error
+        client.key_value_delete(f"{key}/{other}")
+        words = words + np.frombuffer(content, words.dtype).reshape(words.shape)
+    return words
 
 
 class Processes:

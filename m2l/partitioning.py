@@ -23,7 +23,10 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = MappingProxyType(
         "heads": "model",
         "mlp": "model",
         "vocab": "model",
+        "experts": "model",
+        "expert_mlp": None,
         "norm": None,
+        "rank": None,
         "relpos_buckets": None,
     }
 )

@@ -12,7 +12,8 @@ _SECONDS_BETWEEN_LINES = 5.0
 _BAR_WIDTH = 24
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Returns a duration as 4:05 or 1:04:05."""
     minutes, seconds = divmod(int(seconds + 0.5), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
@@ -22,7 +23,8 @@ class Progress:
     """Shows how far a piece of work is, at which rate, and how long it will still take.
 
     Use as a context manager and call `update` as work is done; it is cheap enough for every step.
-    On a terminal one line is redrawn in place; otherwise a line is written every five seconds.
+    On a terminal one line is redrawn in place; otherwise a line is written every five seconds. What
+    is done by the first update is left out of the rate: functions are compiled for it.
 
     Args:
         description: What is being done, a few words.
@@ -30,6 +32,7 @@ class Progress:
         unit: The name of a unit in the plural.
         done: How many were done before (a resumed run): they do not count towards the rate.
         silent: Shows nothing, as in all but one of several processes.
+        first: What is said until the first update, such as "compiling".
     """
 
     def __init__(
@@ -39,10 +42,13 @@ class Progress:
         unit: str = "steps",
         done: int = 0,
         silent: bool = False,
+        first: str = "",
     ):
-        self._silent = silent
+        self._silent, self._preparing = silent, first
         self._description, self._total, self._unit = description, total, unit
-        self._first, self._done = done, done
+        self._before, self._done = done, done
+        # How many units, and when, the rate is counted from.
+        self._counted: tuple[int, float] | None = None
         self._figures: dict[str, str] = {}
         self._terminal = sys.stderr.isatty()
         self._every = 0.1 if self._terminal else _SECONDS_BETWEEN_LINES
@@ -52,15 +58,22 @@ class Progress:
         """Sets how many units are finished (None: unchanged) and figures to show."""
         self._done = self._done if done is None else done
         self._figures.update(figures)
+        if self._counted is None and self._done > self._before:
+            self._counted = self._done, time.monotonic()
         if time.monotonic() - self._shown >= self._every:
             self._show(self._line())
 
     def _line(self) -> str:
-        elapsed = time.monotonic() - self._start
-        rate = (self._done - self._first) / elapsed if elapsed else 0.0
-        left = _clock((self._total - self._done) / rate) if rate else "?"
         share = self._done / self._total if self._total else 1.0
-        parts = [f"{self._done:,}/{self._total:,} {self._unit}", f"{rate:,.1f}/s", f"{left} left"]
+        parts = [f"{self._done:,}/{self._total:,} {self._unit}"]
+        if self._counted is None:
+            parts += [self._preparing] if self._preparing else []
+        else:
+            done, start = self._counted
+            elapsed = time.monotonic() - start
+            rate = (self._done - done) / elapsed if elapsed else 0.0
+            left = clock((self._total - self._done) / rate) if rate else "?"
+            parts += [f"{rate:,.1f}/s", f"{left} left"] if rate else []
         parts += [f"{name} {value}" for name, value in self._figures.items()]
         bar = ""
         if self._terminal:
@@ -88,6 +101,6 @@ class Progress:
         trace: TracebackType | None,
     ) -> None:
         if kind is None:
-            self._show(self._line() + f"  in {_clock(time.monotonic() - self._start)}")
+            self._show(self._line() + f"  in {clock(time.monotonic() - self._start)}")
         if self._terminal and not self._silent:
             sys.stderr.write("\n")

@@ -15,11 +15,10 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 
-import tensorflow as tf
-
 from m2l import tasks
-from m2l.data.preprocessors import renderer
 from m2l.data.prompts import Dataset, Prompt, Reference, parse
+from m2l.data.raw_records import Record
+from m2l.data.rendering import renderer
 from m2l.merging import METHODS
 from m2l.tasks import microworld, registry, skills, sources
 
@@ -172,29 +171,28 @@ def filled(text: str) -> str:
     )
 
 
-def _branches(dataset: Dataset, prompt: Prompt) -> list[dict[str, tf.Tensor]]:
+def _branches(dataset: Dataset, prompt: Prompt) -> list[Record]:
     """Returns the first validation record of each wording that the prompt derives."""
-    read = registry.records_of("microworld", dataset).split("validation").read
+    read = registry.records_of("microworld", dataset).split("validation").record
     used = {part.field for part in parse(prompt.inputs) if isinstance(part, Reference)}
     chosen = sorted(used & {name for name, kind in dataset.derived.items() if kind == "string"})
-    records: dict[tuple[bytes, ...], dict[str, tf.Tensor]] = {}
+    records: dict[tuple[str, ...], Record] = {}
     for number in range(30):
-        record = read(tf.constant(number))
+        record = read(number)
         derived = dataset.derive(record) if chosen else {}
-        records.setdefault(tuple(derived[name].numpy() for name in chosen), record)
+        records.setdefault(tuple(derived[name] for name in chosen), record)
     # A field with a text of its own for nearly every record is no choice of wordings.
-    return list(records.values()) if len(records) <= 4 else [read(tf.constant(0))]
+    return list(records.values()) if len(records) <= 4 else [read(0)]
 
 
-def _shown(dataset: Dataset, prompt: Prompt, record: dict[str, tf.Tensor]) -> str:
+def _shown(dataset: Dataset, prompt: Prompt, record: Record) -> str:
     texts = renderer(dataset, prompt)(record)
-    inputs, target = texts["inputs"].numpy().decode(), texts["targets"].numpy().decode()
+    inputs, target = texts["inputs"], texts["targets"]
     if prompt.answer_choices is not None:
-        choices = [choice.decode() for choice in texts["answer_choices"].numpy()]
+        choices = texts["answer_choices"]
         answers = [f"  {'*' if choice == target else '-'} {choice}" for choice in choices]
     else:
-        references = [text.decode() for text in texts["references"].numpy()]
-        answers = [f"  = {text}" for text in dict.fromkeys([target, *references])]
+        answers = [f"  = {text}" for text in dict.fromkeys([target, *texts["references"]])]
     return "\n".join(["```", inputs, *answers, "```"])
 
 

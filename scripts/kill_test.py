@@ -50,7 +50,7 @@ def train(out: Path, cache: Path, steps: int) -> None:
     jax.config.update("jax_enable_compilation_cache", True)
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    tasks.register()
+    tasks.declare()
     loop.train(
         out,
         config=CONFIG,

@@ -17,8 +17,7 @@ from pathlib import Path
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
-from m2l.data.preprocessors import renderer
-from m2l.data.record_source import RecordSource
+from m2l.data.rendering import renderer
 from m2l.data.tokenizer_files import EOS, MICROWORLD_EXTRA_IDS, PAD, UNKNOWN
 from m2l.tasks import datasets, microworld, registry, skills
 
@@ -36,12 +35,11 @@ def texts() -> Iterator[str]:
             continue
         records = registry.records_of("microworld", dataset)
         for prompt in dataset.prompts:
-            source = RecordSource(dataset.task_name(prompt), records)
-            examples = source.get_dataset("train", shuffle=False).take(RECORDS_PER_PROMPT)
-            for example in examples.map(renderer(dataset, prompt)).as_numpy_iterator():
-                yield example["inputs"].decode()
-                answers = example.get("answer_choices", [example["targets"]])
-                yield from (answer.decode() for answer in answers)
+            split, render = records.split("train"), renderer(dataset, prompt)
+            for number in range(min(RECORDS_PER_PROMPT, split.size)):
+                texts = render(split.record(number))
+                yield texts["inputs"]
+                yield from texts.get("answer_choices", [texts["targets"]])
 
 
 def train(sentences: Iterable[str], size: int) -> bytes:

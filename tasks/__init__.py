@@ -1,10 +1,11 @@
 """The tasks and mixtures that m2l knows, and the way to add your own from JSON lines.
 
-Importing this reads declarations only; TensorFlow and seqio come with the first `register`.
+Importing this reads declarations only, and `declare` is enough for all of m2l's own readers;
+TensorFlow and seqio come with `register`, for seqio's.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from m2l.data import jsonl
@@ -16,7 +17,9 @@ ORIGINAL = "_original"
 
 _own: dict[str, Dataset] = {}
 _source = "microworld"
-_registered: dict[str, str] = {}
+_declared: dict[str, str] = {}
+# Whether seqio's registry was ever asked for: then it follows what is added.
+_seqio_is_used = False
 
 
 def use(source: str) -> None:
@@ -140,7 +143,7 @@ def _mixtures_of(declared: tuple[Dataset, ...], own: tuple[str, ...]) -> dict[st
             names = [flan.MIXTURE, *skills.mixtures_of(dataset)]
         elif skills.is_skill(dataset):
             names = list(skills.mixtures_of(dataset))
-        elif dataset.name not in own or prompt.name:
+        elif dataset.name not in own or prompt.name or dataset.category != dataset.name:
             names.append(dataset.category)
             if dataset.name not in own:
                 names.append("t0_held_out" if dataset.held_out else "t0_held_in")
@@ -166,8 +169,10 @@ def tasks_in(mixture: str) -> tuple[str, ...]:
     return tuple(names)
 
 
-def register(vocabulary: str = "microworld", source: str = "microworld") -> None:
-    """Puts every task and mixture into seqio's registry.
+def declare(
+    vocabulary: str = "microworld", source: str = "microworld", added: Sequence[Dataset] = ()
+) -> None:
+    """Makes every task and mixture known by its name to m2l's readers, without seqio.
 
     Nothing is read yet: records come when a task is first used. Doing it again changes nothing;
     doing it with other settings replaces what was there before.
@@ -175,52 +180,85 @@ def register(vocabulary: str = "microworld", source: str = "microworld") -> None
     Args:
         vocabulary: What `m2l.data.vocabularies.load` takes.
         source: Where the records come from: a setting of `m2l.tasks.sources`.
+        added: Datasets of your own to `add`.
 
     Raises:
         UnknownNameError, ConfigError: no such source.
-        DataError: no such vocabulary; or a task of one of our names is registered by someone else.
+        DataError: no such vocabulary.
     """
     settings = {"vocabulary": vocabulary, "source": source}
-    if _registered != settings:
-        _put(settings)
+    if _declared != settings or added:
+        _put(settings, added)
 
 
-def _put(settings: dict[str, str]) -> None:
-    from m2l.tasks import registry
-
-    before = _source
-    try:
-        use(settings["source"])
-        registry.register(**settings, declared=datasets(), mixtures=mixtures())
-    except M2LError:
-        use(before)
-        raise
-    _registered.clear()
-    _registered.update(settings)
-
-
-def add(dataset: Dataset) -> None:
-    """Adds a dataset of your own; its tasks and mixtures are used by name like any other.
-
-    There is a mixture of all its tasks, and they are in that of its category. Its records are what
-    its `records` reads or, without that, what the source in use has of it.
+def register(vocabulary: str = "microworld", source: str = "microworld") -> None:
+    """Declares every task and mixture, and puts them into seqio's registry.
 
     Args:
-        dataset: The declaration; one added before under the same name is replaced.
+        vocabulary: As `declare` takes it.
+        source: As `declare` takes it.
 
     Raises:
-        DataError: a declared dataset, task or mixture has one of its names.
+        UnknownNameError, ConfigError, DataError: as `declare`; or a task of one of our names is
+            registered by someone else.
     """
-    _check_name(dataset.name)
-    before = dict(_own)
-    _own[dataset.name] = dataset
-    if _registered:
-        try:
-            _put(dict(_registered))
-        except M2LError:
-            _own.clear()
-            _own.update(before)
-            raise
+    from m2l.data import text_tasks
+
+    global _seqio_is_used
+    settings = {"vocabulary": vocabulary, "source": source}
+    if _declared != settings:
+        _put(settings, to_seqio=True)
+    else:
+        text_tasks.fill_seqio()
+    _seqio_is_used = True
+
+
+def _put(
+    settings: dict[str, str], added: Sequence[Dataset] = (), *, to_seqio: bool = False
+) -> None:
+    from m2l.data import text_tasks
+    from m2l.tasks import registry
+
+    source, own, declared = _source, dict(_own), None
+    try:
+        use(settings["source"])
+        _add(added)
+        declared = registry.declare(**settings, declared=datasets(), mixtures=mixtures())
+        if to_seqio or _seqio_is_used:
+            text_tasks.fill_seqio()
+    except M2LError:
+        use(source)
+        _own.clear()
+        _own.update(own)
+        if declared is not None:
+            text_tasks.declare(declared)
+        raise
+    _declared.clear()
+    _declared.update(settings)
+
+
+def add(*added: Dataset) -> None:
+    """Adds datasets of your own; their tasks and mixtures are used by name like any other.
+
+    There is a mixture of all tasks of each, and they are in that of its category. Its records are
+    what its `records` reads or, without that, what the source in use has of it.
+
+    Args:
+        added: The declarations; one added before under the same name is replaced.
+
+    Raises:
+        DataError: a declared dataset, task or mixture has one of their names.
+    """
+    if _declared:
+        _put(dict(_declared), added)
+    else:
+        _add(added)
+
+
+def _add(added: Sequence[Dataset]) -> None:
+    for dataset in added:
+        _check_name(dataset.name)
+    _own.update({dataset.name: dataset for dataset in added})
 
 
 def _check_name(name: str) -> None:
@@ -232,25 +270,60 @@ def _check_name(name: str) -> None:
 def register_jsonl(files: Mapping[str, str | Path], name: str = "jsonl") -> None:
     """Makes a task of your own JSON lines, usable by its name like any other.
 
+    Args:
+        files: As `jsonl_dataset` takes them.
+        name: The task's name; a name used before for JSON lines is replaced.
+
+    Raises:
+        DataError: as `jsonl_dataset`; or a declared dataset, task or mixture has the name.
+    """
+    _check_name(name)
+    add(jsonl_dataset(files, name))
+
+
+def jsonl_dataset(
+    files: Mapping[str, str | Path],
+    name: str,
+    *,
+    category: str = "",
+    held_out: bool = False,
+    group: str | None = None,
+    targets: str = "",
+    percent: int = 100,
+) -> Dataset:
+    """Declares a task of your own JSON lines, for `add`.
+
     With answer choices it is ranked (accuracy); without, its answers are decoded and compared:
     exact match and token F1 ("squad", which works in any script) first, then ROUGE.
 
     Args:
-        files: Split ("train", "validation", "test") -> a file as `m2l.data.jsonl.read` reads it.
-        name: The task's name; a name used before for JSON lines is replaced.
+        files: Split ("train", "validation", "test") -> a file as `m2l.data.jsonl.read` reads it; or
+            "all" -> a file to split, see `m2l.data.jsonl.split`.
+        name: The task's name.
+        category: Its category; "": the task's name.
+        held_out: Whether experts are never trained on it.
+        group: With "all", the field whose groups stay in one split; None: the inputs.
+        targets: Only the examples of this right answer; "": all.
+        percent: How much of the train split there is; a smaller part is in every larger one.
 
     Raises:
         DataError: a file that cannot be used, by line; files with and without answer choices; a
-            name that a declared dataset, task or mixture has; a split of another name.
+            split of another name.
     """
-    splits = ("train", "validation", "test")
+    splits = ("train", "validation", "test", "all")
     for split in files:
         if split not in splits:
             raise UnknownNameError("split of JSON lines", split, splits)
-    if not files:
-        raise DataError("JSON lines need a file for at least one split, as train=FILE")
-    _check_name(name)
-    records = {split: jsonl.read(path) for split, path in files.items()}
+    if not files or ("all" in files and len(files) > 1):
+        raise DataError("JSON lines need a file for at least one split, as train=FILE, or one: all")
+    if "all" in files:
+        records = jsonl.split(files["all"], group or "inputs")
+    else:
+        records = {split: jsonl.read(path) for split, path in files.items()}
+    for split in records if targets else ():
+        records[split] = [each for each in records[split] if each["targets"] == targets]
+        if not records[split]:
+            raise DataError(f"task {name}: no example of its {split!r} has targets {targets!r}")
     with_choices = {split: "answer_choices" in examples[0] for split, examples in records.items()}
     if len(set(with_choices.values())) > 1:
         having = [split for split, has in with_choices.items() if has]
@@ -259,9 +332,16 @@ def register_jsonl(files: Mapping[str, str | Path], name: str = "jsonl") -> None
             f"{files[having[0]]} has answer_choices and {files[lacking[0]]} has none; one task has "
             "them in all its splits or in none"
         )
-    choices = all(with_choices.values())
-    read = records.__getitem__
-    add(written_out(name, category=name, choices=choices, splits=files, records=read))
+    if "train" in records and percent < 100:
+        records["train"] = jsonl.share(records["train"], percent)
+    return written_out(
+        name,
+        category=category or name,
+        held_out=held_out,
+        choices=all(with_choices.values()),
+        splits=records,
+        records=records.__getitem__,
+    )
 
 
 def render(

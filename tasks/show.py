@@ -4,10 +4,10 @@ import itertools
 from collections.abc import Iterator, Mapping
 
 import numpy as np
-import seqio
 
 from m2l.data.examples import generation_examples, ranking_examples
 from m2l.data.prompts import TaskInfo
+from m2l.data.vocabularies import Vocabulary
 
 
 def _heading(number: int, inputs: int, cut: bool) -> str:
@@ -33,16 +33,17 @@ def _generated(info: TaskInfo, n: int, split: str, lengths: Mapping[str, int]) -
 
 
 def _trained(info: TaskInfo, n: int, split: str, lengths: Mapping[str, int]) -> Iterator[str]:
-    task = seqio.TaskRegistry.get(info.name)
-    rows = task.get_dataset(lengths, split=split, shuffle=False, seed=0, try_in_mem_cache=False)
-    vocabulary = task.output_features["targets"].vocabulary
-    for number, row in enumerate(rows.take(n).as_numpy_iterator()):
-        yield _heading(number, len(row["inputs"]), False)
-        yield _with_sentinels(row["inputs"], vocabulary)
-        yield f"  = {_with_sentinels(row['targets'], vocabulary)}"
+    from m2l.data import seqio_pipeline
+
+    for number, (inputs, targets, vocabulary) in enumerate(
+        seqio_pipeline.examples(info.name, n, split, lengths)
+    ):
+        yield _heading(number, len(inputs), False)
+        yield _with_sentinels(inputs, vocabulary)
+        yield f"  = {_with_sentinels(targets, vocabulary)}"
 
 
-def _with_sentinels(tokens: np.ndarray, vocabulary: seqio.Vocabulary) -> str:
+def _with_sentinels(tokens: np.ndarray, vocabulary: Vocabulary) -> str:
     """Decodes tokens, with `<0>`, `<1>`, ... where a span was taken out."""
     last = vocabulary.vocab_size - 1
     runs = itertools.groupby(tokens.tolist(), key=lambda token: last - token < vocabulary.extra_ids)

@@ -7,6 +7,7 @@ tfds, tfds:DIR              TensorFlow Datasets
 promptsource[+SOURCE]       your checkout of T0's templates, over the Hub's records or another's
 jsonl:DIR                   your own files in the Hub's schema, DIR/<dataset>/<its split>.jsonl
 cache:DIR                   what `m2l tasks cache` wrote
+none                        nothing: only tasks of your own JSON lines, under any names
 """
 
 import dataclasses
@@ -15,14 +16,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from m2l import storage
+from m2l import files, storage
 from m2l.data.prompts import Dataset, Prompt, written_out
 from m2l.data.raw_records import SPLITS, Hub, Part, ReadSplit, Record, Splits, checked
 from m2l.errors import ConfigError, DataError, UnknownNameError
 from m2l.tasks import flan, skills, t0_held_in, t0_held_out
 from m2l.typing import Json
 
-KINDS = ("microworld", "hub", "p3", "tfds", "promptsource", "jsonl", "cache")
+KINDS = ("microworld", "hub", "p3", "tfds", "promptsource", "jsonl", "cache", "none")
 T0 = (*t0_held_in.DATASETS, *t0_held_out.DATASETS)
 # Unlabelled text to pretrain on; declared like a dataset, so that every source can have it.
 CORPUS = Dataset(
@@ -76,7 +77,7 @@ def parse(setting: str) -> Source:
             f"source {setting!r}: expected a local folder; copy it, or write its records to the "
             "bucket by `m2l tasks cache` and use cache:DIR"
         )
-    if colon and (folder_path is None or kind in ("microworld", "promptsource")):
+    if colon and (folder_path is None or kind in ("microworld", "promptsource", "none")):
         raise ConfigError(f"source {setting!r}: it takes no folder, or the folder's name is empty")
     if kind != "promptsource":
         return Source(kind, folder_path)
@@ -101,6 +102,8 @@ def datasets(setting: str) -> tuple[Dataset, ...]:
         DataError: the source's own declarations (a cache's index, a checkout) cannot be read.
     """
     source = parse(setting)
+    if source.kind == "none":
+        return ()
     if source.kind == "cache":
         return _cached_datasets(source.folder)
     if source.kind == "p3":
@@ -209,6 +212,21 @@ def splits(setting: str, dataset: Dataset) -> tuple[str, ...]:
     return tuple(dataset.splits)
 
 
+def origin(setting: str) -> Json:
+    """Returns what all records of a source follow from, as a JSON value that changes with them.
+
+    Returns:
+        None where nothing tells: of records from the network, and of others' templates. The
+        microworld's follow from m2l's code.
+    """
+    source = parse(setting)
+    if source.kind == "microworld":
+        return source.kind
+    if source.kind == "promptsource" or not isinstance(source.folder, Path):
+        return None
+    return [source.kind, str(source.folder.absolute()), files.directory_digest(source.folder)]
+
+
 def read(setting: str, dataset: Dataset, split: str) -> Iterable[Record]:
     """Yields a split's records: the declared fields, flat and checked, in the source's order.
 
@@ -231,6 +249,8 @@ def read(setting: str, dataset: Dataset, split: str) -> Iterable[Record]:
     if dataset.records is not None:
         theirs_of, records = dataset.splits, dataset.records
     else:
+        if source.kind not in _READERS:
+            raise _lacking(f"source {setting!r}", dataset)
         theirs_of, records = _READERS[source.kind](source, dataset)
     theirs = theirs_of[split]
 

@@ -1,17 +1,17 @@
 """T0's held-out datasets: nobody trains on them; they measure what carries over to new tasks."""
 
+import re
+
 from m2l.data.prompts import Dataset, datasets_in, prompt_table
-from m2l.data.raw_records import Hub, Record, Tensors, Tfds
+from m2l.data.raw_records import Hub, Record, Tfds
 
 
-def _cause_or_effect(example: Tensors) -> Tensors:
-    import tensorflow as tf
-
+def _cause_or_effect(example: Record) -> Record:
     cause = example["question"] == "cause"
-    sentence = tf.strings.regex_replace(example["premise"], r"[.\s]*$", "")
+    sentence = example["premise"].rstrip(". \t\n\f\r")
     return {
-        "asks": tf.where(cause, "Why did this happen?", "What happened then?"),
-        "begun": tf.strings.join([sentence, tf.where(cause, " because", ", and so")]),
+        "asks": "Why did this happen?" if cause else "What happened then?",
+        "begun": sentence + (" because" if cause else ", and so"),
     }
 
 
@@ -53,10 +53,8 @@ COPA = Dataset(
 )
 
 
-def _ending(example: Tensors) -> Tensors:
-    import tensorflow as tf
-
-    return {"right": tf.strings.to_number(example["label"], tf.int64)}
+def _ending(example: Record) -> Record:
+    return {"right": int(example["label"])}
 
 
 _FOUR_ENDINGS = '"{endings[0]}", "{endings[1]}", "{endings[2]}" or "{endings[3]}"'
@@ -112,11 +110,9 @@ HELLASWAG = Dataset(
 )
 
 
-def _claim(example: Tensors) -> Tensors:
+def _claim(example: Record) -> Record:
     """Returns the hypothesis as it is between quotes in a question, without its full stop."""
-    import tensorflow as tf
-
-    return {"claim": tf.strings.regex_replace(example["hypothesis"], r"\.?\s*$", "")}
+    return {"claim": re.sub(r"\.?[ \t\n\f\r]*\Z", "", example["hypothesis"], count=1)}
 
 
 # A round's texts were written against the best model of the round before.
@@ -253,14 +249,12 @@ WSC = Dataset(
 )
 
 
-def _option(example: Tensors) -> Tensors:
-    import tensorflow as tf
-
-    before, after = tf.unstack(tf.strings.split(example["sentence"], "_", maxsplit=1), 2)
+def _option(example: Record) -> Record:
+    before, after = example["sentence"].split("_", maxsplit=1)
     options = (example["option1"], example["option2"])
     return {
-        "right": tf.strings.to_number(example["answer"], tf.int64) - 1,
-        "sentences": tf.stack([tf.strings.join([before, option, after]) for option in options]),
+        "right": int(example["answer"]) - 1,
+        "sentences": [f"{before}{option}{after}" for option in options],
     }
 
 

@@ -3,16 +3,26 @@
 import dataclasses
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import urllib.request
 import uuid
 from http import HTTPStatus
 from pathlib import Path
 
-# What a test compiles is compiled for it, not found in a cache of the person who runs it.
-os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
+# What a run compiles is kept for all of its processes, in a folder of its own: nothing comes from a
+# cache of the person who runs it unless they turn it on. Workers inherit the folder.
+if os.environ.get("JAX_ENABLE_COMPILATION_CACHE") != "true":
+    COMPILED = tempfile.TemporaryDirectory(prefix="m2l-tests-")
+    os.environ.update(
+        JAX_ENABLE_COMPILATION_CACHE="true",
+        JAX_COMPILATION_CACHE_DIR=COMPILED.name,
+        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+        JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="-1",
+    )
 # Orbax's files on gs:// go through gcsfs: TensorFlow's know no emulator. It is read once.
 os.environ["EPATH_USE_TF"] = "false"
 
@@ -31,7 +41,11 @@ CATEGORIES = ("sentiment", "topic_classification", "closed_book_qa", "structure_
 
 
 # The longest files: begun last, they would be waited for when all else is done.
-FIRST = ("studies/test_study.py", "training/test_two_processes.py", "training/test_resuming.py")
+FIRST = (
+    *("studies/test_study.py", "tasks/test_all_datasets.py", "training/test_two_processes.py"),
+    *("training/test_resuming.py", "training/test_pod_on_a_bucket.py", "test_examples.py"),
+    *("merging/test_devices_and_processes.py", "test_cli_buckets.py", "test_cli_merge.py"),
+)
 
 
 def pytest_collection_modifyitems(items):
@@ -272,7 +286,8 @@ def skills_study(tiny_config):
 _BEFORE = {"general": 60, "science": 25, "safety": 8, "coding": 5, "exaggerated_refusals": 97}
 _LEARNED = {"science": 80, "safety": 98, "coding": 70}
 _TRAINED = {"ptm": (15, 0.98, 4), "cft": (38, 1.0, 9), "rt": (59, 0.97, 38)}
-_FORGETS = {"task_arithmetic": 6, "linear": 30, "wise_ft": 20, "ties": 12, "dare": 14}
+_FORGETS = {"task_arithmetic": 6, "linear": 30, "wise_ft": 20, "ties": 12}
+_FORGETS |= {"ties_mergekit": 12, "dare": 14}
 
 
 def _learned(regime, added, name, part):
@@ -355,7 +370,8 @@ def forge(tmp_path_factory):
     """Runs programs at once in processes of their own, which start in no time; see forge.py.
 
     Takes each as (code, *arguments), and the number of simulated devices that each has; returns
-    what each has printed. `killed`: all of them have to end with an error.
+    what each has printed. `dies`: where all of them are killed, as `forge.die_at` takes it.
+    `killed`: all of them have to end with an error.
     """
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
@@ -370,17 +386,17 @@ def forge(tmp_path_factory):
         text=True,
     )
 
-    def run(*programs, devices, stdin="", optimized=False, killed=False):
+    def run(*programs, devices, stdin="", dies=None, killed=False):
         folder = tmp_path_factory.mktemp("forge")
-        # Compiled in half the time.
-        level = "" if optimized else " --xla_backend_optimization_level=0"
-        flags = f"--xla_force_host_platform_device_count={devices}{level}"
+        inherited = os.environ.get("XLA_FLAGS", "")
+        flags = f"--xla_force_host_platform_device_count={devices} {inherited}"
         described = [
             {
                 "code": code,
                 "arguments": [str(argument) for argument in arguments],
                 "stdin": stdin,
                 "environment": {"XLA_FLAGS": flags},
+                "dies": dies,
             }
             for code, *arguments in programs
         ]
@@ -388,7 +404,10 @@ def forge(tmp_path_factory):
         server.stdin.flush()
         codes = json.loads(server.stdout.readline())
         said = [(folder / f"{number}.err").read_text() for number in range(len(programs))]
-        expected = all(codes) if killed else not any(codes)
+        if dies:
+            expected = set(codes) == {-signal.SIGKILL}
+        else:
+            expected = all(codes) if killed else not any(codes)
         assert expected, "\n".join([f"codes {codes}", *(text[-5000:] for text in said)])
         return [(folder / f"{number}.out").read_text() for number in range(len(programs))]
 

@@ -1,13 +1,15 @@
 """Runs programs in forks of one process that has imported everything and used nothing.
 
-Reads one line of JSON for each call, {"programs": [{"code", "arguments", "stdin", "environment"}],
-"folder"}: runs the programs at once, each in a fork, writes what they say into the folder, and then
-answers with a line of their exit codes. A program that takes longer than SECONDS is killed.
+Reads one line of JSON for each call, {"programs": [{"code", "arguments", "stdin", "environment",
+"dies"}], "folder"}: runs the programs at once, each in a fork, writes what they say into the
+folder, and then answers with a line of their exit codes. A program that takes longer than SECONDS
+is killed, and one with `dies` where `die_at` says.
 """
 
 import contextlib
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -15,6 +17,22 @@ import traceback
 from pathlib import Path
 
 SECONDS = 900
+
+
+def die_at(pattern):
+    """Kills this process at the first audit event, "os.rename FROM TO" say, that has the pattern.
+
+    Python raises such an event before it renames, removes or opens.
+    """
+    matches = re.compile(pattern).search
+
+    def hook(event, arguments):
+        if not event.startswith(("os.", "shutil.")):
+            return
+        if matches(" ".join(map(str, (event, *arguments)))):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
 
 
 def run(program, folder, number):
@@ -27,6 +45,8 @@ def run(program, folder, number):
     sys.stdin = os.fdopen(0)
     os.environ.update(program["environment"])
     sys.argv = ["-c", *program["arguments"]]
+    if program["dies"]:
+        die_at(program["dies"])
     code = 1
     try:
         exec(compile(program["code"], "<program>", "exec"), {"__name__": "__main__"})

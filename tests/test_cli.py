@@ -3,6 +3,8 @@
 import errno
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -220,8 +222,8 @@ def test_a_checkpoint_of_another_format_is_refused_with_the_command_that_convert
 
 def test_dashes_and_underscores_in_flags_are_alike(refused, run_m2l, road, tmp_path, capsys):
     models = ["--expert", road / "base", "--expert", road / "sentiment", "--method", "dare"]
-    models += ["--base", road / "base", "--dry-run", "--no_diagnostics", "--drop-rate", "2"]
-    assert "drop_rate" in refused("merge", *models, "--out", tmp_path / "out")
+    models += ["--base", road / "base", "--dry-run", "--no_diagnostics"]
+    assert "drop_rate" in refused("merge", *models, "--drop-rate", "2", "--out", tmp_path / "out")
     assert run_m2l("merge", *models, "--drop_rate", "0.5", "--out", tmp_path / "out") == 0
     assert run_m2l("tasks", "list", "--mixture", "imdb", "--held-in") == 0
 
@@ -291,3 +293,61 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(refused, road, tmp_path, mon
     arguments = ["eval", "--mixture", "imdb", "--max_examples", 2, "--checkpoint", road / "base"]
     assert "no space left on device" in refused(*arguments, "--out", tmp_path / "results")
     assert not list((tmp_path / "results").iterdir())
+
+
+def test_commands_read_texts_without_tensorflow_and_what_is_done_without_jax(road, tmp_path):
+    evaluate = ["eval", "--checkpoint", road / "sentiment", "--mixture", "imdb"]
+    evaluate += ["--max_examples", 3, "--out", tmp_path / "results"]
+    train = ["train", "--init", road / "base", "--mixture", "sentiment", "--gin.BATCH_SIZE=4"]
+    train += ["--out", tmp_path / "run", "--steps"]
+    sweep = ["sweep", "--base", road / "base", "--expert", road / "sentiment", "--mixture", "imdb"]
+    sweep += ["--method", "task_arithmetic", "--scale", "0.5,1", "--max_examples", 3]
+    corrupted = ["train", "--gin_file", road / "tiny.gin", "--out", tmp_path / "corrupted"]
+    heavy = {"jax", "seqio", "t5", "tensorflow"}
+    commands = [
+        (["tasks", "show", "super_glue_rte_does_it_follow"], []),
+        ([*evaluate], ["jax"]),
+        ([*evaluate, "--batch_size", 8], []),
+        ([*train, 2], ["jax"]),
+        ([*sweep, "--out", tmp_path / "sweep"], ["jax"]),
+        (["generate", road / "sentiment", "the cat"], ["jax"]),
+        (corrupted, sorted(heavy)),
+    ]
+    for arguments, imported in commands:
+        code = (
+            "import sys\nfrom m2l.cli import command\n"
+            f"command.run({[*map(str, arguments)]!r}, stopped_code=0)\n"
+            f"print(sorted({heavy!r} & set(sys.modules)))"
+        )
+        run = [sys.executable, "-c", code]
+        done = subprocess.run(run, capture_output=True, text=True, check=False)
+        assert done.stdout.splitlines()[-1:] == [str(imported)], (arguments, done.stderr)
+
+
+def test_an_evaluation_that_is_done_is_printed_again_until_something_changes(
+    run_m2l, road, tmp_path, capsys
+):
+    data, out = tmp_path / "data.jsonl", tmp_path / "out"
+    line = {"inputs": "is it good?", "targets": "yes", "answer_choices": ["yes", "no"]}
+    data.write_text(json.dumps(line) + "\n")
+    command = ["eval", "--checkpoint", road / "sentiment", "--jsonl", f"validation={data}"]
+    command += ["--out", out]
+
+    def run(*more):
+        capsys.readouterr()
+        return run_m2l(*command, *more), capsys.readouterr()
+
+    code, first = run()
+    assert code == 0 and "1/1 examples" in first.err
+    assert run() == (0, (first.out, ""))
+    # What is asked for in addition is not there yet.
+    assert run("--examples")[0] == 0
+    assert (out / "jsonl.examples.jsonl.gz").exists()
+    damaged = (out / "jsonl.json").read_text().replace("accuracy", "accurate")
+    (out / "jsonl.json").write_text(damaged)
+    assert run()[0] == 2
+    (out / "jsonl.json").unlink()
+    assert run()[1].out == first.out
+    data.write_text(json.dumps(line | {"inputs": "is it bad?"}) + "\n")
+    code, printed = run()
+    assert code == 2 and "is the result of other examples" in printed.err

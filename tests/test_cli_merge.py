@@ -38,10 +38,11 @@ def test_a_dry_run_says_what_it_takes_and_does_nothing(road, run_m2l, capsys, tm
 def test_flags_become_a_recipe_and_a_recipe_is_read_back(road, run_m2l, capsys, tmp_path):
     flags = ("--method", "ties", "--preset", "mergekit", "--density", 0.3, "--weights", "0.5,0.7")
     flags += ("--scale_of", "decoder/*=0.25", "--memory", "8GiB", "--no-diagnostics")
+    flags += ("--density", "*/mlp/*=0.5,0.25..1")
     assert run_m2l("merge", *models(road), *flags, "--out", tmp_path / "one") == 0
     made_by = checkpoints.read_manifest(tmp_path / "one").made_by
     recipe = made_by["recipe"]
-    assert recipe["density"] == 0.3
+    assert recipe["density"] == [["*/mlp/*", [0.5, "0.25..1"]], ["*", 0.3]]
     assert recipe["weights"] == [0.5, 0.7]
     assert recipe["scales"] == [["decoder/*", 0.25]]
     assert (recipe["scope"], recipe["zero_sign"], recipe["keep"]) == (
@@ -55,6 +56,26 @@ def test_flags_become_a_recipe_and_a_recipe_is_read_back(road, run_m2l, capsys, 
     assert run_m2l("merge", *models(road), *again) == 0
     one, two = (checkpoints.read_manifest(tmp_path / name) for name in ("one", "two"))
     assert one.digest == two.digest
+
+
+def test_a_file_of_mergekits_is_a_merge_of_the_models_that_it_names(
+    road, run_m2l, capsys, tmp_path
+):
+    file, out = tmp_path / "merge.yml", tmp_path / "out"
+    models_of_file = "\n".join(
+        f"- model: {road / name}\n  parameters: {{weight: {weight}, density: 0.4}}"
+        for name, weight in (("sentiment", 0.5), ("closed_book_qa", [0.2, 0.7]))
+    )
+    file.write_text(f"merge_method: ties\nbase_model: {road / 'base'}\nmodels:\n{models_of_file}\n")
+    assert run_m2l("merge", "--config", file, "--to", "orbax", "--out", out) == 0
+    flags = ("--method", "ties", "--preset", "mergekit", "--density", "0.4,0.4")
+    flags += ("--weights", "0.5,0.2..0.7", "--out", tmp_path / "by_flags")
+    assert run_m2l("merge", *models(road), *flags) == 0
+    digests = [checkpoints.read_manifest(each).digest for each in (out, tmp_path / "by_flags")]
+    assert digests[0] == digests[1]
+    capsys.readouterr()
+    assert run_m2l("merge", "--config", file, "--scale", 2, "--out", tmp_path / "no") == 2
+    assert "--config has the models and the method" in capsys.readouterr().err
 
 
 def test_a_merge_of_checkpoints_becomes_a_hugging_face_directory(road, run_m2l, tmp_path):
@@ -96,6 +117,8 @@ def test_inspect_shows_and_draws_what_a_merge_measured(road, run_m2l, capsys, tm
         (("--method", "ties", "--preset", "mergekid"), "unknown preset 'mergekid'"),
         (("--method", "ties", "--scale_of", "x"), "expected PATTERN=SCALE"),
         (("--method", "ties", "--scale_of", "x=1"), "scales 'x' matches no parameter"),
+        (("--method", "ties", "--density", 0.2, "--density", 0.3), "--density is there twice"),
+        (("--method", "ties", "--density", "0.2..x"), "'0.2..x' is no gradient over layers"),
         (("--method", "ties", "--memory", "lots"), "cannot parse memory size 'lots'"),
         (("--method", "ties", "--process", "2"), "--process 2: expected I/N"),
         (("--method", "ties", "--process", "2/2"), "--process 2/2: expected I/N"),
@@ -115,7 +138,7 @@ def test_bad_flags_are_refused_in_one_line(road, run_m2l, capsys, tmp_path, flag
 @pytest.fixture(scope="module")
 def swept(road, run_m2l, tmp_path_factory):
     out = tmp_path_factory.mktemp("sweep") / "out"
-    flags = ("--method", "ties", "--density", "0.2,0.6", "--scale", "0:1:0.5")
+    flags = ("--method", "ties", "--density", "0.2,0.4..0.6", "--scale", "0:1:0.5")
     flags += ("--mixture", "sentiment", "--max_examples", 4, "--input_length", 32)
     flags += ("--target_length", 8, "--batch_size", 4, "--out", out)
     assert run_m2l("sweep", *models(road), *flags) == 0
@@ -126,7 +149,9 @@ def test_a_sweep_leaves_curve_picture_and_the_best_recipe(road, run_m2l, swept, 
     out, _ = swept
     curve = json.loads((out / "curve.json").read_text())
     assert [point["settings"] for point in curve] == [
-        {"density": density, "scale": scale} for density in (0.2, 0.6) for scale in (0, 0.5, 1)
+        {"density": density, "scale": scale}
+        for density in (0.2, "0.4..0.6")
+        for scale in (0, 0.5, 1)
     ]
     recipe = json.loads((out / "recipe.json").read_text())
     assert recipe["score"] == max(point["score"] for point in curve)

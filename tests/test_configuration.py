@@ -16,9 +16,15 @@ def test_every_shipped_experiment_can_be_read():
     studies = [name for name in experiments if "Study.of" in text_of(name)]
     assert "experiments/demo.gin" in studies and len(studies) < len(experiments)
     for name in experiments:
-        of_t5 = name.endswith("merging_at_scale_t5.gin")
-        needed = ["VOCABULARY=spiece.model"] if of_t5 else []
-        configuration.load("Study" if name in studies or of_t5 else "Run", [name], needed)
+        large = name.endswith(("_t5.gin", "_llama.gin", "_llama2.gin"))
+        needed = ["VOCABULARY=spiece.model"] * large
+        if "merge_to_learn" in name and large:
+            needed.append("BASE=model")
+        elif large:
+            sizes = ("small", "base", "large", "xl", "xxl", "1B", "3B", "8B", "70B")
+            bases = {f"bases/{size}/pretrained": "DIR" for size in sizes}
+            needed.append(f"ScalingStudy.given={bases}")
+        configuration.load("Study" if name in studies or large else "Run", [name], needed)
 
 
 def text_of(name):

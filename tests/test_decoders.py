@@ -1,6 +1,7 @@
 """A decoder on the whole road, by the command: train, merge, evaluate, convert both ways."""
 
 import dataclasses
+import importlib
 import json
 import re
 import shutil
@@ -64,6 +65,48 @@ def test_experts_are_merged_and_evaluated_by_ranking_and_decoding(decoders, run_
     assert "every digest is right" in shown and "language_modeling" in shown
     # The experts' own parent is in the tree, below them.
     assert shown.count("init ") == 2
+
+
+def test_experts_become_a_mixture_whose_routers_are_trained_alone(
+    decoders, run_m2l, capsys, tmp_path
+):
+    def moe(*prompts):
+        experts = [f"--expert={decoders / name}" for name in ("sentiment", "closed_book_qa")]
+        prompts = [f"--prompts={prompt}" for prompt in prompts]
+        base = f"--base={decoders / 'base'}"
+        return run_m2l("moe", base, *experts, *prompts, "--examples", 5, "--out", tmp_path / "moe")
+
+    importlib.import_module("seqio")  # With which unknown names were taken for its own.
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text("".join(json.dumps(line) + "\n" for line in LINES))
+    (tmp_path / "empty.txt").write_text("\n\n")
+    (tmp_path / "other.jsonl").write_text('{"prompt": "who?"}\n')
+    for prompts, message in (
+        (("sentiment",), "1 prompts for 2 experts"),
+        (("sentiment", "closed_book"), "unknown file of prompts, task or mixture 'closed_book'"),
+        (("sentiment", tmp_path / "empty.txt"), "empty.txt: there is no prompt in it"),
+        (("sentiment", tmp_path / "other.jsonl"), "other.jsonl: a line without inputs"),
+    ):
+        assert moe(*prompts) == 2
+        line, end = capsys.readouterr().err.split("\n")
+        assert message in line and not end
+    assert moe("sentiment", questions) == 0
+    shown = capsys.readouterr().out
+    assert "cosine of the nearest other's" in shown and "mixture of 2 experts" in shown
+    made_by = checkpoints.read_manifest(tmp_path / "moe").made_by
+    counts = [(each["source"], each["count"]) for each in made_by["prompts"]]
+    assert counts == [("sentiment", 5), (str(questions), len(LINES))]
+    code = run_m2l(
+        *("train", "--init", tmp_path / "moe", "--mixture", "sentiment+closed_book_qa"),
+        *("--steps", 2, "--gin.BATCH_SIZE=4", "--gin.Train.freeze=['^(?!.*mlp/router$)']"),
+        *("--out", tmp_path / "trained"),
+    )
+    assert code == 0
+    before, after = (
+        checkpoints.read_manifest(tmp_path / name).parameters for name in ("moe", "trained")
+    )
+    changed = {name for name in before if before[name]["digest"] != after[name]["digest"]}
+    assert changed == {f"decoder/layers_{layer:02}/mlp/router" for layer in range(2)}
 
 
 def test_a_row_starts_a_training_that_span_corruption_refuses(decoders, run_m2l, capsys):

@@ -1,6 +1,7 @@
 """The generated pages say what the declarations say."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,16 @@ from m2l import tasks
 from m2l.tasks import sources
 
 ROOT = Path(__file__).parents[1]
-spec = importlib.util.spec_from_file_location("document", ROOT / "scripts" / "document_tasks.py")
-document = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(document)
+
+
+def script(path):
+    spec = importlib.util.spec_from_file_location("script", ROOT / "scripts" / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+document = script("document_tasks.py")
 
 
 @pytest.mark.parametrize("page", ["docs/tasks.md", "docs/skills.md", "docs/merging.md"])
@@ -28,3 +36,11 @@ def test_every_prompt_says_what_was_reviewed():
             assert f"\n`{dataset.task_name(prompt)}` (" in reviewed
     tasks.use("microworld")
     assert document.prompts() == reviewed
+
+
+def test_the_page_of_performance_is_what_its_script_prints_of_the_results():
+    bench = script("bench/all.py")
+    results = json.loads(bench.RESULTS.read_text())
+    assert bench.page(results) == bench.PAGE.read_text()
+    commands = {figure.command for figures in bench.FIGURES.values() for figure in figures}
+    assert not set(results) - commands

@@ -1,5 +1,6 @@
 import ast
 import contextlib
+import functools
 import importlib.metadata
 import re
 import runpy
@@ -50,15 +51,18 @@ def top(path):
     return module(path)[1]
 
 
+@functools.cache
 def imports(path):
     """The dotted names a file imports, at any depth, with `from m2l import x` as m2l.x."""
+    names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             start = module(path)[: -node.level] if node.level else ()
             name = ".".join([*start, *filter(None, [node.module])])
-            yield from (f"m2l.{alias.name}" for alias in node.names) if name == "m2l" else [name]
+            names |= {f"m2l.{alias.name}" for alias in node.names} if name == "m2l" else {name}
+    return names
 
 
 def literal(name):
@@ -88,7 +92,8 @@ def test_a_module_imports_only_from_the_rows_above_it(path):
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_what_a_file_imports_is_required_by_setup(path):
-    assert third_party(path) - {"t5"} <= set(REQUIREMENTS)
+    # gguf is an extra, and its absence has a message.
+    assert third_party(path) - {"t5", "gguf"} <= set(REQUIREMENTS)
 
 
 def test_setup_requires_nothing_that_neither_m2l_nor_t5_imports():
@@ -129,6 +134,27 @@ def test_the_lock_holds_one_copy_of_each_shared_folder_and_the_tools_of_the_test
 def test_the_lock_names_no_path_and_no_host():
     lock = (ROOT / "requirements.lock").read_text()
     assert not re.search(r"://|^\s*-|(?<![\w.])/\w|\.txt", lock, re.M)
+
+
+def imported_at_the_top(path):
+    """The names of the packages that importing a file imports."""
+    pending = list(ast.parse(path.read_text()).body)
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield node.module.split(".")[0]
+        elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            pending += node.orelse
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            pending += ast.iter_child_nodes(node)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_only_what_is_seqios_imports_tensorflow_at_its_top(path):
+    seqios = path.name.startswith("seqio_")
+    assert seqios or not {*imported_at_the_top(path)} & TENSORFLOW
 
 
 @pytest.mark.parametrize("name", WITHOUT_TENSORFLOW)

@@ -1,6 +1,7 @@
 """Names stand once, imports have no circles, and the files that prose names are there."""
 
 import ast
+import functools
 import io
 import re
 import tokenize
@@ -11,7 +12,10 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted([*(ROOT / "m2l").rglob("*.py"), *(ROOT / "tasks").rglob("*.py")])
 READ = [*SOURCES, *(ROOT / "scripts").rglob("*.py"), *(ROOT / "examples").glob("*.py")]
 
-TREES = {path: ast.parse(path.read_text()) for path in SOURCES}
+
+@functools.cache
+def tree(path):
+    return ast.parse(path.read_text())
 
 
 def dotted(path):
@@ -38,8 +42,8 @@ def test_base_names_of_files_are_unique_but_for_the_commands():
 
 def test_names_of_classes_are_unique():
     places = defaultdict(list)
-    for path, tree in TREES.items():
-        for node in ast.walk(tree):
+    for path in SOURCES:
+        for node in ast.walk(tree(path)):
             if isinstance(node, ast.ClassDef):
                 places[node.name].append(f"{path.relative_to(ROOT)}:{node.lineno}")
     assert twice(places) == {}
@@ -48,7 +52,7 @@ def test_names_of_classes_are_unique():
 def imported(path):
     """The modules of m2l that a file imports at any depth, for types alone included."""
     package = dotted(path) if path.name == "__init__.py" else dotted(path).rpartition(".")[0]
-    for node in ast.walk(TREES[path]):
+    for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -83,8 +87,8 @@ def test_imports_have_no_circle_those_for_types_included():
     assert circle({dotted(path): {*imported(path)} for path in SOURCES}) == []
 
 
-def annotations(tree):
-    for node in ast.walk(tree):
+def annotations(module):
+    for node in ast.walk(module):
         if isinstance(node, ast.AnnAssign | ast.arg) and node.annotation is not None:
             yield node.annotation
         elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.returns is not None:
@@ -98,8 +102,8 @@ ANY = 10
 def test_few_annotations_say_any():
     lines = {
         (path, name.lineno)
-        for path, tree in TREES.items()
-        for annotation in annotations(tree)
+        for path in SOURCES
+        for annotation in annotations(tree(path))
         for name in ast.walk(annotation)
         if isinstance(name, ast.Name) and name.id == "Any"
     }

@@ -14,8 +14,7 @@ arrays can make two of one digest. Shape and dtype are not part of it; a manifes
 import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +22,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from m2l.checkpoints import uint64
-from m2l.checkpoints.spans import Span, TensorReader, cut, cut_box
+from m2l.checkpoints.spans import Span, TensorReader, cut, cut_box, in_parallel
 
 NOTHING = np.zeros(4, np.uint32)
 """The digest of no elements."""
@@ -31,7 +30,6 @@ NOTHING = np.zeros(4, np.uint32)
 _NO_MESH = jax.sharding.Mesh(np.empty((), object), ())
 _BLOCKS = 1 << 18, 1 << 16, 1 << 14
 _BLOCK = _BLOCKS[0]
-_WORKERS = 3
 _COLUMNS = 256
 _PATTERN = re.compile("[0-9a-f]{32}")
 
@@ -125,7 +123,12 @@ def of_arrays(arrays: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
     Of arrays that are sharded over several processes each computes its own shards' part, and the
     words are gathered once for all arrays: every process must call it.
     """
-    digests = {name: of_shards(array) for name, array in arrays.items()}
+    digests: dict[str, np.ndarray] = dict.fromkeys(arrays, NOTHING)
+
+    def compute(name: str) -> None:
+        digests[name] = of_shards(arrays[name])
+
+    in_parallel(compute, arrays)
     distributed = [name for name, array in arrays.items() if not array.is_fully_addressable]
     return digests | sum_over_processes({name: digests[name] for name in distributed})
 
@@ -133,15 +136,22 @@ def of_arrays(arrays: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
 def of_shards(array: jax.Array) -> np.ndarray:
     """Returns the part, uint32 [4], that this process's shards have in an array's digest.
 
-    Of equal shards the first counts. Shards in the memory of this host are digested in threads,
-    without compiling for their shapes; others on their devices.
+    Of equal shards the first counts. Shards in the memory of this host are digested without
+    compiling for their shapes; others on their devices.
+    """
+    return deferred(array)()
+
+
+def deferred(array: jax.Array) -> Callable[[], np.ndarray]:
+    """Returns what computes the part that `of_shards` returns, for any thread to call later.
+
+    It is of the values as they are now, although the array is donated meanwhile: shards in the
+    memory of this host stay there until then, others are digested now.
     """
     shards = [shard for shard in array.addressable_shards if shard.replica_id == 0]
-    on_host = [shard for shard in shards if shard.device.platform == "cpu"]
-
-    def of_host(shard: jax.Shard) -> np.ndarray:
-        return of_box(np.asarray(shard.data), shard.index, array.shape)
-
+    on_host = [
+        (np.asarray(shard.data), shard.index) for shard in shards if shard.device.platform == "cpu"
+    ]
     # Each shard is computed on its own device, whatever mesh the caller has entered.
     with jax.set_mesh(_NO_MESH):
         parts = [
@@ -149,12 +159,13 @@ def of_shards(array: jax.Array) -> np.ndarray:
             for shard in shards
             if shard.device.platform != "cpu"
         ]
-    if len(on_host) > 1:
-        with ThreadPoolExecutor(_WORKERS) as pool:
-            parts += pool.map(of_host, on_host)
-    else:
-        parts += map(of_host, on_host)
-    return functools.reduce(add, jax.device_get(parts), NOTHING)
+    shape = array.shape
+
+    def compute() -> np.ndarray:
+        words = [of_box(elements, index, shape) for elements, index in on_host]
+        return functools.reduce(add, words + jax.device_get(parts), NOTHING)
+
+    return compute
 
 
 def of_box(elements: np.ndarray, index: Sequence[slice], shape: Sequence[int]) -> np.ndarray:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import shutil
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,13 +14,14 @@ import numpy as np
 
 from m2l import models, signals, storage
 from m2l.checkpoints import huggingface_directory, safetensors, tokenizer
+from m2l.checkpoints.decoder_families import DECODER_FAMILIES
 from m2l.checkpoints.huggingface_config import (
     CONFIG,
     read_settings,
     to_json,
     writes_output,
 )
-from m2l.checkpoints.huggingface_directory import open_directory
+from m2l.checkpoints.huggingface_directory import open_directory, write_card
 from m2l.checkpoints.importing import (
     Origin,
     Tensor,
@@ -29,7 +31,6 @@ from m2l.checkpoints.importing import (
     parameter_shapes,
 )
 from m2l.checkpoints.manifest import Manifest
-from m2l.checkpoints.model_card import write_card
 from m2l.checkpoints.model_fields import read_json
 from m2l.checkpoints.publishing import Flusher, publishing
 from m2l.checkpoints.reading import EXPORTED, existing_result, open_parameters, resolve
@@ -129,24 +130,67 @@ def _llama_origins(config: LlamaConfig, prefix: str) -> dict[str, Origin]:
             "pre_mlp_norm": "pre_feedforward_layernorm",
             "post_mlp_norm": "post_feedforward_layernorm",
         }
+    if config.omit_pre_norms:
+        norms = {part: norm for part, norm in norms.items() if not part.startswith("pre_")}
     biased = [*_PROJECTIONS][:3] if config.qkv_bias else []
     biased += ["out"] if config.out_bias else []
     for i in range(config.num_hidden_layers):
         ours, theirs = f"decoder/layers_{i:02}", f"{prefix}layers.{i}"
         for part, norm in norms.items():
             result[f"{ours}/{part}"] = Origin(f"{theirs}.{norm}.weight")
-        for part, letter in _PROJECTIONS.items():
-            kernel = Origin(f"{theirs}.self_attn.{letter}_proj.weight", transposed=True)
-            result[f"{ours}/self_attention/{part}"] = kernel
         for part in biased:
             bias = Origin(f"{theirs}.self_attn.{_PROJECTIONS[part]}_proj.bias")
             result[f"{ours}/self_attention/{part}_bias"] = bias
-        for part, module in _MLP.items():
-            result[f"{ours}/mlp/{part}"] = Origin(f"{theirs}.mlp.{module}.weight", transposed=True)
+        for part in ("query", "key") if config.qk_norm else ():
+            norm = Origin(f"{theirs}.self_attn.{_PROJECTIONS[part]}_norm.weight")
+            result[f"{ours}/self_attention/{part}_norm"] = norm
+        for part, origin in _kernel_origins(config, theirs).items():
+            result[f"{ours}/{part}"] = origin
     result["decoder/norm"] = Origin(f"{prefix}norm.weight")
     if not config.tie_word_embeddings:
         result["decoder/logits"] = Origin(_OUTPUT, transposed=True)
     return result
+
+
+def _kernel_origins(config: LlamaConfig, layer: str) -> dict[str, Origin]:
+    """Returns where the kernels of a layer come from."""
+    attention = {f"self_attention/{part}": f"{x}_proj" for part, x in _PROJECTIONS.items()}
+    modules = {part: f"self_attn.{module}" for part, module in attention.items()}
+    modules |= {f"mlp/{part}": f"mlp.{module}" for part, module in _MLP.items()}
+    family = DECODER_FAMILIES[config.model_type]
+    if bool(config.num_experts) != bool(family.experts):
+        raise CheckpointError(
+            f"LlamaConfig.num_experts: {config.num_experts} cannot be expressed as a "
+            f"{config.model_type} model of transformers"
+        )
+    if family.experts:
+        modules = {part: module for part, module in modules.items() if not part.startswith("mlp/")}
+        modules["mlp/router"] = family.experts["router"]
+    kernels = {
+        part: Origin(f"{layer}.{module}.weight", transposed=True)
+        for part, module in modules.items()
+    }
+    for part, module in family.experts.items():
+        if part != "router":
+            names = tuple(f"{layer}.{module.format(e)}.weight" for e in range(config.num_experts))
+            kernels[f"mlp/{part}"] = Origin(names[0], transposed=True, stacked=names)
+    if family.fused:
+        queries, keys = (
+            heads * config.head_dim
+            for heads in (config.num_attention_heads, config.num_key_value_heads)
+        )
+        sizes = {
+            "self_attn.qkv_proj": {"query": queries, "key": keys, "value": keys},
+            "mlp.gate_up_proj": dict.fromkeys(("wi_0", "wi_1"), config.intermediate_size),
+        }
+        for module, parts in sizes.items():
+            first, block = 0, "mlp" if module.startswith("mlp") else "self_attention"
+            for part, size in parts.items():
+                kernels[f"{block}/{part}"] = Origin(
+                    f"{layer}.{module}.weight", transposed=True, rows=(first, first + size)
+                )
+                first += size
+    return kernels
 
 
 def _aliases(config: Config, embedding: str) -> list[str]:
@@ -312,6 +356,7 @@ def export_checkpoint(
     """
     source, out = resolve(source), storage.path(out).absolute()
     manifest = Manifest.read(source)
+    manifest.check_whole(source)
     options = export_options(dtype, shard_size, results)
     exported = dataclasses.replace(manifest, made_by={**manifest.made_by, EXPORTED: options})
 
@@ -343,7 +388,7 @@ def _export(
     parameters = open_parameters(source)
     dtypes = {name: parameter.dtype for name, parameter in parameters.items()}
     cast = None if dtype is None else float_dtype(dtype)
-    sources: dict[str, tuple[str, bool]] = {}
+    sources: dict[tuple[str, ...], list[tuple[str, Origin]]] = defaultdict(list)
     described = {}
     tensors = [*origins(config).items()]
     if config.tie_word_embeddings and writes_output(config):
@@ -351,9 +396,12 @@ def _export(
     for name, origin in tensors:
         if name not in parameters:
             raise CheckpointError(f"{source}: {name} is missing; it is no model of its settings")
-        shape = parameters[name].shape
-        sources[origin.tensor] = name, origin.transposed
-        described[origin.tensor] = shape[::-1] if origin.transposed else shape, cast or dtypes[name]
+        shape = parameters[name].shape[1:] if origin.stacked else parameters[name].shape
+        shape = shape[::-1] if origin.transposed else shape
+        if origin.rows is not None:
+            shape = (origin.rows[1], *shape[1:])  # of the last of them: the rows of all
+        sources[origin.tensors].append((name, origin))
+        described |= dict.fromkeys(origin.tensors, (shape, cast or dtypes[name]))
     widest = max((spec[1] for spec in described.values()), key=lambda dtype: dtype.itemsize)
     settings = to_json(config, widest.name, special_tokens(source, manifest))
     size = sum(math.prod(shape) * dtype.itemsize for shape, dtype in described.values())
@@ -378,19 +426,23 @@ def _export(
         extents = safetensors.create(temporary, described, shards)
         done, digests = 0, {}
 
-        def write(theirs: str) -> int:
-            ours, transposed = sources[theirs]
-            parameter, target, position = parameters[ours], extents[theirs], 0
-            array, stored = parameter.read(), hashlib.sha256()
-            digest = hashing.submit(parameter.digest_of, array)
-            for block in blocks(array.T if transposed else array, target.dtype, ours):
-                target.write_from(block, position)
-                stored.update(block.view(np.uint8))
-                position += block.size
-                flusher.wrote(target.files(), block.nbytes)
-            parameter.check(digest.result())
-            digests[theirs] = stored.hexdigest()
-            return position * target.dtype.itemsize
+        def write(tensors: tuple[str, ...]) -> int:
+            positions, stored = dict.fromkeys(tensors, 0), {t: hashlib.sha256() for t in tensors}
+            for ours, origin in sources[tensors]:
+                parameter = parameters[ours]
+                array = parameter.read()
+                digest = hashing.submit(parameter.digest_of, array)
+                for theirs, part in zip(tensors, array if origin.stacked else [array], strict=True):
+                    target = extents[theirs]
+                    laid_out = part.T if origin.transposed else part
+                    for block in blocks(laid_out, target.dtype, ours):
+                        target.write_from(block, positions[theirs])
+                        stored[theirs].update(block.view(np.uint8))
+                        positions[theirs] += block.size
+                        flusher.wrote(target.files(), block.nbytes)
+                parameter.check(digest.result())
+            digests.update({theirs: stored[theirs].hexdigest() for theirs in tensors})
+            return sum(positions[theirs] * extents[theirs].dtype.itemsize for theirs in tensors)
 
         def advance(nbytes: int) -> None:
             nonlocal done
@@ -404,7 +456,8 @@ def _export(
             Progress(f"export {source.name}", size // 10**6, "MB") as progress,
         ):
             # The largest first, or a thread would be left alone with one at the end.
-            in_parallel(write, sorted(extents, key=lambda name: -extents[name].size), advance)
+            largest_first = sorted(sources, key=lambda names: -sum(extents[n].size for n in names))
+            in_parallel(write, largest_first, advance)
         huggingface_directory.write(temporary, exported, digests)
 
 

@@ -5,12 +5,12 @@ transformers 4 wrote are read as it read them.
 """
 
 import math
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 
-from m2l.checkpoints.model_fields import HARMLESS, read_json, words
+from m2l.checkpoints.decoder_families import DECODER_FAMILIES, DecoderFamily
+from m2l.checkpoints.model_fields import HARMLESS, IGNORED, read_json, words
 from m2l.errors import CheckpointError, M2LError, UnknownNameError, UnsupportedModelError
 from m2l.files import GENERATION
 from m2l.models import Config, LlamaConfig, T5Config
@@ -21,38 +21,9 @@ CONFIG = "config.json"
 ARCHITECTURES = {
     "t5": "T5ForConditionalGeneration",
     "mt5": "MT5ForConditionalGeneration",
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "gemma2": "Gemma2ForCausalLM",
-}
+} | {name: family.architecture for name, family in DECODER_FAMILIES.items()}
 
-_LLAMA_DEFAULTS: Mapping[str, Mapping[str, Json]] = {
-    "llama": {"max_position_embeddings": 2048},
-    "mistral": {
-        "max_position_embeddings": 131072,
-        "num_key_value_heads": 8,
-        "sliding_window": 4096,
-    },
-    "qwen2": {
-        "max_position_embeddings": 32768,
-        "num_key_value_heads": 32,
-        "sliding_window": 4096,
-        "max_window_layers": 28,
-    },
-    "gemma2": {
-        "max_position_embeddings": 8192,
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-        "hidden_activation": "gelu_pytorch_tanh",
-        "tie_word_embeddings": True,
-        "sliding_window": 4096,
-        "query_pre_attn_scalar": 256,
-        "attn_logit_softcapping": 50.0,
-        "final_logit_softcapping": 30.0,
-    },
-}
-_SCALED_ROPES = ("llama3", "yarn")
+_SCALED_ROPES = ("llama3", "yarn", "longrope")
 _ROPE_KEYS: Mapping[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
@@ -64,16 +35,28 @@ _ROPE_KEYS: Mapping[str, tuple[str, ...]] = {
         "beta_slow",
         "attention_factor",
     ),
+    "longrope": (
+        "short_factor",
+        "long_factor",
+        "original_max_position_embeddings",
+        "factor",
+        "attention_factor",
+    ),
 }
+_NEEDED_ROPE_KEYS = {"linear": 1, "llama3": 4, "yarn": 2, "longrope": 3}
 _SLIDES, _SEES_ALL = "sliding_attention", "full_attention"
 
 
 # Fields that decide something which is not in the networks here, unless they are one of these.
 _MUST_BE: Mapping[str, tuple[Json, ...]] = {
     "add_cross_attention": (None, False),
+    "clip_qkv": (None,),
     "compression_config": (None,),
+    "decoder_sparse_step": (None, 1),
+    "full_attn_mod": (None, 1),
+    "interpolate_factor": (None, 1),
+    "mlp_only_layers": (None, []),
     "mlp_bias": (None, False),
-    "partial_rotary_factor": (None, 1),
     "per_layer_config": (None, {}),
     "pruned_heads": (None, {}, []),
     "quantization_config": (None,),
@@ -94,8 +77,10 @@ LLAMA_FIELDS = words(
     vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
     num_key_value_heads head_dim hidden_act hidden_activation max_position_embeddings rms_norm_eps
     tie_word_embeddings attention_bias sliding_window sliding_window_size use_sliding_window
-    max_window_layers layer_types rope_theta rope_scaling rope_parameters
-    original_max_position_embeddings query_pre_attn_scalar attn_logit_softcapping
+    max_window_layers layer_types sliding_window_pattern rope_theta rope_scaling rope_parameters
+    rope_local_base_freq original_max_position_embeddings partial_rotary_factor no_rope_layers
+    no_rope_layer_interval num_experts num_local_experts num_experts_per_tok moe_intermediate_size
+    norm_topk_prob router_aux_loss_coef query_pre_attn_scalar attn_logit_softcapping
     final_logit_softcapping
     """
 )
@@ -110,6 +95,10 @@ class Fields:
     def completed(self, defaults: Mapping[str, Json]) -> "Fields":
         """Returns these fields, with defaults for those that are absent."""
         return Fields(self._file, {**defaults, **self._values})
+
+    def replaced(self, **values: Json) -> "Fields":
+        """Returns these fields, some of them with other values."""
+        return Fields(self._file, {**self._values, **values})
 
     def refuse(self, problem: str) -> NoReturn:
         raise CheckpointError(f"{self._file}: {problem}")
@@ -127,18 +116,22 @@ class Fields:
         return self._values.get(name, default)
 
     def check(self, known: frozenset[str]) -> None:
-        """Refuses what cannot be honoured, and warns once of what is not known."""
+        """Refuses what cannot be honoured, and what is not known, unless it says "none"."""
         for name, allowed in _MUST_BE.items():
             if self.get(name) not in allowed:
-                shown = str(self.get(name))
-                shown = shown if len(shown) <= 60 else shown[:57] + "..."
-                self.unsupported(f"{name} = {shown} is not supported")
-        unknown = sorted(set(self._values) - known - HARMLESS - set(_MUST_BE))
-        if unknown:
-            warnings.warn(
-                f"{self._file}: unknown fields, taken to decide nothing: {', '.join(unknown)}",
-                stacklevel=3,
-            )
+                self.unsupported(f"{name} = {_short(self.get(name))} is not supported")
+        for name, value in self._values.items():
+            known_name = name in known | HARMLESS | IGNORED or name in _MUST_BE
+            if value and not known_name and not name.startswith("_"):
+                self.unsupported(
+                    f"the field {name} = {_short(value)} is unknown; remove it if it decides "
+                    "nothing of what the model computes"
+                )
+
+
+def _short(value: Json) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def read_settings(directory: Path, *, tied: bool | None) -> Config:
@@ -177,8 +170,10 @@ def read_settings(directory: Path, *, tied: bool | None) -> Config:
         raise UnsupportedModelError(f"{file}: {error}") from error
     except M2LError as error:
         raise CheckpointError(f"{file}: {error}") from error
-    except (TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{file}: a field is of the wrong type ({error})") from error
+    except (TypeError, ValueError, AttributeError, ArithmeticError, LookupError) as error:
+        raise CheckpointError(
+            f"{file}: a field is of the wrong type, length or range ({error})"
+        ) from error
 
 
 def _t5(fields: Fields, model_type: str, tied: bool | None, start: int | None) -> T5Config:
@@ -225,26 +220,36 @@ def _t5(fields: Fields, model_type: str, tied: bool | None, start: int | None) -
 
 
 def _llama(fields: Fields, model_type: str) -> LlamaConfig:
-    fields = fields.completed(_LLAMA_DEFAULTS[model_type])
-    heads, gemma = fields["num_attention_heads"], model_type == "gemma2"
-    head_dim, groups = fields.get("head_dim"), fields.get("num_key_value_heads")
+    if model_type == "mistral" and fields.get("layer_types") is not None:
+        model_type = "ministral"  # As transformers reads it.
+    family = DECODER_FAMILIES[model_type]
+    # Two spellings of one field, of which transformers 5 reads and writes either.
+    reads = family.reads.get("num_experts")
+    for name in {"num_experts", "num_local_experts"} - {reads} if reads else ():
+        if fields.get(name) is not None:
+            fields = fields.completed({reads: fields.get(name)})
+    fields = _without_unused_windows(fields.completed(family.defaults), family)
+    heads, head_dim = fields["num_attention_heads"], fields.get("head_dim")
+    groups, layers = fields.get("num_key_value_heads"), fields["num_hidden_layers"]
+    if type(layers) is not int:
+        fields.refuse(f"num_hidden_layers = {layers!r} is no number")
     if head_dim is None:
         if type(heads) is not int or heads < 1 or fields["hidden_size"] % heads:
             fields.refuse(f"{heads} attention heads do not divide hidden_size")
         head_dim = fields["hidden_size"] // heads
-    # Mistral and Qwen2 do not read the field: Qwen2 has three biases, Mistral none.
-    bias = model_type in ("llama", "gemma2") and bool(fields.get("attention_bias"))
-    activation = fields["hidden_activation"] if gemma else fields.get("hidden_act", "silu")
-    settings: JsonObject = {}
-    if gemma:
-        settings = {
-            "norm_offset": 1.0,
-            "scale_embeddings": True,
-            "post_norms": True,
-            "query_pre_attn_scalar": fields["query_pre_attn_scalar"],
-            "attn_logit_softcapping": fields["attn_logit_softcapping"] or 0.0,
-            "final_logit_softcapping": fields["final_logit_softcapping"] or 0.0,
-        }
+    if "rotary_layers" in family.reads and fields.get("no_rope_layers") is None:
+        interval = fields["no_rope_layer_interval"]
+        fields = fields.replaced(no_rope_layers=[(i + 1) % interval and 1 for i in range(layers)])
+    values = {setting: fields.get(field) for setting, field in family.reads.items()}
+    values = {setting: value for setting, value in values.items() if value is not None}
+    if rotary := values.pop("rotary_layers", None):
+        if len(rotary) < layers:
+            fields.refuse(f"no_rope_layers: {len(rotary)} numbers for {layers} layers")
+        values["rotary_layers"] = () if all(rotary[:layers]) else tuple(rotary[:layers])
+    activation = values.pop("hidden_act", fields.get("hidden_act", "silu"))
+    # An old value of Gemma's own files; transformers 5 reads it so as well.
+    renamed = {"swish": "silu"} | ({"gelu": "gelu_pytorch_tanh"} if model_type == "gemma" else {})
+    windows = _windows(fields, family)
     sizes = (
         "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
         "max_position_embeddings",
@@ -257,35 +262,30 @@ def _llama(fields: Fields, model_type: str) -> LlamaConfig:
         model_type=model_type,
         rms_norm_eps=fields.get("rms_norm_eps", 1e-6),
         tie_word_embeddings=fields.get("tie_word_embeddings", False),
-        hidden_act={"swish": "silu"}.get(activation, activation),
-        qkv_bias=bias or model_type == "qwen2",
-        out_bias=bias,
-        windows=_windows(fields, model_type),
-        **_rope(fields),
-        **settings,
+        hidden_act=renamed.get(activation, activation),
+        windows=windows,
+        **values | family.settings | _rope(fields, family, windows),
     )
 
 
-def _windows(fields: Fields, model_type: str) -> tuple[int, ...]:
+def _without_unused_windows(fields: Fields, family: DecoderFamily) -> Fields:
+    if family.optional_windows and not fields.get("use_sliding_window"):
+        return fields.replaced(sliding_window=None)
+    return fields
+
+
+def _windows(fields: Fields, family: DecoderFamily) -> tuple[int, ...]:
     """Returns the width of each layer's window, 0 for none; empty where no layer has one."""
     layers, width = fields["num_hidden_layers"], fields.get("sliding_window")
-    if type(layers) is not int:
-        fields.refuse(f"num_hidden_layers = {layers!r} is no number")
-    if model_type == "llama" or (model_type == "qwen2" and not fields.get("use_sliding_window")):
-        width = None
-    slides = [width is not None] * layers
-    if model_type == "qwen2":
-        slides = [s and i >= fields["max_window_layers"] for i, s in enumerate(slides)]
-    elif model_type == "gemma2":
-        slides = [i % 2 == 0 for i in range(layers)]
+    slides = [family.slides(i, fields) for i in range(layers)]
     if (types := fields.get("layer_types")) is not None:
         if set(types) - {_SLIDES, _SEES_ALL} or len(types) != layers:
             fields.unsupported(f"layer_types = {types} is not supported")
         listed = [kind == _SLIDES for kind in types]
-        if model_type in ("llama", "mistral") and listed != slides:
+        if not family.lists_layers and listed != slides:
             fields.refuse(
-                f"layer_types does not agree with sliding_window, and a {model_type} model of "
-                "transformers reads that alone"
+                f"layer_types does not agree with sliding_window, and a {fields['model_type']} "
+                "model of transformers reads that alone"
             )
         slides = listed
     if any(slides) and (type(width) is not int or width < 1):
@@ -293,40 +293,72 @@ def _windows(fields: Fields, model_type: str) -> tuple[int, ...]:
     return tuple(width if s else 0 for s in slides) if any(slides) else ()
 
 
-def _rope(fields: Fields) -> JsonObject:
-    """Returns the rope_ settings, from transformers 4's two fields or transformers 5's one."""
-    rope = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
+def _rope(fields: Fields, family: DecoderFamily, windows: tuple[int, ...]) -> JsonObject:
+    """Returns the rotary settings, from transformers 4's two fields or transformers 5's one."""
+    theta, scaling = fields.get("rope_theta", 10000.0), fields.get("rope_scaling")
+    parameters = fields.get("rope_parameters") or {}
+    nested = isinstance(parameters, Mapping) and any(
+        isinstance(value, Mapping) for value in parameters.values()
+    )
+    if family.local_rope_theta is None or not nested:
+        settings = _one_rope(fields, family, scaling or parameters, theta)
+        local: JsonObject = {}
+    else:
+        if set(parameters) - {_SLIDES, _SEES_ALL}:
+            fields.unsupported(f"rope_parameters = {_short(parameters)} is not supported")
+        whole = {**(parameters.get(_SEES_ALL) or {}), **(scaling or {})}
+        settings = _one_rope(fields, family, whole, theta)
+        local = parameters.get(_SLIDES) or {}
+    if family.local_rope_theta is None or not any(windows):
+        return settings
+    local = {"rope_theta": fields.get(family.local_rope_theta), **local}
+    if local.get("rope_type", "default") != "default":
+        fields.unsupported(f"rope_parameters: {_SLIDES} = {_short(local)}: only 'default' is")
+    if settings["rope_type"] != "default" or settings["rope_theta"] != local["rope_theta"]:
+        settings["rope_local_base_freq"] = local["rope_theta"]
+    return settings
+
+
+def _one_rope(fields: Fields, family: DecoderFamily, rope: Json, theta: Json) -> JsonObject:
+    """Returns the rope_ settings that one set of parameters says."""
     if not isinstance(rope, Mapping) or any(isinstance(value, Mapping) for value in rope.values()):
         fields.unsupported(f"rope_parameters = {rope} is not supported: one set for all layers is")
     rope = {name: value for name, value in rope.items() if value is not None}
     kind = rope.get("rope_type", rope.get("type", "default"))
+    kind = {"su": "longrope"}.get(kind, kind) if isinstance(kind, str) else kind
     if not isinstance(kind, str) or kind not in _ROPE_KEYS:
         fields.unsupported(
             f"the rope type {kind!r} is not supported; known are {', '.join(_ROPE_KEYS)}"
         )
-    settings = {
-        "rope_type": kind,
-        "rope_theta": rope.get("rope_theta", fields.get("rope_theta", 10000.0)),
-    }
+    settings = {"rope_type": kind, "rope_theta": rope.get("rope_theta", theta)}
+    share = rope.pop("partial_rotary_factor", fields.get("partial_rotary_factor"))
+    if share is not None and "partial_rotary_factor" in family.reads:
+        settings["partial_rotary_factor"] = share
+    elif share not in (None, 1):
+        fields.unsupported(f"partial_rotary_factor = {_short(share)} is not supported")
     if kind in _SCALED_ROPES:
         rope.setdefault("original_max_position_embeddings", fields["max_position_embeddings"])
         if (outside := fields.get("original_max_position_embeddings")) is not None:
             rope["original_max_position_embeddings"] = outside
     if kind == "yarn":
         rope = _plain_yarn(rope)
-    known = {"rope_type", "type", "rope_theta", "finetuned"}
-    if rope.get("partial_rotary_factor") == 1:
-        known.add("partial_rotary_factor")
     # The default type reads nothing.
-    extra = sorted(set(rope) - known - set(_ROPE_KEYS[kind])) if kind != "default" else []
-    if extra or rope.get("partial_rotary_factor", 1) != 1:
-        named = ", ".join(extra or ["partial_rotary_factor"])
-        fields.unsupported(f"{named} of the rope type {kind!r} is not supported")
-    needed = {"linear": 1, "llama3": 4, "yarn": 2}.get(kind, 0)
-    for name in _ROPE_KEYS[kind][:needed]:
+    known = {"rope_type", "type", "rope_theta", "finetuned", *_ROPE_KEYS[kind]}
+    if kind != "default" and (extra := sorted(set(rope) - known)):
+        fields.unsupported(f"{', '.join(extra)} of the rope type {kind!r} is not supported")
+    for name in _ROPE_KEYS[kind][: _NEEDED_ROPE_KEYS.get(kind, 0)]:
         if name not in rope:
             fields.refuse(f"the rope type {kind!r} needs {name}")
+    if kind == "longrope":
+        rope.setdefault("factor", _stretch(fields, rope["original_max_position_embeddings"]))
     return settings | {f"rope_{name}": rope[name] for name in _ROPE_KEYS[kind] if name in rope}
+
+
+def _stretch(fields: Fields, original: Json) -> float:
+    """Returns by how much a model's rows are longer than they were at first."""
+    if type(original) is not int or original < 1:
+        fields.refuse(f"original_max_position_embeddings = {original!r}")
+    return fields["max_position_embeddings"] / original
 
 
 def _plain_yarn(rope: JsonObject) -> JsonObject:
@@ -407,56 +439,81 @@ def writes_output(config: Config) -> bool:
 
 
 def _llama_values(config: LlamaConfig) -> JsonObject:
-    rope = {"rope_type": config.rope_type}
-    for name in _ROPE_KEYS[config.rope_type]:
-        value = getattr(config, f"rope_{name}")
-        if name != "attention_factor" or value:
-            rope[name] = value
+    family = DECODER_FAMILIES[config.model_type]
     fields = (
         "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
         "num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps",
         "tie_word_embeddings",
     )  # fmt: skip
-    values = {name: getattr(config, name) for name in fields} | {
-        "attention_dropout": 0.0,
-        "initializer_range": 0.02,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": None if config.rope_type == "default" else rope,
-        "rope_parameters": rope | {"rope_theta": config.rope_theta},
-    }
+    values = {name: getattr(config, name) for name in fields}
+    values |= {"attention_dropout": 0.0, "initializer_range": 0.02, "mlp_bias": False}
+    values |= {field: getattr(config, setting) for setting, field in family.reads.items()}
+    if "query_pre_attn_scalar" in values:
+        scalar = config.query_pre_attn_scalar or float(config.head_dim)
+        values["query_pre_attn_scalar"] = int(scalar) if scalar.is_integer() else scalar
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if name in values:
+            values[name] = values[name] or None
+    if "no_rope_layers" in values:
+        values["no_rope_layers"] = list(config.rotary_layers or [1] * config.num_hidden_layers)
+    values |= _rope_values(config, family) | _window_values(config, family)
+    _check_expressible(config, values)
+    return values
+
+
+def _window_values(config: LlamaConfig, family: DecoderFamily) -> JsonObject:
     types = [_SLIDES if width else _SEES_ALL for width in config.windows]
     width = max(config.windows, default=0) or None
-    if config.model_type == "llama":
-        values |= {"attention_bias": config.qkv_bias, "mlp_bias": False}
-    elif config.model_type == "mistral":
+    values: JsonObject = {}
+    if "sliding_window" in family.defaults:
         values["sliding_window"] = width
-    elif config.model_type == "qwen2":
-        first = types.index(_SLIDES) if width else config.num_hidden_layers
-        values |= {
-            "use_sliding_window": width is not None,
-            "sliding_window": width,
-            "max_window_layers": first,
-            "layer_types": types or [_SEES_ALL] * config.num_hidden_layers,
-        }
-    else:
-        scalar = config.query_pre_attn_scalar or float(config.head_dim)
-        values |= {
-            "hidden_activation": config.hidden_act,
-            "attention_bias": config.qkv_bias,
-            "query_pre_attn_scalar": int(scalar) if scalar.is_integer() else scalar,
-            "attn_logit_softcapping": config.attn_logit_softcapping or None,
-            "final_logit_softcapping": config.final_logit_softcapping or None,
-            "sliding_window": width,
-            "layer_types": types or [_SEES_ALL] * config.num_hidden_layers,
-        }
-    _check_expressible(config, values)
+    if family.lists_layers:
+        values["layer_types"] = types or [_SEES_ALL] * config.num_hidden_layers
+    if family.optional_windows:
+        values["use_sliding_window"] = width is not None
+    if "max_window_layers" in family.defaults:
+        values["max_window_layers"] = types.index(_SLIDES) if width else config.num_hidden_layers
+    return values
+
+
+def _rope_values(config: LlamaConfig, family: DecoderFamily) -> JsonObject:
+    """Returns rotary positions in the words of transformers 4 and of transformers 5."""
+    rope: JsonObject = {"rope_type": config.rope_type}
+    implied = {"attention_factor": 0.0}
+    if config.rope_type == "longrope":
+        original = config.rope_original_max_position_embeddings
+        implied["factor"] = config.max_position_embeddings / original
+    for name in _ROPE_KEYS[config.rope_type]:
+        value = getattr(config, f"rope_{name}")
+        if value != implied.get(name):
+            rope[name] = list(value) if isinstance(value, tuple) else value
+    whole = rope | {"rope_theta": config.rope_theta}
+    values: JsonObject = {"rope_theta": config.rope_theta, "rope_parameters": whole}
+    values["rope_scaling"] = None if config.rope_type == "default" else rope
+    if "partial_rotary_factor" in family.reads:
+        whole["partial_rotary_factor"] = config.partial_rotary_factor
+    if family.local_rope_theta is not None:
+        theta = config.rope_local_base_freq or config.rope_theta
+        values[family.local_rope_theta] = theta
+        values["rope_theta"] = config.rope_theta
+        local = {"rope_type": "default", "rope_theta": theta}
+        values["rope_parameters"] = {_SEES_ALL: whole, _SLIDES: local}
+    if "original_max_position_embeddings" in family.defaults and config.rope_type == "longrope":
+        # transformers 4 wants these three and nothing else.
+        outside = "original_max_position_embeddings"
+        values[outside] = rope.pop(outside)
+        values["rope_scaling"] = {"type": rope.pop("rope_type"), **rope}
     return values
 
 
 def _check_expressible(config: LlamaConfig, values: Mapping[str, Json]) -> None:
     """Refuses settings that the file's reader would not find in it."""
     read = _llama(
-        Fields(Path(CONFIG), values | {"vocab_size": config.vocab_size}), config.model_type
+        Fields(
+            Path(CONFIG),
+            values | {"vocab_size": config.vocab_size, "model_type": config.model_type},
+        ),
+        config.model_type,
     )
     scalar = config.query_pre_attn_scalar or float(config.head_dim)
     for name in type(config).__dataclass_fields__:

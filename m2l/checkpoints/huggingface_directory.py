@@ -1,11 +1,13 @@
-"""A Hugging Face directory: its tensors, description and other files, and m2l's manifest of it."""
+"""A Hugging Face directory: its tensors, description, card and other files, and its manifest."""
 
 import dataclasses
+import json
+import math
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from m2l import storage
+from m2l import files, storage
 from m2l.checkpoints import model_fields, safetensors, tensor_kinds
 from m2l.checkpoints.manifest import FILE_NAME, Manifest, check_arrays, is_file_digests
 from m2l.checkpoints.model_fields import read_json
@@ -65,7 +67,7 @@ def open_directory(
     return tensors, config
 
 
-def copy_companions(sources: Sequence[Path], out: Path) -> None:
+def copy_companions(sources: Sequence[Path], out: Path, tokenizer: Path | None = None) -> None:
     """Copies what belongs to a model next to its weights and config.json.
 
     The files are the first source's. A tokenizer or a processor that it has not is the first of
@@ -75,11 +77,13 @@ def copy_companions(sources: Sequence[Path], out: Path) -> None:
     Args:
         sources: Hugging Face directories, or files in them.
         out: The directory to copy into.
+        tokenizer: The directory of the tokenizer, where it is not to be a source's.
     """
     directories = [source if source.is_dir() else source.parent for source in sources]
     copied: list[Path] = []
+    own = [] if tokenizer is None else [tokenizer]
     for main, parts in ((TOKENIZER_FILES, _TOKENIZER_PARTS), (_PROCESSORS, ())):
-        for directory in directories:
+        for directory in [*own, *directories] if parts else directories:
             if any(_matching(directory, main)) or (parts and has_tokenizer(directory)):
                 copied += _copy(directory, (*main, *parts), out)
                 break
@@ -254,3 +258,106 @@ def _sha256(file: AnyPath) -> str:
         return sha256(file)
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from error
+
+
+_SHOWN = {"merge": "merged", "train": "trained", "convert": "converted"}
+
+
+def write_card(
+    directory: Path,
+    name: str,
+    model_type: str,
+    manifest: Manifest,
+    dtype: str,
+    *,
+    generates: bool | None,
+    results: Sequence[Path] = (),
+) -> None:
+    """Writes README.md.
+
+    Args:
+        directory: Where.
+        name: What the model is called.
+        model_type: The kind of model, as config.json calls it.
+        manifest: What it was made by and from.
+        dtype: Of its weights here.
+        generates: Whether it is a decoder alone; None if that is not known.
+        results: JSON files of `m2l eval`.
+
+    Raises:
+        CheckpointError: A result cannot be read, or is another model's.
+    """
+    count = sum(math.prod(record["shape"]) for record in manifest.parameters.values())
+    made_by = dict(manifest.made_by)
+    kind = made_by.pop("kind", None)
+    made_by.pop("config", None)
+    if "tokens" in made_by:
+        made_by["tokens"] = {k: v for k, v in made_by["tokens"].items() if k != "names"}
+    tasks = {True: "text-generation", False: "text2text-generation"}
+    pipeline = [f"pipeline_tag: {tasks[generates]}"] if generates is not None else []
+    tags = ["m2l", *([kind] if kind in ("merge", "moe") else [])]
+    lines = [
+        "---",
+        "library_name: transformers",
+        *pipeline,
+        "tags:",
+        *(f"- {tag}" for tag in tags),
+        "---",
+        "",
+        f"# {name}",
+        "",
+        f"A {model_type} model of {count:,} parameters in {dtype}, "
+        f"{_SHOWN.get(kind, 'made')} with m2l {manifest.versions.get('m2l', '')}".rstrip()
+        + ".",
+        f"Its digest is `{manifest.digest}`; m2l_manifest.json holds that of each parameter.",
+        "",
+        "## How it was made",
+        "",
+        *_table(("setting", "value"), _settings(made_by)),
+    ]
+    if manifest.parents:
+        rows = [(p["role"], p["path"], f"`{p['digest'][:16]}`") for p in manifest.parents]
+        lines += ["", "## What it was made from", "", *_table(("role", "path", "digest"), rows)]
+    if results:
+        rows = [_result(file, manifest.digest) for file in results]
+        columns = ("task", "dataset", "held out", "metric", "score (%)", "examples")
+        lines += ["", "## Results", "", *_table(columns, sorted(rows))]
+    (directory / "README.md").write_text("\n".join(lines) + "\n")
+
+
+def _settings(values: Mapping[str, Json], prefix: str = "") -> list[tuple[str, str]]:
+    """Returns nested settings as rows, named as in "recipe.method"."""
+    rows = []
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            rows += _settings(value, f"{prefix}{name}.")
+        else:
+            rows.append((prefix + name, value if isinstance(value, str) else json.dumps(value)))
+    return rows
+
+
+def _result(file: Path, digest: str) -> tuple[str, ...]:
+    advice = "evaluate again"
+    result = files.read_record(
+        file, required=False, finite=True, error=CheckpointError, advice=advice
+    )
+    try:
+        if result["model_digest"] != digest:
+            raise CheckpointError(
+                f"{file}: a result of another model: expected the digest {digest[:16]}, found "
+                f"{str(result['model_digest'])[:16]}"
+            )
+        held_out = "yes" if result["held_out"] else "no"
+        names = result["task"], result["dataset"], held_out, result["metric"]
+        if not all(isinstance(name, str) for name in names) or not 0 <= result["score"] <= 100:
+            raise ValueError
+        return (*names, f"{result['score']:.2f}", f"{result['count']:,}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{file}: no result of m2l eval") from error
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    yield "| " + " | ".join(columns) + " |"
+    yield "|" + "---|" * len(columns)
+    for row in rows:
+        yield "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |"

@@ -43,18 +43,47 @@ class Origin:
         axis: The axis along which the tensor stacks the parameters of several layers; None if it
             is one parameter. The slice is taken first, then transposed.
         index: Which slice of that axis.
+        rows: Which rows of the tensor, first and end, where it joins several parameters; None if
+            it is one. They are taken first, then transposed.
+        stacked: The tensors that are the parameter's parts along its first axis, `tensor` the first
+            of them; empty if it is one tensor. Each is transposed by itself.
     """
 
     tensor: str
     transposed: bool = False
     axis: int | None = None
     index: int = 0
+    rows: tuple[int, int] | None = None
+    stacked: tuple[str, ...] = ()
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """The names of all tensors that it comes from."""
+        return self.stacked or (self.tensor,)
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether the tensor is the parameter as it is, or transposed."""
+        return self.axis is None and self.rows is None and not self.stacked
 
     def take(self, array: np.ndarray) -> np.ndarray:
-        """Returns the parameter, as a view of the tensor's array."""
+        """Returns the parameter, or the part of it that a tensor is, as a view of its array."""
         if self.axis is not None:
             array = array[(slice(None),) * self.axis + (self.index,)]
+        if self.rows is not None:
+            array = array[slice(*self.rows)]
         return array.T if self.transposed else array
+
+    def read(self, read: Callable[[str], np.ndarray]) -> np.ndarray:
+        """Returns the parameter; `read` returns a tensor by its name."""
+        if not self.stacked:
+            return self.take(read(self.tensor))
+        return np.stack([self.take(read(tensor)) for tensor in self.stacked])
+
+    def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns the parameter's shape, of that of its first tensor."""
+        shape = self.take(np.broadcast_to(np.int8(0), stored)).shape
+        return (len(self.stacked), *shape) if self.stacked else shape
 
 
 def import_tensors(
@@ -111,11 +140,14 @@ def import_tensors(
     described = {
         name: (shape, cast or tensors[origins[name].tensor].dtype) for name, shape in shapes.items()
     }
-    names_by_tensor: dict[str, list[str]] = defaultdict(list)
+    names_by_tensors: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for name in shapes:
-        names_by_tensor[origins[name].tensor].append(name)
+        names_by_tensors[origins[name].tensors].append(name)
     # The largest first, or a thread would be left alone with one at the end.
-    largest_first = sorted(names_by_tensor, key=lambda tensor: -math.prod(tensors[tensor].shape))
+    largest_first = sorted(
+        names_by_tensors,
+        key=lambda sources: -sum(math.prod(tensors[tensor].shape) for tensor in sources),
+    )
     total = sum(math.prod(shape) * dtype.itemsize for shape, dtype in described.values())
     done = 0
     with (
@@ -123,13 +155,15 @@ def import_tensors(
         Progress(f"import {source.name}", total // 10**6, "MB") as progress,
     ):
 
-        def convert(tensor: str) -> int:
-            array, nbytes = tensors[tensor].read(), 0
-            for name in names_by_tensor[tensor]:
-                view, cast_to = origins[name].take(array), described[name][1]
-                for block in blocks(view, cast_to, f"{source}: {name}"):
-                    writer.append(name, block)
-                    nbytes += block.nbytes
+        def convert(sources: tuple[str, ...]) -> int:
+            nbytes = 0
+            for tensor in sources:
+                array = tensors[tensor].read()
+                for name in names_by_tensors[sources]:
+                    view, cast_to = origins[name].take(array), described[name][1]
+                    for block in blocks(view, cast_to, f"{source}: {name}"):
+                        writer.append(name, block)
+                        nbytes += block.nbytes
             return nbytes
 
         def advance(nbytes: int) -> None:
@@ -153,7 +187,8 @@ def parameter_shapes(config: models.Config) -> dict[str, tuple[int, ...]]:
         short = dataclasses.replace(config, num_encoder_layers=1, num_decoder_layers=1)
     else:
         layers = {"decoder": config.num_hidden_layers}
-        short = dataclasses.replace(config, num_hidden_layers=1, windows=config.windows[:1])
+        per_layer = {n: getattr(config, n)[:1] for n in ("windows", "rotary_layers")}
+        short = dataclasses.replace(config, num_hidden_layers=1, **per_layer)
     shapes = {}
     for name, spec in flatten(models.spec(short)).items():
         stack, _, part = name.partition("/layers_00/")
@@ -203,7 +238,7 @@ def check_origins(
     wrong_model = "its tensors are not those of the model that its configuration describes"
     refuse([f"no tensor for {name}" for name in shapes if name not in origins], wrong_model)
     refuse([f"the model has no {name}" for name in origins if name not in shapes], wrong_model)
-    wanted = dict.fromkeys(origin.tensor for origin in origins.values())
+    wanted = dict.fromkeys(tensor for origin in origins.values() for tensor in origin.tensors)
     refuse([f"missing key {name}" for name in wanted if name not in tensors], wrong_model)
     unused = [name for name in tensors if name not in wanted and name not in ignored]
     refuse([f"unexpected key {name}" for name in unused], wrong_model)
@@ -211,34 +246,48 @@ def check_origins(
     other_dtypes = [f"{name} is {dtype}" for name, dtype in dtypes.items() if dtype not in FLOATS]
     refuse(other_dtypes, f"expected one of {', '.join(FLOATS)}; quantised weights are not read")
     misshapen = []
-    slices: dict[str, dict[tuple[int | None, int], str]] = defaultdict(dict)
+    slices: dict[str, dict[tuple[int | None, int, tuple[int, int] | None], str]] = defaultdict(dict)
     for name, origin in origins.items():
-        stored, shape = tensors[origin.tensor].shape, shapes[name]
+        shape = shapes[name][1:] if origin.stacked else shapes[name]
         wide = shape[::-1] if origin.transposed else shape
-        fits = stored == wide
-        if origin.axis is not None:
-            length = stored[origin.axis] if origin.axis < len(stored) else 0
-            fits = stored == (*wide[: origin.axis], length, *wide[origin.axis :])
-            fits = fits and origin.index < length
-        if not fits:
-            part = "" if origin.axis is None else f", layer {origin.index} of axis {origin.axis},"
-            misshapen.append(
-                f"{origin.tensor} {list(stored)}{part} does not give {name}, for which "
-                f"{list(wide)} is expected"
-            )
-        mapped = slices[origin.tensor]
-        key = (origin.axis, origin.index if origin.axis is not None else 0)
-        if key in mapped or any(axis != origin.axis for axis, _ in mapped):
-            other = mapped.get(key) or next(iter(mapped.values()))
-            raise CheckpointError(
-                f"{source}: duplicate mapping: {origin.tensor} is both {other} and {name}"
-            )
-        mapped[key] = name
+        for tensor in origin.tensors:
+            stored = tensors[tensor].shape
+            fits = stored == wide
+            if origin.axis is not None:
+                length = stored[origin.axis] if origin.axis < len(stored) else 0
+                fits = stored == (*wide[: origin.axis], length, *wide[origin.axis :])
+                fits = fits and origin.index < length
+            if origin.rows is not None:
+                fits = stored[1:] == wide[1:] and origin.rows[1] <= stored[0]
+            if not fits or (origin.stacked and len(origin.stacked) != shapes[name][0]):
+                part = (
+                    "" if origin.axis is None else f", layer {origin.index} of axis {origin.axis},"
+                )
+                part += "" if origin.rows is None else ", rows {} to {},".format(*origin.rows)
+                misshapen.append(
+                    f"{tensor} {list(stored)}{part} does not give {name}, for which "
+                    f"{list(wide)} is expected"
+                )
+            if dtypes[tensor] != dtypes[origin.tensor]:
+                misshapen.append(f"{tensor} is {dtypes[tensor]}, and {origin.tensor} is not")
+            mapped = slices[tensor]
+            key = (origin.axis, origin.index if origin.axis is not None else 0, origin.rows)
+            if key in mapped or any(
+                (axis, rows is None) != (origin.axis, origin.rows is None)
+                for axis, _, rows in mapped
+            ):
+                other = mapped.get(key) or next(iter(mapped.values()))
+                raise CheckpointError(
+                    f"{source}: duplicate mapping: {tensor} is both {other} and {name}"
+                )
+            mapped[key] = name
     refuse(misshapen, wrong_model)
-    unmapped = [
-        f"{name} stacks {tensors[name].shape[axis]} layers, the model has {len(mapped)}"
-        for name, mapped in slices.items()
-        for axis in [next(iter(mapped))[0]]
-        if axis is not None and len(mapped) != tensors[name].shape[axis]
-    ]
+    unmapped = []
+    for name, mapped in slices.items():
+        stored, (axis, _, rows) = tensors[name].shape, next(iter(mapped))
+        if axis is not None and len(mapped) != stored[axis]:
+            unmapped.append(f"{name} stacks {stored[axis]} layers, the model has {len(mapped)}")
+        joined = sum(end - first for _, _, (first, end) in mapped) if rows is not None else 0
+        if rows is not None and joined != stored[0]:
+            unmapped.append(f"{name} joins {stored[0]} rows, the model has {joined}")
     refuse(unmapped, wrong_model)

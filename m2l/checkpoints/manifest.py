@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from m2l import files
+from m2l import files, storage
 from m2l.checkpoints import digest, tokenizer
 from m2l.checkpoints.pytrees import ADVICE, is_committed
 from m2l.checkpoints.safetensors import is_dtype
@@ -30,7 +30,7 @@ FORMAT_VERSION = 3
 
 FILE_NAME = "manifest.json"
 ORBAX_METADATA = "_CHECKPOINT_METADATA"
-_ENTRY = "m2l"
+ENTRY = "m2l"
 
 
 @functools.cache
@@ -88,6 +88,21 @@ class Manifest:
         }
         text = json.dumps(identity, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
+
+    def check_whole(self, path: PathLike) -> None:
+        """Refuses a checkpoint of a run that trained an adapter: factors without their base.
+
+        Raises:
+            CheckpointError: It is one; the message says what to name instead.
+        """
+        settings = self.made_by.get("settings")
+        if isinstance(settings, dict) and settings.get("lora") and not self.model:
+            run = storage.path(path).parent.parent
+            base = next((parent["path"] for parent in self.parents), "BASE")
+            raise CheckpointError(
+                f"{path}: it holds the factors of an adapter, without the base: name "
+                f"{base}+{run / 'adapter'}, where the run left it when it was finished"
+            )
 
     def to_json(self) -> JsonObject:
         """Returns the manifest as JSON values, with its digest and a checksum."""
@@ -158,12 +173,12 @@ def _entry(directory: AnyPath) -> Json:
         return None
     content = files.read_json(file, kind=dict, error=CheckpointError, advice=ADVICE)
     custom = content.get("custom_metadata")
-    return custom.get(_ENTRY) if isinstance(custom, dict) else None
+    return custom.get(ENTRY) if isinstance(custom, dict) else None
 
 
 def custom_metadata(manifest: Manifest) -> JsonObject:
     """Returns what Orbax keeps as the custom metadata of a checkpoint with this manifest."""
-    return {_ENTRY: manifest.to_json()}
+    return {ENTRY: manifest.to_json()}
 
 
 def check_vocabulary(

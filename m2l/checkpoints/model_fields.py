@@ -120,9 +120,9 @@ DECIDING = (
     )
 )
 
-# Lengths that no weight depends on, and what only training or generation reads; with HARMLESS of
-# config.json, the fields that decide nothing.
-_IGNORED = (
+# Lengths that no weight depends on, and what only training or generation reads; with HARMLESS, the
+# fields that decide nothing of what a model computes, or follow from others.
+IGNORED = (
     HARMLESS
     | words(
         """
@@ -278,7 +278,7 @@ def _normalized_field(name: str, values: Description) -> JsonObject:
         return {name: {str(key): label for key, label in value.items()}} if named else {}
     if name == "position_embedding_type" and value in ("absolute", "rope"):
         return {}
-    if name in _IGNORED or name in _ROPE_FIELDS or name.startswith("_"):
+    if name in IGNORED or name in _ROPE_FIELDS or name.startswith("_"):
         return {}
     if "rope_type" in values and name.startswith("rope_"):
         return {}
@@ -319,7 +319,7 @@ def _rope(values: Description) -> JsonObject:
     theta = next((values[name] for name in spelled if name in values), None)
     if theta is None and not scaling and not _ROPE_FIELDS & set(values):
         return {}
-    local = values.get("rope_local_base_freq", values.get("local_rope_theta"))
+    local = values.get("rope_local_base_freq") or values.get("local_rope_theta")
     layers = {kind: each for kind, each in scaling.items() if isinstance(each, Mapping)}
     if not layers and local is not None:
         layers = {"full_attention": scaling, "sliding_attention": {"rope_theta": local}}

@@ -1,21 +1,20 @@
 """Opens whatever checkpoint is stored at a path: the one place that finds out what it is.
 
-m2l's own checkpoints and runs, any pytree that Orbax stored, Hugging Face directories, adapters'
-bases and T5X checkpoints; nothing but headers and metadata is read.
+m2l's own checkpoints and runs, any pytree that Orbax stored, Hugging Face directories and T5X
+checkpoints, and BASE+ADAPTER of any of these; nothing but headers and metadata is read.
 """
 
 import dataclasses
 import functools
 import json
-import math
-import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from m2l import files, storage
 from m2l.checkpoints import (
+    adapters,
     huggingface_directory,
     model_fields,
     pytrees,
@@ -24,9 +23,10 @@ from m2l.checkpoints import (
     tensor_kinds,
     tokenizer,
 )
+from m2l.checkpoints.adapters import Adapter
 from m2l.checkpoints.manifest import Manifest, is_checkpoint
 from m2l.checkpoints.pytrees import Tree
-from m2l.checkpoints.spans import Span, TensorReader, read_rows
+from m2l.checkpoints.spans import LazyTensor, TensorReader, cached_reader
 from m2l.errors import CheckpointError, UnsupportedModelError
 from m2l.storage import AnyPath
 from m2l.typing import Json
@@ -50,6 +50,8 @@ class Checkpoint:
         native: Whether names and layouts are Hugging Face's.
         tree: Orbax's description of the pytree, where it is one.
         strings: Its leaves that are texts, by name.
+        rows: By what its rows of tokens were re-indexed, as a digest; empty where they were not.
+        adapted: The base and the adapter that make it together, where it is BASE+ADAPTER.
     """
 
     path: AnyPath
@@ -63,6 +65,8 @@ class Checkpoint:
     native: bool = False
     tree: Tree | None = None
     strings: Mapping[str, str] | None = None
+    rows: str = ""
+    adapted: "tuple[Checkpoint, Adapter] | None" = None
 
     @functools.cached_property
     def digest(self) -> str:
@@ -71,15 +75,30 @@ class Checkpoint:
         Of what other programs stored through Orbax, that of Orbax's metadata, and of the names,
         sizes and times of files, or the names of objects.
         """
+        if self.adapted is not None:
+            return files.checksum([part.digest for part in self.adapted])
         if self.manifest is not None:
             return self.manifest.digest
         if self.format == HUGGINGFACE:
             weights = {
                 tensor.file for tensor in self.parameters.values() if tensor.file is not None
             }
-            config = _directory(self.path) / huggingface_directory.CONFIG
+            config = self.directory / huggingface_directory.CONFIG
             return files.content_digest([*sorted(weights), *([config] * config.is_file())])
         return files.directory_digest(self.path)
+
+    @property
+    def directory(self) -> AnyPath:
+        """Where the files are that belong to the model: of an adapted one its base's."""
+        return _directory(self.path) if self.adapted is None else self.adapted[0].directory
+
+    @property
+    def paths(self) -> tuple[AnyPath, ...]:
+        """Where all that it is made of is stored."""
+        if self.adapted is None:
+            return (self.path,)
+        base, adapter = self.adapted
+        return (*base.paths, adapter.path)
 
     @property
     def has_digests(self) -> bool:
@@ -89,6 +108,46 @@ class Checkpoint:
     def name_of(self, name: str) -> tuple[str, bool]:
         """Returns m2l's name of a parameter, and whether it is stored transposed."""
         return self.ours.get(name, (name, False))
+
+    @functools.cached_property
+    def tensor_names(self) -> tuple[dict[str, tuple[str, bool]], set[str]]:
+        """Hugging Face's names of its tensors -> the parameter's and whether it is transposed.
+
+        And the parameters that are embedding and output in one.
+
+        Raises:
+            CheckpointError: It does not say which model it is of.
+        """
+        if self.native:
+            names = {name: (name, False) for name in self.parameters}
+            tied = {name for name in names if tensor_kinds.is_input(name)}
+            return names, tied if model_fields.ties_embeddings(self.model) else set()
+        from m2l import models
+        from m2l.checkpoints import huggingface
+
+        if not self.model:
+            raise CheckpointError(
+                f"{self.path}: it does not say which model it is of, and an adapter names modules "
+                "as Hugging Face does"
+            )
+        config = models.from_dict(self.model)
+        names = {
+            origin.tensor: (name, origin.transposed)
+            for name, origin in huggingface.origins(config).items()
+            if origin.is_stored
+        }
+        return names, {"token_embedder"} if config.tie_word_embeddings else set()
+
+    @functools.cached_property
+    def joined_names(self) -> set[str]:
+        """Hugging Face's names of tensors that are no single parameter here; see `tensor_names`."""
+        if self.native:
+            return set()
+        from m2l import models
+        from m2l.checkpoints import huggingface
+
+        origins = huggingface.origins(models.from_dict(self.model)).values()
+        return {name for origin in origins if not origin.is_stored for name in origin.tensors}
 
     @functools.cached_property
     def description(self) -> Mapping[str, Json]:
@@ -113,6 +172,8 @@ def kind(path: AnyPath) -> str:
         CheckpointError: Nothing that m2l can open.
     """
     path = storage.path(path)
+    if (parts := adapters.split(path)) is not None:
+        return kind(parts[0])
     if has_manifest(path):
         return ORBAX
     if path.exists():
@@ -129,6 +190,8 @@ def kind(path: AnyPath) -> str:
         raise CheckpointError(f"{path}: there is no such checkpoint or training run")
     if path.is_dir() and not any(path.iterdir()):
         raise CheckpointError(f"{path}: the directory is empty; a checkpoint was expected")
+    if path.suffix == ".gguf":
+        raise CheckpointError(f"{path}: m2l convert {path} DIR makes a directory that can be read")
     if path.is_dir():
         pytrees.find_item(path)  # Which says what is missing, or unfinished.
     raise CheckpointError(
@@ -178,7 +241,8 @@ def open(
     Args:
         path: A local path, gs:// or s3://: a checkpoint of m2l's, a run or its directory of steps,
             of which the newest is meant; a pytree that Orbax stored, or a step, or a folder of
-            steps; a Hugging Face directory or file; a T5X checkpoint.
+            steps; a Hugging Face directory or file; a T5X checkpoint; BASE+ADAPTER, one of these
+            and an adapter's directory.
         subtree: Of a pytree, the part that is meant, as "params"; names do not have it.
         native: Whether a Hugging Face directory keeps its own names and layouts; else they are
             m2l's.
@@ -191,6 +255,9 @@ def open(
         UnsupportedModelError: m2l has no network for it, and needs one.
     """
     path = storage.path(path).absolute()
+    if (parts := adapters.split(path)) is not None:
+        options = {"subtree": subtree, "native": native, "named": named, "allowed": allowed}
+        return _adapt(path, open(parts[0], **options), adapters.read(parts[1]))
     stored_as = kind(path)
     if subtree is not None and stored_as != ORBAX:
         raise CheckpointError(f"{path}: of a pytree that Orbax stored alone is there a subtree")
@@ -206,6 +273,7 @@ def open(
 def _open_own(path: AnyPath) -> Checkpoint:
     path = reading.resolve(path)
     manifest = Manifest.read(path)
+    manifest.check_whole(path)
     carried = None
     if manifest.tokenizer is not None:
         carried = tokenizer.local_copy(path, manifest.tokenizer)
@@ -231,6 +299,22 @@ def _open_pytree(path: AnyPath, subtree: str | None) -> Checkpoint:
     return Checkpoint(pytree.item, ORBAX, pytree.arrays, {}, {}, None, **trees)
 
 
+def _adapt(path: AnyPath, base: Checkpoint, adapter: Adapter) -> Checkpoint:
+    """Returns the model that a base and an adapter make."""
+    names, tied = base.tensor_names
+    adapter.warn_of_another_base(base.path, lambda: base.digest)
+    return dataclasses.replace(
+        base,
+        path=path,
+        parameters=adapter.apply(
+            base.parameters, names, tied=tied, source=base.path, joined=base.joined_names
+        ),
+        tokenizer=adapter.tokenizer or base.tokenizer,
+        manifest=None,
+        adapted=(base, adapter),
+    )
+
+
 def _directory(path: AnyPath) -> AnyPath:
     return path if path.is_dir() else path.parent
 
@@ -252,14 +336,21 @@ def _open_native(path: AnyPath, named: bool, allowed: Collection[str]) -> Checkp
 def _m2l_names(
     path: AnyPath, tensors: Mapping[str, safetensors.StoredTensor]
 ) -> dict[str, tuple[str, bool]]:
-    """Returns m2l's names of tensors; none for a model that m2l has no network for."""
+    """Returns m2l's names of tensors; none for a model that m2l has no network for.
+
+    A tensor that joins several parameters, or is a part of one, has none either.
+    """
     from m2l.checkpoints import huggingface
 
     try:
         layout = huggingface.read_layout(_directory(path), tensors)
     except UnsupportedModelError:
         return {}
-    return {origin.tensor: (name, origin.transposed) for name, origin in layout.origins.items()}
+    return {
+        origin.tensor: (name, origin.transposed)
+        for name, origin in layout.origins.items()
+        if origin.is_stored
+    }
 
 
 def _tokenizer(path: AnyPath) -> Path | None:
@@ -274,13 +365,17 @@ def _open_converted(path: AnyPath) -> Checkpoint:
     from m2l.checkpoints import huggingface
 
     layout, tensors = huggingface.open_model(path)
-    sources = {name: tensors[origin.tensor] for name, origin in layout.origins.items()}
-    read = _cached(lambda name: np.ascontiguousarray(sources[name].read_checked().T))
+    origins = layout.origins
+    read = cached_reader(
+        lambda name: np.ascontiguousarray(
+            origins[name].read(lambda tensor: tensors[tensor].read_checked())
+        )
+    )
     parameters: dict[str, TensorReader] = {}
-    for name, tensor in sources.items():
-        parameters[name] = tensor
-        if layout.origins[name].transposed:
-            shape = tensor.shape[::-1]
+    for name, origin in origins.items():
+        tensor = parameters[name] = tensors[origin.tensor]
+        if origin.transposed or not origin.is_stored:
+            shape = origin.shape(tensor.shape)
             parameters[name] = LazyTensor(name, shape, tensor.dtype, read, tensor.file)
     model = json.loads(json.dumps(models.to_dict(layout.config)))
     return Checkpoint(path, HUGGINGFACE, parameters, {}, model, None, tokenizer=_tokenizer(path))
@@ -297,50 +392,11 @@ def _open_t5x(path: AnyPath) -> Checkpoint:
     origins, shapes = t5x.origins(config, tensors), parameter_shapes(config)
     check_origins(shapes, tensors, origins, source=directory)
     sources = {name: tensors[origin.tensor] for name, origin in origins.items()}
-    read = _cached(lambda name: np.ascontiguousarray(origins[name].take(sources[name].read())))
+    read = cached_reader(
+        lambda name: np.ascontiguousarray(origins[name].take(sources[name].read()))
+    )
     parameters = {
         name: LazyTensor(name, shape, sources[name].dtype, read) for name, shape in shapes.items()
     }
     model = json.loads(json.dumps(models.to_dict(config)))
     return Checkpoint(directory, T5X, parameters, {}, model, None)
-
-
-def _cached(read: Callable[[str], np.ndarray]) -> Callable[[str], np.ndarray]:
-    """Returns `read` with the two last arrays in memory, for one thread at a time."""
-    lock, cached = threading.Lock(), functools.lru_cache(2)(read)
-
-    def read_cached(name: str) -> np.ndarray:
-        with lock:
-            return cached(name)
-
-    return read_cached
-
-
-@dataclasses.dataclass(frozen=True)
-class LazyTensor:
-    """A tensor that is not stored as m2l lays it out, and is read in one piece.
-
-    `read_all` returns the tensor of a name, which stays in memory while its parts are read.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    read_all: Callable[[str], np.ndarray]
-    file: Path | None = None
-
-    chunk = None
-    """It is in memory while its parts are read."""
-
-    @property
-    def size(self) -> int:
-        """How many elements it has."""
-        return math.prod(self.shape)
-
-    def read_into(self, start: int, stop: int, out: np.ndarray) -> None:
-        """Reads elements [start, stop) into `out`."""
-        out[:] = self.read_all(self.name).reshape(-1)[start:stop]
-
-    def read_span(self, span: Span, out: np.ndarray) -> None:
-        """Reads a span into `out`, 1-D, contiguous, of the dtype and the span's size."""
-        read_rows(self.read_into, span, out)

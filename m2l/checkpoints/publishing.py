@@ -12,9 +12,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import jax
-from jax.experimental import multihost_utils
 
-from m2l import signals, storage
+from m2l import distributed, signals, storage
 from m2l.errors import CheckpointError
 from m2l.storage import AnyPath, PathLike
 
@@ -191,10 +190,10 @@ def publishing(directory: PathLike, size: int, *, together: bool = False) -> Ite
         publish_to = _publishing_remotely(directory, is_first)
     with publish_to as temporary:
         if together:
-            multihost_utils.sync_global_devices(f"{directory} created")
+            distributed.wait_for_all(f"{directory} created")
         yield temporary
     if together:
-        multihost_utils.sync_global_devices(f"{directory} published")
+        distributed.wait_for_all(f"{directory} published")
 
 
 @contextlib.contextmanager

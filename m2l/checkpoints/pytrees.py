@@ -107,7 +107,9 @@ class StoredArray:
         Raises:
             CheckpointError: A file or chunk is missing, truncated or damaged.
         """
-        if span.index is not None:
+        if self.extents is not None:
+            self.extents.read_span(span, out)
+        elif span.index is not None:
             self._result(self.store[span.index].read(), out.reshape(self.store[span.index].shape))
         else:
             self.read_into(span.start, span.start + span.size, out)

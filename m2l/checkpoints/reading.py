@@ -240,6 +240,28 @@ def restore_opt_state(path: PathLike, like: PyTree) -> PyTree:
     return jax.tree.unflatten(jax.tree.structure(like), [restored[name] for name in expected])
 
 
+AVERAGE = "average"
+"""In an optimizer's state: the moving average of the parameters."""
+
+
+def restore_average(path: PathLike) -> Params:
+    """Reads the moving average of the parameters that a training run's checkpoint has.
+
+    Raises:
+        CheckpointError: There is none, or it is damaged.
+    """
+    directory = resolve(path)
+    records = Manifest.read(directory).opt_state or {}
+    arrays = {
+        name.removeprefix(f"{AVERAGE}/"): array
+        for name, array in open_item(directory, OPT_STATE, records).items()
+        if name.startswith(f"{AVERAGE}/")
+    }
+    if not arrays:
+        raise CheckpointError(f"{directory}: it has no average; train with ema=0.999, say")
+    return unflatten(_read(arrays, verify=True))
+
+
 def restore_data_state(path: PathLike) -> list[bytes]:
     """Reads the positions in the data, one of each share in which the run was fed.
 

@@ -27,7 +27,6 @@ from m2l.checkpoints.spans import (
     Span,
     is_array_shape,
     opening,
-    read_rows,
     remote_bytes,
     reserve,
 )
@@ -36,6 +35,7 @@ from m2l.storage import AnyPath, PathLike
 from m2l.typing import Json, JsonObject
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 # What the format's own library accepts.
 _LONGEST_HEADER = 100_000_000
@@ -122,7 +122,7 @@ class StoredTensor:
 
     def read_span(self, span: Span, out: np.ndarray) -> None:
         """Reads a span into `out`, 1-D, contiguous, of the dtype; errors as `read_into`'s."""
-        read_rows(self.read_into, span, out)
+        self.extents.read_span(span, out)
 
     def read_checked(self) -> np.ndarray:
         """Reads it whole, in its shape.
@@ -252,6 +252,8 @@ def open_tensors(path: PathLike) -> dict[str, StoredTensor]:
         return read_header(path / SINGLE)
     if (path / INDEX).is_file():
         return _open_shards(path)
+    if (path / ADAPTER_WEIGHTS).is_file():
+        return read_header(path / ADAPTER_WEIGHTS)
     if pickles := sorted(path.glob("pytorch_model*.bin")):
         raise CheckpointError(
             f"{pickles[0]}: not read, for unpickling executes code that the file brings; load it "

@@ -2,7 +2,7 @@
 
 Arrays are zarr 3 without compression, each chunk an object of its own. What makes a checkpoint of
 them, Orbax's metadata with m2l's manifest, is written last. The training loop's checkpoints are
-written by Orbax itself: see `RunCheckpoints`.
+written by Orbax itself: see `run_checkpoints`.
 """
 
 import contextlib
@@ -11,20 +11,20 @@ import json
 import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, NotRequired, TypedDict, Unpack
+from typing import NotRequired, TypedDict, TypeVar, Unpack
 
 import jax
 import numpy as np
 from jax.typing import ArrayLike
 
-from m2l import storage
+from m2l import distributed, storage
 from m2l.checkpoints import digest, pytrees, tokenizer
+from m2l.checkpoints.digest import NOTHING
 from m2l.checkpoints.manifest import ORBAX_METADATA, Manifest, custom_metadata
-from m2l.checkpoints.publishing import publishing, remove
+from m2l.checkpoints.publishing import publishing
 from m2l.checkpoints.pytrees import Tree, flatten, flatten_state
-from m2l.checkpoints.reading import DATA_STATE, OPT_STATE, PARAMS, data_state_digest, steps
+from m2l.checkpoints.reading import DATA_STATE, OPT_STATE, PARAMS, data_state_digest
 from m2l.checkpoints.spans import ArraySpec, boxes, in_parallel
 from m2l.checkpoints.tokenizer import DIRECTORY as TOKENIZER
 from m2l.checkpoints.zarr import Box, TensorWriter, chunk_shape
@@ -32,8 +32,7 @@ from m2l.errors import CheckpointError
 from m2l.storage import AnyPath, PathLike
 from m2l.typing import Json, Params, PyTree
 
-if TYPE_CHECKING:
-    from orbax.checkpoint import v1 as ocp
+K = TypeVar("K")
 
 _HANDLER = "orbax.checkpoint.experimental.v1._src.handlers.pytree_handler.PyTreeHandler"
 
@@ -93,7 +92,9 @@ def describe(
     Raises:
         CheckpointError: The vocabulary's files are not there any more, or the disk is full.
     """
-    manifest, files = _manifest(parameters, digests, step, opt_state, opt_state_digests, **fields)
+    manifest, files = new_manifest(
+        parameters, digests, step, opt_state, opt_state_digests, **fields
+    )
     items = {PARAMS: tree or pytrees.tree_of(list(parameters))}
     if opt_state:
         items[OPT_STATE] = opt_state_tree or pytrees.tree_of(list(opt_state))
@@ -107,7 +108,7 @@ def describe(
     return Manifest.read(directory) if files else manifest
 
 
-def _manifest(
+def new_manifest(
     parameters: Mapping[str, ArraySpec],
     digests: Mapping[str, str],
     step: int,
@@ -132,8 +133,8 @@ def _manifest(
         step=step,
         made_by=dict(made_by),
         parents=tuple(dict(parent) for parent in parents),
-        parameters=_records(parameters, digests),
-        opt_state=None if opt_state is None else _records(opt_state, opt_state_digests or {}),
+        parameters=array_records(parameters, digests),
+        opt_state=None if opt_state is None else array_records(opt_state, opt_state_digests or {}),
         data_state=None if data_state is None else data_state_digest(data_state),
         tokenizer=tokenizer.digests(files) if files else None,
     )
@@ -198,7 +199,8 @@ def _write_bytes(item: AnyPath, content: Mapping[str, bytes]) -> None:
             writer.write((slice(0, array.size),), array)
 
 
-def _records(arrays: Mapping[str, ArraySpec], digests: Mapping[str, str]) -> dict[str, dict]:
+def array_records(arrays: Mapping[str, ArraySpec], digests: Mapping[str, str]) -> dict[str, dict]:
+    """Returns what a manifest says of arrays."""
     return {
         name: {"shape": list(shape), "dtype": np.dtype(dtype).name, "digest": digests[name]}
         for name, (shape, dtype) in arrays.items()
@@ -385,33 +387,37 @@ def save(
             for name, leaf in arrays.items()
             for part in _parts(staging / item, name, leaf, specs[item][name], together)
         ]
-        words = {item: dict.fromkeys(arrays, digest.NOTHING) for item, arrays in items.items()}
+        words = {(item, name): NOTHING for item, arrays in items.items() for name in arrays}
 
         def add_words(result: tuple[str, str, np.ndarray]) -> None:
             item, name, part = result
-            words[item][name] = digest.add(words[item][name], part)
+            words[item, name] = digest.add(words[item, name], part)
 
         in_parallel(lambda part: (*part[:2], _write(part[2])), parts, add_words)
         if together:
-            words = {item: digest.sum_over_processes(words[item]) for item in items}
-            _wait_for_all(f"{directory} written")
-        digests = {
-            item: {name: digest.to_hex(each) for name, each in by_name.items()}
-            for item, by_name in words.items()
-        }
-        arrays = specs[PARAMS], digests[PARAMS]
-        state = specs.get(OPT_STATE), digests.get(OPT_STATE)
-        if together and jax.process_index() != 0:
-            return _manifest(*arrays, step, *state, **fields)[0]
-        return describe(
-            staging,
-            *arrays,
-            step=step,
-            opt_state=state[0],
-            opt_state_digests=state[1],
-            opt_state_tree=None if opt_state is None else pytrees.tree_from(opt_state),
-            **fields,
-        )
+            words = summed(directory, words)
+        digests: dict[str, dict[str, str]] = {item: {} for item in items}
+        for (item, name), each in words.items():
+            digests[item][name] = digest.to_hex(each)
+        if not together or jax.process_index() == 0:
+            return describe(
+                staging,
+                specs[PARAMS],
+                digests[PARAMS],
+                step=step,
+                opt_state=specs.get(OPT_STATE),
+                opt_state_digests=digests.get(OPT_STATE),
+                opt_state_tree=None if opt_state is None else pytrees.tree_from(opt_state),
+                **fields,
+            )
+    return Manifest.read(directory)  # which the first process wrote
+
+
+def summed(directory: AnyPath, words: Mapping[K, np.ndarray]) -> dict[K, np.ndarray]:
+    """Adds up digests, of which each process has a part, in process 0, when all have theirs."""
+    parts = np.stack([NOTHING, *words.values()])
+    total = distributed.sum_at_first(f"{directory} digests", parts)
+    return dict(zip(words, total[1:], strict=True))
 
 
 def specs_of(arrays: Mapping[str, ArrayLike]) -> dict[str, ArraySpec]:
@@ -420,21 +426,6 @@ def specs_of(arrays: Mapping[str, ArrayLike]) -> dict[str, ArraySpec]:
         name: (np.shape(leaf), np.dtype(jax.dtypes.result_type(leaf)))
         for name, leaf in arrays.items()
     }
-
-
-def digests_of(arrays: Mapping[str, ArrayLike]) -> dict[str, str]:
-    """Returns the digests of arrays by name; those of JAX's are computed where their shards are."""
-    words = digest.of_arrays({n: x for n, x in arrays.items() if isinstance(x, jax.Array)})
-    return {
-        name: digest.to_hex(
-            words[name] if name in words else digest.of_numpy(np.asarray(leaf, _dtype(leaf)))
-        )
-        for name, leaf in arrays.items()
-    }
-
-
-def _dtype(leaf: ArrayLike) -> np.dtype:
-    return np.dtype(jax.dtypes.result_type(leaf))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -466,204 +457,10 @@ def _parts(
 def _write(part: _Part) -> np.ndarray:
     """Writes a part and returns what it adds to the array's digest, uint32 [4]."""
     elements, writer = np.asarray(part.elements), part.writer
-    words = digest.NOTHING
+    words = NOTHING
     for box in boxes(elements.shape, writer.chunk):
         axes = zip(box, part.origin, strict=True)
         index = tuple(slice(axis.start + o, axis.stop + o) for axis, o in axes)
         writer.write(index, elements[box])
         words = digest.add(words, digest.of_box(elements[box], index, writer.shape))
     return words
-
-
-def _wait_for_all(tag: str) -> None:
-    from jax.experimental import multihost_utils
-
-    multihost_utils.sync_global_devices(tag)
-
-
-CHUNK_BYTES = 16 << 20
-"""The most bytes of a chunk that Orbax writes: a merge reads one in a few milliseconds."""
-
-
-class RunCheckpoints:
-    """The checkpoints of a run, by step. A context manager: leaving it waits for the last save.
-
-    Every process of a run makes one and calls the same methods.
-
-    Args:
-        directory: The directory of steps.
-        keep: How many of the newest stay.
-    """
-
-    def __init__(self, directory: AnyPath, keep: int):
-        self.directory = directory
-        self._keep = keep
-        self._best: int | None = None
-        self._orbax: ocp.training.Checkpointer | None = None
-        self._saving: Future[None] | ocp.AsyncResponse | None = None
-        self._thread: ThreadPoolExecutor | None = None
-
-    def __enter__(self) -> "RunCheckpoints":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            self.wait()
-        except CheckpointError:
-            if kind is None:
-                raise
-        finally:
-            if self._orbax is not None:
-                self._orbax.close()
-            if self._thread is not None:
-                self._thread.shutdown()
-
-    def path(self, step: int) -> AnyPath:
-        """Returns where the checkpoint of a step is."""
-        return self.finished().get(step, self.directory / str(step))
-
-    def finished(self) -> dict[int, AnyPath]:
-        """Returns the finished checkpoints by step, in order."""
-        return steps(self.directory)
-
-    def save(
-        self,
-        step: int,
-        params: Params,
-        opt_state: PyTree,
-        *,
-        best: int | None = None,
-        **fields: Unpack[ManifestFields],
-    ) -> AnyPath:
-        """Begins to save a step; returns its directory when the arrays may be changed or donated.
-
-        Args:
-            step: The step; a checkpoint of it that exists already is left as it is.
-            params: The parameters, sharded in any way.
-            opt_state: The optimizer's state.
-            best: The step whose checkpoint stays although it is old; None: none does.
-            **fields: What is recorded, see `ManifestFields`.
-
-        Raises:
-            CheckpointError: The save before it failed.
-        """
-        self.wait()
-        self._best = best
-        finished = self.finished()
-        if step in finished:
-            return finished[step]
-        if isinstance(self.directory, Path) or self.directory.scheme == "gs":
-            self._save_by_orbax(step, params, opt_state, fields)
-        else:
-            self._save_directly(step, params, opt_state, fields)
-        return self.directory / str(step)
-
-    def check_space(self, step: int, params: Params, opt_state: PyTree) -> None:
-        """Raises CheckpointError if a local file system has no space for the save of a step."""
-        if isinstance(self.directory, Path):
-            items = [specs_of(flatten(params)), specs_of(flatten_state(opt_state))]
-            check_space(self.directory / str(step), items)
-
-    def _save_by_orbax(
-        self, step: int, params: Params, opt_state: PyTree, fields: ManifestFields
-    ) -> None:
-        leaves, state = flatten(params), flatten_state(opt_state)
-        digests = digests_of({**leaves, **{f"\0{n}": x for n, x in state.items()}})
-        state_digests = {name: digests[f"\0{name}"] for name in state}
-        specs, state_specs = specs_of(leaves), specs_of(state)
-        manifest, files = _manifest(specs, digests, step, state_specs, state_digests, **fields)
-        items = {PARAMS: params, OPT_STATE: opt_state}
-        items[DATA_STATE] = _arrays(numbered(fields.get("data_state")))
-        items[TOKENIZER] = _arrays(files)
-        # Orbax has no item without an array.
-        items = {name: item for name, item in items.items() if jax.tree.leaves(item)}
-        self._saving = self._checkpointer().save_checkpointables_async(
-            step, items, force=True, custom_metadata=custom_metadata(manifest)
-        )
-
-    def _save_directly(
-        self, step: int, params: Params, opt_state: PyTree, fields: ManifestFields
-    ) -> None:
-        # The copies on the devices are this save's; the originals may be donated.
-        params, opt_state = jax.tree.map(lambda leaf: leaf.copy(), (params, opt_state))
-        self._thread = self._thread or ThreadPoolExecutor(1)
-
-        def write() -> None:
-            directory = self.directory / str(step)
-            save(directory, params, opt_state=opt_state, step=step, **fields)
-            if jax.process_index() == 0:
-                for old in self._superseded(list(self.finished())):
-                    remove(self.finished()[old])
-
-        self._saving = self._thread.submit(write)
-
-    def _superseded(self, finished: Sequence[int]) -> list[int]:
-        return [step for step in sorted(finished)[: -self._keep] if step != self._best]
-
-    def _checkpointer(self) -> "ocp.training.Checkpointer":
-        """Returns Orbax's, which finds the steps that are there."""
-        if self._orbax is None:
-            import absl.logging
-            from orbax.checkpoint import v1 as ocp
-
-            # Each save would warn that there are no OCDBT databases to merge.
-            absl.logging.set_verbosity(absl.logging.ERROR)
-            context = ocp.Context()
-            context.array.saving.use_zarr3 = True
-            # Plain chunks: faster to write than Orbax's database of them, and read in any order.
-            context.array.saving.use_ocdbt = False
-            context.array.saving.use_compression = False
-            context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
-            self._orbax = ocp.training.Checkpointer(
-                str(self.directory),
-                context=context,
-                preservation_policy=_NewestAndBest(self),
-                cleanup_tmp_directories=True,
-            )
-        return self._orbax
-
-    def check(self) -> None:
-        """Raises what the save in progress has failed with, if it has."""
-        if isinstance(self._saving, Future):
-            if self._saving.done():
-                self.wait()
-        elif self._saving is not None and not self._orbax.is_saving_in_progress():
-            self.wait()
-
-    def wait(self) -> None:
-        """Waits for the save in progress.
-
-        Raises:
-            CheckpointError: It failed.
-        """
-        pending, self._saving = self._saving, None
-        if pending is None:
-            return
-        try:
-            pending.result()
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{self.directory}: cannot be written ({error})") from error
-
-    def remove(self, step: int) -> None:
-        """Removes the checkpoint of a step; only the first process does."""
-        if jax.process_index() == 0:
-            remove(self.finished()[step])
-        if self._orbax is not None:
-            self._orbax.reload()
-
-
-def _arrays(content: Mapping[str, bytes]) -> dict[str, np.ndarray]:
-    return {name: np.frombuffer(data, np.uint8) for name, data in content.items()}
-
-
-class _NewestAndBest:
-    """Orbax's policy of what stays: the newest checkpoints, and the best."""
-
-    def __init__(self, run: RunCheckpoints):
-        self._run = run
-
-    def should_preserve(self, checkpoints: Sequence[PyTree], context: object) -> list[bool]:
-        """Returns for each checkpoint whether it stays."""
-        del context
-        superseded = self._run._superseded([checkpoint.step for checkpoint in checkpoints])
-        return [checkpoint.step not in superseded for checkpoint in checkpoints]

@@ -8,9 +8,12 @@ chunk is decoded twice. Either is so many rows of consecutive elements, equally 
 import bisect
 import contextlib
 import dataclasses
+import functools
 import itertools
 import math
+import operator
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -98,6 +101,12 @@ class TensorReader(Protocol):
         """
 
 
+def is_one(tensor: TensorReader, other: TensorReader) -> bool:
+    """Returns whether two readers are known to be of the same elements in the same files."""
+    extents = getattr(tensor, "extents", None)
+    return tensor is other or (extents is not None and extents == getattr(other, "extents", None))
+
+
 def cut(
     name: str, shape: tuple[int, ...], chunk: tuple[int, ...] | None, block: int
 ) -> Iterator[Span]:
@@ -158,6 +167,66 @@ def read_rows(
     for row in range(span.rows):
         start, first = span.start + row * span.stride, row * span.columns
         read_into(start, start + span.columns, out[first : first + span.columns])
+
+
+@dataclasses.dataclass(frozen=True)
+class LazyTensor:
+    """A tensor that is not stored as m2l lays it out, and is read in one piece.
+
+    `read_all` returns the tensor of a name, which stays in memory while its parts are read.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read_all: Callable[[str], np.ndarray]
+    file: Path | None = None
+
+    chunk = None
+    """It is in memory while its parts are read."""
+
+    @property
+    def size(self) -> int:
+        """How many elements it has."""
+        return math.prod(self.shape)
+
+    @property
+    def memory(self) -> int:
+        """The bytes that are in memory while its parts are read: two such, and one as stored."""
+        return 3 * self.size * self.dtype.itemsize
+
+    def read_into(self, start: int, stop: int, out: np.ndarray) -> None:
+        """Reads elements [start, stop) into `out`."""
+        out[:] = self.read_all(self.name).reshape(-1)[start:stop]
+
+    def read_span(self, span: Span, out: np.ndarray) -> None:
+        """Reads a span into `out`, 1-D, contiguous, of the dtype and the span's size."""
+        read_rows(self.read_into, span, out)
+
+
+def cached_reader(read: Callable[[str], np.ndarray]) -> Callable[[str], np.ndarray]:
+    """Returns `read` with the two last arrays in memory, for one thread at a time."""
+    lock, cached = threading.Lock(), functools.lru_cache(2)(read)
+
+    def read_cached(name: str) -> np.ndarray:
+        with lock:
+            return cached(name)
+
+    return read_cached
+
+
+def transposed_reader(tensor: TensorReader) -> LazyTensor:
+    """Returns the transpose of a matrix in storage, which is read in one piece."""
+    read = cached_reader(lambda _: np.ascontiguousarray(read_whole(tensor).T))
+    file = getattr(tensor, "file", None)
+    return LazyTensor(tensor.name, tuple(tensor.shape)[::-1], tensor.dtype, read, file)
+
+
+def read_whole(tensor: TensorReader) -> np.ndarray:
+    """Reads an array in storage; a digest that is recorded is not looked at."""
+    array = np.empty(tensor.shape, tensor.dtype)
+    tensor.read_span(Span(tensor.name, 0, array.size), array.reshape(-1))
+    return array
 
 
 def run_indices(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[Index, int, int]]:
@@ -272,20 +341,67 @@ class Extents:
         Raises:
             CheckpointError: A file is missing, truncated or cannot be read.
         """
-        for file, offset, buffer in self._parts(out, start):
+        self._read(self._parts(out, start))
+
+    def read_span(self, span: Span, out: np.ndarray) -> None:
+        """Reads a span into `out`, 1-D, contiguous, of the dtype; errors as `read_into`'s."""
+        rows = enumerate(out.reshape(span.rows, span.columns))
+        self._read(
+            part
+            for number, row in rows
+            for part in self._parts(row, span.start + number * span.stride)
+        )
+
+    def read_rows(self, places: np.ndarray, out: np.ndarray) -> None:
+        """Reads rows of the array as one of rows like those of `out`, [places, width].
+
+        Rows that follow one another in both are read at once; errors as `read_into`'s.
+        """
+        width = out.shape[1]
+        breaks = (np.flatnonzero(np.diff(places) != 1) + 1).tolist()
+        ends = [*itertools.pairwise([0, *breaks, len(places)])] if len(places) else []
+        starts = places[[first for first, _ in ends]].tolist()
+        if len(self.pieces) != 1 or not isinstance(self.pieces[0].file, Path):
+            runs = zip(starts, ends, strict=True)
+            self._read(
+                part
+                for start, (first, last) in runs
+                for part in self._parts(out[first:last].reshape(-1), start * width)
+            )
+            return
+        # One file, and rows may be short: little is to be done for each.
+        piece, nbytes = self.pieces[0], width * self.dtype.itemsize
+        memory = memoryview(out.reshape(-1).view(np.uint8))
+        with opening(piece.file, os.O_RDONLY, "read") as descriptor:
+            self._check_size(piece.file, descriptor)
+            for start, (first, last) in zip(starts, ends, strict=True):
+                buffer, offset = memory[first * nbytes : last * nbytes], start * nbytes
+                while buffer:
+                    count = os.preadv(descriptor, [buffer], piece.offset + offset)
+                    if not count:
+                        raise self._truncated(piece.file)
+                    buffer, offset = buffer[count:], offset + count
+
+    def _truncated(self, file: Path) -> CheckpointError:
+        return CheckpointError(
+            f"{file}: truncated: {self.name} ends after its end of file; copy or download it again"
+        )
+
+    def _read(self, parts: Iterable[tuple[AnyPath, int, memoryview]]) -> None:
+        """Fills memory from places in files, each opened once while parts of it follow."""
+        for file, group in itertools.groupby(parts, key=operator.itemgetter(0)):
             if not isinstance(file, Path):
-                buffer[:] = remote_bytes(file, offset, len(buffer))
+                for _, offset, buffer in group:
+                    buffer[:] = remote_bytes(file, offset, len(buffer))
                 continue
             with opening(file, os.O_RDONLY, "read") as descriptor:
                 self._check_size(file, descriptor)
-                while buffer:
-                    count = os.preadv(descriptor, [buffer], offset)
-                    if not count:
-                        raise CheckpointError(
-                            f"{file}: truncated: {self.name} ends after its end of file; copy or "
-                            "download it again"
-                        )
-                    buffer, offset = buffer[count:], offset + count
+                for _, offset, buffer in group:
+                    while buffer:
+                        count = os.preadv(descriptor, [buffer], offset)
+                        if not count:
+                            raise self._truncated(file)
+                        buffer, offset = buffer[count:], offset + count
 
     def write_from(self, block: np.ndarray, start: int = 0) -> None:
         """Writes `block`, 1-D, contiguous and of the dtype, as the elements from `start` on.

@@ -29,7 +29,7 @@ from m2l.checkpoints.pytrees import StoredArray, unflatten
 from m2l.checkpoints.spans import blocks, in_parallel
 from m2l.checkpoints.zarr import chunk_shape
 from m2l.errors import CheckpointError, UnsupportedModelError
-from m2l.models.t5 import T5Config
+from m2l.models import T5Config
 from m2l.storage import AnyPath, PathLike
 from m2l.typing import Json, JsonObject
 

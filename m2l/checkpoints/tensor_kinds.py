@@ -5,7 +5,7 @@ scales are real numbers as weights are. So it is decided by the description and 
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn, Protocol
 
@@ -104,8 +104,8 @@ def check_no_adapter(path: Path, names: Iterable[str] = ()) -> None:
         )
         raise CheckpointError(
             f"{path}: it holds an adapter ({reason}), whose factors mean nothing apart from its "
-            "base: merge it into the base first (PEFT: model.merge_and_unload(), then "
-            "save_pretrained(DIR)) and use that directory"
+            "base: name it after its base, as BASE+ADAPTER, or merge the two first (PEFT: "
+            "model.merge_and_unload(), then save_pretrained(DIR))"
         )
 
 
@@ -205,10 +205,34 @@ def copies(tensors: Mapping[str, TensorSpec]) -> dict[str, str]:
     return result
 
 
+def is_input(name: str) -> bool:
+    """Returns whether a tensor is a language model's embedding of tokens, by its name."""
+    return _INPUT.fullmatch(name) is not None
+
+
 def is_vocabulary(name: str) -> bool:
     """Returns whether a tensor has a row or column for each token, by its name."""
     own = name in ("token_embedder", "decoder/logits")
     return own or bool(_INPUT.fullmatch(name) or _OUTPUT.fullmatch(name))
+
+
+_OUTPUT_BIAS = re.compile(
+    r"(.*\.)?(lm_head|lm_head\.decoder|embed_out|predictions|predictions\.decoder)\.bias"
+    r"|final_logits_bias"
+)
+
+
+def token_axis(name: str, shape: Sequence[int]) -> int | None:
+    """Returns the axis of a tensor that counts tokens, by its name; None: none does."""
+    if name == "decoder/logits" or _OUTPUT_BIAS.fullmatch(name):
+        return len(shape) - 1
+    return 0 if is_vocabulary(name) else None
+
+
+def embedding_rows(tensors: Mapping[str, TensorSpec]) -> int | None:
+    """Returns how many rows the embedding has; None: no tensor is one by its name."""
+    names = (name for name in tensors if name == "token_embedder" or _INPUT.fullmatch(name))
+    return next((tensors[name].shape[0] for name in names), None)
 
 
 def check_ties(path: Path, config: Mapping[str, Json], tensors: Mapping[str, TensorSpec]) -> None:

@@ -17,7 +17,7 @@ CHUNK_BYTES = 8 << 20
 """About as many bytes as a chunk has: few enough for many at once, enough for an object."""
 
 METADATA = "zarr.json"
-_TEMPORARY = ".tmp"
+TEMPORARY = ".tmp"
 
 Box = tuple[slice, ...]
 
@@ -118,7 +118,7 @@ class TensorWriter:
     def finished(self) -> set[str]:
         """Returns the keys of the chunks that are there, for `has`."""
         # The others were left by a process that was killed, or are just being written.
-        return {entry.name for entry in self.folder.iterdir() if entry.suffix != _TEMPORARY}
+        return {entry.name for entry in self.folder.iterdir() if entry.suffix != TEMPORARY}
 
     def has(self, box: Box, finished: set[str]) -> bool:
         """Returns whether a chunk is among those that `finished` has returned."""

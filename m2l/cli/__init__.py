@@ -1,5 +1,6 @@
 """The `m2l` command. Signals are handled from here on, before anything else is imported."""
 
+import gc
 import sys
 from collections.abc import Sequence
 
@@ -27,4 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with signals.watched(line, code, restored=not own):
         from m2l.cli import command
 
-        command.run(arguments, stopped_code=code)
+        try:
+            command.run(arguments, stopped_code=code)
+        finally:
+            if own:
+                # At its end Python looks for garbage among all that was imported: 0.2 s.
+                gc.freeze()

@@ -14,6 +14,7 @@ from m2l import api
 from m2l.cli.options import (
     COUNT,
     DIRECTORY,
+    MODEL,
     print_table,
     with_batches,
     with_jsonl,
@@ -27,18 +28,18 @@ from m2l.storage import AnyPath
 from m2l.typing import Json, PyTree
 
 if TYPE_CHECKING:
-    import seqio
     from jax.sharding import Mesh
 
     from m2l import models
     from m2l.checkpoints import Manifest
+    from m2l.data.vocabularies import Vocabulary
     from m2l.evaluation.task_data import TaskData
-    from m2l.merging.adamerging import Learned
+    from m2l.merging.search import Learned
 
 
 @click.command()
-@click.option("--base", type=DIRECTORY, help="The checkpoint the experts were trained from.")
-@click.option("--expert", "experts", type=DIRECTORY, multiple=True, help="Repeat for each.")
+@click.option("--base", type=MODEL, help="The checkpoint the experts were trained from.")
+@click.option("--expert", "experts", type=MODEL, multiple=True, help="Repeat for each.")
 @click.option("--mixture", help="The task or mixture to be sure of; its labels are not read.")
 @with_jsonl("validation=FILE: your own data, as the task `jsonl`.")
 @click.option("--out", type=DIRECTORY, required=True, help="The recipe: a JSON file.")
@@ -170,7 +171,7 @@ def _learn(
     paths: Sequence[Path],
     config: "models.Config",
     mesh: "Mesh",
-    vocabulary: "seqio.Vocabulary",
+    vocabulary: "Vocabulary",
     tasks: Sequence["TaskData"],
     batch_size: int,
     settings: Mapping[str, Json],
@@ -181,7 +182,7 @@ def _learn(
     from m2l import checkpoints, models, partitioning
     from m2l.data import layouts
     from m2l.evaluation import batching, ranking
-    from m2l.merging.adamerging import learn_coefficients
+    from m2l.merging.search import learn_coefficients
 
     layout = layouts.of(config, vocabulary)
     examples = [task.examples for task in tasks]
@@ -197,7 +198,10 @@ def _learn(
 
     placed = partitioning.shardings(models.spec(config), mesh)
     base, *experts = (checkpoints.restore(path, shardings=placed) for path in paths)
-    with Progress("adamerging", settings["steps"]) as progress, jax.set_mesh(mesh):
+    with (
+        Progress("adamerging", settings["steps"], first="compiling") as progress,
+        jax.set_mesh(mesh),
+    ):
         return learn_coefficients(
             base,
             experts,

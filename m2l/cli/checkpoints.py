@@ -1,4 +1,4 @@
-"""`m2l convert`, `m2l inspect`."""
+"""`m2l convert`, `m2l push`, `m2l inspect`."""
 
 import json
 import math
@@ -9,7 +9,7 @@ import click
 
 from m2l import storage
 from m2l.cli import diagnostics
-from m2l.cli.options import DIRECTORY, print_table, with_gin, with_mesh
+from m2l.cli.options import DIRECTORY, MODEL, print_table, with_gin, with_mesh
 from m2l.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -17,21 +17,25 @@ if TYPE_CHECKING:
 
     from m2l import models
     from m2l.checkpoints import opening
+    from m2l.checkpoints.adapters import Adapter
     from m2l.checkpoints.manifest import Manifest
 
-FORMATS = ("huggingface", "t5x", "orbax")
+SHARD_GB = 5.0
+FORMATS = ("huggingface", "t5x", "orbax", "gguf")
 
 
 @click.command()
-@click.argument("source", type=DIRECTORY)
+@click.argument("source", type=MODEL)
 @click.argument("out", type=DIRECTORY)
 @click.option("--from", "kind", type=click.Choice(FORMATS), help="By default what SOURCE is.")
 @click.option(
-    "--to", "output_kind", type=click.Choice(FORMATS), help="By default orbax, or huggingface."
+    "--to", "output_kind", type=click.Choice(FORMATS[:3]), help="By default orbax, or huggingface."
 )
 @click.option("--dtype", help="float32, bfloat16 or float16; by default the source's.")
 @click.option("--vocabulary", help="Where the tokenizer is, if SOURCE has none.")
-@click.option("--shard_size", type=float, default=5.0, show_default=True, help="GB, of an export.")
+@click.option(
+    "--shard_size", type=float, default=SHARD_GB, show_default=True, help="GB, of an export."
+)
 @click.option("--results", type=DIRECTORY, help="A folder of m2l eval, for an export's README.md.")
 @with_gin
 def convert(
@@ -48,11 +52,41 @@ def convert(
 ) -> None:
     """Make a checkpoint of a Hugging Face or T5X one, or one of these of a checkpoint.
 
+    Of BASE+ADAPTER it makes one model, by default of the base's format and dtype; of a GGUF file a
+    Hugging Face directory, in float32 unless --dtype says otherwise.
     The settings of a T5X model are read off its shapes; --gin_file models/NAME.gin overrides them.
     """
     from m2l import checkpoints
-    from m2l.checkpoints import huggingface, huggingface_directory, opening, t5x
+    from m2l.checkpoints import (
+        adapters,
+        gguf_files,
+        huggingface,
+        huggingface_directory,
+        opening,
+        t5x,
+    )
 
+    is_adapted = adapters.split(source) is not None
+    is_gguf = kind == "gguf" or (kind is None and source.suffix == gguf_files.SUFFIX)
+    idle = {
+        "--from": is_adapted and kind,
+        "--vocabulary": is_gguf and vocabulary,
+        "--results": (is_adapted or is_gguf) and results,
+        "--shard_size": (is_adapted or is_gguf) and shard_size != SHARD_GB,
+        "gin settings": (is_adapted or is_gguf) and (gin_files or bindings),
+    }
+    if flags := [flag for flag, value in idle.items() if value]:
+        raise ConfigError(f"m2l convert: {', '.join(flags)}: without effect for {source}")
+    if is_adapted:
+        _convert_adapted(source, out, output_kind, dtype, vocabulary)
+        return
+    if is_gguf:
+        if output_kind not in (None, "huggingface"):
+            raise ConfigError("m2l convert: of a GGUF file a Hugging Face directory is made")
+        manifest = gguf_files.to_huggingface(source, out, dtype=dtype or "float32")
+        types = ", ".join(f"{n} {name}" for name, n in manifest.made_by["types"].items())
+        click.echo(f"Hugging Face directory: {out}  tensors {types}, in {manifest.dtype} now")
+        return
     kind = kind or opening.kind(source)
     output_kind = output_kind or ("huggingface" if kind == "orbax" else "orbax")
     if (kind == "orbax") == (output_kind == "orbax"):
@@ -92,6 +126,29 @@ def convert(
     click.echo(f"checkpoint: {out}  digest {manifest.digest[:16]}")
 
 
+def _convert_adapted(
+    source: Path, out: Path, output_kind: str | None, dtype: str | None, vocabulary: str | None
+) -> None:
+    """Makes one model of BASE+ADAPTER: the merge of one, by blocks."""
+    from m2l import merging
+    from m2l.checkpoints import opening, tensor_kinds
+    from m2l.data import tokenizer_files
+
+    base, _ = opening.open(source, native=True, named=False).adapted
+    if dtype is None:
+        stored = [
+            tensor.dtype
+            for name, tensor in base.parameters.items()
+            if tensor_kinds.is_float(tensor.dtype) and not tensor_kinds.is_buffer(name, tensor)
+        ]
+        dtype = max(stored, key=lambda each: each.itemsize).name
+    described = None if vocabulary is None else tokenizer_files.describe(vocabulary)
+    recipe = merging.Recipe("average", dtype=dtype)
+    options = {"output_format": output_kind, "vocabulary": described}
+    manifest = merging.merge(None, [source], recipe, out, **options)
+    click.echo(f"checkpoint: {out}  digest {manifest.digest[:16]}  of {dtype}")
+
+
 def _model(gin_files: tuple[str, ...], bindings: tuple[str, ...]) -> "models.Config":
     from m2l import configuration
 
@@ -104,7 +161,18 @@ def _model(gin_files: tuple[str, ...], bindings: tuple[str, ...]) -> "models.Con
 
 
 @click.command()
-@click.argument("checkpoint", type=DIRECTORY)
+@click.argument("directory", type=DIRECTORY)
+@click.argument("name")
+@click.option("--private", is_flag=True, help="A new repository is private.")
+def push(directory: Path, name: str, private: bool) -> None:
+    """Upload a Hugging Face directory, with its card, to the Hugging Face Hub as owner/name."""
+    from m2l import hub_models
+
+    click.echo(f"pushed: {hub_models.push(directory, name, private=private)}")
+
+
+@click.command()
+@click.argument("checkpoint", type=MODEL)
 @click.option("--verify", is_flag=True, help="Compute every digest anew.")
 @click.option("--subtree", help="Of a pytree that Orbax stored, the part to show: params.")
 @with_mesh
@@ -123,9 +191,14 @@ def inspect(
     from rich.console import Console
 
     from m2l import checkpoints, models, partitioning
-    from m2l.checkpoints import huggingface_directory, opening
+    from m2l.checkpoints import adapters, huggingface_directory, opening, tensor_kinds
 
     exported = (checkpoint / huggingface_directory.MANIFEST).is_file()
+    if (checkpoint / tensor_kinds.ADAPTER_CONFIG).is_file() and not (
+        checkpoint / huggingface_directory.CONFIG
+    ).is_file():
+        _show_adapter(adapters.read(checkpoint))
+        return
     if subtree is not None or not (exported or opening.has_manifest(checkpoint)):
         _show_foreign(opening.open(checkpoint, subtree=subtree, native=True, named=False))
         return
@@ -176,7 +249,28 @@ def _show_foreign(checkpoint: "opening.Checkpoint") -> None:
     size = sum(t.size * t.dtype.itemsize for t in checkpoint.parameters.values())
     count = sum(t.size for t in checkpoint.parameters.values())
     click.echo(f"parameters: {count:,}  {size / 2**20:,.1f} MiB  {checkpoint.format}")
+    if checkpoint.adapted is not None:
+        base, adapter = checkpoint.adapted
+        click.echo(f"base: {base.path}  digest {base.digest[:16]}")
+        click.echo(f"adapter: {adapter.path}  digest {adapter.digest[:16]}  {adapter.describe()}")
+        return
     click.echo("without a manifest of m2l's: nothing tells where it came from, or its digests")
+
+
+def _show_adapter(adapter: "Adapter") -> None:
+    """Prints what is in an adapter's directory."""
+    rows = [
+        (each.module, "x".join(map(str, each.shape)), each.rank, each.scale, each.up.dtype.name)
+        for each in adapter.factors.values()
+    ]
+    print_table(str(adapter.path), ["module", "shape", "rank", "scale", "dtype"], rows)
+    rows = [
+        (name, "x".join(map(str, tensor.shape)), tensor.dtype.name)
+        for name, tensor in adapter.replaced.items()
+    ]
+    if rows:
+        print_table("stored whole", ["tensor", "shape", "dtype"], rows)
+    click.echo(f"adapter: {adapter.describe()}  digest {adapter.digest[:16]}")
 
 
 def _lineage(title: str, manifest: "Manifest") -> "Tree":

@@ -12,7 +12,20 @@ from pathlib import Path
 import click
 
 from m2l import signals
-from m2l.cli import adamerging, checkpoints, data, merge, models, skills, statistics, studies, sweep
+from m2l.cli import (
+    adamerging,
+    checkpoints,
+    data,
+    extract,
+    merge,
+    models,
+    moe,
+    skills,
+    statistics,
+    studies,
+    sweep,
+    verify,
+)
 from m2l.errors import M2LError, Stopped, one_line
 from m2l.version import __version__
 
@@ -48,6 +61,9 @@ for _command in (
     statistics.statistics,
     adamerging.adamerging,
     merge.merge,
+    verify.verify,
+    extract.extract,
+    moe.moe,
     sweep.sweep,
     skills.skills,
     models.evaluate,
@@ -55,6 +71,7 @@ for _command in (
     studies.report,
     models.generate,
     checkpoints.convert,
+    checkpoints.push,
     checkpoints.inspect,
 ):
     cli.add_command(_command)
@@ -79,20 +96,15 @@ def _prepare() -> None:
 
     from absl import logging as absl_logging
 
-    try:
-        import jax
-    except (ImportError, RuntimeError):
-        return  # `m2l doctor` says what is wrong; other commands fail at their own import.
-
     absl_logging.set_verbosity(absl_logging.ERROR)
     logging.getLogger("jax").setLevel(logging.ERROR)
     warnings.showwarning = lambda message, *_: click.echo(
         f"m2l: warning: {one_line(str(message))}", err=True
     )
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "m2l" / "jax"
-        jax.config.update("jax_compilation_cache_dir", str(cache))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    # JAX takes half a second to import, and reads these when a command does.
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "m2l" / "jax"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 
 def run(arguments: Sequence[str], *, stopped_code: int | None) -> None:

@@ -94,7 +94,7 @@ def tasks_show(task: str, n: int, split: str, source: str) -> None:
     """Examples of a task, as the model will see them."""
     from m2l import tasks as registry
 
-    registry.register(source=source)
+    registry.declare(source=source)
     click.echo(registry.render(task.removesuffix("_score_eval"), n, split=split))
 
 

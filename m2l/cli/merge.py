@@ -1,14 +1,17 @@
 """`m2l merge`."""
 
 import functools
+import importlib.metadata
 import os
+import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from m2l.cli.options import DIRECTORY, join, print_table, with_processes
+from m2l.cli.options import COUNT, DIRECTORY, MODEL, join, print_table, with_processes
 from m2l.errors import ConfigError
 from m2l.typing import Json, JsonObject
 
@@ -16,30 +19,48 @@ if TYPE_CHECKING:
     from m2l.merging import MergeJob
 
 
-class Numbers(click.ParamType):
-    """Numbers with commas between them."""
+Setting = float | str | list[float | str]
+"""A number, a gradient over layers such as 0.2..0.8, or one of these for each expert."""
 
-    name = "numbers"
+
+class Number(click.ParamType):
+    """A setting, or PATTERN=SETTING.
+
+    Args:
+        per_expert: Whether a single number is a list of one.
+    """
+
+    name = "number"
+
+    def __init__(self, per_expert: bool = False):
+        self._per_expert = per_expert
 
     def convert(
         self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[float, ...]:
-        """Returns the numbers of a flag's text."""
-        flag = param.opts[0] if param else "numbers"
-        return numbers(flag, value) if isinstance(value, str) else value
+    ) -> tuple[str | None, Setting]:
+        """Returns the pattern, if there is one, and the setting of a flag's text."""
+        if not isinstance(value, str):
+            return value
+        flag = param.opts[0] if param else self.name
+        pattern, _, text = value.rpartition("=")
+        values = settings_of(flag, text)
+        single = len(values) == 1 and (isinstance(values[0], str) or not self._per_expert)
+        return pattern or None, values[0] if single else values
 
 
-class Series(Numbers):
-    """Numbers with commas between them, or FIRST:LAST:STEP."""
+class Series(click.ParamType):
+    """Numbers or gradients with commas between them, or FIRST:LAST:STEP."""
 
     name = "series"
 
     def convert(
         self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[float, ...]:
+    ) -> tuple[float | str, ...]:
         """Returns the numbers of a flag's text."""
-        flag = param.opts[0] if param else "series"
-        return tuple(series(flag, value)) if isinstance(value, str) else value
+        flag = param.opts[0] if param else self.name
+        if not isinstance(value, str):
+            return value
+        return tuple(settings_of(flag, value) if ".." in value else series(flag, value))
 
 
 class RecipeCommand(click.Command):
@@ -62,6 +83,7 @@ class RecipeCommand(click.Command):
         Raises:
             ConfigError: A hyper-parameter has the name of another flag.
         """
+        _import_jax()
         from m2l.merging import method_registry
 
         own = super().get_params(ctx)
@@ -76,6 +98,21 @@ class RecipeCommand(click.Command):
         return [*own[:place], *recipe_flags, *own[place:]]
 
 
+def _import_jax() -> None:
+    """Imports JAX, which looks for ROCm's plugin in the metadata of every installed package.
+
+    Here by the names of their folders alone, which takes 0.2 s less.
+    """
+    paths = [info for folder in sys.path for info in Path(folder).glob("jax_rocm*.dist-info")]
+    plugins = list(map(importlib.metadata.Distribution.at, paths))
+    distributions = importlib.metadata.distributions
+    try:
+        importlib.metadata.distributions = lambda: iter(plugins)
+        import jax  # noqa: F401
+    finally:
+        importlib.metadata.distributions = distributions
+
+
 @functools.lru_cache(4)
 def _recipe_flags(methods: tuple[str, ...], swept: bool) -> list[click.Option]:
     """Returns the flags of hyper-parameters: the same objects while there are these methods."""
@@ -84,12 +121,12 @@ def _recipe_flags(methods: tuple[str, ...], swept: bool) -> list[click.Option]:
     flags = []
     for name, by_method in method_registry.hyper_parameters().items():
         first = next(iter(by_method.values()))
-        kind: click.ParamType | type = Numbers() if first.per_expert else float
         text = f"{first.description.rstrip('.')}: {', '.join(by_method)}."
         if swept:
-            kind, text = Series(), f"Values, 0.1,0.2 or FIRST:LAST:STEP. {text}"
+            text = f"Values, 0.1,0.2 or FIRST:LAST:STEP. {text}"
+        kind = Series() if swept else Number(first.per_expert)
         if not (swept and first.per_expert):
-            flags.append(click.Option([f"--{name}"], type=kind, help=text))
+            flags.append(click.Option([f"--{name}"], type=kind, help=text, multiple=not swept))
     for name, variant in () if swept else method_registry.VARIANTS.items():
         text = f"{variant.description} One of {', '.join(variant.choices)}."
         flags.append(click.Option([f"--{name}"], help=text))
@@ -97,9 +134,16 @@ def _recipe_flags(methods: tuple[str, ...], swept: bool) -> list[click.Option]:
 
 
 @click.command(cls=RecipeCommand)
-@click.option("--base", type=DIRECTORY, help="The model the experts were trained from.")
-@click.option("--expert", "experts", type=DIRECTORY, multiple=True, help="Repeat for each.")
-@click.option("--method", help="See --list.")
+@click.option("--base", type=MODEL, help="The model the experts were trained from.")
+@click.option("--expert", "experts", type=MODEL, multiple=True, help="Repeat for each.")
+@click.option("--run", type=DIRECTORY, help="Of one training run, instead of --expert ...")
+@click.option("--last", type=COUNT, default=10, show_default=True, help="... so many last saves.")
+@click.option(
+    "--decay",
+    help="The decay of the learning rate that their average stands in for: linear (the mean), "
+    "cosine or 1-sqrt.",
+)
+@click.option("--method", help="See --list; with --run by default average.")
 @click.option("--seed", type=int, help="Of the methods that draw at random.")
 @click.option("--dtype", help="Of the merged parameters: float32, bfloat16 or float16.")
 @click.option("--weighted_signs", is_flag=True, help="Weights count when signs are elected.")
@@ -109,13 +153,33 @@ def _recipe_flags(methods: tuple[str, ...], swept: bool) -> list[click.Option]:
     help="PATTERN=SCALE, or PATTERN=WEIGHT,WEIGHT,...: for parameters whose name matches.",
 )
 @click.option("--exclude", multiple=True, help="Parameters taken from the base: a pattern.")
+@click.option(
+    "--tokenizer", help="Where vocabularies differ, the result's: base, union, or one of --expert."
+)
+@click.option("--pad_vocabulary", type=int, help="Round the rows of embeddings up to a multiple.")
+@click.option("--chat_template", help="The result's: auto, base, one of --expert, or a file.")
+@click.option(
+    "--token",
+    "tokens",
+    multiple=True,
+    help="TOKEN=SOURCE: whose rows it has in models that lack it: base, zero, one of --expert, or "
+    "another token there, SOURCE:TOKEN.",
+)
+@click.option(
+    "--force_token", "forced", multiple=True, help="As --token, in models that have it as well."
+)
 @click.option("--preset", help="How another codebase does it: official, mergekit, ...; see --list.")
 @click.option("--recipe", type=DIRECTORY, help="A JSON file of settings; flags override it.")
+@click.option("--config", type=DIRECTORY, help="A YAML file of mergekit's, with models and method.")
 @click.option(
     "--statistics", type=DIRECTORY, multiple=True, help="Of each expert: fisher, regmean need them."
 )
 @click.option("--subtree", help="Of pytrees that Orbax stored, the part to merge: params.")
-@click.option("--to", "output_format", help="orbax or huggingface; by default what the inputs are.")
+@click.option(
+    "--to", "output_format", help="orbax, huggingface, adapter; by default what the inputs are."
+)
+@click.option("--adapter_rank", type=COUNT, help="Of the factors, with --to adapter.")
+@click.option("--adapter_error", type=float, help="Instead: the share that may be missed.")
 @click.option("--vocabulary", help="The tokenizer, for an Orbax result of models that have none.")
 @click.option("--memory", default=None, help="The most the process may hold.  [default: 1GiB]")
 @with_processes
@@ -132,16 +196,27 @@ def _recipe_flags(methods: tuple[str, ...], swept: bool) -> list[click.Option]:
 def merge(
     base: Path | None,
     experts: tuple[Path, ...],
+    run: Path | None,
+    last: int,
+    decay: str | None,
     method: str | None,
     weighted_signs: bool,
     scale_of: tuple[str, ...],
+    tokenizer: str | None,
+    pad_vocabulary: int | None,
+    chat_template: str | None,
+    tokens: tuple[str, ...],
+    forced: tuple[str, ...],
     preset: str | None,
     recipe: Path | None,
+    config: Path | None,
     out: Path | None,
     list_methods: bool,
     statistics: tuple[Path, ...],
     subtree: str | None,
     output_format: str | None,
+    adapter_rank: int | None,
+    adapter_error: float | None,
     vocabulary: str | None,
     memory: str | None,
     distributed: bool,
@@ -158,20 +233,54 @@ def merge(
 
     Models are m2l's checkpoints and training runs, any pytrees that Orbax stored, Hugging Face
     directories, T5X checkpoints.
+
+    A hyper-parameter is a number, a gradient from the first layer to the last (0.2..0.8), or one of
+    these for each expert (0.5,0.2..0.8); --density '*mlp*=0.5' is of parameters whose name matches
+    alone: repeat the flag.
     """
     if list_methods:
         _list()
         return
     from m2l import checkpoints, merging
+    from m2l.merging import method_registry
     from m2l.merging.job import parse_bytes
 
+    repeated = {name: settings.pop(name) for name in method_registry.hyper_parameters()}
     settings = {name: value for name, value in settings.items() if value not in (None, ())}
+    settings |= {name: _joined(name, values) for name, values in repeated.items() if values}
     settings |= {"weighted_signs": True} if weighted_signs else {}
     settings |= {"scales": tuple(map(_scale_of, scale_of))} if scale_of else {}
+    if run is not None:
+        saves, decayed = _saves(run, last, decay, experts)
+        experts, method = tuple(saves), method or (None if recipe else "average")
+        settings |= {"weights": decayed} if decayed else {}
+    elif decay:
+        raise ConfigError(f"--decay {decay}: it is of the last checkpoints of a --run")
+    for flag, idle in (
+        ("--weights beside --decay", run is not None and decay and repeated["weights"]),
+        ("--adapter_rank without --to adapter", adapter_rank and output_format != "adapter"),
+        ("--adapter_error without --to adapter", adapter_error and output_format != "adapter"),
+        *(
+            (f"{name} without --tokenizer", value and not tokenizer)
+            for name, value in (
+                ("--pad_vocabulary", pad_vocabulary),
+                ("--chat_template", chat_template),
+                ("--token", tokens),
+                ("--force_token", forced),
+            )
+        ),
+    ):
+        if idle:
+            raise ConfigError(f"m2l merge: {flag}: it would have no effect")
     settings |= {"method": method} if method else {}
+    if tokenizer:
+        names = {str(path): f"expert_{place}" for place, path in enumerate(experts)}
+        names |= {} if base is None else {str(base): "base"}
+        sources = {"--token": tokens, "--force_token": forced}
+        settings["tokenizer"] = _tokenizer(tokenizer, pad_vocabulary, chat_template, sources, names)
     for flag, missing in (
-        ("--method", not (method or recipe)),
-        ("--expert", not experts),
+        ("--method", not (method or recipe or config)),
+        ("--expert", not (experts or config)),
         ("--out", not out),
     ):
         if missing:
@@ -182,8 +291,24 @@ def merge(
     import jax
 
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    read = functools.partial(merging.Recipe.read, recipe) if recipe else merging.Recipe
-    merge_recipe = read(**settings)
+    slices = None
+    if config:
+        seed = settings.pop("seed", 0)
+        if settings or base or experts or recipe or statistics or subtree:
+            raise ConfigError(
+                "m2l merge: --config has the models and the method: leave out their flags"
+            )
+        from m2l.merging import mergekit, mergekit_file
+
+        base, experts, merge_recipe, slices = mergekit.resolve(
+            mergekit_file.read(config),
+            output_format=None if output_format == "adapter" else output_format,
+            allowed=allow_differences.split(",") if allow_differences else (),
+            seed=seed,
+        )
+    else:
+        read = functools.partial(merging.Recipe.read, recipe) if recipe else merging.Recipe
+        merge_recipe = read(**settings)
     if (distributed or coordinator or process) and not os.environ.get("JAX_PLATFORMS"):
         # Several processes of a host cannot share its accelerators, and reading is what costs.
         jax.config.update("jax_platforms", "cpu")
@@ -197,14 +322,29 @@ def merge(
         "diagnostics": diagnostics,
         "verify": verify,
         "allow_differences": allow_differences.split(",") if allow_differences else (),
+        "slices": slices,
     }
+    to_adapter = output_format == "adapter"
+    if to_adapter:
+        del options["output_format"]
     if dry_run:
         job = merging.prepare(base, experts, merge_recipe, out, **options)
         checkpoints.check_absent(job.out)
         _show_plan(job, parse_bytes(bandwidth) if bandwidth else None)
         return
     start = time.monotonic()
-    manifest = merging.merge(base, experts, merge_recipe, out, **options)
+    if to_adapter:
+        from m2l.cli.extract import show_adapter
+
+        if base is None:
+            raise ConfigError("m2l merge --to adapter: --base is missing, which it is put on")
+        cut = {"rank": adapter_rank, "error": adapter_error}
+        manifest = merging.merge_into_adapter(base, experts, merge_recipe, out, **cut, **options)
+        if manifest is not None:
+            show_adapter(manifest, out)
+            return
+    else:
+        manifest = merging.merge(base, experts, merge_recipe, out, **options)
     if manifest is None:
         click.echo(f"merged checkpoint: {out}, published by process 0")
         return
@@ -249,6 +389,23 @@ def _described(vocabulary: str | None) -> JsonObject | None:
     return tokenizer_files.describe(vocabulary)
 
 
+def _joined(name: str, values: Sequence[tuple[str | None, Setting]]) -> Json:
+    """Returns the setting that a repeated flag makes: by patterns, if there are any."""
+    plain = [value for pattern, value in values if pattern is None]
+    if len(plain) > 1:
+        raise ConfigError(f"--{name} is there twice; --{name} PATTERN=NUMBER is of some parameters")
+    patterns = [(pattern, value) for pattern, value in values if pattern is not None]
+    return plain[0] if not patterns else [*patterns, *(("*", value) for value in plain)]
+
+
+def settings_of(flag: str, text: str) -> list[float | str]:
+    """Returns the numbers and gradients between the commas of a flag's text."""
+    try:
+        return [part if ".." in part else float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"{flag} {text}: expected numbers with commas between") from error
+
+
 def numbers(flag: str, text: str) -> tuple[float, ...]:
     """Returns the numbers between the commas of a flag's text."""
     try:
@@ -267,6 +424,53 @@ def series(flag: str, text: str) -> list[float]:
     first, last, step = parts
     count = int((last - first) / step + 1e-9) + 1
     return [round(first + step * place, 10) for place in range(count)]
+
+
+def _saves(
+    run: Path, last: int, decay: str | None, experts: tuple[Path, ...]
+) -> tuple[list[Path], tuple[float, ...]]:
+    """Returns the last checkpoints of a run, and their weights where they are not equal."""
+    from m2l.merging import checkpoint_averaging
+
+    if experts:
+        raise ConfigError("m2l merge: --run takes its own checkpoints; leave --expert out")
+    saves = checkpoint_averaging.last_checkpoints(run, last)
+    weights = checkpoint_averaging.weights([*saves], decay) if decay else ()
+    return [*saves.values()], weights
+
+
+def _tokenizer(
+    source: str,
+    pad_to: int | None,
+    chat_template: str | None,
+    tokens: Mapping[str, tuple[str, ...]],
+    names: Mapping[str, str],
+) -> JsonObject:
+    """Returns what a recipe says of the tokenizer; models that flags name by path by their role."""
+    choice: JsonObject = {"source": _role(source, names), "tokens": {}}
+    if pad_to is not None:
+        choice["pad_to"] = pad_to
+    if chat_template is not None:
+        role, file = _role(chat_template, names), Path(chat_template)
+        choice["chat_template"] = file.read_text() if file.is_file() else role
+    for flag, texts in tokens.items():
+        for text in texts:
+            token, equals, origin = text.rpartition("=")
+            if not equals:
+                raise ConfigError(f"{flag} {text}: expected TOKEN=SOURCE")
+            # A path may have colons as well.
+            path, _, other = (origin, "", "") if origin in names else origin.partition(":")
+            choice["tokens"][token] = {"source": _role(path, names), "force": flag != "--token"}
+            choice["tokens"][token] |= {"token": other} if other else {}
+    return choice
+
+
+def _role(text: str, names: Mapping[str, str]) -> str:
+    """Returns what a recipe calls a model that is named as --base or --expert names it."""
+    from m2l import hub_models
+
+    located = str(hub_models.located(text)) if "/" in text and text not in names else text
+    return names.get(located) or names.get(str(Path(text)), text)
 
 
 def _scale_of(text: str) -> tuple[str, float | tuple[float, ...]]:

@@ -13,11 +13,12 @@ from m2l import api
 from m2l.cli.options import (
     COUNT,
     DIRECTORY,
+    MODEL,
     VOCABULARY,
     join,
     print_table,
     with_batches,
-    with_beams,
+    with_decoding,
     with_generative_score,
     with_gin,
     with_jsonl,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 @click.option("--init", type=DIRECTORY, help="The checkpoint to start from.")
 @click.option("--mixture", help="The task or mixture to train on.")
 @click.option("--steps", type=int, help="Optimizer steps in all.")
+@click.option("--lora", help="Train an adapter: r=16[,alpha=32][,targets=q_proj+v_proj].")
 @with_jsonl("train=FILE[,validation=FILE]: your own data, as the task `jsonl`.")
 @click.option("--vocabulary", help=VOCABULARY)
 @with_processes
@@ -54,6 +56,7 @@ def train(
     init: Path | None,
     mixture: str | None,
     steps: int | None,
+    lora: str | None,
     jsonl: dict[str, AnyPath],
     vocabulary: str | None,
     distributed: bool,
@@ -71,6 +74,7 @@ def train(
     mixture = api.mixture_name(mixture, jsonl)
     flags = [f"Train.mixture={mixture!r}"] if mixture else []
     flags += [f"Train.steps={steps}"] if steps is not None else []
+    flags += [f"Train.lora={lora!r}"] if lora else []
     flags += [f"Run.vocabulary={vocabulary!r}"] if vocabulary else []
     flags += [f"Run.source={source!r}"] if source else []
     # The settings' own file comes first, so that a model's file alone will do.
@@ -113,10 +117,12 @@ def train(
             f"{run.settings.target_length} tokens"
         )
     click.echo(f"checkpoint: {last}")
+    if run.settings.lora:
+        click.echo(f"adapter: {out / 'adapter'}; with its base a model: {init}+{out / 'adapter'}")
 
 
 @click.command("eval")
-@click.option("--checkpoint", type=DIRECTORY, help="What to evaluate; also a Hugging Face folder.")
+@click.option("--checkpoint", type=MODEL, help="What to evaluate; also a Hugging Face folder.")
 @click.option("--mixture", help="The task or mixture to evaluate by.")
 @with_jsonl("validation=FILE: your own data, as the task `jsonl`.")
 @click.option("--out", type=DIRECTORY, help="One JSON result a task goes here.")
@@ -132,7 +138,7 @@ def train(
 @with_generative_score(
     "Of tasks in free text: their metric on what is decoded, or the references' likelihood."
 )
-@with_beams
+@with_decoding
 @click.option("--examples", is_flag=True, help="Write what became of each example as well.")
 @click.option("--vocabulary", help=f"{VOCABULARY} By default the checkpoint's own.")
 @with_mesh
@@ -167,6 +173,20 @@ def evaluate(
         if value is None:
             raise ConfigError(f"m2l eval: {flag} is missing")
 
+    from m2l.evaluation import receipts
+
+    receipt = None
+    if not (distributed or coordinator or process):
+        asked = {name: options[name] for name in options if name not in ("source", "jsonl")}
+        records = api.current_records(options["source"], options["jsonl"])
+        receipt = receipts.path(checkpoint, records, vocabulary, asked)
+        if receipt:
+            title, finished = receipts.finished(receipt, out, options["examples"])
+            if finished:
+                _print_results(title, finished)
+                click.echo(f"results: {out}")
+                return
+
     import jax
 
     join(distributed, coordinator, process, saves=False)
@@ -181,6 +201,8 @@ def evaluate(
         out=out,
         **options,
     )
+    if receipt:
+        receipts.write(receipt, f"{opened.path}", results.values())
     if jax.process_index() == 0:
         _print_results(f"{opened.path}", list(results.values()))
         click.echo(f"results: {out}")
@@ -244,10 +266,10 @@ def _compare(one: Path, other: Path) -> None:
 
 
 @click.command()
-@click.argument("checkpoint", type=DIRECTORY)
+@click.argument("checkpoint", type=MODEL)
 @click.argument("texts", nargs=-1)
 @click.option("--max_length", type=COUNT, default=64, show_default=True)
-@with_beams
+@with_decoding
 @click.option("--chat", is_flag=True, help="Each text is a message, in the tokenizer's template.")
 @click.option("--vocabulary", help=f"{VOCABULARY} By default the checkpoint's own.")
 @with_mesh
@@ -255,11 +277,11 @@ def generate(
     checkpoint: Path,
     texts: tuple[str, ...],
     max_length: int,
-    beams: int,
     chat: bool,
     vocabulary: str | None,
     fsdp: int,
     model: int,
+    **settings: float,
 ) -> None:
     """What a checkpoint writes after each text (or line of the standard input)."""
     import jax
@@ -269,8 +291,10 @@ def generate(
     from m2l.data import layouts, vocabularies
     from m2l.data.examples import GenerationExample
     from m2l.evaluation import generation
+    from m2l.evaluation.decoding import Decoding
     from m2l.evaluation.model import load
 
+    decoding = Decoding(**settings)
     opened = load(checkpoint, vocabulary)
     name = vocabulary or opened.vocabulary["name"]
     name = f"chat:{name}" if chat and "chat" not in split_name(name)[0] else name
@@ -284,21 +308,21 @@ def generate(
     nothing = np.empty(0, np.int32)
     spec = models.spec(opened.config)
     mesh = partitioning.make_mesh(fsdp=fsdp, model=model)
-    options = {} if beams == 1 else {"beams": beams}
-    decode = generation.greedy if beams == 1 else generation.beam_search
     with jax.set_mesh(mesh):
-        written = decode(
+        written = generation.decode(
             opened.config,
             opened.read(partitioning.shardings(spec, mesh)),
             [
                 GenerationExample(ids, nothing, (), text, "", False)
                 for ids, text in zip(encoded, texts, strict=True)
             ],
+            decoding,
             max_length=max_length,
             layout=layouts.of(opened.config, loaded),
             eos_id=loaded.eos_id,
             batch_size=min(8, max(1, len(texts))),
-            **options,
         )
-    for text, ids in zip(texts, written, strict=True):
-        click.echo(f"{text}\n> {vocabularies.continuing(loaded).decode(ids.tolist())}")
+    for text, samples in zip(texts, written, strict=True):
+        click.echo(text)
+        for ids in samples:
+            click.echo(f"> {vocabularies.continuing(loaded).decode(ids.tolist())}")

@@ -7,8 +7,8 @@ from typing import TypeAlias
 import click
 
 from m2l import storage
+from m2l.data.prompts import GENERATIVE_SCORES
 from m2l.errors import ConfigError
-from m2l.evaluation.metrics import GENERATIVE_SCORES
 
 Command: TypeAlias = Callable[..., None]
 
@@ -20,6 +20,15 @@ class _Directory(click.ParamType):
         self, value: str | storage.AnyPath, param: click.Parameter | None, ctx: click.Context | None
     ) -> storage.AnyPath:
         return storage.path(value)
+
+
+class _Model(_Directory):
+    def convert(
+        self, value: str | storage.AnyPath, param: click.Parameter | None, ctx: click.Context | None
+    ) -> storage.AnyPath:
+        from m2l import hub_models
+
+        return hub_models.located(value)
 
 
 class _JsonlFiles(click.ParamType):
@@ -44,6 +53,8 @@ class _JsonlFiles(click.ParamType):
 
 DIRECTORY = _Directory()
 """A path of a file or directory; gs://BUCKET/KEY and s3://BUCKET/KEY too."""
+MODEL = _Model()
+"""The same of a checkpoint, or owner/name[@revision] of one on the Hugging Face Hub."""
 COUNT = click.IntRange(min=1)
 VOCABULARY = (
     "microworld, bytes, a SentencePiece model, a tokenizer.json or its folder; chat: before it "
@@ -86,7 +97,14 @@ with_processes = with_options(
 with_max_examples = click.option(
     "--max_examples", type=COUNT, help="Examples of each task at most."
 )
-with_beams = click.option("--beams", type=COUNT, default=1, show_default=True, help="1: greedy.")
+with_decoding = with_options(
+    click.option("--beams", type=COUNT, default=1, show_default=True, help="1: greedy."),
+    click.option("--temperature", type=float, default=0.0, help="Draw tokens; 0: take the best."),
+    click.option("--top_k", type=click.IntRange(0), default=0, help="Draw from so many; 0: all."),
+    click.option("--top_p", type=float, default=1.0, help="Draw from so much of the probability."),
+    click.option("--samples", type=COUNT, default=1, show_default=True, help="Texts to draw."),
+    click.option("--seed", type=click.IntRange(0), default=0, help="Of what is drawn."),
+)
 
 
 def with_jsonl(description: str) -> Callable[[Command], Command]:
@@ -123,7 +141,7 @@ def with_source(default: str | None = "microworld") -> Callable[[Command], Comma
         default=default,
         show_default=default is not None,
         help="Of the records: microworld, hub[:DIR], p3[:DIR], tfds[:DIR], promptsource[+SOURCE], "
-        "jsonl:DIR or cache:DIR.",
+        "jsonl:DIR, cache:DIR or none.",
     )
 
 

@@ -14,6 +14,7 @@ from m2l.cli.merge import series
 from m2l.cli.options import (
     COUNT,
     DIRECTORY,
+    MODEL,
     print_table,
     with_generative_score,
     with_gin,
@@ -31,9 +32,9 @@ _MANY = 10**9  # steps, until it is known how many
 
 
 @click.command()
-@click.option("--general", type=DIRECTORY, required=True, help="The model to add the skill to.")
-@click.option("--base", type=DIRECTORY, help="What it was trained from; left out: itself.")
-@click.option("--skill", type=DIRECTORY, help="A model of the skill, in place of training one.")
+@click.option("--general", type=MODEL, required=True, help="The model to add the skill to.")
+@click.option("--base", type=MODEL, help="What it was trained from; left out: itself.")
+@click.option("--skill", type=MODEL, help="A model of the skill, in place of training one.")
 @with_jsonl("train=FILE,validation=FILE: the skill's data.")
 @click.option("--mixture", help="Or the mixture that is the skill.")
 @click.option(
@@ -45,7 +46,7 @@ _MANY = 10**9  # steps, until it is known how many
 @click.option("--out", type=DIRECTORY, required=True, help="merged/, the curve, the table.")
 @click.option(
     "--method",
-    type=click.Choice(("task_arithmetic", "linear", "wise_ft", "ties", "dare")),
+    type=click.Choice(("task_arithmetic", "linear", "wise_ft", "ties_mergekit", "ties", "dare")),
     help="Of the paper.  [default: task_arithmetic; without --base wise_ft]",
 )
 @click.option(
@@ -151,7 +152,7 @@ def skills(
         raise ConfigError("m2l skills: the model is --general's; leave it out of the gin files")
     vocabulary = vocabulary or run.vocabulary
     name = vocabulary or OpenedCheckpoint.open(general).manifest.vocabulary["name"]
-    tasks.register(vocabulary=name, source=run.source)
+    tasks.declare(vocabulary=name, source=run.source)
     for task, splits in files.items():
         tasks.register_jsonl(splits, name=task)
     if not steps and not skill:

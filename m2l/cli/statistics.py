@@ -8,6 +8,7 @@ from m2l import api
 from m2l.cli.options import (
     COUNT,
     DIRECTORY,
+    MODEL,
     print_table,
     with_batches,
     with_jsonl,
@@ -19,7 +20,7 @@ from m2l.storage import AnyPath
 
 
 @click.command()
-@click.option("--checkpoint", type=DIRECTORY, required=True, help="The expert to look at.")
+@click.option("--checkpoint", type=MODEL, required=True, help="The expert to look at.")
 @click.option("--mixture", help="The task or mixture it was trained on.")
 @with_jsonl("train=FILE: your own data, as the task `jsonl`.")
 @click.option(

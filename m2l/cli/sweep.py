@@ -11,6 +11,7 @@ from m2l import api
 from m2l.cli.merge import RecipeCommand
 from m2l.cli.options import (
     DIRECTORY,
+    MODEL,
     print_table,
     with_batches,
     with_jsonl,
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
 
 
 @click.command(cls=RecipeCommand, swept=True)
-@click.option("--base", type=DIRECTORY, help="The checkpoint the experts were trained from.")
-@click.option("--expert", "experts", type=DIRECTORY, multiple=True, help="Repeat for each.")
+@click.option("--base", type=MODEL, help="The checkpoint the experts were trained from.")
+@click.option("--expert", "experts", type=MODEL, multiple=True, help="Repeat for each.")
 @click.option("--method", help="See m2l merge --list.")
 @click.option("--preset", help="How another codebase does it; see m2l merge --list.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of what is drawn.")
@@ -62,7 +63,7 @@ def sweep(
     model: int,
     source: str,
     out: Path,
-    **values: tuple[float, ...] | None,
+    **values: tuple[float | str, ...] | None,
 ) -> None:
     """Merge by many recipes, and find the best on validation data.
 
@@ -136,7 +137,7 @@ def sweep(
                 model_digest=digest,
                 description=f"recipe {len(curve) + 1} of {len(recipes)}",
             )
-        settings = {name: getattr(recipe, name) for name in swept}
+        settings = {name: recipe.to_dict()[name] for name in swept}
         by_task = {result.task: result.score for result in results}
         mean = sum(by_task.values()) / len(by_task)
         curve.append({"settings": settings, "score": mean, "tasks": by_task})
@@ -150,7 +151,7 @@ def sweep(
     _draw(curve, mixture, out / "curve.png")
     rows = [(*point["settings"].values(), point["score"]) for point in curve]
     print_table(f"{method} on {mixture}", [*swept, "score %"], rows)
-    settings = ", ".join(f"{name} {getattr(chosen.recipe, name):g}" for name in swept)
+    settings = ", ".join(f"{name} {chosen.recipe.spell(name)}" for name in swept)
     click.echo(f"best: {settings} ({chosen.score:.2f} %); m2l merge --recipe {out}/recipe.json")
 
 
@@ -167,7 +168,7 @@ def _merge_all(
     from m2l import merging
 
     for recipe in recipes:
-        name = ",".join(f"{setting}={getattr(recipe, setting):g}" for setting in swept)
+        name = ",".join(f"{setting}={recipe.spell(setting)}" for setting in swept)
         options = {"statistics": statistics, "subtree": subtree}
         manifest = merging.merge(base, experts, recipe, out / name, **options)
         click.echo(f"merged checkpoint: {out / name}  digest {manifest.digest[:16]}")

@@ -5,7 +5,6 @@ import datetime
 from collections.abc import Mapping
 from pathlib import Path
 
-from m2l.data import jinja_rendering
 from m2l.data.tokenizer_files import read_settings
 from m2l.errors import DataError
 
@@ -43,6 +42,9 @@ class ChatTemplate:
         Raises:
             DataError: the template fails, draws at random, or takes too much time or memory.
         """
+        # Most vocabularies have no template, and Jinja takes a tenth of a second to import.
+        from m2l.data import jinja_rendering
+
         try:
             return jinja_rendering.call(
                 "chat", self.source, dict(self.special_tokens), self.date, text

@@ -1,20 +1,19 @@
-"""From a registered seqio task to the examples that models are evaluated by."""
+"""From a task to the examples that models are evaluated by."""
 
 import itertools
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-import seqio
-import tensorflow as tf
 
-from m2l.data.pipeline import SCORE_EVAL, as_written, find, unusable
-from m2l.data.record_source import RecordSource
+from m2l.data import example_cache
+from m2l.data.text_tasks import SCORE_EVAL, TextTask, check_known, encode, find_task
 from m2l.errors import DataError
 
-_ROWS_AT_ONCE = 512
+_EXAMPLES_AT_ONCE = 512
 Row: TypeAlias = dict[str, Any]  # arrays, and texts as bytes
 
 
@@ -60,32 +59,47 @@ class GenerationExample:
     truncated: bool
 
 
-def _in_order(task: seqio.Task, split: str, max_examples: int | None, skip: int) -> tf.data.Dataset:
-    """Returns a task's rows, of all records or of so many from all over the split."""
+def _rows(
+    task: TextTask, suffix: str, split: str, max_examples: int | None, skip: int
+) -> Iterator[Row]:
+    """Yields the rows that seqio would make, of all records or of some from all over the split.
+
+    One for each record; of its twin of suffix SCORE_EVAL, one for each answer choice.
+    """
+    if split not in task.records.splits:
+        splits = ", ".join(sorted(task.records.splits))
+        raise DataError(f"{task.name + suffix!r} has no split {split!r}; it has {splits}")
     if max_examples is None:
-        return task.get_dataset(None, split=split, shuffle=False, try_in_mem_cache=False)
-    if not isinstance(task.source, RecordSource):  # someone else's task
-        records = task.source.get_dataset(split, shuffle=False).skip(skip).take(max_examples)
-        return task.preprocess_postcache(task.preprocess_precache(records), sequence_length=None)
-    records = task.source.sample(split, max_examples, skip)
-    return task.preprocess_postcache(records, sequence_length=None)
+        numbers = np.arange(task.records.split(split).size)
+    else:
+        numbers = task.records.sample(split, max_examples, skip)
+    for first in range(0, len(numbers), _EXAMPLES_AT_ONCE):
+        chunk = numbers[first : first + _EXAMPLES_AT_ONCE].tolist()
+        texts = [task.texts(split, number) for number in chunk]
+        answers = [each["answer_choices"] if suffix else [each["targets"]] for each in texts]
+        inputs = encode(task.inputs, [each["inputs"] for each in texts], task.name)
+        targets = iter(encode(task.targets, [*itertools.chain(*answers)], task.name))
+        for place, example in enumerate(texts):
+            for choice, answer in enumerate(answers[place]):
+                yield {
+                    "idx": (first + place, choice),
+                    "inputs": inputs[place],
+                    "inputs_pretokenized": example["inputs"],
+                    "targets": np.append(next(targets), np.int32(task.targets.eos_id)),
+                    "targets_pretokenized": answer,
+                    "is_correct": answer == example["targets"],
+                    "references": example.get("references", ()),
+                }
 
 
-def _rows(dataset: tf.data.Dataset, task: str) -> Iterator[Row]:
-    """Yields a task's rows as NumPy values."""
-    try:
-        for batch in dataset.ragged_batch(_ROWS_AT_ONCE).with_options(as_written()):
-            columns = {name: _by_row(value) for name, value in batch.items()}
-            for row in zip(*columns.values(), strict=True):
-                yield dict(zip(columns, row, strict=True))
-    except tf.errors.InvalidArgumentError as error:
-        raise DataError(unusable(task, error)) from error
+def _foreign_rows(
+    kind: str, name: str, split: str, max_examples: int | None, skip: int
+) -> tuple[set[str], Iterator[Row]]:
+    """Returns the rows of a task that is in seqio's registry alone, and their names."""
+    check_known(kind, name)
+    from m2l.data import seqio_pipeline
 
-
-def _by_row(values: tf.Tensor | tf.RaggedTensor) -> Iterable[np.ndarray | bytes]:
-    if isinstance(values, tf.RaggedTensor):
-        return np.split(values.values.numpy(), values.row_splits.numpy()[1:-1])
-    return values.numpy()
+    return seqio_pipeline.rows(kind, name, split, max_examples, skip)
 
 
 def _cut_inputs(row: Row, lengths: Mapping[str, int], place: str) -> np.ndarray:
@@ -122,10 +136,54 @@ def ranking_examples(
         DataError: an example without inputs, with an empty choice, with choices that are the same
             tokens, without a right choice or with rows missing; names task and example.
     """
-    twin = find("task with answer choices", task.removesuffix(SCORE_EVAL) + SCORE_EVAL, split)
-    dataset = _in_order(twin, split, max_examples, skip)
-    groups = itertools.groupby(_rows(dataset, task), key=lambda row: int(row["idx"][0]))
-    return [_ranking_example(task, number, list(rows), lengths) for number, rows in groups]
+    kind, name = "task with answer choices", task.removesuffix(SCORE_EVAL)
+    text_task = find_task(name)
+    if text_task is None or not text_task.with_choices:
+        _, rows = _foreign_rows(kind, name + SCORE_EVAL, split, max_examples, skip)
+        return _ranking_examples(task, rows, lengths)
+    file = _file(text_task, split, lengths, max_examples, skip)
+    if file and (stored := example_cache.read(file)):
+        return [_ranking_of(*example) for example in stored[0]]
+    rows = _rows(text_task, SCORE_EVAL, split, max_examples, skip)
+    examples = _ranking_examples(task, rows, lengths)
+    if file:
+        example_cache.write(
+            file,
+            [
+                (
+                    [example.inputs, *example.choices],
+                    [example.inputs_text, *example.choices_text],
+                    (example.is_correct.index(True), int(example.truncated)),
+                )
+                for example in examples
+            ],
+            {},
+        )
+    return examples
+
+
+def _file(
+    task: TextTask, split: str, lengths: Mapping[str, int], max_examples: int | None, skip: int
+) -> Path | None:
+    if split not in task.records.splits:
+        return None
+    selection = {"max_examples": max_examples, "skip": skip if max_examples else 0}
+    return example_cache.path(task, split, lengths=dict(lengths), **selection)
+
+
+def _ranking_of(ids: list[np.ndarray], texts: list[str], flags: tuple[int, int]) -> RankingExample:
+    choices, right = tuple(ids[1:]), flags[0]
+    is_correct = tuple(number == right for number in range(len(choices)))
+    return RankingExample(
+        ids[0], choices, is_correct, texts[0], tuple(texts[1:]), truncated=bool(flags[1])
+    )
+
+
+def _ranking_examples(
+    task: str, rows: Iterator[Row], lengths: Mapping[str, int]
+) -> list[RankingExample]:
+    groups = itertools.groupby(rows, key=lambda row: int(row["idx"][0]))
+    return [_ranking_example(task, number, list(group), lengths) for number, group in groups]
 
 
 def _ranking_example(
@@ -135,11 +193,11 @@ def _ranking_example(
     if [int(row["idx"][1]) for row in rows] != list(range(len(rows))) or len(rows) < 2:
         raise DataError(f"{place}: the rows of its choices are incomplete or out of order")
     # A text that a record offers twice (some of CosmosQA do) is one choice.
-    by_text = {row["targets_pretokenized"].decode(): row for row in reversed(rows)}
-    rows = [row for row in rows if by_text[row["targets_pretokenized"].decode()] is row]
+    by_text = {row["targets_pretokenized"]: row for row in reversed(rows)}
+    rows = [row for row in rows if by_text[row["targets_pretokenized"]] is row]
     if len(rows) < 2:
         raise DataError(f"{place}: all its choices are the same text")
-    texts = tuple(row["targets_pretokenized"].decode() for row in rows)
+    texts = tuple(row["targets_pretokenized"] for row in rows)
     choices = []
     for row, text in zip(rows, texts, strict=True):
         if len(row["targets"]) < 2:
@@ -162,7 +220,7 @@ def _ranking_example(
         inputs=inputs,
         choices=tuple(choices),
         is_correct=is_correct,
-        inputs_text=rows[0]["inputs_pretokenized"].decode(),
+        inputs_text=rows[0]["inputs_pretokenized"],
         choices_text=texts,
         truncated=truncated,
     )
@@ -190,16 +248,25 @@ def generation_examples(
         DataError: it has answer choices; or an example has no inputs, or none has an answer. Those
             without an answer are left out, with a warning that says how many.
     """
-    provider = find("task", task, split)
-    dataset = _in_order(provider, split, max_examples, skip)
-    if "references" not in dataset.element_spec:
+    text_task, file = find_task(task), None
+    if text_task is not None:
+        is_free, rows = text_task.free, _rows(text_task, "", split, max_examples, skip)
+    else:
+        names, rows = _foreign_rows("task", task, split, max_examples, skip)
+        is_free = "references" in names
+    if not is_free:
         raise DataError(f"task {task!r} is not answered in free text: nothing to compare with")
+    if text_task is not None:
+        file = _file(text_task, split, lengths, max_examples, skip)
+    if file and (stored := example_cache.read(file)):
+        examples = [_generation_of(*example) for example in stored[0]]
+        _warn_of_blanks(task, split, stored[1]["blank"])
+        return examples
     examples, blank = [], 0
-    for number, row in enumerate(_rows(dataset, task)):
+    for number, row in enumerate(rows):
         place = f"task {task!r}, example {number}"
         # To say nothing would match a blank reference exactly.
-        texts = (text.decode() for text in row["references"])
-        reference = tuple(text for text in texts if text.strip())
+        reference = tuple(text for text in row["references"] if text.strip())
         if not reference or len(row["targets"]) < 2:
             blank += 1
             continue
@@ -209,17 +276,37 @@ def generation_examples(
                 inputs=inputs,
                 target=target,
                 reference=reference,
-                inputs_text=row["inputs_pretokenized"].decode(),
-                reference_text=row["targets_pretokenized"].decode(),
+                inputs_text=row["inputs_pretokenized"],
+                reference_text=row["targets_pretokenized"],
                 truncated=len(inputs) < len(row["inputs"]) or len(target) < len(row["targets"]),
             )
         )
     if blank and not examples:
         raise DataError(f"task {task!r}, split {split!r}: no example has an answer to compare with")
+    if file:
+        stored = [
+            (
+                [example.inputs, example.target],
+                [example.inputs_text, example.reference_text, *example.reference],
+                (0, int(example.truncated)),
+            )
+            for example in examples
+        ]
+        example_cache.write(file, stored, {"blank": blank})
+    _warn_of_blanks(task, split, blank)
+    return examples
+
+
+def _generation_of(
+    ids: list[np.ndarray], texts: list[str], flags: tuple[int, int]
+) -> GenerationExample:
+    return GenerationExample(*ids, tuple(texts[2:]), texts[0], texts[1], bool(flags[1]))
+
+
+def _warn_of_blanks(task: str, split: str, blank: int) -> None:
     if blank:
         warnings.warn(
             f"task {task!r}, split {split!r}: {blank} examples without an answer to compare with "
             "are left out",
-            stacklevel=2,
+            stacklevel=3,
         )
-    return examples

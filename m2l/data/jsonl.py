@@ -3,8 +3,10 @@
 import contextlib
 import difflib
 import gzip
+import hashlib
+import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -45,6 +47,51 @@ def read(path: str | Path) -> list[JsonObject]:
         first = first or number
         examples.append(example)
     return examples
+
+
+def split(path: str | Path, group: str) -> dict[str, list[JsonObject]]:
+    """Splits a file's examples: a fifth to "test", a tenth to "validation", the rest to "train".
+
+    Groups are drawn by the digest of their value, so that the order of the file does not matter.
+
+    Args:
+        path: As `read` takes it.
+        group: The field whose value an example shares with those that it must stay with.
+
+    Raises:
+        DataError: As `read`; a line lacks the field; or there are fewer than three groups.
+    """
+    groups: dict[str, list[int]] = {}
+    examples = read(path)
+    for place, record in enumerate(records(path)):
+        if group not in record:
+            raise DataError(f"{path}: example {place + 1} has no field {group!r} to split by")
+        value = json.dumps(record[group], sort_keys=True)
+        groups.setdefault(hashlib.sha256(value.encode()).hexdigest(), []).append(place)
+    if len(groups) < 3:
+        raise DataError(f"{path}: {len(groups)} values of {group!r}, too few for three parts")
+    places: dict[str, list[int]] = {"train": [], "validation": [], "test": []}
+    shares = {"test": 0.2, "validation": 0.1}
+    for number, digest in enumerate(sorted(groups)):
+        # Each part gets a group at least.
+        open_parts = [name for name in shares if len(places[name]) < shares[name] * len(examples)]
+        missing = [name for name in places if not places[name]]
+        last = len(groups) - number <= len(missing)
+        places[(missing if last else [*open_parts, "train"])[0]] += groups[digest]
+    return {
+        name: [examples[place] for place in sorted(members)] for name, members in places.items()
+    }
+
+
+def share(examples: Sequence[JsonObject], percent: int) -> list[JsonObject]:
+    """Returns so many percent of the examples, in their order; less is part of more."""
+
+    def digest(place: int) -> bytes:
+        return hashlib.sha256(str(examples[place]["inputs"]).encode()).digest()
+
+    count = max(1, len(examples) * percent // 100)
+    drawn = sorted(range(len(examples)), key=digest)[:count]
+    return [examples[place] for place in sorted(drawn)]
 
 
 def records(path: str | Path) -> Iterator[JsonObject]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import numpy as np
 
 from m2l.data import vocabularies
-from m2l.data.tokenizer_files import Vocabulary
+from m2l.data.vocabularies import Vocabulary
 from m2l.errors import DataError
 from m2l.models import Config
 
@@ -109,7 +109,7 @@ def of(config: Config, vocabulary: Vocabulary | None = None) -> Layout:
 
     Args:
         config: The model's configuration.
-        vocabulary: The seqio vocabulary; needed for a decoder, whose tokenizer says what starts a
+        vocabulary: The vocabulary; needed for a decoder, whose tokenizer says what starts a
             row.
     """
     if not config.decoder_only:

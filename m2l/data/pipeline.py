@@ -1,88 +1,55 @@
-"""From a registered seqio task or mixture to training batches, resumable at once and exactly."""
+"""From a task or mixture to training batches, resumable at once and exactly."""
 
-import functools
 import json
-import os
-import weakref
+import zlib
 from collections import deque
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
-import seqio
-import tensorflow as tf
-from tensorflow.python.ops import cond_v2
 
 from m2l import files
-from m2l.data import layouts
+from m2l.data import layouts, text_tasks
 from m2l.data.layouts import Batch, EncoderDecoder, Example, Layout
-from m2l.data.preprocessors import append_eos, tokenize
-from m2l.data.record_source import RecordSource
-from m2l.errors import DataError, UnknownNameError
+from m2l.data.record_table import index_shuffle
+from m2l.data.rendering import Texts
+from m2l.data.text_tasks import Rate, TextTask
+from m2l.data.vocabularies import Vocabulary
+from m2l.errors import DataError
 from m2l.typing import Json
 
-SCORE_EVAL = "_score_eval"
-
-_BATCHES_AHEAD = 2
 DRAWS_CHUNK = 4096  # draws that are computed at a time
-_CHUNK = 128  # examples that are handed to NumPy at a time
-_CHUNKS_AHEAD = 8
-_CALLS = min(os.cpu_count() or 1, 16)
+_CHUNK = 128  # examples that are made at a time
 
 
-def find(kind: str, name: str, split: str) -> seqio.Task | seqio.Mixture:
-    """Returns what is registered under a name, once it is sure that it has the split.
+class Stream(Protocol):
+    """Batches that know where they are in their data."""
 
-    `a+b` is the mixture of the tasks of both, at the rates that they have there.
+    cut: dict[str, int] | None
+
+    def __next__(self) -> Batch:
+        """Returns the next batch."""
+
+    def position(self) -> bytes:
+        """Returns the position after the last batch."""
+
+    def move(self, position: bytes) -> None:
+        """Moves to a position; raises ValueError, KeyError or TypeError where it is damaged."""
+
+
+def vocabulary_of(mixture: str, split: str = "train") -> Vocabulary:
+    """Returns the vocabulary of a task's or mixture's inputs; of seqio's tasks, seqio's.
 
     Raises:
-        UnknownNameError: nothing is; the message calls it `kind`.
+        UnknownNameError: no such task or mixture.
         DataError: it has no such split.
     """
-    known = seqio.TaskRegistry.names() | seqio.MixtureRegistry.names()
-    parts = []
-    for part in dict.fromkeys(name.split("+")):
-        if part not in known:
-            raise UnknownNameError(kind, part, known)
-        parts.append(seqio.get_mixture_or_task(part))
-    provider = parts[0] if len(parts) == 1 else _together(name, parts)
-    if split not in provider.splits:
-        raise DataError(
-            f"{name!r} has no split {split!r}; it has {', '.join(sorted(provider.splits))}"
-        )
-    return provider
+    rates = text_tasks.members("task or mixture", mixture, split)
+    if rates is not None:
+        return next(iter(rates)).inputs
+    from m2l.data import seqio_pipeline
 
-
-def _together(name: str, parts: Sequence[seqio.Task | seqio.Mixture]) -> seqio.Mixture:
-    rates: dict[str, Callable[[seqio.Task], float]] = {}
-    for part in parts:
-        for task in seqio.get_subtasks(part):
-            alone = isinstance(part, seqio.Task)
-            rates[task.name] = seqio.mixing_rate_num_examples if alone else part.get_rate
-    return seqio.Mixture(name.replace("+", "."), list(rates.items()))
-
-
-def vocabulary_of(mixture: str, split: str = "train") -> seqio.Vocabulary:
-    """Returns the vocabulary of a task's or mixture's inputs.
-
-    Raises:
-        UnknownNameError, DataError: as `find`.
-    """
-    task = seqio.get_subtasks(find("task or mixture", mixture, split))[0]
-    return task.output_features["inputs"].vocabulary
-
-
-def as_written() -> tf.data.Options:
-    """Runs a dataset as it is: rewriting and tuning it costs more at each start than it saves."""
-    options = tf.data.Options()
-    options.deterministic = True
-    options.autotune.enabled = False
-    options.experimental_optimization.apply_default_optimizations = False
-    return options
-
-
-def unusable(name: str, error: tf.errors.OpError) -> str:
-    """Says that a task or mixture has a record that no example can be made of."""
-    return f"{name!r}: a record cannot be made into an example: {error.message.splitlines()[0]}"
+    return seqio_pipeline.vocabulary_of(mixture, split)
 
 
 class MixtureSampler:
@@ -163,15 +130,12 @@ class Batches(Iterator[Batch]):
         made_from: What decides them, as JSON values.
     """
 
-    def __init__(self, stream: "_SampledExamples | TfDataIterator", made_from: Mapping[str, Json]):
+    def __init__(self, stream: Stream, made_from: Mapping[str, Json]):
         self._stream, self._made_from = stream, dict(made_from)
 
     def __next__(self) -> Batch:
         """Returns the next batch: int32 arrays [batch_size, length] by feature name."""
-        try:
-            return next(self._stream)
-        except tf.errors.InvalidArgumentError as error:
-            raise DataError(unusable(self._made_from["mixture"], error)) from error
+        return next(self._stream)
 
     @property
     def cut(self) -> dict[str, int] | None:
@@ -206,7 +170,7 @@ class Batches(Iterator[Batch]):
                 )
         try:
             self._stream.move(position)
-        except (ValueError, KeyError, TypeError, tf.errors.OpError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             first = str(error).splitlines()[0]
             raise DataError(f"the saved position in the data is damaged: {first}") from error
 
@@ -223,26 +187,21 @@ class _SampledExamples(Iterator[Batch]):
     def __init__(
         self,
         sampler: MixtureSampler,
-        example: Callable[[tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor, tf.Tensor]],
+        examples: Callable[[np.ndarray, np.ndarray], Iterator[tuple[Example, tuple[bool, bool]]]],
         batched: Callable[[Iterator[Example]], Iterator[tuple[Batch, int]]],
     ):
-        self._sampler, self._example, self._batched = sampler, example, batched
+        self._sampler, self._make, self._batched = sampler, examples, batched
         self._done = 0
         # Of the examples done, how many had their inputs and their targets cut.
         self._cut: np.ndarray | None = np.zeros(2, np.int64)
         # Whether each further example that was made had its inputs and its targets cut.
-        self._ahead: deque[np.ndarray] = deque()
+        self._ahead: deque[tuple[bool, bool]] = deque()
         self._batches: Iterator[tuple[Batch, int]] | None = None
-        self._running: list[Generator[Example, None, None]] = []
-        # TensorFlow must let go of a generator of Python's while there still is a Python.
-        weakref.finalize(self, _close, self._running)
 
     def __next__(self) -> Batch:
         if self._batches is None:
-            _close(self._running)
             self._ahead.clear()
-            self._running.append(self._examples())
-            self._batches = self._batched(self._running[0])
+            self._batches = self._batched(self._examples())
         batch, examples = next(self._batches)
         self._done += examples
         cut = [self._ahead.popleft() for _ in range(examples)]
@@ -258,17 +217,10 @@ class _SampledExamples(Iterator[Batch]):
         return {"examples": self._done, "inputs_cut": inputs, "targets_cut": targets}
 
     def _examples(self) -> Generator[Example, None, None]:
-        pairs = tf.data.Dataset.from_generator(
-            functools.partial(self._sampler.pairs, self._done),
-            output_signature=(tf.TensorSpec([None], tf.int32), tf.TensorSpec([None], tf.int64)),
-        )
-        examples = pairs.unbatch().map(self._example, num_parallel_calls=_CALLS)
-        chunks = examples.ragged_batch(_CHUNK).prefetch(_CHUNKS_AHEAD).with_options(as_written())
-        for inputs, targets, cut_flags in chunks:
-            rows = _sequences(inputs), _sequences(targets), cut_flags.numpy()
-            for input_ids, target_ids, is_cut in zip(*rows, strict=True):
-                self._ahead.append(is_cut)
-                yield input_ids, target_ids
+        for tasks, counts in self._sampler.pairs(self._done):
+            for example, cut in self._make(tasks, counts):
+                self._ahead.append(cut)
+                yield example
 
     def position(self) -> bytes:
         counts = self._sampler.counts(self._done).tolist()
@@ -282,39 +234,6 @@ class _SampledExamples(Iterator[Batch]):
         # An older m2l did not count.
         cut = saved.get("cut")
         self._cut = None if cut is None else np.array(cut, np.int64).reshape(2)
-
-
-def _close(running: list[Generator[Example, None, None]]) -> None:
-    while running:
-        running.pop().close()
-
-
-def _sequences(ragged: tf.RaggedTensor) -> list[np.ndarray]:
-    return np.split(ragged.values.numpy(), ragged.row_splits.numpy()[1:-1])
-
-
-class TfDataIterator(Iterator[Batch]):
-    """Batches of a dataset that keeps its position itself, as its sources' cursors."""
-
-    cut = None
-
-    def __init__(self, dataset: tf.data.Dataset):
-        options = as_written()
-        options.experimental_symbolic_checkpoint = True
-        self._iterator = iter(dataset.with_options(options))
-
-    def __next__(self) -> Batch:
-        return {name: value.numpy() for name, value in next(self._iterator).items()}
-
-    def position(self) -> bytes:
-        saved = tf.raw_ops.SerializeIterator(resource_handle=self._iterator._iterator_resource)
-        return tf.io.serialize_tensor(saved).numpy()
-
-    def move(self, position: bytes) -> None:
-        tf.raw_ops.DeserializeIterator(
-            resource_handle=self._iterator._iterator_resource,
-            serialized=tf.io.parse_tensor(position, tf.variant),
-        )
 
 
 def training_batches(
@@ -355,11 +274,8 @@ def training_batches(
         UnknownNameError: no such task or mixture.
         DataError: a split that none of its tasks has, or has records in; a position of other data.
     """
-    provider = find("task or mixture", mixture, split)
-    tasks = [task for task in seqio.get_subtasks(provider) if split in task.splits]
     made_from = {
         "mixture": mixture,
-        "records": {task.name: _identity(task, split) for task in tasks},
         "lengths": dict(lengths),
         "batch_size": batch_size,
         "seed": seed,
@@ -367,51 +283,55 @@ def training_batches(
         "split": split,
         "shard": list(shard),
         "layout": [type(layout).__name__, layout.start_id],
-        "tensorflow": tf.__version__,
     }
+    rates = text_tasks.members("task or mixture", mixture, split)
+    if rates is None:
+        from m2l.data import seqio_pipeline
 
-    if all(
-        isinstance(task.source, RecordSource) and list(task.preprocessors) == [tokenize, append_eos]
-        for task in tasks
-    ):
-        stream = _sampled(provider, tasks, lengths, batch_size, pack, split, seed, shard, layout)
+        rates = seqio_pipeline.text_tasks_of(mixture, split)
+    if rates is not None:
+        made_from["records"] = {task.name: identity(task, split) for task in rates}
+        stream = _sampled(mixture, rates, lengths, batch_size, pack, split, seed, shard, layout)
     elif not isinstance(layout, EncoderDecoder):
         raise DataError(
             f"{mixture!r} makes inputs and targets of tokens, not of texts: a decoder cannot be "
             "trained on it; language_modeling is for pretraining decoders"
         )
     else:
-        examples = provider.get_dataset(
-            dict(lengths),
-            split=split,
-            shuffle=True,
-            seed=seed,
-            shard_info=seqio.ShardInfo(index=shard[0], num_shards=shard[1]),
-            num_epochs=None,
-            # A cache would repeat the first epoch's order, and be part of every saved position.
-            try_in_mem_cache=False,
+        stream, more = seqio_pipeline.stream(
+            mixture, lengths, batch_size, pack, split, seed, shard, layout
         )
-        if examples.element_spec.keys() != lengths.keys():
-            examples = examples.map(_only(lengths))
-        rows = seqio.EncDecFeatureConverter(pack=pack, bos_id=layout.start_id)(
-            examples, dict(lengths)
-        )
-        stream = TfDataIterator(
-            rows.batch(batch_size, drop_remainder=True).prefetch(_BATCHES_AHEAD)
-        )
+        made_from |= more
     batches = Batches(stream, made_from)
     if state is not None:
         batches.restore(state)
     return batches
 
 
-def _only(names: Collection[str]) -> Callable[[dict[str, tf.Tensor]], dict[str, tf.Tensor]]:
-    return tf.autograph.experimental.do_not_convert(lambda row: {name: row[name] for name in names})
+def sizes(mixture: str, split: str) -> dict[str, int]:
+    """Returns how many records each task of a mixture has in a split, in the order of the draws.
+
+    Raises:
+        UnknownNameError: no such task or mixture.
+        DataError: none of its tasks has the split.
+    """
+    rates = text_tasks.members("task or mixture", mixture, split)
+    if rates is None:
+        from m2l.data import seqio_pipeline
+
+        return seqio_pipeline.sizes(mixture, split)
+    return {task.name: task.records.split(split).size for task in rates}
+
+
+def identity(task: TextTask, split: str) -> list[int | None]:
+    """Returns what tells a task's records from others: how many they are, and their checksum."""
+    records = task.records.split(split)
+    return [records.size, records.digest]
 
 
 def _sampled(
-    provider: seqio.Task | seqio.Mixture,
-    tasks: Sequence[seqio.Task],
+    mixture: str,
+    rates: Mapping[TextTask, Rate],
     lengths: Mapping[str, int],
     batch_size: int,
     pack: bool,
@@ -420,38 +340,62 @@ def _sampled(
     shard: tuple[int, int],
     layout: Layout,
 ) -> _SampledExamples:
-    readers = [task.source.endless(split, seed, shard, only=lengths) for task in tasks]
-    rates = [provider.get_rate(task) for task in tasks] if len(tasks) > 1 else [1.0]
-    features = tasks[0].output_features
+    tasks = list(rates)
+    orders = [_order(task, split, seed, shard) for task in tasks]
+    shares = [rate() for rate in rates.values()] if len(tasks) > 1 else [1.0]
 
-    def tokens(name: str, text: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """Returns what `tokenize` and `append_eos` make of a text, and whether it was cut."""
-        feature, length = features[name], lengths[name]
-        ids = feature.vocabulary.encode_tf(text)
-        most = length - 1 if feature.add_eos else length
-        end = [feature.vocabulary.eos_id] if feature.add_eos else []
-        return tf.concat([ids[:most], tf.constant(end, tf.int32)], axis=0), tf.size(ids) > most
+    def side(
+        name: str, texts: Sequence[Texts], vocabulary: Vocabulary, eos_id: int | None
+    ) -> list[tuple[np.ndarray, bool]]:
+        encoded = text_tasks.encode(vocabulary, [each[name] for each in texts], mixture)
+        return [text_tasks.truncated(ids, lengths[name], eos_id) for ids in encoded]
 
-    @tf.autograph.experimental.do_not_convert
-    def example(task: tf.Tensor, count: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        # As tf.switch_case, but the branches stay functions. Inlined, as it has them, all of a
-        # hundred are walked through for every example, to find out that they are not taken.
-        texts = cond_v2.indexed_case(
-            task,
-            [functools.partial(make, count) for make in readers],
-            lower_using_switch_merge=False,
-        )
-        inputs, inputs_cut = tokens("inputs", texts["inputs"])
-        targets, targets_cut = tokens("targets", texts["targets"])
-        return inputs, targets, tf.cast(tf.stack([inputs_cut, targets_cut]), tf.int32)
+    def examples(
+        drawn: np.ndarray, counts: np.ndarray
+    ) -> Iterator[tuple[Example, tuple[bool, bool]]]:
+        numbers = np.empty(len(drawn), np.int64)
+        for task in np.unique(drawn):
+            selected = drawn == task
+            numbers[selected] = orders[task](counts[selected])
+        for first in range(0, len(drawn), _CHUNK):
+            chunk = slice(first, first + _CHUNK)
+            pairs = zip(drawn[chunk].tolist(), numbers[chunk].tolist(), strict=True)
+            texts = [tasks[task].texts(split, number) for task, number in pairs]
+            inputs = side("inputs", texts, tasks[0].inputs, None)
+            targets = side("targets", texts, tasks[0].targets, tasks[0].targets.eos_id)
+            for (input_ids, input_cut), (target_ids, target_cut) in zip(
+                inputs, targets, strict=True
+            ):
+                yield (input_ids, target_ids), (input_cut, target_cut)
 
     def batched(examples: Iterator[Example]) -> Iterator[tuple[Batch, int]]:
         return layouts.batches(examples, lengths, batch_size, pack, layout)
 
-    return _SampledExamples(MixtureSampler(rates, (seed, shard[0])), example, batched)
+    return _SampledExamples(MixtureSampler(shares, (seed, shard[0])), examples, batched)
 
 
-def _identity(task: seqio.Task, split: str) -> list[int | None]:
-    """Returns what tells a task's records from others: how many they are, and their checksum."""
-    digest = task.source.digest(split) if isinstance(task.source, RecordSource) else None
-    return [task.num_input_examples(split), digest]
+def _order(
+    task: TextTask, split: str, seed: int, shard: tuple[int, int]
+) -> Callable[[np.ndarray], np.ndarray]:
+    """Returns a task's endless order: epochs, each a random order of its own.
+
+    Returns:
+        A function: how many examples came before, int64 [n] -> the numbers of the next records.
+
+    Raises:
+        DataError: the split has fewer records than there are shards: one would get none.
+    """
+    first, shards = shard
+    size = task.records.shared_size(split, shards, task.name)
+    local_size = len(range(first, size, shards))
+    key = zlib.crc32(f"{seed} {task.name}".encode())  # of a key only 32 bits count
+
+    def numbers(counts: np.ndarray) -> np.ndarray:
+        epochs, places = counts // local_size, counts % local_size * shards + first
+        result = np.empty(len(counts), np.int64)
+        for epoch in np.unique(epochs):
+            selected = epochs == epoch
+            result[selected] = index_shuffle(places[selected], (key, int(epoch)), size)
+        return result
+
+    return numbers

@@ -13,7 +13,6 @@ from m2l.data.raw_records import (
     ReadSplit,
     Record,
     Splits,
-    Tensors,
     Tfds,
     kind_of,
 )
@@ -24,6 +23,9 @@ TEXT_METRICS = (
     *("squad", "rouge", "bleu"),
     *("program", "refusal", "compliance", "number", "sandbox", "nontoxic"),  # these judge
 )
+# What scores a task in free text: its metrics on what is decoded, or the likelihood of its
+# references, for which nothing is decoded.
+GENERATIVE_SCORES = ("decoding", "likelihood")
 KINDS = ("string", "int", "strings", "choices")
 _NAME = re.compile(r"[\w.]+")
 _REFERENCE = re.compile(r"(?P<field>\w+(?:/\w+)*)(?:\[(?P<index>\w+)\])?")
@@ -145,8 +147,7 @@ class Dataset:
             its path, `a/b`; a list of records gives a list for each of their fields.
         prompts: The ways to ask; at least one.
         derived: Fields that `derive` adds (or replaces), and their types.
-        derive: One record's tensors (string scalars, int64 scalars, string vectors) -> the tensors
-            of the derived fields. Runs inside the tf.data graph.
+        derive: A flat record (texts, whole numbers, lists of texts) -> the derived fields.
         complaint: What is wrong with a flat record whose fields are all of their types, so that
             `derive` or a template would fail on it, or make no sense of it; "" if nothing is.
         keep: Which flat records are the dataset's, where its repository has others as well.
@@ -175,7 +176,7 @@ class Dataset:
     fields: Mapping[str, FieldType]
     prompts: tuple[Prompt, ...]
     derived: Mapping[str, FieldType] = field(default_factory=dict)
-    derive: Callable[[Tensors], Tensors] | None = None
+    derive: Callable[[Record], Record] | None = None
     complaint: Callable[[Record], str] | None = None
     keep: Callable[[Record], bool] | None = None
     records: ReadSplit | None = None

@@ -4,20 +4,15 @@ import dataclasses
 import hashlib
 import numbers
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 from m2l.errors import DataError
 from m2l.typing import Json, JsonObject
-
-if TYPE_CHECKING:
-    import tensorflow as tf
 
 # A record of a source: texts, numbers, lists and further records by name.
 Record: TypeAlias = Mapping[str, Json]
 # Reads one of a source's splits.
 ReadSplit: TypeAlias = Callable[[str], Iterable[Record]]
-# One record inside of a tf.data graph: string scalars, int64 scalars, string vectors.
-Tensors: TypeAlias = "Mapping[str, tf.Tensor]"
 # One record in this many is held back where a source has no split to validate on.
 HELD_BACK = 20
 

@@ -5,9 +5,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import tokenizers
 from sentencepiece import SentencePieceProcessor
@@ -33,24 +31,6 @@ T5_EXTRA_IDS = 100
 MICROWORLD_EXTRA_IDS = EXTRA_IDS[MICROWORLD]
 
 PAD, EOS, UNKNOWN = 0, 1, 2
-
-
-class Vocabulary(Protocol):
-    """Any of seqio's vocabularies, by what m2l reads of them without importing seqio."""
-
-    @property
-    def vocab_size(self) -> int:
-        """How many ids there are."""
-
-    @property
-    def eos_id(self) -> int | None:
-        """The id that ends a text."""
-
-    def encode(self, s: str) -> Sequence[int]:
-        """Returns the ids of a text."""
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Returns the text of ids."""
 
 
 # Of each kind, `size` is how many ids there are, sentinels included, and `fingerprint` the SHA-256,
@@ -79,9 +59,14 @@ class T5SentencePiece:
     file: Path
     extra_ids: int
 
-    @property
+    @functools.cached_property
     def size(self) -> int:
         return _pieces(self.file).GetPieceSize() + self.extra_ids
+
+    def processor(self) -> SentencePieceProcessor:
+        """Returns the model with its sentinels as pieces, numbered from the end, as seqio's."""
+        names = [f"▁<extra_id_{number}>" for number in reversed(range(self.extra_ids))]
+        return _pieces(self.file, b"".join(map(_user_defined, names)))
 
     @property
     def fingerprint(self) -> str:
@@ -101,9 +86,13 @@ class SentencePiece:
     file: Path
     start_id: int | None
 
-    @property
+    @functools.cached_property
     def size(self) -> int:
         return _pieces(self.file).GetPieceSize()
+
+    def processor(self) -> SentencePieceProcessor:
+        """Returns the model as it is."""
+        return _pieces(self.file)
 
     @property
     def fingerprint(self) -> str:
@@ -254,10 +243,18 @@ def read_settings(file: Path) -> JsonObject:
     return files.read_json(file, kind=dict, advice="download it again")
 
 
-def _pieces(file: Path) -> SentencePieceProcessor:
+def _pieces(file: Path, more: bytes = b"") -> SentencePieceProcessor:
     pieces = SentencePieceProcessor()
-    pieces.LoadFromSerializedProto(file.read_bytes())
+    # Protocol buffers one after the other are one, with the repeated fields of both.
+    pieces.LoadFromSerializedProto(file.read_bytes() + more)
     return pieces
+
+
+def _user_defined(piece: str) -> bytes:
+    """Returns a ModelProto of one piece: its text, the score 0.0, the type USER_DEFINED."""
+    text = piece.encode()
+    fields = b"\x0a" + bytes([len(text)]) + text + b"\x15" + bytes(4) + b"\x18\x04"
+    return b"\x0a" + bytes([len(fields)]) + fields
 
 
 def _checked_pieces(name: str, file: Path) -> SentencePieceProcessor:
@@ -286,8 +283,8 @@ def _tokenizer_json(name: str, file: Path) -> TokenizerJson:
         ) from error
     config = read_settings(file.with_name("tokenizer_config.json"))
     # The first that names a token says what it is.
-    special = _special_tokens(read_settings(file.with_name("special_tokens_map.json")))
-    special |= _special_tokens(config)
+    special = special_tokens(read_settings(file.with_name("special_tokens_map.json")))
+    special |= special_tokens(config)
     eos_id = _special_id(name, file, tokenizer, special, "eos")
     if eos_id is None:
         raise DataError(
@@ -331,7 +328,8 @@ def without_defaults(value: Json) -> Json:
     }
 
 
-def _special_tokens(settings: JsonObject) -> dict[str, str]:
+def special_tokens(settings: JsonObject) -> dict[str, str]:
+    """Returns the special tokens of a tokenizer's settings: their texts by role."""
     roles = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
     entries = {f"{role}_token": settings.get(f"{role}_token") for role in roles}
     texts = {role: t.get("content") if isinstance(t, dict) else t for role, t in entries.items()}

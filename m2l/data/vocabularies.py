@@ -1,30 +1,88 @@
 """Vocabularies: the microworld's, bytes, a SentencePiece model, a checkpoint's own tokenizer."""
 
+import abc
 import datetime
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-
-import numpy as np
-import seqio
-import tensorflow as tf
+from typing import ClassVar
 
 from m2l.data import chat, tokenizer_files
 from m2l.data.chat import ChatTemplate
 from m2l.data.tokenizer_files import (
+    EOS,
     PAD,
+    UNKNOWN,
     Bytes,
     Files,
     SentencePiece,
     T5SentencePiece,
     TokenizerJson,
-    Vocabulary,
 )
 from m2l.errors import DataError
 from m2l.files import split_name
 from m2l.typing import JsonObject
 
 
-def load(name: str) -> seqio.Vocabulary:
+class Vocabulary(abc.ABC):
+    """What turns texts into ids and back, by its own library: neither seqio nor TensorFlow.
+
+    Attributes:
+        files: What decides the ids.
+        eos_id: The id that ends a text.
+        bos_id: The id that its tokenizer puts in front of a text, if any.
+        unk_id: What ids beyond the vocabulary are decoded as; None: nothing is replaced.
+        extra_ids: How many of the ids, the last ones, are sentinels.
+        start_id: What a decoder-only model's row starts with; None for none.
+        chat_template: By which texts are rendered before they are encoded, if at all.
+        space: Whether targets go on behind a space; None: as `continuing` finds.
+    """
+
+    files: Files
+    pad_id: ClassVar[int] = PAD
+    eos_id: int = EOS
+    bos_id: int | None = None
+    unk_id: int | None = UNKNOWN
+    extra_ids: int = 0
+    start_id: int | None = PAD
+    chat_template: ChatTemplate | None = None
+    space: bool | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        """How many ids there are, sentinels included."""
+        return self.files.size
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the ids of a text, without EOS."""
+        return self.encode_all([text])[0]
+
+    @abc.abstractmethod
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """Returns the ids of each text, as `encode` does, in one call of the library."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Returns the text of ids, up to the first EOS."""
+        ids = [int(i) for i in ids]
+        if self.unk_id is not None:
+            ids = [self.unk_id if i >= self.vocab_size else i for i in ids]
+        return self._decode(ids[: ids.index(self.eos_id) + 1] if self.eos_id in ids else ids)
+
+    @abc.abstractmethod
+    def _decode(self, ids: list[int]) -> str:
+        """Returns the text of ids that end in the first EOS, if there is one."""
+
+    def _identity(self) -> tuple[object, ...]:
+        template = self.chat_template
+        date = template.date if template and template.reads_date else None
+        return type(self), self.files.fingerprint, template and template.source, date
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Vocabulary) and self._identity() == other._identity()
+
+    def __hash__(self) -> int:
+        return hash(self._identity())
+
+
+def load(name: str) -> Vocabulary:
     """Loads a vocabulary by name.
 
     Args:
@@ -63,11 +121,9 @@ def load(name: str) -> seqio.Vocabulary:
         )
     match files:
         case Bytes():
-            return seqio.ByteVocabulary(extra_ids=files.extra_ids)
-        case T5SentencePiece():
-            return seqio.SentencePieceVocabulary(str(files.file), extra_ids=files.extra_ids)
-        case SentencePiece():
-            return DecoderSentencePieceVocabulary(files, space)
+            return ByteVocabulary(files)
+        case T5SentencePiece() | SentencePiece():
+            return SentencePieceVocabulary(files, space)
 
 
 def _reading(name: str) -> tuple[datetime.date | None, bool | None]:
@@ -92,7 +148,7 @@ def _reading(name: str) -> tuple[datetime.date | None, bool | None]:
     return date, spaces[0] if spaces else None
 
 
-def describe(vocabulary: seqio.Vocabulary, name: str) -> JsonObject:
+def describe(vocabulary: Vocabulary, name: str) -> JsonObject:
     """Describes the vocabulary that a checkpoint was trained with, for its manifest.
 
     Args:
@@ -104,25 +160,10 @@ def describe(vocabulary: seqio.Vocabulary, name: str) -> JsonObject:
         sha256 in hexadecimal of what decides the ids}: equal for equal vocabularies, wherever
         their files lie, whichever version wrote them, and with or without "chat:".
     """
-    return tokenizer_files.describe(name, _files_of(vocabulary))
+    return tokenizer_files.describe(name, vocabulary.files)
 
 
-def _files_of(vocabulary: seqio.Vocabulary) -> Files:
-    match vocabulary:
-        case _Continuing():
-            return _files_of(vocabulary.inner)
-        case TokenizerVocabulary():
-            return vocabulary.files
-        case DecoderSentencePieceVocabulary():
-            return SentencePiece(Path(vocabulary.sentencepiece_model_file), vocabulary.start_id)
-        case seqio.SentencePieceVocabulary():
-            return T5SentencePiece(Path(vocabulary.sentencepiece_model_file), vocabulary.extra_ids)
-        case seqio.ByteVocabulary():
-            return Bytes(vocabulary.extra_ids)
-    raise TypeError(f"{type(vocabulary).__name__} is not from vocabularies.load")
-
-
-def settings(vocabulary: seqio.Vocabulary) -> dict[str, str]:
+def settings(vocabulary: Vocabulary) -> dict[str, str]:
     """Says what a vocabulary's name decides of the texts, where it is not as everywhere.
 
     Returns:
@@ -130,24 +171,24 @@ def settings(vocabulary: seqio.Vocabulary) -> dict[str, str]:
         whether a space stands between a decoder's inputs and targets, if the name says so.
     """
     named = {}
-    template = getattr(vocabulary, "chat_template", None)
+    template = vocabulary.chat_template
     if template and template.reads_date:
         named["chat_date"] = template.date.isoformat()
-    if (space := getattr(vocabulary, "space", None)) is not None:
-        named["target_space"] = "space" if space else "none"
+    if vocabulary.space is not None:
+        named["target_space"] = "space" if vocabulary.space else "none"
     return named
 
 
 def start_id(vocabulary: Vocabulary) -> int | None:
     """Returns the id that a decoder-only model's rows start with; None for none.
 
-    A tokenizer's own first token where it adds one. T5's vocabularies have none: the models start
-    with padding, as T5X's decoder-only models do.
+    A tokenizer's own first token where it adds one. T5's vocabularies have none, nor have seqio's:
+    the models start with padding, as T5X's decoder-only models do.
     """
     return getattr(vocabulary, "start_id", PAD)
 
 
-def continuing(vocabulary: seqio.Vocabulary) -> seqio.Vocabulary:
+def continuing(vocabulary: Vocabulary) -> Vocabulary:
     """Returns the vocabulary to encode targets with, so that they go on where the inputs end.
 
     A decoder reads inputs and targets as one text, "inputs targets": encoded apart they must be the
@@ -163,10 +204,10 @@ def continuing(vocabulary: seqio.Vocabulary) -> seqio.Vocabulary:
     Raises:
         DataError: neither way gives the ids of the joint text.
     """
-    if not isinstance(vocabulary, TokenizerVocabulary | DecoderSentencePieceVocabulary):
+    if not isinstance(vocabulary.files, TokenizerJson | SentencePiece):
         return vocabulary
     space = vocabulary.space
-    if isinstance(vocabulary, TokenizerVocabulary) and vocabulary.chat_template:
+    if vocabulary.chat_template:
         vocabulary, space = TokenizerVocabulary(vocabulary.files), bool(space)
     if space is not None:
         return _Continuing(vocabulary) if space else vocabulary
@@ -182,20 +223,62 @@ def continuing(vocabulary: seqio.Vocabulary) -> seqio.Vocabulary:
     )
 
 
-class TokenizerVocabulary(seqio.Vocabulary):
-    """A tokenizer of Hugging Face's `tokenizers`, as seqio wants one.
+class ByteVocabulary(Vocabulary):
+    """ByT5's: the bytes of a text's UTF-8, after three special ids."""
+
+    _FIRST = 3
+
+    def __init__(self, files: Bytes):
+        self.files, self.extra_ids = files, files.extra_ids
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        return [[byte + self._FIRST for byte in text.encode()] for text in texts]
+
+    def _decode(self, ids: list[int]) -> str:
+        content = bytes(i - self._FIRST for i in ids if self._FIRST <= i < self._FIRST + 256)
+        return content.decode(errors="ignore")
+
+
+class SentencePieceVocabulary(Vocabulary):
+    """T5's SentencePiece model with sentinels behind it, or a decoder's own, which has none.
+
+    A decoder's special tokens written in a text are encoded letter by letter, not as in
+    transformers.
+    """
+
+    def __init__(self, files: T5SentencePiece | SentencePiece, space: bool | None = None):
+        self.files, self.space = files, space
+        self._pieces = files.processor()
+        self.eos_id, self.unk_id = self._pieces.eos_id(), self._pieces.unk_id()
+        self.bos_id = self._pieces.bos_id()
+        if isinstance(files, T5SentencePiece):
+            self.extra_ids = files.extra_ids
+        else:
+            self.start_id = files.start_id
+
+    @property
+    def sentencepiece_model_file(self) -> str:
+        """The path of the model."""
+        return str(self.files.file)
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        return self._pieces.EncodeAsIds(list(texts))
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._pieces.DecodeIds(ids)
+
+
+class TokenizerVocabulary(Vocabulary):
+    """A tokenizer of Hugging Face's `tokenizers`.
 
     Special tokens written in a text become their ids, as they do in transformers: chat prompts are
-    written so. No text gets a first or last token here; seqio's features add EOS, and `start_id`
-    says what a row starts with. `pad_id` is 0, though 0 may be a token: m2l pads with 0 and
-    tells padding by lengths. Ids beyond the vocabulary decode to nothing.
-
-    Attributes:
-        files: The tokenizer and its ends.
-        chat_template: By which texts are rendered before they are encoded, if at all.
-        space: Whether targets go on behind a space; None: as `continuing` finds.
-        start_id: What a row starts with; None if nothing, or if the chat template writes it.
+    written so. No text gets a first or last token here; examples get EOS, and `start_id` says what
+    a row starts with: nothing, if the chat template writes it. `pad_id` is 0, though 0 may be a
+    token: m2l pads with 0 and tells padding by lengths. Ids beyond the vocabulary decode to
+    nothing.
     """
+
+    unk_id = None
 
     def __init__(
         self,
@@ -203,134 +286,34 @@ class TokenizerVocabulary(seqio.Vocabulary):
         chat_template: ChatTemplate | None = None,
         space: bool | None = None,
     ):
-        super().__init__(extra_ids=0)
         self.files, self.chat_template, self.space = files, chat_template, space
-        self.start_id = files.start_id
+        self.eos_id, self.bos_id, self.start_id = files.eos_id, files.start_id, files.start_id
         # A first rendering also shows whether the template works at all.
-        if chat_template and self._encode("a")[:1] == [files.start_id]:
+        if chat_template and self.encode("a")[:1] == [files.start_id]:
             self.start_id = None
 
-    @property
-    def bos_id(self) -> int | None:
-        """The id that the tokenizer puts in front of a text."""
-        return self.files.start_id
-
-    @property
-    def eos_id(self) -> int:
-        """The id that ends a text."""
-        return self.files.eos_id
-
-    @property
-    def unk_id(self) -> None:
-        """None: nothing is replaced before it is decoded."""
-
-    @property
-    def _base_vocab_size(self) -> int:
-        return self.files.size
-
-    def _encode(self, text: str) -> list[int]:
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
         if self.chat_template:
-            text = self.chat_template.render(text)
-        return self.files.tokenizer.encode(text, add_special_tokens=False).ids
+            texts = [self.chat_template.render(text) for text in texts]
+        encoded = self.files.tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encoded]
 
-    def _decode(self, ids: Sequence[int]) -> str:
+    def _decode(self, ids: list[int]) -> str:
         if ids and ids[-1] == self.eos_id:
             ids = ids[:-1]
-        return self.files.tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
-
-    def _encode_tf(self, text: tf.Tensor) -> tf.Tensor:
-        # Outside a graph, numpy_function would take the null bytes off a text's end.
-        if tf.executing_eagerly():
-            return tf.constant(self._encode_bytes(text.numpy()), tf.int32)
-        ids = tf.numpy_function(self._encode_bytes, [text], tf.int32, stateful=False)
-        ids.set_shape([None])
-        return ids
-
-    def _encode_bytes(self, text: bytes) -> np.ndarray:
-        try:
-            return np.array(self._encode(text.decode(errors="replace")), np.int32)
-        except DataError as error:
-            # TensorFlow hands a ValueError on as what it is, an invalid argument.
-            raise ValueError(str(error)) from error
-
-    def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
-        if tf.executing_eagerly():
-            return tf.constant(self._decode_rows(ids.numpy()), tf.string)
-        texts = tf.numpy_function(self._decode_rows, [ids], tf.string, stateful=False)
-        texts.set_shape(ids.shape[:-1])
-        return texts
-
-    def _decode_rows(self, ids: np.ndarray) -> bytes | np.ndarray:
-        if ids.ndim == 1:
-            return self.decode(ids.tolist()).encode()
-        return np.array([self._decode_rows(row) for row in ids], object)
-
-    def _identity(self) -> tuple[str, str | None, datetime.date | None]:
-        template = self.chat_template
-        date = template.date if template and template.reads_date else None
-        return self.files.fingerprint, template and template.source, date
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, TokenizerVocabulary) and self._identity() == other._identity()
-
-    def __hash__(self) -> int:
-        return hash(self._identity())
+        return self.files.tokenizer.decode(ids, skip_special_tokens=False)
 
 
-class DecoderSentencePieceVocabulary(seqio.SentencePieceVocabulary):
-    """A decoder's SentencePiece model: the ids are the file's own, and there are no sentinels.
-
-    Special tokens written in a text are encoded letter by letter, not as in transformers.
-
-    Attributes:
-        start_id: What a row starts with, if with anything.
-        space: Whether targets go on behind a space; None: as `continuing` finds.
-    """
-
-    def __init__(self, files: SentencePiece, space: bool | None = None):
-        super().__init__(str(files.file), extra_ids=0)
-        self.start_id, self.space = files.start_id, space
-
-
-class _Continuing(seqio.Vocabulary):
+class _Continuing(Vocabulary):
     """Encodes texts with a space before them, and takes it away again where it decodes."""
 
-    def __init__(self, inner: seqio.Vocabulary):
-        super().__init__(extra_ids=0)
-        self.inner = inner
-        self.start_id = start_id(inner)
+    def __init__(self, inner: Vocabulary):
+        self.inner, self.files = inner, inner.files
+        self.eos_id, self.bos_id, self.unk_id = inner.eos_id, inner.bos_id, inner.unk_id
+        self.start_id = inner.start_id
 
-    @property
-    def bos_id(self) -> int | None:
-        return self.inner.bos_id
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        return self.inner.encode_all([text and f" {text}" for text in texts])
 
-    @property
-    def eos_id(self) -> int:
-        return self.inner.eos_id
-
-    @property
-    def unk_id(self) -> int | None:
-        return self.inner.unk_id
-
-    @property
-    def _base_vocab_size(self) -> int:
-        return self.inner._base_vocab_size
-
-    def _encode(self, text: str) -> list[int]:
-        return self.inner.encode(text and f" {text}")
-
-    def _decode(self, ids: Iterable[int]) -> str:
+    def _decode(self, ids: list[int]) -> str:
         return self.inner.decode(ids).removeprefix(" ")
-
-    def _encode_tf(self, text: tf.Tensor) -> tf.Tensor:
-        space = tf.where(tf.equal(text, ""), "", " ")
-        return self.inner.encode_tf(tf.strings.join([space, text]))
-
-    def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
-        return tf.strings.regex_replace(self.inner.decode_tf(ids), r"\A ", "")
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Continuing) and self.inner == other.inner
-
-    def __hash__(self) -> int:
-        return hash((type(self), self.eos_id, self.vocab_size))

@@ -11,7 +11,7 @@ from m2l.data.examples import GenerationExample, RankingExample
 
 Example = RankingExample | GenerationExample
 Shape = tuple[int, int, int]
-"""The padded tokens of an input, its choices, and the padded tokens of a choice."""
+"""Padded tokens of an input (without what all share), its choices, padded tokens of a choice."""
 
 MAX_SHAPES = 8
 # Shapes are merged as long as padding adds no more than this to all work: each is a compilation.
@@ -22,13 +22,15 @@ class Batch(NamedTuple):
     """Examples of like shape; rows and choices that are padding have length 0.
 
     Attributes:
-        prefix_BxS: int32, what is encoded.
+        shared_P: int32, how all inputs begin, which a decoder reads once for all of them.
+        prefix_BxS: int32, what is encoded behind it.
         lengths_B: int32, its tokens.
         start_B: int32, the token behind it, which starts every choice.
         choices_BxCxT: int32, EOS last.
         sizes_BxC: int32, the tokens of each choice.
     """
 
+    shared_P: np.ndarray
     prefix_BxS: np.ndarray
     lengths_B: np.ndarray
     start_B: np.ndarray
@@ -38,12 +40,12 @@ class Batch(NamedTuple):
     @property
     def tokens(self) -> int:
         """Tokens that are no padding."""
-        return int(self.lengths_B.sum() + self.sizes_BxC.sum())
+        return int(self.shared_P.size + self.lengths_B.sum() + self.sizes_BxC.sum())
 
     @property
     def size(self) -> int:
         """Tokens, padding included."""
-        return self.prefix_BxS.size + self.choices_BxCxT.size
+        return self.shared_P.size + self.prefix_BxS.size + self.choices_BxCxT.size
 
 
 Part = tuple[list[int], Batch]
@@ -64,18 +66,39 @@ def scored(example: Example) -> tuple[np.ndarray, ...]:
     return example.choices if isinstance(example, RankingExample) else (example.target,)
 
 
-def _shape(example: Example, layout: layouts.Layout) -> Shape:
+def shared_prefix(examples: Sequence[Example], layout: layouts.Layout) -> np.ndarray:
+    """Returns tokens that all inputs begin with, int32 [P], for a decoder to read once.
+
+    A chat template's first turn, or examples before each question. P is 0 or one of `bucket`'s
+    lengths, at least 16, so that few shapes are compiled for; 0 where an encoder reads inputs, for
+    there no position can be read without those behind it.
+    """
+    inputs = [example.inputs for example in examples]
+    if not isinstance(layout, layouts.PrefixLM) or len(inputs) < 2:
+        return np.zeros(0, np.int32)
+    prefixes = [layout.prompt(tokens)[0] for tokens in inputs]
+    length = min(map(len, prefixes))
+    first_L = prefixes[0][:length]
+    differs_L = np.any([prefix[:length] != first_L for prefix in prefixes], axis=0)
+    common = int(np.argmax(differs_L)) if differs_L.any() else length
+    size = 0
+    while bucket(size + 1, 16) <= common:
+        size = bucket(size + 1, 16)
+    return first_L[:size].astype(np.int32)
+
+
+def _shape(example: Example, layout: layouts.Layout, shared: int) -> Shape:
     texts = scored(example)
     prefix, _ = layout.prompt(example.inputs)
     longest = bucket(max(map(len, texts)), 4)
-    return bucket(len(prefix), 16), bucket(len(texts), min(len(texts), 2)), longest
+    return bucket(len(prefix) - shared, 16), bucket(len(texts), min(len(texts), 2)), longest
 
 
 def _parts(
-    examples: Sequence[Example], batch_size: int, layout: layouts.Layout
+    examples: Sequence[Example], batch_size: int, layout: layouts.Layout, shared: int
 ) -> Iterator[tuple[list[int], Shape]]:
     """Yields every example once, with those of like shape, and the least shape for each part."""
-    shapes = [_shape(example, layout) for example in examples]
+    shapes = [_shape(example, layout, shared) for example in examples]
     order = sorted(range(len(examples)), key=lambda index: (*shapes[index][1:], shapes[index][0]))
     for first in range(0, len(order), batch_size):
         part = order[first : first + batch_size]
@@ -91,6 +114,22 @@ def _cost(shapes_x3: np.ndarray) -> np.ndarray:
     return shapes_x3[..., 0] + 2 * shapes_x3[..., 1] * shapes_x3[..., 2]
 
 
+def fitting_size(batch_size: int, counts: Iterable[int], devices: int = 1) -> int:
+    """Returns the batch size up to `batch_size`, and over half of it, with the fewest rows.
+
+    Args:
+        batch_size: The most examples in a batch.
+        counts: The examples of each task; each task's last batch is filled up.
+        devices: What the size is a multiple of, where `batch_size` is.
+    """
+    counts = list(counts)
+    step = devices if batch_size % devices == 0 else 1
+    most = max([1, *counts])
+    batch_size = min(batch_size, -(-most // step) * step)
+    sizes = range(batch_size, batch_size // 2, -step)
+    return min(sizes, key=lambda size: sum(-(-count // size) * size for count in counts))
+
+
 def common_shapes(
     tasks: Iterable[Sequence[Example]], batch_size: int, layout: layouts.Layout
 ) -> tuple[Shape, ...]:
@@ -104,7 +143,11 @@ def common_shapes(
         batch_size: Examples in a batch.
         layout: How the model reads them.
     """
-    counts = Counter(shape for task in tasks for _, shape in _parts(task, batch_size, layout))
+    counts = Counter(
+        shape
+        for task in tasks
+        for _, shape in _parts(task, batch_size, layout, len(shared_prefix(task, layout)))
+    )
     shapes_Nx3 = np.array(sorted(counts), np.int64).reshape(-1, 3)
     count_N = np.array([counts[shape] for shape in sorted(counts)], np.int64)
     worth = _WORTH_A_COMPILATION * np.sum(count_N * _cost(shapes_Nx3))
@@ -140,10 +183,12 @@ def batches(
     """
     if shapes is None:
         shapes = common_shapes([examples], batch_size, layout)
-    for part, least in _parts(examples, batch_size, layout):
+    shared_P = shared_prefix(examples, layout)
+    for part, least in _parts(examples, batch_size, layout, len(shared_P)):
         fitting = [s for s in shapes if all(n <= m for n, m in zip(least, s, strict=True))]
         inputs, num_choices, targets = min(fitting, key=lambda shape: _cost(np.array(shape)))
         batch = Batch(
+            shared_P,
             np.zeros((batch_size, inputs), np.int32),
             np.zeros(batch_size, np.int32),
             np.zeros(batch_size, np.int32),
@@ -152,6 +197,7 @@ def batches(
         )
         for row, index in enumerate(part):
             prefix, batch.start_B[row] = layout.prompt(examples[index].inputs)
+            prefix = prefix[len(shared_P) :]
             batch.prefix_BxS[row, : len(prefix)] = prefix
             batch.lengths_B[row] = len(prefix)
             for column, text in enumerate(scored(examples[index])):

@@ -27,12 +27,14 @@ def statistic(metric: str, lines: Sequence[Mapping[str, Json]]) -> Statistic:
     """
     if metric == "bleu":
         references = [line["references"] for line in lines]
-        predictions = [line["prediction"] for line in lines]
+        samples = [line.get("predictions") or [line["prediction"]] for line in lines]
         rules = metrics.bleu_rules(references)
 
         def corpus(numbers: np.ndarray) -> float:
-            drawn = [[texts[i] for i in numbers] for texts in (references, predictions)]
-            return metrics.bleu(*drawn, rules)["bleu"]
+            drawn = [references[i] for i in numbers]
+            columns = [[column[i] for i in numbers] for column in zip(*samples, strict=True)]
+            scores = [metrics.bleu(drawn, column, rules)["bleu"] for column in columns]
+            return sum(scores) / len(scores)
 
         return corpus
     values = np.array([line["value"] for line in lines], np.float64)

@@ -3,14 +3,14 @@
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 
-from m2l import models, storage
+from m2l import distributed, models, storage
 from m2l.checkpoints.manifest import ORBAX_METADATA
 from m2l.data import layouts, vocabularies
+from m2l.data.vocabularies import Vocabulary
 from m2l.errors import ConfigError, UnknownNameError
 from m2l.evaluation import batching, bootstrap, generation, metrics, ranking
 from m2l.evaluation.results import Result, finished, write_examples, write_result
@@ -18,9 +18,6 @@ from m2l.evaluation.task_data import TaskData
 from m2l.progress import Progress
 from m2l.storage import AnyPath
 from m2l.typing import Json, Params
-
-if TYPE_CHECKING:
-    import seqio
 
 OnDone = Callable[[int], None]
 # Of an example: its texts, its scores or the prediction, and "value", its part of the score.
@@ -48,8 +45,8 @@ class Evaluator:
     Args:
         config: The models' configuration.
         tasks: What to evaluate on, from `load_tasks`.
-        vocabulary: The seqio vocabulary, to read what a model generates.
-        batch_size: Examples in a batch.
+        vocabulary: The vocabulary, to read what a model generates.
+        batch_size: Examples in a batch, at most.
         dtype: The dtype to compute in.
     """
 
@@ -57,7 +54,7 @@ class Evaluator:
         self,
         config: models.Config,
         tasks: Sequence[TaskData],
-        vocabulary: "seqio.Vocabulary",
+        vocabulary: Vocabulary,
         *,
         batch_size: int = 32,
         dtype: str = "float32",
@@ -71,12 +68,13 @@ class Evaluator:
             if task.info.kind == "rank"
         }
         examples = [task.examples for task in self.tasks] + [empty for empty, _ in ranked.values()]
-        batch_size = min(batch_size, max(map(len, examples), default=1))
+        batch_size = batching.fitting_size(batch_size, map(len, examples), jax.device_count())
         shapes = batching.common_shapes(examples, batch_size, layout)
 
         def padded(examples: Sequence[batching.Example]) -> list[batching.Part]:
             return list(batching.batches(examples, batch_size, layout, shapes))
 
+        self._compiled = False
         self._ready: dict[str, _Ready] = {}
         for task in self.tasks:
             empty, places = ranked.get(task.info.name, ((), ()))
@@ -115,6 +113,7 @@ class Evaluator:
         model_digest: str,
         only: Sequence[str] | None = None,
         examples: bool = False,
+        values: bool = False,
         description: str = "evaluate",
     ) -> list[Result]:
         """Evaluates a model; a task whose result is already there is not computed again.
@@ -125,6 +124,7 @@ class Evaluator:
             model_digest: What identifies the model; results of another model are refused.
             only: The names of the tasks to evaluate on, of the evaluator's; None: all.
             examples: Write `TASK.examples.jsonl.gz` as well.
+            values: Write each example's part of the score into the result.
             description: What the progress bar calls it.
 
         Returns:
@@ -137,12 +137,13 @@ class Evaluator:
         out.mkdir(parents=True, exist_ok=True)
         selected = self._select(only)
         # All see what the first wrote before, and nothing that it writes while others still look.
-        _wait_for_all("m2l: what is written is there")
+        distributed.wait_for_all("m2l: what is written is there")
         earlier = [finished(out, model_digest, ready.task, examples) for ready in selected]
-        _wait_for_all("m2l: which results are there")
+        distributed.wait_for_all("m2l: which results are there")
         results = []
         total = sum(len(ready.task.examples) for ready in selected)
-        with Progress(description, total, "examples") as progress:
+        first = "" if self._compiled else "compiling"
+        with Progress(description, total, "examples", first=first) as progress:
             done = 0
 
             def on_done(count: int) -> None:
@@ -153,6 +154,9 @@ class Evaluator:
             for ready, result in zip(selected, earlier, strict=True):
                 if result is None:
                     result, lines = self._evaluate(ready, params, model_digest, on_done)
+                    if values and ready.task.metric != "bleu":
+                        parts = [line["value"] for line in lines]
+                        result = dataclasses.replace(result, values=parts)
                     if writes and examples:
                         write_examples(out, result.task, lines)
                     if writes:
@@ -160,6 +164,7 @@ class Evaluator:
                 else:
                     on_done(result.count)
                 results.append(result)
+        self._compiled = True
         return results
 
     def _evaluate(
@@ -215,30 +220,27 @@ class Evaluator:
         settings = vocabularies.settings(self.vocabulary)
         if task.decoded:
             references = [example.reference for example in task.examples]
-            settings |= metrics.settings(task.info.metrics, references)
+            settings |= metrics.settings(task.info.metrics, references) | task.decoding.settings()
         return settings
 
-    def _texts(self, ready: _Ready, params: Params, on_done: OnDone) -> list[str]:
+    def _texts(self, ready: _Ready, params: Params, on_done: OnDone) -> list[list[str]]:
+        """Returns the texts that a model writes to each example."""
         task = ready.task
-        options = {
-            "max_length": task.max_length,
-            "eos_id": self.vocabulary.eos_id,
-            "dtype": self.dtype,
-            "parts": ready.parts,
-            "on_done": on_done,
-        }
-        if task.beams > 1:
-            options["beams"] = task.beams
-        decode = generation.beam_search if task.beams > 1 else generation.greedy
-        decoded = decode(self.config, params, task.examples, **options)
-        return [self.vocabulary.decode(tokens.tolist()).strip() for tokens in decoded]
-
-
-def _wait_for_all(name: str) -> None:
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(name)
+        decoded = generation.decode(
+            self.config,
+            params,
+            task.examples,
+            task.decoding,
+            max_length=task.max_length,
+            eos_id=self.vocabulary.eos_id,
+            dtype=self.dtype,
+            parts=ready.parts,
+            on_done=on_done,
+        )
+        return [
+            [self.vocabulary.decode(tokens.tolist()).strip() for tokens in samples]
+            for samples in decoded
+        ]
 
 
 def _ranked(
@@ -271,7 +273,7 @@ def _ranked(
 
 
 def _generated(
-    task: TaskData, scores: Sequence[np.ndarray], texts: Sequence[str] | None
+    task: TaskData, scores: Sequence[np.ndarray], texts: Sequence[Sequence[str]] | None
 ) -> tuple[dict[str, float], int, list[Line]]:
     """Computes the same of a task in free text, with what was decoded, if anything was."""
     examples = task.examples
@@ -293,11 +295,12 @@ def _generated(
     if texts is None:
         return figures, 0, lines
     references = [example.reference for example in examples]
+    for line, samples in zip(lines, texts, strict=True):
+        line |= {"prediction": samples[0]} if len(samples) == 1 else {"predictions": [*samples]}
     for metric in task.info.metrics:
-        metric_figures, by_example = metrics.figures(metric, references, texts)
+        metric_figures, by_example = metrics.figures_of_samples(metric, references, texts)
         figures |= metric_figures
         if metric == task.metric:
             for number, line in enumerate(lines):
-                line["prediction"] = texts[number]
                 line["value"] = by_example[number] if by_example else None
     return figures, 0, lines

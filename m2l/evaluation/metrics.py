@@ -4,6 +4,7 @@ Each takes one list of references per prediction, whatever the library underneat
 """
 
 import itertools
+import math
 import os
 import re
 import string
@@ -290,6 +291,10 @@ SCORERS: dict[str, Scorer] = {
 }
 
 
+RIGHT_OR_WRONG = ("program", "number", "sandbox")
+"""The scorers of answers of which one that is right is enough."""
+
+
 def require(names: Sequence[str]) -> list[str]:
     """Makes sure that metrics can be computed, before anything is decoded for them.
 
@@ -366,6 +371,42 @@ def figures(
     return means, [one[HEADLINE[name]] for one in examples]
 
 
+def figures_of_samples(
+    name: str, references: References, samples: Sequence[Sequence[str]]
+) -> tuple[dict[str, float], list[float] | None]:
+    """Computes the means over several texts for each example of what `figures` gives.
+
+    Of RIGHT_OR_WRONG there is `pass@k` as well, for k = 1, 2, 4, ... and all n:
+    the unbiased estimate 1 - C(n - c, k) / C(n, k) of the share of examples of which one of k
+    texts is right, c of n being so (Chen et al. 2021, arXiv:2107.03374, equation 1), in percent.
+
+    Args:
+        name: The metric's.
+        references: Per example every text that counts as right.
+        samples: Per example what the model wrote, equally many texts.
+    """
+    columns = [figures(name, references, column) for column in zip(*samples, strict=True)]
+    means = {
+        figure: sum(one[figure] for one, _ in columns) / len(columns) for figure in columns[0][0]
+    }
+    values = [values for _, values in columns if values is not None]
+    if not values:
+        return means, None
+    by_example = [sum(row) / len(row) for row in zip(*values, strict=True)]
+    if name in RIGHT_OR_WRONG and len(columns) > 1:
+        right = [sum(value == 100 for value in row) for row in zip(*values, strict=True)]
+        for k in sorted({*(1 << i for i in range(len(columns).bit_length())), len(columns)}):
+            if k <= len(columns):
+                passing = [pass_at_k(len(columns), each, k) for each in right]
+                means[f"pass@{k}"] = 100.0 * sum(passing) / len(passing)
+    return means, by_example
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Returns 1 - C(n - c, k) / C(n, k): the chance that of k out of n texts one is among c."""
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
 def _means(values: Mapping[str, Sequence[float]]) -> dict[str, float]:
     return {figure: sum(column) / len(column) for figure, column in values.items()}
 
@@ -393,9 +434,6 @@ HEADLINE = {
     "reference_likelihood": "reference_likelihood",
     **{name: name for name in SCORERS},
 }
-# The headline metric of a task in free text: that of its metrics on decoded text, or the
-# likelihood of its references, for which nothing is decoded.
-GENERATIVE_SCORES = ("decoding", "likelihood")
 
 
 def metric(name: str) -> Metric:

@@ -4,21 +4,19 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 
-from m2l import checkpoints, models, storage
-from m2l.checkpoints import digest, huggingface, opening
-from m2l.data import tokenizer_files
+from m2l import checkpoints, hub_models, models
+from m2l.checkpoints import adapters, digest, huggingface, opening
+from m2l.checkpoints.spans import read_whole
+from m2l.data import tokenizer_files, vocabularies
+from m2l.data.vocabularies import Vocabulary
 from m2l.errors import CheckpointError
 from m2l.files import checksum, content_digest
 from m2l.storage import AnyPath
 from m2l.typing import Json, Params, PyTree
-
-if TYPE_CHECKING:
-    import seqio
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,10 +43,8 @@ class Model:
         return self.read(None)
 
     @functools.cached_property
-    def tokenizer(self) -> "seqio.Vocabulary":
+    def tokenizer(self) -> Vocabulary:
         """The vocabulary itself, which encodes and decodes texts."""
-        from m2l.data import vocabularies
-
         return vocabularies.load(self.vocabulary["name"])
 
     def with_params(self, params: Params) -> "Model":
@@ -64,12 +60,13 @@ class Model:
 
 
 def load(path: AnyPath | str, vocabulary: str | None = None) -> Model:
-    """Opens a checkpoint, a training run's last one, or a Hugging Face directory.
+    """Opens a checkpoint, a training run's last one, a Hugging Face directory, or BASE+ADAPTER.
 
     Only headers are read; `Model.params` reads the parameters.
 
     Args:
-        path: Where it is: a local path, gs:// or s3://.
+        path: Where it is: a local path, gs:// or s3://, or owner/name[@revision] on the Hugging
+            Face Hub.
         vocabulary: The tokenizer of a Hugging Face directory, if it is stored elsewhere.
 
     Raises:
@@ -77,11 +74,14 @@ def load(path: AnyPath | str, vocabulary: str | None = None) -> Model:
             has more ids than its embedding rows.
         DataError: a Hugging Face directory without a tokenizer.
     """
-    path = storage.path(path)
+    path = hub_models.located(path)
+    if adapters.split(path) is not None:
+        return _load_adapted(path, vocabulary)
     if opening.kind(path) == opening.HUGGINGFACE:
         return _load_huggingface(path, vocabulary)
     directory = checkpoints.resolve(path)
     manifest = checkpoints.read_manifest(directory)
+    manifest.check_whole(directory)
     if not manifest.model:
         raise CheckpointError(
             f"{directory}: it does not say which model it is of, as it was made of checkpoints "
@@ -105,17 +105,37 @@ def _load_huggingface(directory: Path, vocabulary: str | None) -> Model:
     def read(shardings: PyTree) -> Params:
         params = checkpoints.unflatten(
             {
-                name: origin.take(stored[origin.tensor].read_checked())
+                name: origin.read(lambda tensor: stored[tensor].read_checked())
                 for name, origin in layout.origins.items()
             }
         )
-        if shardings is None:
-            return params
-
-        def place(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
-            return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
-
-        return jax.tree.map(place, params, jax.tree.broadcast(shardings, params))
+        return _placed(params, shardings)
 
     files = [directory / "config.json", *sorted(directory.glob("*.safetensors"))]
     return Model(directory, layout.config, described, content_digest(files), read)
+
+
+def _placed(params: Params, shardings: PyTree) -> Params:
+    """Returns parameters of the host's memory on shardings; None: where they are."""
+    if shardings is None:
+        return params
+
+    def place(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+        return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
+
+    return jax.tree.map(place, params, jax.tree.broadcast(shardings, params))
+
+
+def _load_adapted(path: AnyPath, vocabulary: str | None) -> Model:
+    opened = opening.open(path)
+    config = models.from_dict(opened.model)
+    described = opened.vocabulary
+    if vocabulary is not None or described is None:
+        described = tokenizer_files.describe(vocabulary or str(opened.tokenizer or path))
+    checkpoints.check_vocabulary(described, config.vocab_size, path)
+
+    def read(shardings: PyTree) -> Params:
+        arrays = {name: read_whole(tensor) for name, tensor in opened.parameters.items()}
+        return _placed(checkpoints.unflatten(arrays), shardings)
+
+    return Model(path, config, described, opened.digest, read)

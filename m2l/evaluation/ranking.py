@@ -174,6 +174,25 @@ RULES = ("sum", "per_token", "per_byte", "calibrated")
 """Scores of choices that can be compared; see `rule_scores`."""
 
 
+def encode_inputs(
+    config: models.Config,
+    params: Params,
+    shared_P: jax.Array,
+    prefix_BxS: jax.Array,
+    lengths_B: jax.Array,
+    dtype: jnp.dtype,
+) -> tuple[models.Memory, jax.Array]:
+    """Encodes the inputs of a batch, what all begin with once.
+
+    Returns:
+        What `models.decode` reads, and where it is no padding, bool [B, P + S].
+    """
+    mask_BxS = jnp.arange(prefix_BxS.shape[1]) < lengths_B[:, None]
+    memory = models.encode(config, params, prefix_BxS, mask_BxS, shared_P=shared_P, dtype=dtype)
+    shared_BxP = jnp.ones((len(lengths_B), len(shared_P)), bool)
+    return memory, jnp.concatenate([shared_BxP, mask_BxS], axis=1)
+
+
 def token_logits(
     config: models.Config, params: Params, batch: Batch, dtype: str
 ) -> tuple[jax.Array, jax.Array]:
@@ -183,8 +202,9 @@ def token_logits(
         The logits, and whether they are of tokens, bool [B, C, T]: False at padding.
     """
     compute, choices_BxCxT = jnp.dtype(dtype), batch.choices_BxCxT
-    mask_BxS = jnp.arange(batch.prefix_BxS.shape[1]) < batch.lengths_B[:, None]
-    memory = models.encode(config, params, batch.prefix_BxS, mask_BxS, dtype=compute)
+    memory, mask_BxS = encode_inputs(
+        config, params, batch.shared_P, batch.prefix_BxS, batch.lengths_B, compute
+    )
     # What is read are the targets moved one to the right behind the start token.
     start_BxCx1 = jnp.broadcast_to(batch.start_B[:, None, None], (*choices_BxCxT.shape[:2], 1))
     read_BxCxT = jnp.concatenate([start_BxCx1, choices_BxCxT[..., :-1]], axis=-1)

@@ -48,6 +48,8 @@ class Result:
             BLEU, which is expensive to compute so often.
         tokens: Tokens that the model scored or read, without padding and without what it wrote.
         padding: The share of padding in what it read.
+        values: Each example's part of the score, where they were asked for: those of two models on
+            the same examples can be paired. None for BLEU, which has none.
         settings: What else decided the figures, where it is not usual: how metrics split
             texts of other scripts, the date that a chat template has, whether a space is
             between inputs and targets.
@@ -70,6 +72,7 @@ class Result:
     interval: Sequence[float] | None = None
     tokens: int = 0
     padding: float = 0.0
+    values: Sequence[float] | None = None
     settings: Mapping[str, str] = dataclasses.field(default_factory=dict)
     m2l_version: str = __version__
     format_version: int = FORMAT_VERSION
@@ -151,6 +154,12 @@ def checked_result(fields: Mapping[str, Json], source: object) -> Result:
         and interval[0] <= interval[1]
     ):
         refuse(f"interval is {interval!r:.80}, expected two numbers in order")
+    if result.values is not None and not (
+        isinstance(result.values, list)
+        and len(result.values) == count
+        and all(map(_is_finite, result.values))
+    ):
+        refuse(f"values is {result.values!r:.80}, expected a number for each example")
     if shown is None or figures.get(shown) != result.score:
         refuse(f"score is {result.score}, but metrics does not have it for {result.metric!r:.80}")
     for name, least, most in (
@@ -462,4 +471,6 @@ def _answer(line: JsonObject) -> str:
         return " = ".join(line["choices"][place] for place in line["taken"])
     if "prediction" in line:
         return line["prediction"]
+    if "predictions" in line:
+        return " | ".join(line["predictions"])
     return f"log p {line['value']:.2f} a token"

@@ -11,9 +11,10 @@ from m2l.data.examples import (
     generation_examples,
     ranking_examples,
 )
-from m2l.data.prompts import TaskInfo
-from m2l.errors import ConfigError, DataError, UnknownNameError
+from m2l.data.prompts import GENERATIVE_SCORES, TaskInfo
+from m2l.errors import DataError, UnknownNameError
 from m2l.evaluation import metrics
+from m2l.evaluation.decoding import GREEDY, Decoding
 from m2l.progress import Progress
 from m2l.typing import Json
 
@@ -29,8 +30,8 @@ class TaskData:
         digest: sha256 of everything that decides a score: tokens, choices, answers, metrics,
             and for free text what its score is and, decoding, how many tokens there may be and how
             they are searched.
-        generative_score: Of metrics.GENERATIVE_SCORES, what scores a task in free text.
-        beams: Of a beam search; 1: the most probable token is taken.
+        generative_score: Of prompts.GENERATIVE_SCORES, what scores a task in free text.
+        decoding: How a model's text is decoded.
     """
 
     info: TaskInfo
@@ -38,7 +39,7 @@ class TaskData:
     max_length: int
     digest: str
     generative_score: str = "decoding"
-    beams: int = 1
+    decoding: Decoding = GREEDY
 
     @property
     def decoded(self) -> bool:
@@ -65,7 +66,7 @@ def load_tasks(
     max_examples: int | None = None,
     skip: int = 0,
     generative_score: str = "decoding",
-    beams: int = 1,
+    decoding: Decoding = GREEDY,
     max_truncated: float = 1.0,
 ) -> list[TaskData]:
     """Reads and tokenises the tasks' examples.
@@ -80,21 +81,18 @@ def load_tasks(
         generative_score: What scores a task in free text. "decoding": the headline of its own
             metric; the likelihood of its references is another figure. "likelihood": that is
             its score, and nothing is decoded.
-        beams: Of the beam search that decodes; 1: greedily.
+        decoding: How text is decoded.
         max_truncated: The share of a task's examples that may be longer than `lengths`.
 
     Raises:
         UnknownNameError: there is no such generative_score.
-        ConfigError: `beams` is less than 1.
         DataError: a task has no such split, no examples in it that can be used, or too many that
             are cut.
         EvaluationError: a task is scored by running what the model writes, and that is not
             switched on.
     """
-    if generative_score not in metrics.GENERATIVE_SCORES:
-        raise UnknownNameError("generative_score", generative_score, metrics.GENERATIVE_SCORES)
-    if beams < 1:
-        raise ConfigError(f"beams: expected at least 1, found {beams}")
+    if generative_score not in GENERATIVE_SCORES:
+        raise UnknownNameError("generative_score", generative_score, GENERATIVE_SCORES)
     infos, loaded = list(infos), []
     if generative_score == "decoding":
         metrics.require([metric for info in infos for metric in info.metrics])
@@ -104,7 +102,7 @@ def load_tasks(
             examples = read(info.name, split, lengths=lengths, max_examples=max_examples, skip=skip)
             if not examples:
                 raise DataError(f"task {info.name}: its split {split!r} has no examples")
-            task = TaskData(info, examples, lengths["targets"], "", generative_score, beams)
+            task = TaskData(info, examples, lengths["targets"], "", generative_score, decoding)
             if task.truncated > max_truncated * len(examples):
                 raise DataError(
                     f"task {info.name}: {task.truncated} of {len(examples)} examples are longer "
@@ -161,7 +159,7 @@ def _digest(task: TaskData) -> str:
     decided_by: list[Json] = [task.info.kind, task.info.metrics]
     decided_by += [task.max_length if task.decoded else None]
     decided_by += [task.generative_score] if generated else []
-    decided_by += [task.beams] if task.decoded and task.beams > 1 else []
+    decided_by += task.decoding.decided_by if task.decoded else []
     decided_by += metrics.require(task.info.metrics) if task.decoded else []
     digest = hashlib.sha256(json.dumps(decided_by).encode())
     for example in task.examples:

@@ -3,12 +3,13 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from m2l import checkpoints, storage
+from m2l import checkpoints, hub_models, storage
 from m2l.checkpoints import Manifest, digest, huggingface_directory, opening
 from m2l.checkpoints.digest import WIDE
 from m2l.checkpoints.opening import HUGGINGFACE, ORBAX, Checkpoint
@@ -25,7 +26,6 @@ from m2l.checkpoints.spans import Span
 from m2l.distributed import Processes
 from m2l.errors import CheckpointError, MergeError
 from m2l.merging import kernel, outputs, randomness
-from m2l.merging.analysis import Analysis
 from m2l.merging.in_memory import merge_params
 from m2l.merging.inputs import (
     InputDigests,
@@ -50,8 +50,9 @@ from m2l.merging.outputs import (
     staging,
     used_bytes,
 )
-from m2l.merging.passes import Pass, Segment, grid
+from m2l.merging.passes import Analysis, Pass, Segment
 from m2l.merging.recipe import Recipe
+from m2l.merging.slices import Slices
 from m2l.progress import Progress
 from m2l.typing import Json, PyTree
 
@@ -79,6 +80,7 @@ def merge(
     verify: bool = True,
     allow_differences: Sequence[str] = (),
     progress: bool = True,
+    slices: Slices | None = None,
 ) -> Manifest | PyTree | None:
     """Merges models: checkpoints into a new one or into memory, and parameters in memory.
 
@@ -93,8 +95,8 @@ def merge(
 
     Args:
         base: The model that the experts were trained from: a checkpoint or training run of m2l, a
-            Hugging Face directory, a T5X checkpoint. Methods that do not need it take from it what
-            is not merged; None then means the first expert.
+            Hugging Face directory, or owner/name[@revision] on its Hub, a T5X checkpoint. Methods
+            that do not need it take from it what is not merged; None then means the first expert.
         experts: The experts, in the order in which sums run.
         recipe: How to merge.
         out: The checkpoint or directory to make; must not exist, unless the same merge made it:
@@ -113,6 +115,8 @@ def merge(
         allow_differences: Names of fields in which the models' descriptions may differ all the
             same; "tokenizer" is one.
         progress: Whether to show what it will take, and a progress bar.
+        slices: The layers of which base and experts are put together; these then name the models of
+            their first layers.
 
     Returns:
         The manifest of `out`: its parents with their digests, the recipe, and diagnostics; None in
@@ -137,6 +141,8 @@ def merge(
         return merge_params(base, experts, recipe, statistics)
     if not all(paths):
         raise MergeError("cannot merge checkpoints with parameters in memory: name all by paths")
+    base = None if base is None else hub_models.located(base)
+    experts = [hub_models.located(expert) for expert in experts]
     prepared = functools.partial(
         prepare,
         base,
@@ -150,8 +156,9 @@ def merge(
         diagnostics=diagnostics,
         verify=verify,
         allow_differences=allow_differences,
+        slices=slices,
     )
-    models = models[: len(models) - len(statistics)]
+    models = [*([] if base is None else [base]), *experts]
     if output_format == HUGGINGFACE and any(opening.kind(model) != HUGGINGFACE for model in models):
         if out is None:
             raise MergeError(
@@ -171,10 +178,10 @@ def _run(job: MergeJob, processes: Processes, progress: bool) -> Manifest | PyTr
     if progress:
         print(f"plan: {job.plan}", file=sys.stderr)
     if job.out is None:
-        return _Merge(job, processes, None).run(progress)
+        return _Merge(job, processes, MemoryResult(job.described, job.grid)).run(progress)
     with staging(job.out, job.key, processes.index == 0) as directory:
         try:
-            return _Merge(job, processes, directory).run(progress)
+            return _Merge(job, processes, _result_in(directory, job)).run(progress)
         except (MergeError, CheckpointError, OSError) as error:
             full = _FULL.search(str(error))
             if processes.count == 1 and (full or not isinstance(error, OSError)):
@@ -186,6 +193,18 @@ def _run(job: MergeJob, processes: Processes, progress: bool) -> Manifest | PyTr
                     "written"
                 ) from error
             raise
+
+
+def _result_in(directory: storage.AnyPath, job: MergeJob) -> Result:
+    if job.output_format == HUGGINGFACE:
+        return ShardedResult(directory, job.described, _shard_size(directory), job.run_length)
+    return OrbaxResult(directory, job.described, job.grid, job.reference.tree)
+
+
+def compute(job: MergeJob, result: Result, progress: bool = True) -> None:
+    """Hands what a job gives to a result that is neither kept nor written."""
+    with Processes() as processes:
+        _Merge(job, processes, result).run(progress)
 
 
 def _agree(
@@ -285,22 +304,14 @@ class _Merge:
     Args:
         job: What to merge.
         processes: Those that merge it together.
-        directory: Where the result is made; None: in memory.
+        result: What takes what is made.
     """
 
-    def __init__(self, job: MergeJob, processes: Processes, directory: storage.AnyPath | None):
-        self.job, self.processes = job, processes
+    def __init__(self, job: MergeJob, processes: Processes, result: Result):
+        self.job, self.processes, self.result = job, processes, result
         self.method = METHODS[job.recipe.method]
-        self._described = outputs.described(job.reference, job.recipe.dtype, job.roles)
         self._bar: Progress | None = None
         self._done = 0
-        self.result: Result
-        if directory is None:
-            self.result = MemoryResult(self._described, self._grid)
-        elif job.output_format == HUGGINGFACE:
-            self.result = ShardedResult(directory, self._described, _shard_size(directory))
-        else:
-            self.result = OrbaxResult(directory, self._described, self._grid, job.reference.tree)
         merged = [(source, list(job.sizes)) for source in job.used]
         copied: dict[int, tuple[Checkpoint, list[str]]] = {}
         for name, source in job.roles.copied.items():
@@ -312,16 +323,10 @@ class _Merge:
             for source, names in (*merged, *copied.values())
         ]
         self._inputs = InputDigests(read, job.verify)
-
-    def _grid(self, name: str) -> tuple[int, ...] | None:
-        origin = self._origin(name)
-        if origin in self.job.roles.copied:
-            return self.job.roles.copied[origin].parameters[origin].chunk
-        return grid([source.parameters for source in self.job.used], origin)
-
-    def _origin(self, name: str) -> str:
-        """Returns the parameter that a tensor of the result is made of."""
-        return self.job.roles.repeated.get(name, name)
+        self._copied = dict(job.roles.copied)
+        for name in filter(job.needs.copies, job.sizes):
+            if job.experts[0].parameters[name].dtype == self.job.described[name][1]:
+                self._copied[name] = job.experts[0]
 
     def _advance(self, elements: int) -> None:
         self._done += elements
@@ -341,7 +346,7 @@ class _Merge:
         units = self.result.units()
         sizes = {number: unit.size for number, unit in enumerate(units)}
         own = [units[number] for number in shares(sizes, job.process[1])[job.process[0]]]
-        names = [self._origin(name) for unit in own for name in self._names(unit)]
+        names = [self.job.origin(name) for unit in own for name in self._names(unit)]
         written = [name for name in dict.fromkeys(names) if name in job.sizes]
         total = job.plan.local * (job.plan.readings - 1) + sum(unit.size for unit in own)
         bar = Progress(f"merging {len(job.experts)} experts", total // 10**6, "M parameters")
@@ -351,7 +356,7 @@ class _Merge:
             Pass(inputs, job.plan.threads, job.plan.block, job.plan.at_once) as self.stream,
         ):
             self.analysis = Analysis(
-                job.recipe,
+                job.needs,
                 job.base,
                 job.experts,
                 job.sizes,
@@ -397,24 +402,24 @@ class _Merge:
         sha256: dict[str, Future[str]] = {}
         if isinstance(result, OrbaxResult):
             for unit, unit_words in self.stream.map(lambda u: _digest(result.read(u)), finished):
-                words[unit.key[0]] = digest.add(words.get(unit.key[0], _nothing()), unit_words)
+                words[unit.key[0]] = digest.add(words.get(unit.key[0], digest.NOTHING), unit_words)
         elif isinstance(result, ShardedResult):
             for unit in finished:
                 for name in result.tensors(unit):
                     sha256[name] = self.stream.pool.submit(result.sha256, name, True)
         names = dict.fromkeys(name for unit in todo for name in self._names(unit))
-        wholes = [name for name in names if self._is_whole(self._origin(name))]
+        wholes = [name for name in names if self._is_whole(self.job.origin(name))]
         tasks = (
             task
-            for task in result.tasks(todo, job.plan.block, job.plan.at_once)
+            for task in self._joined(result.tasks(todo, job.plan.block, job.plan.at_once))
             if task.name not in wholes
         )
-        unwritten = {name: math.prod(shape) for name, (shape, _) in self._described.items()}
+        unwritten = {name: math.prod(shape) for name, (shape, _) in self.job.described.items()}
 
         def note(task: Task, outcome: Outcome) -> None:
-            origin = self._origin(task.name)
+            origin = self.job.origin(task.name)
             if outcome[0] is not None:
-                words[task.name] = digest.add(words.get(task.name, _nothing()), outcome[0])
+                words[task.name] = digest.add(words.get(task.name, digest.NOTHING), outcome[0])
             if task.name not in job.roles.repeated:
                 for source, read_words in outcome[1]:
                     self._inputs.add(source, origin, read_words, task.size)
@@ -438,7 +443,7 @@ class _Merge:
             read = [unit.key[0] for unit in own if unit.key[1] == 0]
         checks = [
             self.stream.pool.submit(check_sha256, stored)
-            for name in dict.fromkeys(map(self._origin, read))
+            for name in dict.fromkeys(map(self.job.origin, read))
             for stored in self._inputs.sha256(name)
         ]
         for future in checks:
@@ -446,13 +451,23 @@ class _Merge:
         if isinstance(result, MemoryResult):
             return {}
         if isinstance(result, OrbaxResult):
-            return gather_digests(words, list(self._described), self.processes)
+            return gather_digests(words, list(self.job.described), self.processes)
         for unit in todo:
             if not result.finished()(unit):
                 self._finish_file(unit, sha256)  # Of no elements.
         local = {name: np.array(future.result()) for name, future in sha256.items()}
         parts = self.processes.gather("digests", local)
         return {name: str(text) for part in parts for name, text in part.items()}
+
+    def _joined(self, tasks: Iterable[Task]) -> Iterator[Task]:
+        """Joins the parts of what is copied into files, whose bytes are hashed in their order."""
+        for name, parts in itertools.groupby(tasks, key=lambda task: task.name):
+            if isinstance(self.result, ShardedResult) and self.job.origin(name) in self._copied:
+                first, *remaining = parts
+                spans = itertools.chain(first.spans, *(part.spans for part in remaining))
+                yield dataclasses.replace(first, spans=tuple(spans))
+            else:
+                yield from parts
 
     def _finish_file(self, unit: Unit, sha256: dict[str, Future[str]]) -> None:
         for name in self.result.tensors(unit):
@@ -463,15 +478,15 @@ class _Merge:
 
     def _make(self, task: Task) -> Outcome:
         """Computes and writes a part of a tensor."""
-        origin = self._origin(task.name)
-        shape, dtype = self._described[task.name]
-        if origin in self.job.roles.copied:
+        origin = self.job.origin(task.name)
+        shape, dtype = self.job.described[task.name]
+        if origin in self._copied:
             return self._copy(task, origin)
         if self.method.whole:
             return self._make_whole(task)
         part = self.stream.buffers().take("result", task.size, dtype)
-        words = _nothing() if isinstance(self.result, OrbaxResult) else None
-        read = [_nothing() for _ in self.job.used]
+        words = digest.NOTHING if isinstance(self.result, OrbaxResult) else None
+        read = [digest.NOTHING for _ in self.job.used]
         summed = tuple(
             self._inputs.sums(source, origin) and source.parameters[origin].dtype.itemsize <= 4
             for source in self.job.used
@@ -529,11 +544,11 @@ class _Merge:
 
     def _make_whole(self, task: Task) -> Outcome:
         """Computes and writes a whole kernel, or a part of what has no statistics."""
-        shape, dtype = self._described[task.name]
+        shape, dtype = self.job.described[task.name]
         part = np.empty(task.size, dtype)
         for span in task.spans:
             view = task.view(part, span, shape)
-            view[...] = self._merge_whole(_renamed(span, self._origin(task.name))).reshape(
+            view[...] = self._merge_whole(_renamed(span, self.job.origin(task.name))).reshape(
                 view.shape
             )
         self.result.write(task, part)
@@ -557,10 +572,9 @@ class _Merge:
             gram = Span(name, 0, math.prod(square))
             grams = (read(source, gram, square) for source in job.statistics)
         experts = (read(source, span, shape) for source in job.experts)
-        names = (name, job.experts[0].name_of(name)[0])
-        values = job.recipe.arguments(names, len(job.experts), np.float64)
+        values = job.needs.arguments(name, np.float64)
         merged = self.method.function(name=name, experts=experts, grams=grams, **values)
-        block = merged.astype(self._described[name][1]).reshape(-1)
+        block = merged.astype(self.job.described[name][1]).reshape(-1)
         if not np.isfinite(block.astype(np.float32)).all():
             self._refuse(span, block)
         return block
@@ -574,30 +588,59 @@ class _Merge:
         )
 
     def _copy(self, task: Task, name: str) -> Outcome:
-        """Writes a part of what is not merged but copied from an input."""
-        source = self.job.roles.copied[name]
-        stored, (shape, dtype) = source.parameters[name], self._described[task.name]
-        part = np.empty(task.size, dtype)
-        read = _nothing() if self._inputs.sums(source, name) else None
-        for span in task.spans:
-            block = np.empty(span.size, stored.dtype)
-            self.stream.read_stored(stored, span, block)
-            if read is not None:
-                read = digest.add(read, digest.of_span(block, span))
-            with np.errstate(over="ignore", invalid="ignore"):
-                cast = block.astype(dtype, copy=False)
-            if is_float(dtype) and dtype != block.dtype and not _finite(cast):
-                # What is copied may be infinite, as masks are; it must not become so.
-                lost = np.isfinite(block.astype(np.float64)) & ~np.isfinite(cast.astype(np.float64))
-                for index in np.flatnonzero(lost)[:1]:
-                    raise MergeError(
-                        f"{source.path}: {name}[{span.position(int(index))}] is {block[index]}: "
-                        f"too large for {dtype.name}; choose bfloat16 or float32"
-                    )
-            view = task.view(part, span, shape)
-            view[...] = cast.reshape(view.shape)
-        self.result.write(task, part)
-        return self._digest_written(task, part), [] if read is None else [(source, read)]
+        """Writes a part of what is taken from one input as it is, or in another dtype."""
+        source = self._copied[name]
+        stored, (shape, dtype) = source.parameters[name], self.job.described[task.name]
+        recorded = self._inputs.sums(source, name)
+        read, written = digest.NOTHING, digest.NOTHING
+
+        def blocks() -> Iterator[tuple[Span, np.ndarray]]:
+            nonlocal read, written
+            for span in task.spans:
+                block = self.stream.buffers().take("copied", span.size, stored.dtype)
+                self.stream.read_stored(stored, span, block)
+                cast = self._cast(span, block, source, dtype)
+                if recorded:
+                    words = digest.of_span(block, span)
+                    read = digest.add(read, words)
+                if isinstance(self.result, OrbaxResult):
+                    if not recorded or cast is not block:
+                        words = digest.of_span(cast, span)
+                    written = digest.add(written, words)
+                yield span, cast
+
+        if isinstance(self.result, ShardedResult):
+            sha256 = self.result.copy(task, (block for _, block in blocks()))
+            if stored.dtype == dtype:
+                self._inputs.check_sha256(source, name, sha256)
+        else:
+            part = np.empty(task.size, dtype)
+            for span, block in blocks():
+                view = task.view(part, span, shape)
+                view[...] = block.reshape(view.shape)
+            self.result.write(task, part)
+        words = written if isinstance(self.result, OrbaxResult) else None
+        return words, [(source, read)] if recorded else []
+
+    def _cast(
+        self, span: Span, block: np.ndarray, source: Checkpoint, dtype: np.dtype
+    ) -> np.ndarray:
+        """Returns what is copied in the result's dtype; refuses what is not finite."""
+        if span.name in self.job.sizes and not _finite(block):
+            refuse_nonfinite([source], span)
+        if dtype == block.dtype:
+            return block
+        with np.errstate(over="ignore", invalid="ignore"):
+            cast = block.astype(dtype)
+        if is_float(dtype) and not _finite(cast):
+            # What is excluded may be infinite, as masks are; it must not become so.
+            lost = np.isfinite(block.astype(np.float64)) & ~np.isfinite(cast.astype(np.float64))
+            for index in np.flatnonzero(lost)[:1]:
+                raise MergeError(
+                    f"{source.path}: {span.name}[{span.position(int(index))}] is {block[index]}: "
+                    f"too large for {dtype.name}; choose bfloat16 or float32"
+                )
+        return cast
 
     def _digest_written(self, task: Task, part: np.ndarray) -> np.ndarray | None:
         """Returns the digest of those of a task's elements that are in its units."""
@@ -624,16 +667,30 @@ class _Merge:
     def _publish(self, stored: Mapping[str, str]) -> Manifest:
         job, result = self.job, self.result
         made_by = {"kind": "merge", "recipe": job.recipe.to_dict(), KEY: job.identity}
+        if numbers := job.needs.resolved(job.sizes):
+            made_by["numbers"] = numbers
+        if job.subtree:
+            made_by["subtree"] = job.subtree
         if job.allowed:
             made_by["allowed_differences"] = list(job.allowed)
+        if job.tokens is not None:
+            made_by["tokens"] = job.tokens
         if job.diagnostics:
             made_by["diagnostics"] = self.analysis.diagnostics()
         elif self.analysis.densities is not None:
             made_by["diagnostics"] = {"density": self.analysis.densities}
         base = job.reference if job.reference is not job.experts[0] else None
         used = job.base is not None or job.reference in job.roles.copied.values()
+        used |= job.tokens is not None  # Whose tokens there are, it may have decided.
         parents = [(base, "base")] if base is not None and used else []
         parents += [(source, "expert") for source in job.experts]
+        if job.slices is not None:
+            made_by["slices"] = job.slices.to_json()
+            bases = job.slices.bases if job.base is not None else ()
+            parents = [
+                (source, "base" if path in bases else "expert")
+                for path, source in zip(job.slices.paths, job.parts, strict=True)
+            ]
         parents += [(source, "statistics") for source in job.statistics]
         described = tuple(
             {"role": role, "path": str(source.path), "digest": source.digest}
@@ -671,13 +728,9 @@ def _shard_size(directory: storage.AnyPath) -> int:
     return SHARD_SIZE if isinstance(directory, Path) else SHARD_SIZE_OF_BUCKETS
 
 
-def _nothing() -> np.ndarray:
-    return np.zeros(4, np.uint32)
-
-
 def _digest(parts: Iterable[tuple[Span, np.ndarray]]) -> np.ndarray:
     return functools.reduce(
-        digest.add, (digest.of_span(part, span) for span, part in parts), _nothing()
+        digest.add, (digest.of_span(part, span) for span, part in parts), digest.NOTHING
     )
 
 
@@ -687,7 +740,13 @@ def _renamed(span: Span, name: str) -> Span:
 
 def _finite(block: np.ndarray) -> bool:
     """Returns whether all numbers are finite, by their bits: NumPy's test of bfloat16 is slow."""
-    word = np.dtype(f"u{block.dtype.itemsize}")
-    infinity = np.array(np.inf, block.dtype).view(word)
-    sign = word.type(1 << (8 * word.itemsize - 1))
-    return bool((block.view(word) & ~sign).max(initial=0) < infinity)
+    width = block.dtype.itemsize
+    infinities = np.array([np.inf, -np.inf], block.dtype)
+    # As signed integers what is negative is below 0; as unsigned ones above all that is not.
+    return all(
+        bool(block.view(word).max(initial=0) < infinity)
+        for word, infinity in (
+            (f"i{width}", infinities.view(f"i{width}")[0]),
+            (f"u{width}", infinities.view(f"u{width}")[1]),
+        )
+    )

@@ -7,6 +7,7 @@ parameters are taken over each shard, and those of all parameters and shards add
 
 import collections
 import functools
+import inspect
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -21,12 +22,11 @@ from jax.typing import ArrayLike
 from m2l.checkpoints import uint64
 from m2l.checkpoints.tensor_kinds import is_float
 from m2l.errors import MergeError
-from m2l.merging import kernel, randomness, thresholds
+from m2l.merging import kernel, layerwise, randomness, thresholds
 from m2l.merging.inputs import array_kind, check_counts, differences, select_names
 from m2l.merging.method_registry import METHODS, Method
 from m2l.merging.methods import Consensus, task_vectors
-from m2l.merging.recipe import Recipe
-from m2l.merging.requirements import TABLE, Array, Requirements, host_counts, norm_rescale
+from m2l.merging.recipe import TABLE, Array, Recipe, Requirements, host_counts, norm_rescale
 from m2l.typing import PyTree
 
 Leaves = dict[str, PyTree]
@@ -54,9 +54,10 @@ def merge_params(
 ) -> PyTree:
     """Merges pytrees of parameters; the same bits as `merge` of their checkpoints.
 
-    But for slerp and model_stock, whose inner products are summed in float32 in an order of their
-    own, and for rescale "norm". Differentiable in the parameters (thresholds and masks count as
-    constants), but for regmean, which is computed on the host. NaN and infinity are not looked for.
+    But for methods of coefficients, as slerp, whose inner products are summed in float32 in an
+    order of their own, and for rescale "norm". Differentiable in the parameters (thresholds and
+    masks count as constants), but for regmean, which is computed on the host. NaN and infinity are
+    not looked for.
 
     A leaf is named by its keys, attributes and indices joined by "/": patterns of the recipe match
     these names, and random draws depend on them. Leaves that are no real numbers (integers,
@@ -77,7 +78,47 @@ def merge_params(
     Raises:
         MergeError: The parameters do not fit each other or the recipe.
     """
-    check_counts(base is not None, len(experts), len(statistics), recipe)
+    return merge_each(base, experts, [recipe], statistics)[0]
+
+
+def merge_each(
+    base: PyTree | None,
+    experts: Sequence[PyTree],
+    recipes: Sequence[Recipe],
+    statistics: Sequence[PyTree] = (),
+) -> list[PyTree]:
+    """Merges pytrees by several recipes: returns what `merge_params` does of each, the same bits.
+
+    Recipes that follow one another and differ in numbers alone are merged by one program,
+    vectorized over them: what they have in common, as thresholds of one density, is computed once.
+    All results are in memory at a time.
+    """
+    results = []
+    for _, group in itertools.groupby(recipes, key=_form):
+        results += _merge_alike(base, experts, list(group), statistics)
+    return results
+
+
+def _form(recipe: Recipe) -> tuple[object, ...]:
+    """Returns what of a recipe decides which program merges by it: all but numbers."""
+    fields = vars(recipe) | {"hyper_parameters": (), "seed": ()}
+    kinds = [(pattern, type(value)) for pattern, value in recipe.scales]
+    kinds += [bool(layerwise.lists(value)) for value in recipe.hyper_parameters.values()]
+    return tuple((fields | {"scales": tuple(kinds)}).values())
+
+
+def _merge_alike(
+    base: PyTree | None,
+    experts: Sequence[PyTree],
+    recipes: Sequence[Recipe],
+    statistics: Sequence[PyTree],
+) -> list[PyTree]:
+    """Merges by recipes of one form."""
+    recipe = recipes[0]
+    for each in recipes:
+        if each.tokenizer is not None:
+            raise MergeError("parameters in memory have no tokenizers: merge checkpoints")
+        check_counts(base is not None, len(experts), len(statistics), each)
     method = METHODS[recipe.method]
     expert_labels = [f"expert {index}" for index in range(len(experts))]
     label = expert_labels[0] if base is None else "base"
@@ -106,9 +147,19 @@ def merge_params(
         )
         for name in names
     }
-    merge = _merge_on_host if method.whole else _merge_on_devices
-    merged = _unmerged(reference, rows, recipe) | merge(rows, recipe)
-    return jax.tree.unflatten(treedef, [merged[name] for name in reference])
+    unmerged = _unmerged(reference, rows, recipe)
+    known = {name: (name,) for name in reference}
+    needs = [Requirements(each, len(experts), known) for each in recipes]
+    for each in needs:
+        each.resolved(rows)
+    if method.whole:
+        merges = [_merge_on_host(rows, each) for each in needs]
+    else:
+        merges = _merge_on_devices(rows, needs)
+    return [
+        jax.tree.unflatten(treedef, [(unmerged | merged)[name] for name in reference])
+        for merged in merges
+    ]
 
 
 def _flatten(tree: PyTree, label: str) -> tuple[Leaves, jax.tree_util.PyTreeDef]:
@@ -159,17 +210,17 @@ def _unmerged(reference: Leaves, merged: Mapping[str, _Row], recipe: Recipe) -> 
     }
 
 
-def _merge_on_host(rows: Mapping[str, _Row], recipe: Recipe) -> Leaves:
+def _merge_on_host(rows: Mapping[str, _Row], needs: Requirements) -> Leaves:
     merged = {}
     for name, row in rows.items():
         grams = [_whole(name, leaf) for leaf in row.statistics]
-        result = METHODS[recipe.method].function(
+        result = needs.method.function(
             name=name,
             experts=[_whole(name, leaf) for leaf in row.experts],
             grams=grams or None,
-            **recipe.arguments((name,), len(row.experts), np.float64),
+            **needs.arguments(name, np.float64),
         )
-        result = result.astype(jnp.dtype(recipe.dtype))
+        result = result.astype(jnp.dtype(needs.recipe.dtype))
         sharding = _sharding(row.experts)
         merged[name] = (
             jnp.asarray(result)
@@ -218,39 +269,124 @@ Inputs = dict[str, dict[str, Array]]
 """Of each parameter, by name: what the method takes besides it, see `kernel.Inputs`."""
 
 
-def _merge_on_devices(rows: Mapping[str, _Row], recipe: Recipe) -> Leaves:
-    experts = len(next(iter(rows.values())).experts)
-    needs = Requirements(recipe, experts)
+def _merge_on_devices(rows: Mapping[str, _Row], needs: Sequence[Requirements]) -> list[Leaves]:
+    recipe = needs[0].recipe
     traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(dict(rows)))
-    programs, placed = {}, {}
+    method, programs, placed = METHODS[recipe.method], {}, {}
     for name, row in rows.items():
         sharding = None if traced else _sharding(jax.tree.leaves(row))
         put = jnp.asarray if sharding is None else functools.partial(_placed, sharding=sharding)
         placed[name] = jax.tree.map(put, row)
         sharding = sharding if isinstance(sharding, NamedSharding) else None
-        programs[name] = _Program(needs.method, recipe.election, recipe.dtype, sharding)
+        programs[name] = _Program(method, recipe.election, recipe.dtype, sharding)
+    searched: dict[object, Inputs] = {}
+    inputs = [_inputs(placed, programs, each, searched, traced) for each in needs]
+    copies: dict[object, jax.Array] = {}
+    merges: list[Leaves] = [{} for _ in needs]
+    for name, row in placed.items():
+        program = programs[name]
+        each = [_replicated_once(every[name], program, copies) for every in inputs]
+        shared, varied = _divided(each)
+        if varied and method.coefficients is None:
+            arrays = _merged_each(row, shared, varied, program)
+        else:
+            # Vectorized, the functions that coefficients are made by would be rounded otherwise.
+            alone = each if varied else each[:1]
+            arrays = [_merged(row, arguments, program) for arguments in alone]
+        for index, merged in enumerate(merges):
+            merged[name] = arrays[index % len(arrays)]
+            if needs[index].copies(name) and row.experts[0].dtype == recipe.dtype:
+                # With numbers that XLA rounds to 0 on a CPU; an array of its own, to be donated.
+                merged[name] = row.experts[0] if traced else row.experts[0].copy()
+    return merges
+
+
+def _inputs(
+    rows: Mapping[str, _Row],
+    programs: Mapping[str, _Program],
+    needs: Requirements,
+    searched: dict[object, Inputs],
+    traced: bool,
+) -> Inputs:
+    """Returns what a recipe's method takes for each parameter.
+
+    Args:
+        rows: The parameters.
+        programs: What is compiled for each.
+        needs: What the recipe needs.
+        searched: The limits of other recipes, by what decides them; those of this one are added.
+        traced: Whether any array is a tracer.
+    """
     inputs: Inputs = {name: needs.inputs(name) for name in rows}
     if needs.method.draws:
         for row_inputs in inputs.values():
             row_inputs["place"] = randomness.straight(0)
-    constants = jax.lax.stop_gradient(placed) if traced else placed
+    constants = jax.lax.stop_gradient(rows) if traced else rows
     if needs.method.ranks:
         _add_tables(constants, inputs, programs, needs, traced)
-    if needs.products or needs.norms:
-        parts = {name: _sums(row, inputs[name], programs[name]) for name, row in placed.items()}
-        totals = _totals(list(parts.values()), tuple(p.sharding for p in programs.values()))
-        for name, sums in zip(parts, totals, strict=True):
-            inputs[name] |= sums if needs.products else {"rescale": norm_rescale(**sums, xp=jnp)}
-    if needs.limits:
-        for name, limits in _limits(constants, inputs, programs, needs, traced).items():
+    if needs.norms:
+        for name, sums in _summed(rows, inputs, programs).items():
+            inputs[name]["rescale"] = norm_rescale(**sums, xp=jnp)
+    if needs.bounds is not None:
+        # Of the same task vectors, whatever is done with them.
+        bounding = {name: p._replace(method=needs.bounds.method) for name, p in programs.items()}
+        key = "bounds", needs.recipe.scope
+        if key not in searched:
+            nothing: Inputs = {name: {} for name in rows}
+            searched[key] = _limits(constants, nothing, bounding, needs.bounds, traced)
+        for name, limits in searched[key].items():
             inputs[name] |= limits
+    if needs.limits:
+        late = {"scale", "weights"}  # They come after trimming, unless magnitudes take them.
+        if needs.method.magnitudes is not None:
+            late -= {*inspect.signature(needs.method.magnitudes).parameters}
+        numbers = needs.recipe.hyper_parameters.items()
+        scales = needs.recipe.scales if len(late) < 2 else ()
+        key = needs.recipe.seed, scales, *((k, v) for k, v in numbers if k not in late)
+        if key not in searched:
+            searched[key] = _limits(constants, inputs, programs, needs, traced)
+        for name, limits in searched[key].items():
+            inputs[name] |= limits
+    if needs.products:
+        sums = _summed(rows, inputs, programs)
+        if needs.pooled:
+            xp = jnp if traced else np
+            total = {"products": sum(xp.asarray(each["products"]) for each in sums.values())}
+            sums = dict.fromkeys(sums, total)
+        for name, each in sums.items():
+            inputs[name] |= each
     if needs.majority:
         _add_zero_sign(constants, inputs, programs, needs, traced)
-    copies: dict[object, jax.Array] = {}
-    return {
-        name: _merged(row, _replicated_once(inputs[name], programs[name], copies), programs[name])
-        for name, row in placed.items()
-    }
+    return inputs
+
+
+def _summed(
+    rows: Mapping[str, _Row], inputs: Inputs, programs: Mapping[str, _Program]
+) -> dict[str, dict[str, jax.Array]]:
+    """Returns what `_sums` adds up, of each whole parameter."""
+    parts = [_sums(row, inputs[name], programs[name]) for name, row in rows.items()]
+    totals = _totals(parts, tuple(programs[name].sharding for name in rows))
+    return dict(zip(rows, totals, strict=True))
+
+
+def _divided(
+    inputs: Sequence[Mapping[str, Array]],
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Returns what all recipes take alike, and what not, stacked."""
+    shared, varied = {}, {}
+    for name, first in inputs[0].items():
+        values = [each[name] for each in inputs]
+        if all(_is_same(value, first) for value in values):
+            shared[name] = first
+        else:
+            xp = jnp if any(isinstance(value, jax.Array) for value in values) else np
+            varied[name] = xp.stack(values)
+    return shared, varied
+
+
+def _is_same(value: Array, other: Array) -> bool:
+    on_device = isinstance(value, jax.Array) or isinstance(other, jax.Array)
+    return value is other or (not on_device and np.array_equal(value, other))
 
 
 def _add_tables(
@@ -262,15 +398,16 @@ def _add_tables(
 ) -> None:
     """Adds the drop rates by rank to the inputs."""
     counts = {name: _histogram(row, programs[name]) for name, row in rows.items()}
-    groups = [[*rows]] if needs.recipe.scope == "model" else [[name] for name in rows]
+    by_model = needs.recipe.scope == "model"
+    groups = needs.alike(rows) if by_model else [[name] for name in rows]
     shape = (needs.experts, TABLE)
     table = {name: jax.ShapeDtypeStruct(shape, dtype)
              for name, dtype in (("cuts", np.uint32), ("rescales", np.float32))}  # fmt: skip
     for names in groups:
         inputs_by_rank = _on_host(
-            lambda *words: needs.table(sum(map(host_counts, words))),
+            lambda *words, name=names[0]: needs.table(sum(map(host_counts, words)), name),
             table,
-            [counts[name] for name in names],
+            [counts[name] for name in (rows if by_model else names)],
             traced,
         )
         for name in names:
@@ -327,6 +464,15 @@ def _replicated_once(
         return copies[key]
 
     return jax.tree.map(replicated, dict(inputs))
+
+
+@functools.partial(jax.jit, static_argnames="program")
+def _merged_each(
+    row: _Row, shared: Mapping[str, Array], varied: Mapping[str, Array], program: _Program
+) -> list[jax.Array]:
+    """Merges a parameter by each recipe: the inputs that vary have a first axis of recipes."""
+    merge = jax.vmap(lambda inputs: _merged(row, {**shared, **inputs}, program))
+    return list(merge(dict(varied)))
 
 
 @functools.partial(jax.jit, static_argnames="program")
@@ -388,12 +534,16 @@ def _per_shard(
 def _sums(row: _Row, inputs: Mapping[str, Array], program: _Program) -> dict[str, jax.Array]:
     """Sums over each shard: products [shards, experts, experts]; or l1, l1_kept [shards, experts].
 
-    As `kernel.sums` and `kernel.norms` return them.
+    As `kernel.sums` and `kernel.norms` return them; "products" are the method's own sums if any.
     """
     method = program.method
     vectors = kernel.float32(row.experts)
     if row.base is not None:
         vectors = task_vectors(row.base.astype(jnp.float32), vectors)
+    if method.sums is not None:
+        named = kernel.named(method.sums, inputs)
+        summed = functools.partial(_by_name, method.sums, tuple(named))
+        return {"products": _per_shard(summed, program.sharding, vectors, *named.values())}
     if method.coefficients is not None:
         return {"products": _per_shard(_products, program.sharding, vectors)}
     magnitudes = kernel.magnitudes(method, row.base, row.experts, inputs)
@@ -401,6 +551,15 @@ def _sums(row: _Row, inputs: Mapping[str, Array], program: _Program) -> dict[str
         "l1": _per_shard(_norms, program.sharding, vectors),
         "l1_kept": _per_shard(_norms, program.sharding, magnitudes),
     }
+
+
+def _by_name(
+    function: Callable[..., jax.Array],
+    names: Sequence[str],
+    vectors: Sequence[jax.Array],
+    *values: jax.Array,
+) -> jax.Array:
+    return function(vectors, **dict(zip(names, values, strict=True)))
 
 
 def _products(vectors: Sequence[jax.Array]) -> jax.Array:
@@ -489,7 +648,42 @@ def _limits(
     needs: Requirements,
     traced: bool,
 ) -> Inputs:
-    """Returns the thresholds and, where the method takes them, the ceilings of each parameter."""
+    """Returns the limits of each parameter: thresholds, and what else `needs.untrimmed` names."""
+    scopes = needs.scopes({name: row.base.size for name, row in rows.items()})
+    limits: Inputs = {name: {} for name in rows}
+    if needs.recipe.scope == "tensor":
+        # A program for all, whose counts are of each.
+        counted = _counted(rows, inputs, programs, traced)
+        ranks = {scope.names[0]: scope.ranks for scope in scopes}
+        for limit in scopes[0].ranks:
+            names = [name for part in counted for name in part.names]
+            sizes = [rows[name].base.size for name in names]
+            rows_of = [ranks[name][limit] for name in names]
+            largest = _largest(counted, rows_of, sizes, traced, needs)
+            for name, row in zip(names, largest, strict=True):
+                limits[name][limit] = row
+        return limits
+    for scope in scopes:
+        part = {name: rows[name] for name in scope.names}
+        counted = _counted(part, inputs, programs, traced)
+        size = sum(row.base.size for row in part.values())
+        members = np.isin(np.arange(needs.experts), scope.experts)
+        for limit, own in scope.ranks.items():
+            (row,) = _largest(counted, [own], [size], traced, needs)
+            for name in scope.names:
+                former = limits[name].get(limit)
+                xp = jnp if traced else np
+                limits[name][limit] = row if former is None else xp.where(members, row, former)
+    return limits
+
+
+def _counted(
+    rows: Mapping[str, _Row],
+    inputs: Mapping[str, Mapping[str, Array]],
+    programs: Mapping[str, _Program],
+    traced: bool,
+) -> list[_Counted]:
+    """Returns parameters with the bits of their magnitudes, small ones of a kind together."""
     kinds = collections.defaultdict(list)
     for name, row in rows.items():
         # A trace does not say whether parameters of one shape are sharded alike.
@@ -507,37 +701,31 @@ def _limits(
         program = programs[names[0]]
         source = sources[0] if len(names) == 1 else _stacked_bits(sources, program)
         counted.append(_Counted(names, source, program))
-    names = [name for part in parts for name in part]
-    sizes = [rows[name].base.size for name in names]
-    if needs.recipe.scope == "model":
-        sizes = [sum(sizes)]
-    limits: Inputs = {name: {} for name in names}
-    ranks = [needs.ranks(size) for size in sizes]
-    for limit in ranks[0]:
-        largest = _largest(counted, [each[limit] for each in ranks], sizes, traced)
-        for index, name in enumerate(names):
-            limits[name][limit] = largest[0 if len(ranks) == 1 else index]
-    return limits
+    return counted
 
 
 def _largest(
-    counted: Sequence[_Counted], ranks: Sequence[int], sizes: Sequence[int], traced: bool
+    counted: Sequence[_Counted],
+    ranks: Sequence[Sequence[int]],
+    sizes: Sequence[int],
+    traced: bool,
+    needs: Requirements,
 ) -> Array:
     """Finds the rank-th largest magnitude of each expert; infinity is before the first.
 
     Args:
         counted: All parameters.
-        ranks: One for all parameters together, or one for each, in the order of `counted`.
-        sizes: Likewise, of how many; the last is taken to be 0.
+        ranks: Of each expert; one row for all parameters together, or one for each, in the order
+            of `counted`.
+        sizes: Likewise, of how many; the last is taken to be 0, unless the minimum is needed.
         traced: Whether any array is a tracer.
+        needs: What the recipe needs.
 
     Returns:
         float32 [ranks, experts].
     """
-    first = counted[0].source
-    experts = len(first if isinstance(first, list) else first[0].experts)
     shardings = tuple(part.program.sharding for part in counted)
-    words = np.stack([uint64.split(rank) for rank in ranks])
+    words = np.stack([[uint64.split(rank) for rank in row] for row in ranks])
     stops = np.cumsum([len(part.names) for part in counted]).tolist()
     places = [slice(stop - len(p.names), stop) for p, stop in zip(counted, stops, strict=True)]
 
@@ -549,14 +737,20 @@ def _largest(
         ]
         return _next_prefixes(counts, prefixes, words, shift, shardings)
 
-    limits = [np.inf if rank == 0 else 0 for rank in ranks]
-    limits = np.broadcast_to(np.float32(limits)[:, None], (len(ranks), experts))
-    searched = [0 < rank < size for rank, size in zip(ranks, sizes, strict=True)]
-    if not any(searched):
+    limits = np.where(np.array(ranks) == 0, np.float32(np.inf), np.float32(0))
+    searched = np.array(
+        [
+            [0 < k < size + needs.minimum for k in row]
+            for row, size in zip(ranks, sizes, strict=True)
+        ]
+    )
+    if not searched.any():
         return limits
     xp = jnp if traced else np
     largest = thresholds.kth_largest(step, limits.shape, traced)
-    return xp.where(np.array(searched)[:, None], largest, limits)
+    if needs.method.magnitudes is not None:
+        largest = xp.maximum(largest, thresholds.LEAST)
+    return xp.where(searched, largest, limits)
 
 
 @functools.partial(jax.jit, static_argnames="program")

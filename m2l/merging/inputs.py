@@ -12,13 +12,16 @@ import numpy as np
 
 from m2l import storage
 from m2l.checkpoints import digest, model_fields, opening, tensor_kinds
-from m2l.checkpoints.opening import HUGGINGFACE, ORBAX, Checkpoint, LazyTensor, recorded_digest
-from m2l.checkpoints.spans import Span, TensorReader, cut
+from m2l.checkpoints.adapters import AdaptedTensor
+from m2l.checkpoints.opening import HUGGINGFACE, ORBAX, Checkpoint, recorded_digest
+from m2l.checkpoints.spans import Span, TensorReader, cut, is_one
 from m2l.checkpoints.tensor_kinds import is_float
 from m2l.distributed import Processes
 from m2l.errors import CheckpointError, MergeError, UnknownNameError
+from m2l.merging import layerwise
 from m2l.merging.method_registry import METHODS, Method
 from m2l.merging.recipe import Recipe
+from m2l.merging.token_rows import as_stored
 from m2l.typing import Json
 
 FORMATS = (ORBAX, HUGGINGFACE)
@@ -60,12 +63,8 @@ def open_all(
 
 def memory_of(checkpoint: Checkpoint) -> int:
     """Returns the bytes that a checkpoint itself may hold while its parameters are read."""
-    sizes = [
-        parameter.size * parameter.dtype.itemsize
-        for parameter in checkpoint.parameters.values()
-        if isinstance(parameter, LazyTensor)
-    ]
-    return 3 * max(sizes, default=0)
+    stored = map(as_stored, checkpoint.parameters.values())
+    return max((getattr(tensor, "memory", 0) for tensor in stored), default=0)
 
 
 def refuse_nonfinite(checkpoints: Sequence[Checkpoint], span: Span) -> None:
@@ -103,15 +102,19 @@ def check_counts(base: bool, experts: int, statistics: int, recipe: Recipe) -> N
     if experts not in method.experts:
         plural = "s"[: method.experts.high > 1]
         raise MergeError(f"{recipe.method} merges {method.experts} expert{plural}, not {experts}")
-    lists = [
-        (name, recipe.hyper_parameters[name])
-        for name, hyper_parameter in method.hyper_parameters.items()
-        if hyper_parameter.per_expert
+    settings = [
+        *recipe.hyper_parameters.items(),
+        *(("weights", value) for _, value in recipe.scales),
     ]
-    lists += [("weights", value) for _, value in recipe.scales if isinstance(value, tuple)]
-    for name, values in lists:
-        if values and len(values) != experts:
-            raise MergeError(f"{len(values)} {name} for {experts} experts: give one for each")
+    for name, value in settings:
+        for values in layerwise.lists(value):
+            if values and len(values) != experts:
+                raise MergeError(f"{len(values)} {name} for {experts} experts: give one for each")
+    for agreement in layerwise.numbers(recipe.hyper_parameters.get("agreement", 0.0)):
+        if agreement > experts:
+            raise MergeError(
+                f"agreement {agreement:g} of {experts} experts: give at most {experts}"
+            )
     if method.statistic is None and statistics:
         raise MergeError(f"{recipe.method} takes no statistics")
     if method.statistic is not None and statistics != experts:
@@ -149,7 +152,11 @@ class Roles:
 
 
 def assign_roles(
-    sources: Sequence[Checkpoint], experts: int, recipe: Recipe, allowed: Sequence[str] = ()
+    sources: Sequence[Checkpoint],
+    experts: int,
+    recipe: Recipe,
+    allowed: Sequence[str] = (),
+    files: Checkpoint | None = None,
 ) -> Roles:
     """Checks that models can be merged, and says what becomes of each of their tensors.
 
@@ -162,6 +169,8 @@ def assign_roles(
         experts: How many of the last are experts.
         recipe: How to merge.
         allowed: Fields of descriptions that may differ, by name; "tokenizer" is one.
+        files: The model whose files the result gets; None: the first expert, or the first model
+            where the words are its.
 
     Raises:
         MergeError: They differ in a field that decides what a model computes, in their tokenizers
@@ -204,14 +213,14 @@ def assign_roles(
         ignored_names = (n for n in source.parameters if n not in names and n not in copies)
         copied |= {n: source for n in ignored_names if n not in excluded and n not in copied}
     # Where the words are the first model's, so is the tokenizer.
-    files = first if no_words else sources[-experts]
+    files = files or (first if no_words else sources[-experts])
     repeated = {n: original for n, original in copies.items() if n in files.parameters}
     return Roles(merged, copied, repeated, files)
 
 
-def check_alike(sources: Sequence[Checkpoint]) -> None:
+def check_alike(sources: Sequence[Checkpoint], allowed: Sequence[str] = ()) -> None:
     """Refuses models that differ from the first in vocabulary, kind or parameters."""
-    assign_roles(sources, len(sources), Recipe("average"))
+    assign_roles(sources, len(sources), Recipe("average"), allowed)
 
 
 def _check_allowed(sources: Sequence[Checkpoint], allowed: Sequence[str]) -> None:
@@ -253,7 +262,8 @@ def _check_alike(
     ignored: Collection[str],
 ) -> None:
     problem = f"{other.path} cannot be merged with {first.path}"
-    if "tokenizer" not in ignored:
+    # Those that were re-indexed have got one vocabulary.
+    if "tokenizer" not in ignored and not first.rows:
         _check_vocabulary(problem, other, first)
     table = differences(*kinds, _short_names(first.path, other.path))
     fields = [
@@ -414,6 +424,8 @@ def matched_names(names: Mapping[str, Sequence[str]], recipe: Recipe) -> set[str
         }
 
     patterns = [("exclude", p) for p in recipe.exclude] + [("scales", p) for p, _ in recipe.scales]
+    for name, value in recipe.hyper_parameters.items():
+        patterns += [(name, pattern) for pattern in layerwise.patterns(value) if pattern != "*"]
     for kind, pattern in patterns:
         if not matching(pattern):
             raise MergeError(
@@ -449,6 +461,12 @@ Key = tuple[int, str]
 """A source's place in a list, and a parameter's name."""
 
 
+def digested(tensor: TensorReader) -> TensorReader:
+    """Returns the tensor whose recorded digest is checked for one: as stored, without adapters."""
+    stored = as_stored(tensor)
+    return digested(stored.base) if isinstance(stored, AdaptedTensor) else stored
+
+
 class InputDigests:
     """Digests of the parameters that are read, added up over the parts that this process reads.
 
@@ -459,13 +477,21 @@ class InputDigests:
 
     def __init__(self, read: Sequence[tuple[Checkpoint, Sequence[str]]], verify: bool):
         self._sources = [source for source, _ in read]
-        self._recorded = {
-            (index, name): recorded
-            for index, (source, names) in enumerate(read)
-            for name in names
-            if verify and (recorded := recorded_digest(source.parameters[name])) is not None
-            if not isinstance(source.parameters[name], LazyTensor)
-        }
+        self._recorded: dict[Key, str] = {}
+        checked: dict[str, list[TensorReader]] = {}
+        for index, (source, names) in enumerate(read if verify else ()):
+            for name in names:
+                stored = source.parameters[name]
+                recorded, file = recorded_digest(digested(stored)), digested(stored)
+                before = checked.setdefault(name, [])
+                if recorded is None or (
+                    # A base that several adapters are put on is read once.
+                    file is not stored and any(is_one(file, other) for other in before)
+                ):
+                    continue
+                self._recorded[index, name] = recorded
+                before.append(file)
+        self._checked: set[Key] = set()
         self._words: dict[Key, np.ndarray] = {}
         self._elements: dict[Key, int] = {}
 
@@ -474,21 +500,36 @@ class InputDigests:
 
     def sums(self, source: Checkpoint, name: str) -> bool:
         """Returns whether a parameter's parts are to be digested as they are read."""
+        stored = source.parameters[name]
+        if digested(stored) is not stored:
+            return False  # What is read are rows in another order, or sums: it is read once more.
         recorded = self._recorded.get((self._index(source), name))
         return recorded is not None and digest.is_digest(recorded)
 
     def sha256(self, name: str) -> list[TensorReader]:
         """Returns the parameters of a name that are checked by reading them once more."""
         return [
-            self._sources[index].parameters[name]
+            digested(self._sources[index].parameters[name])
             for (index, other), recorded in self._recorded.items()
             if other == name and not digest.is_digest(recorded)
+            if (index, name) not in self._checked
         ]
+
+    def check_sha256(self, source: Checkpoint, name: str, sha256: str) -> None:
+        """Compares the SHA-256, in hex, of all that was read of a parameter, if one is recorded.
+
+        Raises:
+            CheckpointError: It is damaged.
+        """
+        key, stored = (self._index(source), name), source.parameters[name]
+        if digested(stored) is stored and not digest.is_digest(self._recorded.get(key, "0" * 32)):
+            stored.check(sha256)
+            self._checked.add(key)
 
     def add(self, source: Checkpoint, name: str, words: np.ndarray, elements: int) -> None:
         """Adds the digest of a part of so many elements."""
         key = self._index(source), name
-        self._words[key] = digest.add(self._words.get(key, np.zeros(4, np.uint32)), words)
+        self._words[key] = digest.add(self._words.get(key, digest.NOTHING), words)
         self._elements[key] = self._elements.get(key, 0) + elements
 
     def check(self, processes: Processes) -> list[tuple[Checkpoint, str]]:
@@ -502,9 +543,8 @@ class InputDigests:
             CheckpointError: Naming a parameter that is damaged, and where it is.
         """
         keys = [key for key, recorded in self._recorded.items() if digest.is_digest(recorded)]
-        nothing = np.zeros(4, np.uint32)
         own = {
-            "words": np.array([self._words.get(k, nothing) for k in keys], np.uint32),
+            "words": np.array([self._words.get(k, digest.NOTHING) for k in keys], np.uint32),
             "elements": np.array([self._elements.get(k, 0) for k in keys], np.int64),
         }
         parts = processes.gather("inputs", own)
@@ -534,7 +574,7 @@ def read_and_check(source: Checkpoint, name: str, at_once: int) -> None:
     Raises:
         CheckpointError: It is damaged.
     """
-    stored, total = source.parameters[name], np.zeros(4, np.uint32)
+    stored, total = digested(source.parameters[name]), digest.NOTHING
     for span in cut(name, tuple(stored.shape), stored.chunk, at_once if stored.chunk else _READ):
         elements = np.empty(span.size, stored.dtype)
         stored.read_span(span, elements)
@@ -562,8 +602,12 @@ def gather_digests(
     words: Mapping[str, np.ndarray], names: Sequence[str], processes: Processes
 ) -> dict[str, str]:
     """Returns the digests, in hex, of arrays of which every process has digested some parts."""
-    nothing = np.zeros(4, np.uint32)
-    own = np.array([words.get(name, nothing) for name in names], np.uint32).reshape(-1, 4)
+    own = np.array([words.get(name, digest.NOTHING) for name in names], np.uint32).reshape(-1, 4)
     parts = processes.gather("digests", {"words": own})
     total = np.sum([part["words"] for part in parts], axis=0, dtype=np.uint32)
     return {name: digest.to_hex(row) for name, row in zip(names, total, strict=True)}
+
+
+def check_described(first: Checkpoint, other: Checkpoint, allowed: Sequence[str]) -> None:
+    """Refuses models whose descriptions or tokenizers differ, whatever their tensors are."""
+    _check_alike(first, other, ({}, {}), allowed)

@@ -1,6 +1,7 @@
 """A merge that was checked and planned before a byte is read: bytes, blocks, memory, time."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -13,8 +14,9 @@ from typing import TypeVar
 
 import numpy as np
 
-from m2l import checkpoints, files, storage
+from m2l import checkpoints, files, hub_models, storage
 from m2l.checkpoints import Manifest, huggingface_directory, zarr
+from m2l.checkpoints.adapters import AdaptedTensor
 from m2l.checkpoints.digest import is_digest
 from m2l.checkpoints.opening import HUGGINGFACE, ORBAX, Checkpoint, recorded_digest
 from m2l.checkpoints.reading import EXPORTED, KEY, existing_result
@@ -25,9 +27,9 @@ from m2l.merging import inputs, outputs
 from m2l.merging.inputs import Roles, memory_of
 from m2l.merging.method_registry import METHODS
 from m2l.merging.methods import regmean_bytes
-from m2l.merging.passes import BLOCK, LARGE_CHUNK, SHORT, cores
-from m2l.merging.recipe import Recipe
-from m2l.merging.requirements import Requirements
+from m2l.merging.passes import BLOCK, LARGE_CHUNK, SHORT, cores, grid, run_length
+from m2l.merging.recipe import Recipe, Requirements
+from m2l.merging.slices import Slices
 from m2l.typing import Json
 from m2l.version import __version__
 
@@ -154,6 +156,7 @@ def make_plan(
     whole: int,
     in_chunks: bool,
     out: storage.AnyPath | None,
+    in_memory: bool = True,
 ) -> MergePlan:
     """Works out blocks and threads that keep to the memory limit.
 
@@ -172,6 +175,7 @@ def make_plan(
         whole: The most bytes that a parameter takes which is merged at once; 0: none is.
         in_chunks: Whether the result is written by chunks.
         out: Where the result goes; None: in memory.
+        in_memory: Whether it is kept there.
 
     Raises:
         MergeError: No block is small enough for the limit; says which limit works. Or the block
@@ -187,18 +191,30 @@ def make_plan(
     # As it is stored, decoded, and as it is handed over.
     decoded = 3 * max((length * width for length, width, _ in chunks), default=0)
     result = outputs.nbytes(described)
-    in_memory = result if out is None else 0
-    memory = memory or max(DEFAULT_MEMORY, resident() + (DEFAULT_MEMORY >> 1)) + in_memory
-    fixed = resident() + _OVERHEAD + states + sum(map(memory_of, sources)) + whole + in_memory
+    resulting = result if out is None and in_memory else 0
+    memory = memory or max(DEFAULT_MEMORY, resident() + (DEFAULT_MEMORY >> 1)) + resulting
+    fixed = resident() + _OVERHEAD + states + sum(map(memory_of, sources)) + whole + resulting
     largest = max(sizes.values())
     result_width = max((dtype.itemsize for _, dtype in described.values()), default=0)
 
+    adapted = [
+        tensor
+        for source in sources
+        for tensor in source.parameters.values()
+        if isinstance(tensor, AdaptedTensor)
+    ]
+
     def needs(block: int, at_once: int, threads: int) -> int:
         length = min(block, max(largest, SHORT))
-        read = max(length, at_once if longest else 0)
+        runs = (min(tensor.best_run(block), tensor.size) for tensor in adapted)
+        read = max(length, at_once if longest else 0, *runs)
         # Chunks of the result, and one more where they are not one piece of memory.
         written = max(zarr.CHUNK_BYTES, result_width * at_once) + zarr.CHUNK_BYTES
-        a_thread = read * sum(widths) + min(written, 2 * result_width * largest) * in_chunks
+        # With what is read of the base of adapters.
+        a_thread = (
+            read * (sum(widths) + 4 * bool(adapted))
+            + min(written, 2 * result_width * largest) * in_chunks
+        )
         at_a_time = threads if decoded < LARGE_CHUNK else 1
         # One block more: what the threads' results leave for the next.
         blocks = (threads + 1) * length * kernel + length * sum(widths)
@@ -238,7 +254,8 @@ def make_plan(
         for source in sources
         for name in local
         if verify and name in source.parameters
-        if (recorded := recorded_digest(source.parameters[name])) and not is_digest(recorded)
+        if (recorded := recorded_digest(inputs.digested(source.parameters[name])))
+        and not is_digest(recorded)
     )
     folders = (out, *out.parents) if isinstance(out, Path) else ()
     parent = next((folder for folder in folders if folder.is_dir()), None)
@@ -314,6 +331,10 @@ class MergeJob:
         diagnostics: Whether to measure the task vectors.
         verify: Whether to check the inputs' digests.
         plan: What it will take.
+        tokens: What was done to models whose vocabularies differ, by token; None: nothing.
+        slices: The layers of the inputs, if they are put together of models' layers.
+        parts: These models, in the order of `slices.paths`.
+        subtree: Of pytrees that Orbax stored, the part that is merged.
     """
 
     recipe: Recipe
@@ -332,6 +353,37 @@ class MergeJob:
     diagnostics: bool
     verify: bool
     plan: MergePlan
+    tokens: Mapping[str, Json] | None = None
+    slices: Slices | None = None
+    parts: tuple[Checkpoint, ...] = ()
+    subtree: str | None = None
+
+    @functools.cached_property
+    def needs(self) -> Requirements:
+        """What the recipe needs of these models."""
+        return Requirements(
+            self.recipe, len(self.experts), parameter_names(self.experts[0], self.reference)
+        )
+
+    @functools.cached_property
+    def described(self) -> dict[str, outputs.ArraySpec]:
+        """Name -> (shape, dtype) of the result's tensors."""
+        return outputs.described(self.reference, self.recipe.dtype, self.roles)
+
+    def origin(self, name: str) -> str:
+        """Returns the parameter that a tensor of the result is made of."""
+        return self.roles.repeated.get(name, name)
+
+    def grid(self, name: str) -> tuple[int, ...] | None:
+        """Returns the boxes in which what a tensor is made of is best read; None: rows."""
+        origin = self.origin(name)
+        if origin in self.roles.copied:
+            return self.roles.copied[origin].parameters[origin].chunk
+        return grid([source.parameters for source in self.used], origin)
+
+    def run_length(self, name: str, block: int) -> int:
+        """Returns how many elements of a tensor in rows are best read at once: about `block`."""
+        return run_length([source.parameters for source in self.used], self.origin(name), block)
 
     @property
     def key(self) -> str:
@@ -339,7 +391,7 @@ class MergeJob:
         content = {
             "m2l": __version__,
             "recipe": self.recipe.to_dict(),
-            "inputs": [s.digest for s in (*self.used, self.reference)],
+            "inputs": [s.digest + s.rows for s in (*self.used, self.reference)],
             "to": self.output_format,
             "diagnostics": self.diagnostics,
         }
@@ -350,7 +402,7 @@ class MergeJob:
         """What decides the files of the result; of a result, it is in the manifest."""
         content = {
             "recipe": self.recipe.to_dict(),
-            "inputs": [[s.format, s.digest] for s in (*self.used, self.reference)],
+            "inputs": [[s.format, s.digest + s.rows] for s in (*self.used, self.reference)],
             "to": self.output_format,
             "vocabulary": self.vocabulary,
             "diagnostics": self.diagnostics,
@@ -358,8 +410,7 @@ class MergeJob:
         }
         if self.output_format == HUGGINGFACE:
             # The result has this model's tokenizer and settings as well.
-            path = self.roles.files.path
-            content["files"] = files.directory_digest(path if path.is_dir() else path.parent)
+            content["files"] = files.directory_digest(self.roles.files.directory)
         return files.checksum(content)
 
     def finished(self, exported: Mapping[str, Json] | None = None) -> Manifest | None:
@@ -404,8 +455,15 @@ def prepare(
     verify: bool = True,
     allow_differences: Sequence[str] = (),
     subtree: str | None = None,
+    slices: Slices | None = None,
+    in_memory: bool = True,
 ) -> MergeJob:
-    """Checks all that can be checked before a byte is read, and plans; see `merge`."""
+    """Checks all that can be checked before a byte is read, and plans; see `merge`.
+
+    Args:
+        process: Which of how many processes this is; None: of those that have joined.
+        in_memory: Whether a result that is not written is kept in memory.
+    """
     if out is None and output_format is None:
         output_format = ORBAX
     process = process or rank()
@@ -415,18 +473,40 @@ def prepare(
     method = METHODS[recipe.method]
     paths = [storage.path(path).absolute() for path in ([] if base is None else [base])]
     paths += [storage.path(path).absolute() for path in experts]
-    named = method.draws or bool(recipe.exclude or recipe.scales)
-    models, output_format = inputs.open_all(
+    named = method.draws or bool(recipe.exclude or recipe.varies)
+    if slices is not None:
+        paths = [hub_models.located(path).absolute() for path in slices.paths]
+    parts, output_format = inputs.open_all(
         paths, output_format, named=named, allowed=allow_differences, subtree=subtree
     )
+    models = parts if slices is None else slices.compose(parts, allow_differences)
+    if len(models) != len(experts) + (base is not None):
+        raise MergeError(
+            f"slices compose {len(models)} models, of a base and experts that are "
+            f"{len(experts) + (base is not None)}"
+        )
     statistic_paths = [storage.path(path).absolute() for path in statistics]
     statistic_checkpoints, _ = inputs.open_all(statistic_paths, ORBAX)
+    united = None
+    if recipe.tokenizer is not None:
+        from m2l.merging.reindexing import reindexed
+
+        united = reindexed(
+            models,
+            statistic_checkpoints,
+            recipe.tokenizer,
+            has_base=base is not None,
+            described=output_format == ORBAX and out is not None,
+            allowed=allow_differences,
+        )
+        models, statistic_checkpoints = united.models, united.statistics
     reference, expert_checkpoints = models[0], models[len(models) - len(experts) :]
     if out is not None:
         out = storage.path(out).absolute()
-        opened = [*models, *statistic_checkpoints]
-        inputs.check_destination(out, [source.path for source in opened])
-    roles = inputs.assign_roles(models, len(experts), recipe, allow_differences)
+        opened = [*parts, *statistic_checkpoints]
+        inputs.check_destination(out, [path for s in opened for path in s.paths])
+    own_files = None if united is None else united.files
+    roles = inputs.assign_roles(models, len(experts), recipe, allow_differences, own_files)
     inputs.check_statistics(method, expert_checkpoints, statistic_checkpoints)
     if output_format == ORBAX and out is not None:
         # As the experts read it: the base may have been trained without their chat template.
@@ -439,7 +519,8 @@ def prepare(
     inputs.warn_of_repetition(used)
     used += statistic_checkpoints
     local = shares(sizes, process[1])[process[0]]
-    needs = Requirements(recipe, len(experts))
+    needs = Requirements(recipe, len(experts), parameter_names(expert_checkpoints[0], reference))
+    needs.resolved(sizes)
     return MergeJob(
         recipe=recipe,
         base=base_checkpoint,
@@ -454,6 +535,9 @@ def prepare(
         sizes=sizes,
         local=frozenset(local),
         process=process,
+        slices=slices,
+        subtree=subtree,
+        parts=() if slices is None else tuple(parts),
         diagnostics=(diagnostics and out is not None and method.needs_base and any(sizes.values())),
         verify=verify,
         plan=make_plan(
@@ -462,7 +546,7 @@ def prepare(
             local,
             experts=len(experts),
             described=outputs.described(reference, recipe.dtype, roles),
-            readings=needs.readings,
+            readings=needs.readings(sizes),
             verify=verify and any(s.has_digests for s in used),
             states=needs.nbytes,
             memory=memory,
@@ -470,8 +554,15 @@ def prepare(
             whole=_whole(reference, statistic_checkpoints, roles.merged) if method.whole else 0,
             in_chunks=output_format == ORBAX and out is not None,
             out=out,
+            in_memory=in_memory,
         ),
+        tokens=None if united is None else united.report,
     )
+
+
+def parameter_names(expert: Checkpoint, reference: Checkpoint) -> dict[str, tuple[str, ...]]:
+    """Returns the names by which patterns match each parameter: m2l's, and that in the files."""
+    return {name: (expert.name_of(name)[0], name) for name in reference.parameters}
 
 
 def _whole(reference: Checkpoint, statistics: Sequence[Checkpoint], names: Sequence[str]) -> int:

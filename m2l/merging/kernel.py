@@ -3,7 +3,8 @@
 A merge that streams compiles this for blocks, and `merge_params` for whole parameters.
 """
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +26,11 @@ from m2l.merging.methods import (
 Inputs = Mapping[str, jax.Array | np.ndarray | np.floating]
 """What a method takes besides parameters, as arrays; each only if the method takes it.
 
-The hyper-parameters: scalars, or [experts]; thresholds, ceilings, coefficients [experts],
-zero_sign []; and for drops keys and place (see `randomness.words`), with cut uint32 [] and rescale
-float32 [experts], or, where the drop rate goes by rank, cuts uint32 and rescales float32
-[experts, 65536], by the upper 16 bits of the magnitude (then a rescale precedes rescales).
+The hyper-parameters: scalars, or [experts]; thresholds, ceilings, largest, lowest, highest,
+coefficients [experts], zero_sign []; and for drops keys and place (see `randomness.words`), with
+cut uint32 and rescale float32 [experts], or, where the drop rate goes by rank, cuts uint32 and
+rescales float32 [experts, 65536], by the upper 16 bits of the magnitude (then a rescale precedes
+rescales).
 """
 
 
@@ -42,6 +44,14 @@ def bits(array: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(jnp.abs(array), jnp.uint32)
 
 
+def named(
+    function: Callable[..., object], inputs: Inputs
+) -> dict[str, jax.Array | np.ndarray | np.floating]:
+    """Returns what a method's own sums or magnitudes take besides the task vectors."""
+    names = [*inspect.signature(function).parameters][1:]
+    return {name: inputs[name] for name in names}
+
+
 def _masks(method: Method, taus: Arrays, inputs: Inputs) -> dict[str, Arrays | jax.Array]:
     """Returns masks of the entries that are not dropped, and their rescale."""
     if not method.draws:
@@ -49,7 +59,7 @@ def _masks(method: Method, taus: Arrays, inputs: Inputs) -> dict[str, Arrays | j
     words = randomness.words(inputs["keys"], len(taus), taus[0].shape, inputs["place"])
     if "cuts" not in inputs:
         return {
-            "masks": [word >= inputs["cut"] for word in words],
+            "masks": [word >= cut for word, cut in zip(words, inputs["cut"], strict=True)],
             "rescale": inputs["rescale"],
         }
     bins = [bits(tau) >> np.uint32(16) for tau in taus]
@@ -103,6 +113,10 @@ def _dropped(method: Method, taus: Arrays, inputs: Inputs) -> Arrays:
 def _sparsified(method: Method, taus: Arrays, inputs: Inputs) -> Arrays:
     """Returns the task vectors as the method adds or elects them: dropped, trimmed, or neither."""
     taus = _dropped(method, taus, inputs)
+    if method.magnitudes is not None:
+        sizes = method.magnitudes(taus, **named(method.magnitudes, inputs))
+        triples = zip(taus, sizes, inputs["thresholds"], strict=True)
+        return [jnp.where(size >= threshold, tau, 0) for tau, size, threshold in triples]
     if "ceilings" in method.inputs:
         return between(taus, inputs["thresholds"], inputs["ceilings"])
     return trim(taus, inputs["thresholds"]) if method.trims else taus
@@ -111,6 +125,8 @@ def _sparsified(method: Method, taus: Arrays, inputs: Inputs) -> Arrays:
 def magnitudes(method: Method, base: jax.Array, experts: Arrays, inputs: Inputs) -> list[jax.Array]:
     """Returns the magnitudes, float32, that thresholds are taken over; arguments as above."""
     taus = task_vectors(base.astype(jnp.float32), float32(experts))
+    if method.magnitudes is not None:
+        return method.magnitudes(taus, **named(method.magnitudes, inputs))
     return [jnp.abs(tau) for tau in _dropped(method, taus, inputs)]
 
 
@@ -155,6 +171,7 @@ def sums(
 
     Returns:
         products: [experts, experts], of the task vectors; of the experts where there is no base.
+        own: What the method has in place of products for its coefficients.
         And with a base: l1, l1_kept, kept [experts]: sums of the task vectors' magnitudes, of those
         that sparsifying leaves, and how many those are; conflicts, touched []: entries on which
         what is left disagrees in sign, and entries where anything is left; majority []: how many
@@ -164,8 +181,11 @@ def sums(
     taus = experts if base is None else task_vectors(base.astype(jnp.float32), experts)
     stacked = jnp.stack([tau.reshape(-1) for tau in taus])
     products = jnp.einsum("ix,jx->ij", stacked, stacked, precision="highest")
+    own = {}
+    if method.sums is not None:
+        own = {"own": method.sums(taus, **named(method.sums, inputs))}
     if base is None:
-        return {"products": products}
+        return {"products": products, **own}
     sparse = _sparsified(method, taus, inputs)
 
     def count(array: jax.Array) -> jax.Array:
@@ -176,7 +196,7 @@ def sums(
 
     up, down = either([tau > 0 for tau in sparse]), either([tau < 0 for tau in sparse])
     votes = _mass(consensus, sparse, inputs)
-    return {
+    return own | {
         "products": products,
         "l1": jnp.stack([jnp.sum(jnp.abs(tau)) for tau in taus]),
         "l1_kept": jnp.stack([jnp.sum(jnp.abs(tau)) for tau in sparse]),

@@ -1,10 +1,10 @@
 """The registry of merge methods: the signature of a function is all that describes a method.
 
-    @method
+    @method(experts=Interval(1, 1))
     def nearswap(
         base: jax.Array,
         experts: Arrays,
-        sharpness: Annotated[float, Interval(low=0), "How fast near entries are swapped."] = 1.0,
+        nearness: Annotated[float, Interval(0), "Entries that differ by less are swapped."] = 1e-4,
     ) -> jax.Array: ...
 
 A keyword that is annotated with an `Interval` is a hyper-parameter of the method, required if it
@@ -16,6 +16,7 @@ Packages add methods by an entry point of the group `m2l.merge_methods`, which n
 import collections.abc
 import dataclasses
 import functools
+import importlib
 import importlib.metadata
 import inspect
 import math
@@ -27,6 +28,11 @@ import jax
 import numpy as np
 
 from m2l.errors import MergeError
+from m2l.merging import layerwise
+from m2l.merging.layerwise import Value
+
+MODULES = ("m2l.merging.methods", "m2l.merging.spherical", "m2l.merging.selection")
+"""Those of m2l that define methods."""
 
 GROUP = "m2l.merge_methods"
 """The entry points of packages that define methods."""
@@ -36,12 +42,18 @@ INPUTS = {
     "experts": "the experts' parameters, one array each",
     "thresholds": "per expert, the magnitude from which on an entry is kept; of `density`",
     "ceilings": "per expert, the magnitude from which on an entry is an outlier; of `gamma`",
+    "largest": "per expert, the largest of what thresholds are taken over",
+    "lowest": "per expert, the least magnitude of a task vector without one entry in 10,000 "
+    "(rounded down)",
+    "highest": "per expert, the largest magnitude of a task vector without one entry in 10,000 "
+    "(rounded up), of one entry its own",
     "masks": "per expert, which entries are not dropped at random; of `drop_rate`, and by the rank "
     "of the magnitude if there is an `epsilon`",
     "rescale": "per expert, the factor of entries that are not dropped",
     "zero_sign": "the sign that is elected where the signed masses cancel exactly",
     "consensus": "how the task vectors that agree with the elected sign are merged",
-    "coefficients": "per parameter, from the inner products of its experts",
+    "coefficients": "what the method's `coefficients` computes for each parameter: of inner "
+    "products of its task vectors (of its experts, without a base), or of the method's `sums`",
     "fishers": "per expert, the diagonal of its Fisher information",
     "grams": "per expert, the Gram matrix of the inputs of a kernel; the method is called on the "
     "host, with whole parameters",
@@ -49,15 +61,28 @@ INPUTS = {
 }
 """What a method may ask for by the name of an argument."""
 
-_SETTINGS = ("method", "hyper_parameters", "scales", "seed", "dtype", "exclude", "weighted_signs")
+_SETTINGS = (
+    "method", "hyper_parameters", "scales", "seed", "dtype", "exclude", "weighted_signs",
+    "tokenizer",
+)  # fmt: skip
 _NEEDED = {
     "thresholds": ("base", "density"),
     "ceilings": ("thresholds", "gamma"),
+    "largest": ("thresholds",),
+    "lowest": ("base", "highest"),
+    "highest": ("base", "lowest"),
     "masks": ("base", "drop_rate"),
     "rescale": ("masks",),
     "consensus": ("base", "zero_sign", "weights"),
     "zero_sign": ("consensus",),
 }
+_BY_EXPERT = {
+    "density": "thresholds",
+    "gamma": "ceilings",
+    "drop_rate": "masks",
+    "epsilon": "masks",
+}
+"""Hyper-parameters of which inputs are made, one for each expert."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,10 +112,6 @@ class Interval:
         return " and ".join(bounds) or "finite"
 
 
-Value = float | tuple[float, ...]
-"""Of a hyper-parameter: a number, or one for each expert."""
-
-
 @dataclasses.dataclass(frozen=True)
 class HyperParameter:
     """A hyper-parameter of a method.
@@ -99,33 +120,34 @@ class HyperParameter:
         name: As recipes and flags call it.
         default: Its value where a recipe has none; None: it is required.
         interval: The numbers that it may be.
-        per_expert: Whether it is one number for each expert; () stands for 1 each.
+        per_expert: Whether the function takes one number for each expert; () stands for 1 each.
         description: For help texts, a sentence.
+        by_expert: Whether a recipe may have one for each expert, as of those that the function
+            takes so, and of those that only inputs are made of.
     """
 
     name: str
-    default: Value | None
+    default: float | tuple[()] | None
     interval: Interval
     per_expert: bool
     description: str
+    by_expert: bool = False
 
     def checked(self, value: object) -> Value:
-        """Returns a value that a recipe may have, as floats.
+        """Returns a value that a recipe may have; see `layerwise`.
 
         Raises:
             MergeError: It is of another type, or out of range.
         """
-        if not self.per_expert:
-            return self._number(self.name, value)
-        if isinstance(value, str) or not isinstance(value, list | tuple):
-            raise MergeError(f"{self.name} must be a list of numbers, not {value!r}")
-        if not value:
-            raise MergeError(f"{self.name} must be a list of numbers, one for each expert")
-        return tuple(self._number(f"{self.name}[{i}]", each) for i, each in enumerate(value))
+        default = 1.0 if self.default == () else self.default
+        return layerwise.parse(
+            self.name, value, self._number, by_expert=self.by_expert, default=default
+        )
 
     def _number(self, name: str, value: object) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise MergeError(f"{name} must be a number, not {value!r}")
+            kind = "a list of numbers" if self.per_expert and name == self.name else "a number"
+            raise MergeError(f"{name} must be {kind}, not {value!r}")
         if value not in self.interval:
             hint = f" ({self.interval.hint})" if self.interval.hint else ""
             raise MergeError(f"{name} must be {self.interval}{hint}, not {value!r}")
@@ -151,8 +173,8 @@ VARIANTS: Mapping[str, Variant] = MappingProxyType(
     {
         "scope": Variant(
             ("model", "tensor"),
-            frozenset({"thresholds", "ranks"}),
-            "What the largest entries are taken over; the papers' is the model.",
+            frozenset({"thresholds", "ranks", "sums"}),
+            "What the largest entries, and sums, are taken over; the papers' is the model.",
         ),
         "consensus": Variant(
             ("mean", "sum", "max"),
@@ -193,6 +215,14 @@ class Method:
         coefficients: Computes `coefficients` of inner products, if the method takes them: of the
             task vectors', [experts, experts], or, without a base, of the experts'. Its other
             arguments are hyper-parameters, and numpy or jax.numpy to compute with.
+        sums: Adds up, over a part of a parameter, what `coefficients` are computed of in place of
+            inner products: an array of the task vectors (of the experts, without a base) and of
+            what else its arguments name, thresholds and hyper-parameters. Zeros add nothing. By
+            the recipe's scope these are sums over the model or over each parameter.
+        magnitudes: Returns what thresholds are taken over in place of the task vectors'
+            magnitudes: of these, and of what else its arguments name (`lowest`, `highest`,
+            hyper-parameters), not negative, an array for each expert. Where fewer than asked for
+            are above 0, those alone are kept.
         check: Returns what is wrong with hyper-parameters that are each in range, or "".
     """
 
@@ -204,6 +234,8 @@ class Method:
     scope: str
     coefficients: Callable[..., jax.Array | np.ndarray] | None
     check: Callable[..., str]
+    sums: Callable[..., jax.Array] | None = None
+    magnitudes: Callable[..., list[jax.Array]] | None = None
 
     @property
     def summary(self) -> str:
@@ -252,7 +284,8 @@ class Method:
 
     def has_variant(self, name: str) -> bool:
         """Returns whether one of VARIANTS applies to it."""
-        return not VARIANTS[name].inputs.isdisjoint((*self.inputs, *["ranks"] * self.ranks))
+        kinds = [*["ranks"] * self.ranks, *["sums"] * (self.sums is not None)]
+        return not VARIANTS[name].inputs.isdisjoint((*self.inputs, *kinds))
 
 
 class _Registry(Mapping[str, Method]):
@@ -284,7 +317,9 @@ class _Registry(Mapping[str, Method]):
         """
         if self._complete:
             return self._methods
-        self._complete = True  # For what the packages import.
+        self._complete = True  # For what is imported.
+        for module in MODULES:
+            importlib.import_module(module)
         for point in importlib.metadata.entry_points(group=GROUP):
             try:
                 point.load()
@@ -320,6 +355,8 @@ def method(
     scope: str = "model",
     coefficients: Callable[..., jax.Array | np.ndarray] | None = None,
     check: Callable[..., str] = lambda **_: "",
+    sums: Callable[..., jax.Array] | None = None,
+    magnitudes: Callable[..., list[jax.Array]] | None = None,
 ) -> F | Callable[[F], F]:
     """Registers a function as the merge method of its name; see this module and `Method`.
 
@@ -329,9 +366,17 @@ def method(
         MergeError: Another module has defined a method of this name.
     """
     if function is None:
-        options = {"experts": experts, "scope": scope, "coefficients": coefficients, "check": check}
-        return functools.partial(method, **options)
-    inputs, hyper_parameters = [], {}
+        return functools.partial(
+            method,
+            experts=experts,
+            scope=scope,
+            coefficients=coefficients,
+            check=check,
+            sums=sums,
+            magnitudes=magnitudes,
+        )
+    inputs: list[str] = []
+    hyper_parameters: dict[str, HyperParameter] = {}
     for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
         hyper_parameter = _hyper_parameter(name, parameter)
         if hyper_parameter is not None and name in (*_SETTINGS, *VARIANTS):
@@ -348,6 +393,9 @@ def method(
                 f"merge method {function.__name__}: {name} is no input ({', '.join(INPUTS)}); "
                 "annotate a hyper-parameter as Annotated[float, Interval(...), DESCRIPTION]"
             )
+    for name, each in hyper_parameters.items():
+        by_expert = each.per_expert or _BY_EXPERT.get(name) in inputs
+        hyper_parameters[name] = dataclasses.replace(each, by_expert=by_expert)
     for name in inputs:
         for needed in _NEEDED.get(name, ()):
             if needed not in (*inputs, *hyper_parameters):
@@ -356,6 +404,11 @@ def method(
         raise TypeError(
             f"merge method {function.__name__}: coefficients are an argument of the function and "
             "of @method, or of neither"
+        )
+    if (sums and not coefficients) or (magnitudes and "thresholds" not in inputs):
+        raise TypeError(
+            f"merge method {function.__name__}: sums are for coefficients, magnitudes for "
+            "thresholds"
         )
     METHODS.register(
         Method(
@@ -367,6 +420,8 @@ def method(
             scope,
             coefficients,
             check,
+            sums,
+            magnitudes,
         )
     )
     return function

@@ -53,6 +53,11 @@ Position = Annotated[
     Interval(),
     "From the first model (0) to the second (1).",
 ]
+Nearness = Annotated[
+    float,
+    Interval(0),
+    "t: entries that differ from the base's by less are the expert's.",
+]
 Weights = Annotated[
     Sequence[float],
     Interval(),
@@ -320,17 +325,28 @@ def _check_regression(
 # The methods
 
 
-def _sum_to_zero(weights: Sequence[float]) -> str:
+def zero_weights(weights: Sequence[float] | float, **_: object) -> str:
+    """Returns the complaint about weights that sum to zero, for methods that divide by the sum."""
+    weights = (weights,) if isinstance(weights, float) else weights
     return f"weights must not sum to zero: {[*weights]}" * bool(weights and not math.fsum(weights))
 
 
-@method(check=_sum_to_zero)
+@method(check=zero_weights)
 def average(experts: Arrays, weights: Weights = ()) -> jax.Array:
     """Averages the experts: sum_i w_i theta_i / sum_i w_i.
 
     Without weights this is the uniform soup of Wortsman et al. 2022, arXiv:2203.05482.
     """
     return divided(add(scaled(weights, experts)), add([*weights]))
+
+
+@method
+def weighted_sum(experts: Arrays, weights: Weights = ()) -> jax.Array:
+    """Adds the experts: sum_i w_i theta_i.
+
+    mergekit's `linear` without `normalize`; of one expert at weight 1, a copy.
+    """
+    return add(scaled(weights, experts))
 
 
 @method(experts=Interval(1, 1))
@@ -426,6 +442,26 @@ def _drop_rates(drop_rate: float, epsilon: float, **_: object) -> str:
 
 
 @method(scope="tensor", check=_drop_rates)
+def della_linear(
+    base: jax.Array,
+    experts: Arrays,
+    masks: Arrays,
+    rescale: Arrays,
+    drop_rate: DropRate,
+    epsilon: Epsilon = 0.15,
+    scale: Scale = 1.0,
+    weights: Weights = (),
+) -> jax.Array:
+    """Drops small entries more often than large ones and rescales as `della`, then adds.
+
+    theta_base + lambda sum_i w_i tau_i, Deep et al. 2024, arXiv:2406.11617, without the election of
+    signs.
+    """
+    taus = drop(task_vectors(base, experts), masks, rescale)
+    return base + scale * add(scaled(weights, taus))
+
+
+@method(scope="tensor", check=_drop_rates)
 def della(
     base: jax.Array,
     experts: Arrays,
@@ -447,13 +483,7 @@ def della(
     return base + scale * elect_and_merge(taus, weights, zero_sign, consensus)
 
 
-def _shares(density: float, gamma: float, **_: object) -> str:
-    if density + gamma <= 1:
-        return ""
-    return f"density {density} with gamma {gamma}: together above 1, which is all"
-
-
-@method(scope="tensor", check=_shares)
+@method(scope="tensor")
 def breadcrumbs(
     base: jax.Array,
     experts: Arrays,
@@ -467,38 +497,52 @@ def breadcrumbs(
     """Leaves out the largest share gamma of each task vector and all but the next density, adds.
 
     Davari & Belilovsky 2024, arXiv:2312.06795: of the magnitudes the top gamma are outliers, of the
-    rest the largest are kept until density is reached.
+    rest the largest are kept until density is reached. Of both together more than all, gamma gives
+    way.
     """
     taus = between(task_vectors(base, experts), thresholds, ceilings)
     return base + scale * add(scaled(weights, taus))
 
 
-def _on_the_arc(
-    products: jax.Array | np.ndarray, t: float | jax.Array, xp: ModuleType
-) -> jax.Array | np.ndarray:
-    norms = xp.sqrt(xp.maximum(products[0, 0] * products[1, 1], 1e-30))
-    cosine = xp.clip(products[0, 1] / norms, -1, 1)
-    angle = xp.arccos(cosine)
-    sine = xp.where(xp.abs(cosine) > 0.9995, 1, xp.sin(angle))
-    arc = xp.stack([xp.sin((1 - t) * angle), xp.sin(t * angle)]) / sine
-    return xp.where(xp.abs(cosine) > 0.9995, xp.stack([1 - t + 0 * angle, t + 0 * angle]), arc)
+@method(scope="tensor")
+def breadcrumbs_ties(
+    base: jax.Array,
+    experts: Arrays,
+    thresholds: jax.Array,
+    ceilings: jax.Array,
+    zero_sign: jax.Array,
+    consensus: Consensus,
+    density: Density = 0.9,
+    gamma: Gamma = 0.01,
+    scale: Scale = 1.0,
+    weights: Weights = (),
+) -> jax.Array:
+    """Leaves out entries as `breadcrumbs`, elects signs and averages those that agree as `ties`.
 
-
-@method(experts=Interval(2, 2), coefficients=_on_the_arc)
-def slerp(experts: Arrays, coefficients: jax.Array, t: Position = 0.5) -> jax.Array:
-    """Follows the arc of two experts: (sin((1-t)w) theta_1 + sin(t w) theta_2) / sin(w).
-
-    Shoemake 1985, doi:10.1145/325334.325242, parameter by parameter, w being the angle between the
-    two; where |cos w| > 0.9995 the arc is taken for the line.
+    Davari & Belilovsky 2024, arXiv:2312.06795, with the election of Yadav et al. 2023,
+    arXiv:2306.01708, as mergekit joins them.
     """
-    return add(scaled(coefficients, experts))
+    taus = between(task_vectors(base, experts), thresholds, ceilings)
+    return base + scale * elect_and_merge(taus, weights, zero_sign, consensus)
+
+
+@method(experts=Interval(1, 1))
+def nearswap(base: jax.Array, experts: Arrays, nearness: Nearness = 1e-4) -> jax.Array:
+    """Takes the expert's entries where they are near the base's, and little of them elsewhere.
+
+    theta_base + min(1, t / |tau|) tau, t being the nearness: entries that differ by less are
+    swapped. Alchemonaut 2024, huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001.
+    """
+    (tau,) = task_vectors(base, experts)
+    return base + jnp.minimum(nearness / jnp.maximum(jnp.abs(tau), 1e-6), 1) * tau
 
 
 def _between_base_and_mean(
     products: jax.Array | np.ndarray, xp: ModuleType
 ) -> jax.Array | np.ndarray:
     n = products.shape[0]
-    norms = xp.sqrt(xp.diagonal(products))
+    # Without the least one the derivative at 0 were infinite.
+    norms = xp.sqrt(xp.maximum(xp.diagonal(products), 1e-30))
     cosines = products / xp.maximum(norms[:, None] * norms[None, :], 1e-6)
     cosine = (xp.clip(cosines, -1, 1).sum() - xp.diagonal(cosines).sum()) / (n * (n - 1))
     return xp.stack([n * cosine / (1 + (n - 1) * cosine)])

@@ -12,7 +12,7 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ import numpy as np
 
 from m2l import checkpoints, files, storage
 from m2l.checkpoints import Manifest, huggingface_directory, safetensors, saving, zarr
-from m2l.checkpoints.model_card import write_card
+from m2l.checkpoints.huggingface_directory import write_card
 from m2l.checkpoints.opening import Checkpoint
 from m2l.checkpoints.publishing import UNFINISHED
 from m2l.checkpoints.pytrees import Tree
@@ -136,9 +136,14 @@ class OrbaxResult:
         }
 
     def create(self) -> None:
-        """Writes what describes the chunks."""
+        """Writes what describes the chunks, before any process writes one.
+
+        What a process that was killed had half written is removed.
+        """
         if isinstance(self.directory, Path):
             self.directory.mkdir(parents=True, exist_ok=True)
+            for unfinished in self.directory.rglob(f".*{zarr.TEMPORARY}"):
+                unfinished.unlink()
         for writer in self._writers.values():
             writer.create()
 
@@ -266,10 +271,17 @@ class ShardedResult:
         directory: Where they are made.
         described: name -> (shape, dtype) of every tensor.
         shard_size: The most bytes of a file of several tensors.
+        run_length: Returns how many elements of a tensor are best read at once, about a block.
     """
 
-    def __init__(self, directory: AnyPath, described: Mapping[str, ArraySpec], shard_size: int):
-        self.directory, self.described = directory, described
+    def __init__(
+        self,
+        directory: AnyPath,
+        described: Mapping[str, ArraySpec],
+        shard_size: int,
+        run_length: Callable[[str, int], int],
+    ):
+        self.directory, self.described, self._run_length = directory, described, run_length
         # Objects are written whole: the files of a bucket are made here, and uploaded one by one.
         self._local: AnyPath = directory
         if not isinstance(directory, Path):
@@ -282,6 +294,7 @@ class ShardedResult:
             for number, layout in enumerate(self._layouts)
             for name, offset in layout.offsets.items()
         }
+        self._hashed: dict[str, str] = {}
         self.files = {
             name: number for number, layout in enumerate(self._layouts) for name in layout.offsets
         }
@@ -314,7 +327,8 @@ class ShardedResult:
             temporary.unlink(missing_ok=True)
             reserve(temporary, layout.size, layout.header)
             for name in layout.offsets:
-                for span in cut(name, self.described[name][0], None, block):
+                length = self._run_length(name, block)
+                for span in cut(name, self.described[name][0], None, length):
                     yield Task(name, (span,), (unit,))
 
     def whole(self, units: Sequence[Unit], name: str) -> Task:
@@ -326,8 +340,23 @@ class ShardedResult:
         """Writes what a task has made."""
         self._tensors[task.name].extents.write_from(part, task.spans[0].start)
 
+    def copy(self, task: Task, blocks: Iterable[np.ndarray]) -> str:
+        """Writes all of a tensor, in blocks that follow one another; returns its SHA-256, in hex.
+
+        What is written is not read again for it.
+        """
+        digest, start = hashlib.sha256(), 0
+        for block in blocks:
+            self._tensors[task.name].extents.write_from(block, start)
+            digest.update(block.view(np.uint8))
+            start += block.size
+        self._hashed[task.name] = digest.hexdigest()
+        return self._hashed[task.name]
+
     def sha256(self, name: str, unit_is_there: bool) -> str:
         """Returns the SHA-256, in hex, of a tensor's bytes as they are stored."""
+        if name in self._hashed:
+            return self._hashed[name]
         tensor, digest = self._tensors[name], hashlib.sha256()
         if unit_is_there:
             file = self.directory / self._layouts[self.files[name]].file
@@ -482,7 +511,9 @@ def describe_directory(
     All but weights is `like`'s, and of what it lacks the first of the fallbacks' that has it.
     """
     huggingface_directory.copy_companions(
-        [like.path, *(source.path for source in fallbacks)], result.directory
+        [source.directory for source in (like, *fallbacks)],
+        result.directory,
+        tokenizer=like.tokenizer if like.rows or like.adapted else None,
     )
     model = huggingface_directory.config_of([like.model, *(source.model for source in fallbacks)])
     if model:

@@ -25,13 +25,16 @@ from m2l.checkpoints import uint64
 from m2l.checkpoints.opening import Checkpoint
 from m2l.errors import DataError
 
+LEAST = np.finfo(np.float32).tiny
+"""The least magnitude above 0: what would be smaller is 0 on a CPU."""
+
 LARGEST = int(np.float32(np.finfo(np.float32).max).view(np.uint32))
 """The bits of the largest finite magnitude."""
 
 # 4 MiB of counts an expert and density; a bracket around a quantile of 1 % of the entries has about
 # a third as many integers.
 BINS = 1 << 19
-_STANDARD_ERRORS = 8.0
+_STANDARD_ERRORS = 6.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +102,13 @@ Reading = Callable[[Sequence[Sequence[BitRange]]], list[list[Counts]]]
 
 
 def select(
-    read: Reading, first: Sequence[Sequence[BitRange]], ranks: Sequence[int], size: int
+    read: Reading,
+    first: Sequence[Sequence[BitRange]],
+    ranks: Sequence[Sequence[int]],
+    size: int,
+    *,
+    minimum: bool = False,
+    positive: bool = False,
 ) -> list[list[Trimming]]:
     """Finds the exact thresholds of every expert for every rank.
 
@@ -107,8 +116,10 @@ def select(
         read: As `Reading` says. Called once where each first interval holds its rank and at most
             BINS integers; twice from any first intervals with that rank in them.
         first: Per expert and rank, where to look first.
-        ranks: How many entries to keep; 0 and `size` need no reading.
+        ranks: Per expert, how many entries to keep; 0 and `size` need no reading.
         size: How many entries an expert has.
+        minimum: Whether `size` is searched as well: the least magnitude, instead of 0.
+        positive: Whether entries of 0 are not kept where fewer than `size` are to be.
 
     Returns:
         A list per expert of a Trimming per rank.
@@ -116,8 +127,8 @@ def select(
     trimmings: dict[tuple[int, int], Trimming] = {}
     open_ = {}
     for expert, intervals in enumerate(first):
-        for place, (rank, interval) in enumerate(zip(ranks, intervals, strict=True)):
-            if rank in (0, size):
+        for place, (rank, interval) in enumerate(zip(ranks[expert], intervals, strict=True)):
+            if rank == 0 or (rank == size and not minimum):
                 limit = np.float32(0 if rank else np.inf)
                 trimmings[expert, place] = Trimming(limit, rank, size)
             else:
@@ -126,12 +137,12 @@ def select(
         # Finished ones are not looked for again: an interval of one number that none has.
         nothing = BitRange(LARGEST + 1, LARGEST + 1)
         asked = [
-            [open_.get((expert, place), nothing) for place in range(len(ranks))]
-            for expert in range(len(first))
+            [open_.get((expert, place), nothing) for place in range(len(row))]
+            for expert, row in enumerate(ranks)
         ]
         counts = read(asked)
         for expert, place in list(open_):
-            interval, above = counts[expert][place].locate(ranks[place])
+            interval, above = counts[expert][place].locate(ranks[expert][place])
             open_[expert, place] = interval
             if interval.low == interval.high:
                 del open_[expert, place]
@@ -140,9 +151,11 @@ def select(
                     here.bins[(interval.low - here.interval.low) >> here.interval.shift]
                 )
                 threshold = np.uint32(interval.low).view(np.float32)
+                if positive and not threshold:
+                    threshold, count = LEAST, above
                 trimmings[expert, place] = Trimming(threshold, count, size)
     return [
-        [trimmings[expert, place] for place in range(len(ranks))] for expert in range(len(first))
+        [trimmings[expert, place] for place in range(len(row))] for expert, row in enumerate(ranks)
     ]
 
 
@@ -217,12 +230,11 @@ def bits_at(base: np.ndarray, expert: np.ndarray, indices: np.ndarray) -> np.nda
 
     There what is smaller than the least normal number is 0, before and after a subtraction.
     """
-    least = np.finfo(np.float32).tiny
-    one, other = (array[indices].astype(np.float32) for array in (expert, base))
-    one[np.abs(one) < least] = 0
-    other[np.abs(other) < least] = 0
+    one, other = (array.take(indices).astype(np.float32) for array in (expert, base))
+    one[np.abs(one) < LEAST] = 0
+    other[np.abs(other) < LEAST] = 0
     tau = np.abs(one - other)
-    tau[tau < least] = 0
+    tau[tau < LEAST] = 0
     return tau.view(np.uint32)
 
 
@@ -276,28 +288,29 @@ class ThresholdCache:
         self._files = []
         for expert in experts:
             # 2: entries with a checksum.
-            text = f"2 {base.digest} {expert.digest} {described}"
+            text = f"2 {base.digest}{base.rows} {expert.digest}{expert.rows} {described}"
             name = hashlib.sha256(text.encode()).hexdigest()
             self._files.append(folder / f"{name}.json")
 
-    def get(self, ranks: Sequence[int], size: int) -> list[list[Trimming]] | None:
-        """Returns the thresholds of every expert for every rank; None unless all are known."""
+    def get(self, ranks: Sequence[Sequence[int]], size: int) -> list[list[Trimming]] | None:
+        """Returns the thresholds of every expert for its ranks; None unless all are known."""
         # All are read, so that each damaged one is named.
         entries = [_read(file) for file in self._files]
-        if not all(str(rank) in entry for entry in entries for rank in ranks):
+        pairs = list(zip(entries, ranks, strict=True))
+        if not all(str(rank) in entry for entry, row in pairs for rank in row):
             return None
-        rows = [[entry[str(rank)] for rank in ranks] for entry in entries]
+        rows = [[entry[str(rank)] for rank in row] for entry, row in pairs]
         return [
             [Trimming(np.uint32(bits).view(np.float32), count, size) for bits, count in row]
             for row in rows
         ]
 
-    def put(self, ranks: Sequence[int], rows: Sequence[Sequence[Trimming]]) -> None:
+    def put(self, ranks: Sequence[Sequence[int]], rows: Sequence[Sequence[Trimming]]) -> None:
         """Writes thresholds; what cannot be written is computed again."""
-        for file, row in zip(self._files, rows, strict=True):
+        for file, own, row in zip(self._files, ranks, rows, strict=True):
             new = {
                 str(rank): [int(np.float32(t.threshold).view(np.uint32)), t.kept]
-                for rank, t in zip(ranks, row, strict=True)
+                for rank, t in zip(own, row, strict=True)
             }
             entry = _read(file) | new
             content = {**entry, files.CHECKSUM: _checksum(file, entry)}
@@ -393,10 +406,11 @@ def next_prefixes(
     Args:
         counts: Words of [groups, experts, candidates].
         prefixes: The lower bounds so far, uint32 [groups, experts].
-        ranks: k of each group, from 1: uint32 [groups, 2], as `uint64.split` returns it.
+        ranks: k of each group and expert, from 1: uint32 [groups, experts, 2], as `uint64.split`
+            returns each; of all experts one will do.
         shift: The position of the digit.
     """
-    ranks = [ranks[:, word, None, None] for word in (0, 1)]
+    ranks = [ranks[:, :, word, None] for word in (0, 1)]
     digits = uint64.at_least(counts, ranks).sum(-1, dtype=jnp.uint32)
     return prefixes + (digits << shift)
 

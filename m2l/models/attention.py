@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from m2l.errors import UnknownNameError
+from m2l.models.products import product
 from m2l.partitioning import RULES
 
 Array = jax.Array
@@ -232,10 +233,8 @@ def _product(
     else:
         left = left_BxHxQxX.reshape(keys, shared, groups, repeats * length, size)
         letters = {"q": "acgq", "s": "ags", "qs": "acgqs"}
-    product = jnp.einsum(
-        equation.format(**letters), left, right_AxGxSxK, preferred_element_type=dtype
-    )
-    return product.reshape(rows, heads, length, product.shape[-1])
+    result = product(equation.format(**letters), left, right_AxGxSxK, dtype)
+    return result.reshape(rows, heads, length, result.shape[-1])
 
 
 def _splash(

@@ -21,6 +21,7 @@ from jax.typing import DTypeLike
 from m2l.errors import DataError, UnknownNameError
 from m2l.models.attention import IMPLEMENTATIONS, attend
 from m2l.models.fields import FRACTION, check_choice, check_fields
+from m2l.models.products import product
 from m2l.partitioning import constrain
 from m2l.typing import Params, PyTree
 
@@ -48,7 +49,13 @@ AXES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "wi_0": ("embed", "mlp"),
         "wi_1": ("embed", "mlp"),
         "wo": ("mlp", "embed"),
+        "router": ("embed", "norm"),
+        "expert_wi_0": ("experts", "embed", "expert_mlp"),
+        "expert_wi_1": ("experts", "embed", "expert_mlp"),
+        "expert_wo": ("experts", "expert_mlp", "embed"),
         "norm": ("norm",),
+        "query_norm": ("norm",),
+        "key_norm": ("norm",),
         "pre_self_attention_norm": ("norm",),
         "pre_cross_attention_norm": ("norm",),
         "pre_mlp_norm": ("norm",),
@@ -83,7 +90,8 @@ class Execution:
     """How a network is computed: none of it changes what is computed, but for dropout.
 
     Attributes:
-        dtype: Of the computation; norms, attention scores, softmax and logits are float32.
+        dtype: Of the computation; norms, attention scores, softmax, logits and sums of products
+            are float32. On CPUs that do not multiply bfloat16, all of it is (`products`).
         dropout_rate: The share dropped, in [0, 1).
         attention: One of `attention.IMPLEMENTATIONS`.
         remat: One of REMAT.
@@ -117,15 +125,16 @@ class Execution:
 
 def through(
     layers: Sequence[nn.Module],
-    x: Array,
+    x: PyTree,
     each: Sequence[tuple[int, ...]],
     shared: tuple[PyTree, ...],
     execution: Execution,
-) -> Array:
+) -> PyTree:
     """Applies layer after layer, `x = layer(x, *each[i], *shared)`, rematerialised or scanned.
 
     Args:
         layers: Alike but for their parameters, and bound.
+        x: What the first layer reads, arrays of the shapes that each returns.
         each: Arguments of each layer; traced where layers are scanned over and they differ.
         shared: Further arguments, the same for all of them.
     """
@@ -137,8 +146,8 @@ def through(
     key = first.make_rng("dropout") if execution.dropout_rate else None
     alone = first.clone(parent=None, name=None)
 
-    def run(own: tuple[int, ...] | None) -> Callable[..., Array]:
-        def layer(x: Array, params: Params, number: Array, traced: tuple[Array, ...]) -> Array:
+    def run(own: tuple[int, ...] | None) -> Callable[..., PyTree]:
+        def layer(x: PyTree, params: Params, number: Array, traced: tuple[Array, ...]) -> PyTree:
             rngs = None if key is None else {"dropout": jax.random.fold_in(key, number)}
             arguments = traced if own is None else own
             return alone.apply({"params": params}, x, *arguments, *shared, rngs=rngs)
@@ -206,13 +215,15 @@ def observing(observe: Observer) -> Iterator[None]:
 
 
 def dense(x: Array, kernel: Array, dtype: DTypeLike | None = None) -> Array:
-    """Multiplies x @ kernel over the last axis in x's dtype; the result is in it, or `dtype`."""
+    """Multiplies x @ kernel over the last axis in x's dtype; the result is in it, or `dtype`.
+
+    Accumulates in float32, and so do the gradients: `products.product`.
+    """
     if (observe := _observer.get(None)) is not None:
         observe(x, kernel)
     # In two dimensions: XLA's CPU backend copies the gradient, transposed, for more of them.
     rows = x.reshape(-1, x.shape[-1])
-    product = jnp.matmul(rows, kernel.astype(x.dtype), preferred_element_type=dtype)
-    return product.reshape(*x.shape[:-1], kernel.shape[-1])
+    return product("rd,dn->rn", rows, kernel, dtype).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 def relative_position_buckets(

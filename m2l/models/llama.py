@@ -1,7 +1,8 @@
 """The Llama family: decoders with RMSNorm, rotary positions, grouped-query attention, gated MLPs.
 
-Llama 2 and 3 (Touvron et al. 2023; Grattafiori et al. 2024), Mistral, Qwen2, SmolLM2 and Gemma 2
-are settings of one network.
+Llama 2 and 3 (Touvron et al. 2023; Grattafiori et al. 2024), Mistral, Qwen, SmolLM, Gemma, OLMo 2
+and 3, Phi-3 and 4, and the mixtures of experts Mixtral, Qwen3-MoE and OLMoE are settings of one
+network.
 
 Letters in names are axes: B rows, C continuations of a row, T positions, S positions of a prefix,
 D features, V vocabulary, H heads, G heads of keys and values, K features of a head.
@@ -10,7 +11,6 @@ D features, V vocabulary, H heads, G heads of keys and values, K features of a h
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -18,17 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax.linen import initializers
 
-from m2l.errors import ConfigError, DataError
-from m2l.models.attention import Causal, attend, attend_parts, hide
-from m2l.models.fields import (
-    LAYERS,
-    NOT_NEGATIVE,
-    POSITIVE,
-    WIDTH,
-    WORDS,
-    check_choice,
-    check_fields,
-)
+from m2l.errors import DataError
+from m2l.models.attention import Causal, attend, attend_parts, hide, same_segment
+from m2l.models.configs import ACTIVATIONS, LlamaConfig
+from m2l.models.experts import RoutedMlp, Routing, no_routing
 from m2l.models.layers import (
     Array,
     Cache,
@@ -46,135 +39,45 @@ from m2l.models.layers import (
 )
 from m2l.partitioning import constrain
 
-Rotations = tuple[Array, Array]
-"""Cosines and sines of the angles, float32 [N, 1, T, K / 2] each."""
+Rotations = tuple[Array | np.ndarray, Array | np.ndarray]
+"""Cosines and sines of the angles, float32 [kinds, N, 1, T, K / 2] each."""
 
-_ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 _INIT = initializers.normal(0.02)  # the initializer_range of all of them
 
 
-@dataclasses.dataclass(frozen=True)
-class LlamaConfig:
-    """The dimensions and variants of a decoder, named as Hugging Face names them where it does.
-
-    Attributes:
-        head_dim: Features of a head; heads times it may differ from hidden_size.
-        model_type: What Hugging Face calls the model: "llama", "mistral", "qwen2" or "gemma2".
-            Used only for the names under which it is exported.
-        max_position_embeddings: The longest row in its training; not used here.
-        hidden_act: "silu", or "gelu_pytorch_tanh" (Gemma's).
-        qkv_bias: Whether queries, keys and values have biases (Qwen2).
-        out_bias: Whether the attention's output has one.
-        windows: Per layer, how many positions it sees, itself included; 0 for all before it.
-            Empty: every layer sees all.
-        rope_theta: The base of the rotary frequencies.
-        rope_type: "default", "linear", "llama3" or "yarn"; the further rope_ settings belong to
-            these, as in Hugging Face's rope_scaling.
-        norm_offset: What is added to the weights of norms: 1 for Gemma.
-        scale_embeddings: Whether embeddings are multiplied by sqrt(hidden_size) (Gemma).
-        query_pre_attn_scalar: Scores are divided by its square root; 0: by head_dim's.
-        post_norms: Whether what a block adds is normed as well (Gemma 2).
-        attn_logit_softcapping: c of c tanh(scores / c); 0: none (Gemma 2).
-        final_logit_softcapping: The same for the logits.
-
-    Raises:
-        ConfigError: a value of the wrong type or out of range.
-    """
-
-    decoder_only: ClassVar[bool] = True
-
-    vocab_size: int = dataclasses.field(metadata=WORDS)
-    hidden_size: int = dataclasses.field(metadata=WIDTH)
-    intermediate_size: int = dataclasses.field(metadata=WIDTH)
-    num_hidden_layers: int = dataclasses.field(metadata=LAYERS)
-    num_attention_heads: int = dataclasses.field(metadata=WIDTH)
-    num_key_value_heads: int = dataclasses.field(metadata=WIDTH)
-    head_dim: int = dataclasses.field(metadata=WIDTH)
-    model_type: str = "llama"
-    rms_norm_eps: float = dataclasses.field(default=1e-5, metadata=POSITIVE)
-    max_position_embeddings: int = 2048
-    tie_word_embeddings: bool = False
-    hidden_act: str = "silu"
-    qkv_bias: bool = False
-    out_bias: bool = False
-    windows: tuple[int, ...] = ()
-    rope_theta: float = dataclasses.field(default=10000.0, metadata=POSITIVE)
-    rope_type: str = "default"
-    rope_factor: float = dataclasses.field(default=1.0, metadata=POSITIVE)
-    rope_original_max_position_embeddings: int = dataclasses.field(default=0, metadata=NOT_NEGATIVE)
-    rope_low_freq_factor: float = 1.0
-    rope_high_freq_factor: float = 4.0
-    rope_beta_fast: float = 32.0
-    rope_beta_slow: float = 1.0
-    rope_attention_factor: float = 0.0
-    norm_offset: float = 0.0
-    scale_embeddings: bool = False
-    query_pre_attn_scalar: float = dataclasses.field(default=0.0, metadata=NOT_NEGATIVE)
-    post_norms: bool = False
-    attn_logit_softcapping: float = dataclasses.field(default=0.0, metadata=NOT_NEGATIVE)
-    final_logit_softcapping: float = dataclasses.field(default=0.0, metadata=NOT_NEGATIVE)
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        check_choice(self, "model_type", ("llama", "mistral", "qwen2", "gemma2"))
-        check_choice(self, "hidden_act", _ACTIVATIONS)
-        check_choice(self, "rope_type", ("default", "linear", "llama3", "yarn"))
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ConfigError(
-                f"LlamaConfig.num_key_value_heads: {self.num_key_value_heads} does not divide the "
-                f"{self.num_attention_heads} attention heads"
-            )
-        if self.head_dim % 2:
-            raise ConfigError(
-                f"LlamaConfig.head_dim: expected an even number (rotary positions turn pairs), "
-                f"found {self.head_dim}"
-            )
-        if self.windows and len(self.windows) != self.num_hidden_layers:
-            raise ConfigError(
-                f"LlamaConfig.windows: {len(self.windows)} numbers for {self.num_hidden_layers} "
-                "layers; give one for each, or none"
-            )
-        above = {}
-        if self.rope_type == "yarn":
-            above = {"rope_theta": 1.0, "rope_beta_fast": 0.0, "rope_beta_slow": 0.0}
-        if self.rope_type == "llama3":
-            above["rope_high_freq_factor"] = self.rope_low_freq_factor
-        for name, least in above.items():
-            if not getattr(self, name) > least:
-                raise ConfigError(
-                    f"LlamaConfig.{name}: expected more than {least:g}, found {getattr(self, name)}"
-                )
-        if self.rope_type in ("llama3", "yarn") and not self.rope_original_max_position_embeddings:
-            raise ConfigError(
-                f"LlamaConfig.rope_original_max_position_embeddings: rope_type {self.rope_type!r} "
-                "needs it"
-            )
-
-    @property
-    def logit_softcap(self) -> float:
-        """c of c tanh(logits / c); 0: none."""
-        return self.final_logit_softcapping
-
-
-def rotary_frequencies(config: LlamaConfig) -> tuple[np.ndarray, float]:
+def rotary_frequencies(
+    config: LlamaConfig, *, past_original: bool = False
+) -> tuple[np.ndarray, float]:
     """Returns the angle per position of each pair of features, float32 [K / 2], and a factor.
 
-    The factor scales the rotated pair.
+    The factor scales the rotated pair. K is the number of features of a head that are rotated.
 
     Computed on the host in float32, as Hugging Face does.
 
+    Args:
+        config: The model.
+        past_original: Whether a row has more positions than the original length: what longrope
+            asks for.
+
     Source: Su et al. 2021 (rotary positions); Chen et al. 2023 (linear); Llama 3's own scaling by
-    wave length; Peng et al. 2023 (YaRN).
+    wave length; Peng et al. 2023 (YaRN); Ding et al. 2024 (LongRoPE).
     """
-    c, size = config, config.head_dim
+    c, size = config, config.rotary_dim
     exponents = np.arange(0, size, 2, dtype=np.float32) / np.float32(size)
-    plain = (1.0 / np.float32(c.rope_theta) ** exponents).astype(np.float32)
+    periods = np.float32(c.rope_theta) ** exponents
+    plain = (1.0 / periods).astype(np.float32)
     if c.rope_type == "default":
         return plain, 1.0
+    original, factor = c.rope_original_max_position_embeddings, c.rope_attention_factor
+    if c.rope_type == "longrope":
+        stretches = np.array(c.rope_long_factor if past_original else c.rope_short_factor)
+        if not factor:
+            growth = math.log(c.rope_factor) / math.log(original) if c.rope_factor > 1 else 0.0
+            factor = math.sqrt(1 + growth)
+        return (1.0 / (stretches.astype(np.float32) * periods)).astype(np.float32), factor
     stretched = plain / np.float32(c.rope_factor)
     if c.rope_type == "linear":
         return stretched, 1.0
-    original = c.rope_original_max_position_embeddings
     if c.rope_type == "llama3":
         turns = np.float32(original / (2 * math.pi)) * plain
         low, high = c.rope_low_freq_factor, c.rope_high_freq_factor
@@ -188,27 +91,82 @@ def rotary_frequencies(config: LlamaConfig) -> tuple[np.ndarray, float]:
     last = min(math.ceil(pair_turning(c.rope_beta_slow)), size - 1)
     steps = (np.arange(size // 2, dtype=np.float32) - first) / max(last - first, 0.001)
     share = 1 - np.clip(steps, 0.0, 1.0)
-    factor = c.rope_attention_factor
     if not factor:
         factor = 0.1 * math.log(c.rope_factor) + 1.0 if c.rope_factor > 1 else 1.0
     return (share * plain + (1 - share) * stretched).astype(np.float32), factor
 
 
-def rotations(config: LlamaConfig, positions_NxT: Array | np.ndarray) -> Rotations:
-    """Returns the rotations of rows at these positions."""
-    frequencies, factor = rotary_frequencies(config)
+def rotary_kinds(config: LlamaConfig) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Returns the kinds of rotary positions that layers have, and which of them each layer has.
+
+    "scaled" is what the rope_ settings say, "local" the unscaled one of layers with windows, and
+    "none" turns nothing.
+    """
+    layers = range(config.num_hidden_layers)
+    rotary, windows = (x or (0,) * len(layers) for x in (config.rotary_layers, config.windows))
+
+    def kind(layer: int) -> str:
+        if config.rotary_layers and not rotary[layer]:
+            return "none"
+        return "local" if config.rope_local_base_freq and windows[layer] else "scaled"
+
+    kinds = tuple(sorted({kind(layer) for layer in layers}))
+    return kinds, tuple(kinds.index(kind(layer)) for layer in layers)
+
+
+def rotations(
+    config: LlamaConfig,
+    positions_NxT: Array | np.ndarray,
+    past_original_NxT: Array | None = None,
+) -> Rotations:
+    """Returns the rotations of rows at these positions, of each of the layers' kinds.
+
+    Args:
+        config: The model.
+        positions_NxT: Places in the rows.
+        past_original_NxT: bool, which of them are in rows longer than longrope's original length;
+            None: none.
+    """
     # On the host where it can be: XLA's CPU backend computes them anew for every head.
-    xp = np if isinstance(positions_NxT, np.ndarray) else jnp
-    angles = positions_NxT[:, None, :, None].astype(np.float32) * frequencies
-    return xp.cos(angles) * xp.float32(factor), xp.sin(angles) * xp.float32(factor)
+    on_host = isinstance(positions_NxT, np.ndarray) and past_original_NxT is None
+    xp = np if on_host else jnp
+    places_Nx1xTx1 = positions_NxT[:, None, :, None].astype(np.float32)
+
+    def angles(kind: str) -> tuple[Array | np.ndarray, float]:
+        c = config
+        if kind == "none":
+            return places_Nx1xTx1 * np.zeros(c.rotary_dim // 2, np.float32), 1.0
+        if kind == "local":
+            c = dataclasses.replace(c, rope_type="default", rope_theta=c.rope_local_base_freq)
+        frequencies, factor = rotary_frequencies(c)
+        if past_original_NxT is not None:
+            long_frequencies, _ = rotary_frequencies(c, past_original=True)
+            past_Nx1xTx1 = past_original_NxT[:, None, :, None]
+            frequencies = xp.where(past_Nx1xTx1, long_frequencies, frequencies)
+        return places_Nx1xTx1 * frequencies, factor
+
+    turns = [angles(kind) for kind in rotary_kinds(config)[0]]
+    cosines, sines = (
+        xp.stack([function(angle) * xp.float32(factor) for angle, factor in turns])
+        for function in (xp.cos, xp.sin)
+    )
+    return cosines, sines
 
 
 def rotate(x_NxHxTxK: Array, turns: Rotations) -> Array:
-    """Rotations each pair of features (i, i + K / 2) by its position's angle, in float32."""
+    """Rotates each pair of features (i, i + R / 2) by its position's angle, in float32.
+
+    Args:
+        x_NxHxTxK: Queries or keys, whose first R features are rotated.
+        turns: Cosines and sines of the angles, [N, 1, T, R / 2] each.
+    """
     cosine, sine = turns
-    first, second = jnp.split(x_NxHxTxK.astype(jnp.float32), 2, axis=-1)
+    rotated = 2 * cosine.shape[-1]
+    turned_part, kept_part = x_NxHxTxK[..., :rotated], x_NxHxTxK[..., rotated:]
+    first, second = jnp.split(turned_part.astype(jnp.float32), 2, axis=-1)
     turned = [first * cosine - second * sine, second * cosine + first * sine]
-    return jnp.concatenate(turned, axis=-1).astype(x_NxHxTxK.dtype)
+    result = jnp.concatenate(turned, axis=-1).astype(x_NxHxTxK.dtype)
+    return jnp.concatenate([result, kept_part], axis=-1) if kept_part.shape[-1] else result
 
 
 class _LlamaAttention(nn.Module):
@@ -227,6 +185,14 @@ class _LlamaAttention(nn.Module):
         self.biases = {
             n: self.param(f"{n}_bias", initializers.zeros, (s,)) for n, s in biased.items()
         }
+        self.norms = {}
+        if c.qk_norm:
+            one = initializers.constant(1.0 - c.norm_offset)
+            widths = {"query": queries, "key": keys} if c.qk_norm == "whole" else {}
+            self.norms = {
+                n: self.param(f"{n}_norm", one, (widths.get(n, c.head_dim),))
+                for n in ("query", "key")
+            }
         self.out = self.param("out", _INIT, (queries, c.hidden_size))
         if c.out_bias:
             self.out_bias = self.param("out_bias", initializers.zeros, (c.hidden_size,))
@@ -235,7 +201,16 @@ class _LlamaAttention(nn.Module):
         joined = dense(x_NxTxD, self.kernels[name])
         if name in self.biases:
             joined = joined + self.biases[name].astype(joined.dtype)
-        return split_heads(constrain(joined, "batch", None, "heads"), heads)
+        if self.config.qk_norm == "whole":
+            joined = self._norm(name, joined)
+        split = split_heads(constrain(joined, "batch", None, "heads"), heads)
+        return self._norm(name, split) if self.config.qk_norm == "head" else split
+
+    def _norm(self, name: str, x: Array) -> Array:
+        if name not in self.norms:  # values are not normed
+            return x
+        scale = self.norms[name] + self.config.norm_offset
+        return rms_norm(x, scale, self.config.rms_norm_eps, x.dtype)
 
     def project(self, x_NxTxD: Array, turns: Rotations) -> tuple[Array, KeysValues]:
         """Queries [N, H, T, K], keys and values [N, G, T, K], turned by their positions."""
@@ -257,51 +232,96 @@ class _LlamaLayer(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        names = ["pre_self_attention_norm", "pre_mlp_norm"]
-        names += ["post_self_attention_norm", "post_mlp_norm"] if c.post_norms else []
+        sides = ["pre"] * (not c.omit_pre_norms) + ["post"] * c.post_norms
+        names = [f"{side}_{block}_norm" for side in sides for block in ("self_attention", "mlp")]
         init = initializers.constant(1.0 - c.norm_offset)
         self.norms = {name: self.param(name, init, (c.hidden_size,)) for name in names}
         self.self_attention = _LlamaAttention(c)
-        activation = _ACTIVATIONS[c.hidden_act]
-        self.mlp = Mlp(c.hidden_size, c.intermediate_size, activation, True, _INIT, self.execution)
+        if c.num_experts:
+            self.mlp = RoutedMlp(c, _INIT)
+        else:
+            self.mlp = Mlp(
+                c.hidden_size,
+                c.intermediate_size,
+                ACTIVATIONS[c.hidden_act],
+                True,
+                _INIT,
+                self.execution,
+            )
         self.dropout = self.execution.dropout(-2)
         scale = (c.query_pre_attn_scalar or c.head_dim) ** -0.5
         self.scores = {"scale": scale, "softcap": c.attn_logit_softcapping}
 
     def _norm(self, name: str, x: Array) -> Array:
+        if name not in self.norms:
+            return x
         scale_D = self.norms[name] + self.config.norm_offset
         return rms_norm(x, scale_D, self.config.rms_norm_eps, self.execution.dtype)
 
     def _add(self, x_NxTxD: Array, block: str, added: Array) -> Array:
-        if self.config.post_norms:
-            added = self._norm(f"post_{block}_norm", added)
+        added = self._norm(f"post_{block}_norm", added)
         return constrain(x_NxTxD + self.dropout(added), "batch", None, None)
 
-    def _after(self, x_NxTxD: Array, read_NxHxTxK: Array) -> Array:
-        x_NxTxD = self._add(
-            x_NxTxD, "self_attention", self.self_attention.project_out(read_NxHxTxK)
-        )
-        return self._add(x_NxTxD, "mlp", self.mlp(self._norm("pre_mlp_norm", x_NxTxD)))
+    def _after(
+        self, x_NxTxD: Array, read_NxHxTxK: Array, counted_NxT: Array | None = None
+    ) -> tuple[Array, Routing | None]:
+        """Returns the layer's output, and of a mixture of experts what the router did."""
+        added = self.self_attention.project_out(read_NxHxTxK)
+        x_NxTxD = self._add(x_NxTxD, "self_attention", added)
+        h = self._norm("pre_mlp_norm", x_NxTxD)
+        if not self.config.num_experts:
+            return self._add(x_NxTxD, "mlp", self.mlp(h)), None
+        added, routing = self.mlp(h, counted_NxT)
+        return self._add(x_NxTxD, "mlp", added), routing
 
     def __call__(
-        self, x_BxTxD: Array, window: int | Array, segments_BxT: Array | None, turns: Rotations
-    ) -> Array:
-        return self.first(x_BxTxD, window, segments_BxT, turns)[0]
+        self,
+        x: Array | tuple[Array, Routing],
+        window: int | Array,
+        kind: int | Array,
+        segments_BxT: Array | None,
+        turns: Rotations,
+    ) -> Array | tuple[Array, Routing]:
+        """Returns the layer's output; arguments as for `first`.
+
+        A mixture of experts carries the sums of what its routers did along.
+        """
+        if not self.config.num_experts:
+            return self.first(x, window, kind, segments_BxT, turns)[0]
+        x_BxTxD, total = x
+        x_BxTxD, _, routing = self.first(x_BxTxD, window, kind, segments_BxT, turns)
+        return x_BxTxD, jax.tree.map(jnp.add, total, routing)
 
     def first(
-        self, x_BxTxD: Array, window: int | Array, segments_BxT: Array | None, turns: Rotations
-    ) -> tuple[Array, KeysValues]:
-        """Returns the layer's output on rows from their beginning, and their keys and values."""
+        self,
+        x_BxTxD: Array,
+        window: int | Array,
+        kind: int | Array,
+        segments_BxT: Array | None,
+        turns: Rotations,
+    ) -> tuple[Array, KeysValues, Routing | None]:
+        """Returns the layer's output on rows from their beginning, their keys and values, routing.
+
+        Args:
+            x_BxTxD: Its input.
+            window: How many positions a position sees; 0: all before it.
+            kind: Which of the rotations are the layer's.
+            segments_BxT: Which positions see one another; None: all of a row.
+            turns: The rotations.
+        """
         h = self._norm("pre_self_attention_norm", x_BxTxD)
-        query, present = self.self_attention.project(h, turns)
+        query, present = self.self_attention.project(h, _of_kind(turns, kind))
         visible = Causal(segments_BxT, window)
         kernel = self.execution.attention
         read = attend(query, *present, visible, **self.scores, implementation=kernel)
-        return self._after(x_BxTxD, read), present
+        counted = None if segments_BxT is None else segments_BxT != 0
+        x_BxTxD, routing = self._after(x_BxTxD, read, counted)
+        return x_BxTxD, present, routing
 
     def further(
         self,
         x_NxTxD: Array,
+        kind: int,
         turns: Rotations,
         memory: KeysValues,
         memory_bias: Array,
@@ -314,7 +334,7 @@ class _LlamaLayer(nn.Module):
         With `past` (decoding step by step), x is written into it at `position`, and all is read.
         """
         h = self._norm("pre_self_attention_norm", x_NxTxD)
-        query, present = self.self_attention.project(h, turns)
+        query, present = self.self_attention.project(h, _of_kind(turns, kind))
         if past is not None:
             present = jax.tree.map(
                 lambda old, new: jax.lax.dynamic_update_slice(old, new, (0, 0, position, 0)),
@@ -322,7 +342,28 @@ class _LlamaLayer(nn.Module):
                 present,
             )
         parts = [(*memory, memory_bias), (*present, bias)]
-        return self._after(x_NxTxD, attend_parts(query, parts, **self.scores)), present
+        x_NxTxD, _ = self._after(x_NxTxD, attend_parts(query, parts, **self.scores))
+        return x_NxTxD, present
+
+
+def _of_kind(turns: Rotations, kind: int | Array) -> Rotations:
+    """Returns the rotations of one kind; traced where layers that differ are scanned over."""
+    if isinstance(kind, int):
+        return turns[0][kind], turns[1][kind]
+    return jnp.asarray(turns[0])[kind], jnp.asarray(turns[1])[kind]
+
+
+def _past_original(
+    config: LlamaConfig, segments_BxT: Array | None, positions_BxT: Array | np.ndarray
+) -> Array | None:
+    """Returns which positions are in examples longer than longrope's original length."""
+    most = config.rope_original_max_position_embeddings
+    if config.rope_type != "longrope" or positions_BxT.shape[1] <= most:
+        return None
+    if segments_BxT is None:
+        return jnp.ones(positions_BxT.shape, bool)
+    same_BxTxT = same_segment(segments_BxT, segments_BxT)[:, 0]
+    return jnp.max(jnp.where(same_BxTxT, positions_BxT[:, None, :], 0), axis=2) >= most
 
 
 class _LlamaDecoder(nn.Module):
@@ -335,7 +376,8 @@ class _LlamaDecoder(nn.Module):
             _LlamaLayer(c, self.execution, name=f"layers_{i:02}")
             for i in range(c.num_hidden_layers)
         ]
-        self.windows = c.windows or (0,) * c.num_hidden_layers
+        windows = c.windows or (0,) * c.num_hidden_layers
+        self.each = tuple(zip(windows, rotary_kinds(c)[1], strict=True))
         self.norm = self.param("norm", initializers.constant(1.0 - c.norm_offset), (c.hidden_size,))
         if not c.tie_word_embeddings:
             self.logits = self.param("logits", _INIT, (c.hidden_size, c.vocab_size))
@@ -344,19 +386,50 @@ class _LlamaDecoder(nn.Module):
         scale_D = self.norm + self.config.norm_offset
         return rms_norm(x, scale_D, self.config.rms_norm_eps, self.execution.dtype)
 
+    def _check_length(self, length: int) -> None:
+        """Refuses what would change longrope's frequencies between a prefix and its continuation.
+
+        Keys and values of the prefix would have to be computed anew.
+        """
+        most = self.config.rope_original_max_position_embeddings
+        if self.config.rope_type == "longrope" and length > most:
+            raise DataError(
+                f"inputs and targets of up to {length} positions: past {most} "
+                "(rope_original_max_position_embeddings) longrope has other frequencies, which "
+                "training knows and decoding and ranking do not; shorten inputs or targets"
+            )
+
     def __call__(
         self, x_BxTxD: Array, segments_BxT: Array | None, positions_BxT: Array | np.ndarray
-    ) -> Array:
-        shared = segments_BxT, rotations(self.config, positions_BxT)
-        each = [(window,) for window in self.windows]
-        return self._finish(through(self.layers, x_BxTxD, each, shared, self.execution))
+    ) -> tuple[Array, Routing | None]:
+        """Returns the output on rows, and of a mixture of experts what its routers did."""
+        past_original = _past_original(self.config, segments_BxT, positions_BxT)
+        shared = segments_BxT, rotations(self.config, positions_BxT, past_original)
+        experts = self.config.num_experts
+        x = (x_BxTxD, no_routing(experts)) if experts else x_BxTxD
+        x = through(self.layers, x, self.each, shared, self.execution)
+        x_BxTxD, routing = x if experts else (x, None)
+        return self._finish(x_BxTxD), routing
 
-    def encode(self, x_BxSxD: Array, mask_BxS: Array) -> list[KeysValues]:
-        """Returns the keys and values of each layer."""
+    def encode(
+        self, x_BxSxD: Array, mask_BxS: Array, shared_1xPxD: Array | None = None
+    ) -> list[KeysValues]:
+        """Returns the keys and values of each layer, those of what all rows begin with first."""
+        if shared_1xPxD is not None:
+            seen_1xP = jnp.ones(shared_1xPxD.shape[:2], bool)
+            shared = self.encode(shared_1xPxD, seen_1xP)
+            _, own = self.further(x_BxSxD, shared, seen_1xP)
+
+            def join(shared_1xGxPxK: Array, own_BxGxSxK: Array) -> Array:
+                shape = (len(own_BxGxSxK), *shared_1xGxPxK.shape[1:])
+                repeated = jnp.broadcast_to(shared_1xGxPxK, shape)
+                return jnp.concatenate([repeated, own_BxGxSxK], axis=2)
+
+            return jax.tree.map(join, shared, own)
         turns = rotations(self.config, np.arange(x_BxSxD.shape[1])[None])
         memories = []
-        for layer, window in zip(self.layers, self.windows, strict=True):
-            x_BxSxD, present = layer.first(x_BxSxD, window, mask_BxS.astype(jnp.int32), turns)
+        for layer, own in zip(self.layers, self.each, strict=True):
+            x_BxSxD, present, _ = layer.first(x_BxSxD, *own, mask_BxS.astype(jnp.int32), turns)
             memories.append(present)
         return memories
 
@@ -377,18 +450,21 @@ class _LlamaDecoder(nn.Module):
         # Places among what continues the prefix: of queries, and of keys.
         query_places_T = position + jnp.arange(length)
         key_places_U = jnp.arange(length if pasts is None else pasts[0][0].shape[2])
+        self._check_length(mask_BxS.shape[1] + key_places_U.size)
         positions_NxT = jnp.sum(mask_NxS, axis=1)[:, None] + query_places_T
         turns = rotations(self.config, positions_NxT)
         behind_TxU = query_places_T[:, None] - key_places_U
         from_prefix_NxTxS = positions_NxT[..., None] - jnp.arange(mask_NxS.shape[1])
         presents = []
-        for i, (layer, window) in enumerate(zip(self.layers, self.windows, strict=True)):
+        for i, (layer, (window, kind)) in enumerate(zip(self.layers, self.each, strict=True)):
             own, seen = behind_TxU >= 0, mask_NxS[:, None, :]
             if window:
                 own, seen = own & (behind_TxU < window), seen & (from_prefix_NxTxS < window)
             biases = hide(seen[:, None]), hide(own)
             past = None if pasts is None else pasts[i]
-            x_NxTxD, present = layer.further(x_NxTxD, turns, memories[i], *biases, past, position)
+            x_NxTxD, present = layer.further(
+                x_NxTxD, kind, turns, memories[i], *biases, past, position
+            )
             presents.append(present)
         return self._finish(x_NxTxD), presents
 
@@ -420,6 +496,13 @@ class Llama(nn.Module):
         return self.unembed(self.hidden(batch))
 
     def hidden(self, batch: Mapping[str, Array]) -> Array:
+        return self._read(batch)[0]
+
+    def balanced_hidden(self, batch: Mapping[str, Array]) -> tuple[Array, Array]:
+        hidden, routing = self._read(batch)
+        return hidden, jnp.zeros(()) if routing is None else routing.balance()
+
+    def _read(self, batch: Mapping[str, Array]) -> tuple[Array, Routing | None]:
         if "encoder_input_tokens" in batch:
             raise DataError(
                 "a batch for a decoder: found encoder_input_tokens, expected inputs and targets as "
@@ -433,8 +516,11 @@ class Llama(nn.Module):
             positions = np.arange(tokens.shape[1])[None]
         return self.decoder(self._embed(tokens), segments, positions)
 
-    def encode(self, tokens_BxS: Array, mask_BxS: Array) -> list[KeysValues]:
-        return self.decoder.encode(self._embed(tokens_BxS), mask_BxS)
+    def encode(
+        self, tokens_BxS: Array, mask_BxS: Array, shared_P: Array | None = None
+    ) -> list[KeysValues]:
+        shared = None if shared_P is None else self._embed(shared_P[None])
+        return self.decoder.encode(self._embed(tokens_BxS), mask_BxS, shared)
 
     def decode(self, memories: list[KeysValues], mask_BxS: Array, tokens: Array) -> Array:
         check_continuations(tokens, mask_BxS)

@@ -4,10 +4,8 @@ Letters in names are axes: B inputs, C answer choices of an input, N = B * C dec
 and T target positions, D features, V vocabulary, H heads, R distances.
 """
 
-import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -15,17 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax.linen import initializers
 
-from m2l.errors import ConfigError, DataError
+from m2l.errors import DataError
 from m2l.models.attention import hide, same_segment
-from m2l.models.fields import (
-    LAYERS,
-    NOT_NEGATIVE,
-    POSITIVE,
-    WIDTH,
-    WORDS,
-    check_choice,
-    check_fields,
-)
+from m2l.models.configs import FEED_FORWARD, T5Config
 from m2l.models.layers import (
     Array,
     Attention,
@@ -43,82 +33,6 @@ from m2l.models.layers import (
     through,
 )
 from m2l.partitioning import constrain
-
-_FEED_FORWARD = {  # its activation, and whether it is gated
-    "relu": ("relu", False),
-    "gelu": ("gelu", False),
-    "gated-gelu": ("gelu_tanh", True),
-    "gated-silu": ("silu", True),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class T5Config:
-    """The dimensions and variants of a T5, named as Hugging Face's T5Config names them.
-
-    The defaults are T5 1.1's, and with them FLAN-T5's, T0's and mT5's. T5 1.0 is
-    `feed_forward_proj="relu"` and `tie_word_embeddings=True`.
-
-    Attributes:
-        model_type: What Hugging Face calls the model: "t5" or "mt5". The network is the same.
-        feed_forward_proj: "relu", "gelu" (the exact form), "gated-gelu" (the tanh form) or
-            "gated-silu".
-        tie_word_embeddings: Whether the embedding is the output's matrix as well.
-        scale_decoder_outputs: Whether the input of a tied output matrix is multiplied by
-            d_model ** -0.5, as in T5 1.0.
-        decoder_start_token_id: The token that starts every target.
-
-    Raises:
-        ConfigError: a value of the wrong type or out of range.
-    """
-
-    decoder_only: ClassVar[bool] = False
-    logit_softcap: ClassVar[float] = 0.0
-
-    vocab_size: int = dataclasses.field(metadata=WORDS)
-    d_model: int = dataclasses.field(metadata=WIDTH)
-    d_kv: int = dataclasses.field(metadata=WIDTH)
-    d_ff: int = dataclasses.field(metadata=WIDTH)
-    num_heads: int = dataclasses.field(metadata=WIDTH)
-    num_encoder_layers: int = dataclasses.field(metadata=LAYERS)
-    num_decoder_layers: int = dataclasses.field(metadata=LAYERS)
-    relative_attention_num_buckets: int = dataclasses.field(default=32, metadata=WIDTH)
-    relative_attention_max_distance: int = 128
-    layer_norm_epsilon: float = dataclasses.field(default=1e-6, metadata=POSITIVE)
-    model_type: str = "t5"
-    feed_forward_proj: str = "gated-gelu"
-    tie_word_embeddings: bool = False
-    scale_decoder_outputs: bool = False
-    decoder_start_token_id: int = dataclasses.field(default=0, metadata=NOT_NEGATIVE)
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        check_choice(self, "model_type", ("t5", "mt5"))
-        check_choice(self, "feed_forward_proj", _FEED_FORWARD)
-        if self.scale_decoder_outputs and not self.tie_word_embeddings:
-            raise ConfigError(
-                "T5Config.scale_decoder_outputs: only a tied output is scaled; set "
-                "tie_word_embeddings as well"
-            )
-        if self.decoder_start_token_id >= self.vocab_size:
-            raise ConfigError(
-                f"T5Config.decoder_start_token_id: {self.decoder_start_token_id} is outside the "
-                f"vocabulary of {self.vocab_size}"
-            )
-        buckets, farthest = (
-            self.relative_attention_num_buckets,
-            self.relative_attention_max_distance,
-        )
-        if buckets < 4 or buckets % 2:
-            raise ConfigError(
-                f"T5Config.relative_attention_num_buckets: expected an even number of at least 4 "
-                f"(half of them for each direction), found {buckets}"
-            )
-        if farthest <= buckets // 2:
-            raise ConfigError(
-                f"T5Config.relative_attention_max_distance: expected more than half of the "
-                f"{buckets} buckets, found {farthest}"
-            )
 
 
 class _T5Layer(nn.Module):
@@ -139,7 +53,7 @@ class _T5Layer(nn.Module):
             self.cross_attention = attention()
         self.pre_mlp_norm = self.param("pre_mlp_norm", *ones)
         init = initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
-        feed_forward = _FEED_FORWARD[c.feed_forward_proj]
+        feed_forward = FEED_FORWARD[c.feed_forward_proj]
         self.mlp = Mlp(c.d_model, c.d_ff, *feed_forward, init, self.execution)
         # T5 drops a feature at all positions of a row at once.
         self.dropout = self.execution.dropout(-2)

@@ -267,17 +267,16 @@ def more_experts(frame: pd.DataFrame, method: str = "task_arithmetic") -> Figure
         return figure
 
 
-def methods_at_scale(frame: pd.DataFrame, base: str = "instruct") -> Figure:
+def methods_at_scale(frame: pd.DataFrame) -> Figure:
     """Draws figure 7: the largest size's methods side by side, grouped by the number of experts.
 
     Args:
         frame: A performance frame.
-        base: The base of the merges.
 
     Returns:
-        The figure: held-in and held-out bars.
+        The figure: held-in and held-out bars, of the instruction-tuned base if there is one.
     """
-    largest, counts = style.sizes(frame)[-1], style.counts(frame)
+    base, largest, counts = style.bases(frame)[-1], style.sizes(frame)[-1], style.counts(frame)
     frame = frame[(frame["base"] == base) & (frame["size"] == largest)]
     methods = style.methods(frame, multitask=False)
     with matplotlib.rc_context(style.RC):

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from m2l.reporting import style
-from m2l.typing import JsonObject
+from m2l.typing import Json, JsonObject
 
 _PANELS_IN_A_ROW = 6
 
@@ -49,7 +49,7 @@ def cosines(diagnostics: JsonObject, experts: Sequence[str]) -> Figure:
         return figure
 
 
-def curve(points: Sequence[tuple[Mapping[str, float], float]], measure: str) -> Figure:
+def curve(points: Sequence[tuple[Mapping[str, Json], float]], measure: str) -> Figure:
     """Draws the score of each recipe of a sweep.
 
     Args:
@@ -58,18 +58,27 @@ def curve(points: Sequence[tuple[Mapping[str, float], float]], measure: str) -> 
     """
     names = list(points[0][0])
     *group_names, along = names
-    lines: dict[str, list[tuple[float, float]]] = {}
+    numeric = all(isinstance(settings[along], float) for settings, _ in points)
+    place = (lambda value: value) if numeric else _label
+    lines: dict[str, list[tuple[float | str, float]]] = {}
     for settings, score in points:
-        label = ", ".join(f"{name} {settings[name]:g}" for name in group_names)
-        lines.setdefault(label, []).append((settings[along], score))
+        label = ", ".join(f"{name} {_label(settings[name])}" for name in group_names)
+        lines.setdefault(label, []).append((place(settings[along]), score))
     with matplotlib.rc_context(style.RC):
         figure = Figure(figsize=(4.6, 3.0), layout="constrained")
         axis = figure.subplots()
         for label, line in lines.items():
-            axis.plot(*zip(*sorted(line), strict=True), marker="o", markersize=4, label=label)
+            line = sorted(line) if numeric else line
+            axis.plot(*zip(*line, strict=True), marker="o", markersize=4, label=label)
         best = max(points, key=lambda point: point[1])
-        axis.plot([best[0][along]], [best[1]], "*", color="black", markersize=10, label="best")
+        axis.plot(
+            [place(best[0][along])], [best[1]], "*", color="black", markersize=10, label="best"
+        )
         axis.set_xlabel(along)
         axis.set_ylabel(measure)
         axis.legend(frameon=False, fontsize=7)
         return figure
+
+
+def _label(value: Json) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

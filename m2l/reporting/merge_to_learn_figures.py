@@ -37,6 +37,7 @@ _LOOKS = {
     "linear": {"color": style.BLUE, "marker": "v"},
     "wise_ft": {"color": style.SKY, "marker": "p"},
     "ties": {"color": style.PINK, "marker": "s"},
+    "ties_mergekit": {"color": "#44AA99", "marker": "<"},
     "dare": {"color": style.GREEN, "marker": "D"},
     GENERAL: {"color": style.BLACK, "marker": "o"},
     "ptm": {"color": style.GREY, "marker": "d"},

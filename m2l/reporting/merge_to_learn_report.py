@@ -83,7 +83,7 @@ def frames(material: SkillsContents) -> dict[str, pd.DataFrame]:
     """Returns the report's tables by file name, of TABLES."""
     study, frame = material.study, material.models
     return {
-        "models": frame,
+        "models": frame.drop(columns="deviations", errors="ignore"),
         "by_regime": merge_to_learn_tables.by_regime(study, frame),
         "several": merge_to_learn_tables.several(study, frame),
         "weights": merge_to_learn_tables.weights(frame),
@@ -217,6 +217,15 @@ def _ahead(material: SkillsContents, tables: Mapping[str, pd.DataFrame]) -> Sect
             "note",
         )
     ]
+    if {"ties_mergekit", "dare"} & set(material.study.methods):
+        content.append(
+            Text(
+                "TIES (mergekit) is the paper's, which trims tensor by tensor; TIES trims the "
+                "model as a whole. Which DARE it used the paper does not say: here signs are not "
+                "elected. Answers are decoded greedily, where the paper draws ten programs.",
+                "note",
+            )
+        )
     content += map(Text, merge_to_learn_tables.ahead(material.study, material.models))
     content.append(Table("The ways compared", blocks.cells(tables["compared"], 1), "compared"))
     content.append(Heading("Each way's scores"))

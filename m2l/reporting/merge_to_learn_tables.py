@@ -14,7 +14,7 @@ from m2l.reporting.merge_to_learn_figures import (
 )
 from m2l.studies.findings import REFUSALS, SAFETY
 from m2l.studies.merge_to_learn import ALL, GENERAL, SkillsStudy
-from m2l.studies.skill_scores import Score, mean
+from m2l.studies.skill_scores import Score, mean, score_in
 
 _PRINTED = {REFUSALS: "compliance"}
 # The three ways that the paper compares.
@@ -128,8 +128,7 @@ def compared(study: SkillsStudy, frame: pd.DataFrame) -> pd.DataFrame:
     Returns:
         Rows with skill, data (percent), score (which), a column for each of WAYS by its name,
         ahead (the name of the way that is, or "none") and by (points to the next). One is ahead if
-        it is so by more than 1.96 standard errors of the difference to the next, as if both were
-        scored on examples of their own.
+        it is so by more than 1.96 standard errors of the difference to the next.
     """
     rows = []
     for part in sorted({100, *study.retrained_parts}, reverse=True):
@@ -183,4 +182,4 @@ def _scores_of(study: SkillsStudy, skill: str) -> Iterator[tuple[str, tuple[str,
 
 def _mean(frame: pd.DataFrame, skill: str, way: str, names: tuple[str, ...], part: int) -> Score:
     model = regime(skill_models(frame, skill, part), way).iloc[0]
-    return mean([Score(float(model[name]), float(model[f"{name}_error"])) for name in names])
+    return mean([score_in(model, name) for name in names])

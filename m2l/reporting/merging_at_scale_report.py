@@ -1,6 +1,7 @@
 """The report of paper 1's study: its figures 1 to 7, its tables 1 to 4, and their details."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 import markupsafe
@@ -95,6 +96,8 @@ def frames(material: ScalingContents) -> dict[str, pd.DataFrame]:
         "choices": material.choices,
     }
     for number, (column, base) in tables.PAPER.items():
+        if base not in style.bases(material.performance):
+            continue
         table = tables.performance(material.performance, column, base)
         frames[f"table{number}_{column}_{base}"] = table
     return frames
@@ -171,12 +174,13 @@ def _number(count: int, noun: str) -> str:
 def _lead(material: ScalingContents) -> str:
     settings, sizes = material.settings, style.sizes(material.performance)
     text = markupsafe.Markup(
-        "{}, two bases, {} merge methods, {} experts merged, {} held-in and {} held-out task "
+        "{}, {}, {} merge methods, {} experts merged, {} held-in and {} held-out task "
         "categories, {} of experts; data: {}. After Yadav et al., <cite>What Matters for Model "
         "Merging at Scale?</cite> m2l {}."
     )
     return text.format(
         f"{_number(len(sizes), 'model size')} ({', '.join(sizes)} parameters)",
+        _number(len(style.bases(material.performance)), "base").replace("2 bases", "two bases"),
         len(settings["recipes"]),
         ", ".join(map(str, settings["expert_counts"])),
         len(settings["categories"]),
@@ -211,6 +215,8 @@ def _grids(material: ScalingContents) -> Section:
         )
     ]
     for number, (column, base) in tables.PAPER.items():
+        if base not in style.bases(material.performance):
+            continue
         title = (
             f"{column.replace('_', '-').capitalize()} performance, "
             f"{style.base_name(base).lower()} base"
@@ -223,6 +229,7 @@ def _grids(material: ScalingContents) -> Section:
         content += [
             Heading(f"Table {number}. {title}"),
             Table(title, cells, f"table{number}_{column}_{base}"),
+            *(Text(line, "note") for line in _left_open(material.settings, column)),
             Folded(name, [Table(name, paper_cells)]),
         ]
     links = [markupsafe.Markup('<a href="tables/{0}.csv">{0}.csv</a>').format(n) for n in _FILES]
@@ -230,6 +237,52 @@ def _grids(material: ScalingContents) -> Section:
         Text(markupsafe.Markup("With bands, and by draw: {} {}").format(*links), "files")
     )
     return Section("tables", "The paper's tables 1 to 4", "Tables", content)
+
+
+def _left_open(settings: JsonObject, column: str) -> list[str]:
+    """Returns what decides a table's figures and the paper leaves open, a line for each thing."""
+    limit = settings["max_prompts"]
+    free = settings["generative_score"] == "likelihood"
+    lines = [
+        f"Scores are means over {f'at most {limit}' if limit else 'all'} prompts of a dataset, "
+        f"{settings['max_examples']} examples of each, and ratios are of these means"
+        f"{'; free text is scored by the likelihood of its references' * free}. The paper tells "
+        "neither prompts nor numbers of examples."
+    ]
+    values = {
+        style.method_name(method): math.prod(map(len, swept.values()))
+        for method, swept in settings["swept"].items()
+    }
+    if values:
+        counted = ", ".join(f"{count} for {name}" for name, count in values.items())
+        lines.append(
+            f"The paper does not say how its scales were set. Here they are chosen on held-in "
+            f"examples of their own ({counted} values): that favours the methods with more to "
+            "choose from over Average, which has nothing."
+        )
+    steps = {run: _steps(settings[run]) for run in ("expert", "multitask")}
+    first = next(iter(_by_size(settings["expert"])))
+    lines.append(
+        f"An expert has {steps['expert']} steps, the multitask model {steps['multitask']}; the "
+        "paper tells the experts' alone; "
+        + (
+            "both at most: the checkpoint of the lowest validation loss is taken."
+            if first["validation"]
+            else "none was stopped early, as some of the paper's were."
+        )
+    )
+    if column == "held_out":
+        lines.append("The base's score on a task is 1: where it is at chance, ratios say little.")
+    return lines
+
+
+def _by_size(training: JsonObject) -> list[JsonObject]:
+    return [training] if "mixture" in training else list(training.values())
+
+
+def _steps(training: JsonObject) -> str:
+    counts = dict.fromkeys(settings["steps"] for settings in _by_size(training))
+    return " or ".join(f"{count:,}" for count in counts)
 
 
 def _experts(material: ScalingContents, figure: Figure) -> Section:

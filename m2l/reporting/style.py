@@ -14,6 +14,7 @@ METHODS = {
     "task_arithmetic": "Task Arithmetic",
     "dare_ties": "DARE-TIES",
     "ties": "TIES",
+    "ties_mergekit": "TIES (mergekit)",
     "dare": "DARE",
     "della": "DELLA",
     "slerp": "SLERP",

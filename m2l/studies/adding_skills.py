@@ -14,7 +14,6 @@ from pathlib import Path
 from statistics import fmean
 
 import jax
-import seqio
 
 from m2l import checkpoints, files, merging, models, partitioning, storage, tasks
 from m2l.checkpoints import Manifest
@@ -299,7 +298,7 @@ class SkillAddition:
         max_examples: Examples of each task, of both halves together.
         lengths: {"inputs": S, "targets": T}, in tokens, of evaluated examples.
         batch_size: Examples in a batch of an evaluation.
-        generative_score: Of metrics.GENERATIVE_SCORES.
+        generative_score: Of prompts.GENERATIVE_SCORES.
         vocabulary: The vocabulary of the data; None: the general model's own.
         data: The origin of records, as JSON values: "source", and the files of each task of JSON
             lines by its name.
@@ -367,11 +366,9 @@ def training_examples(mixture: str) -> int:
     Raises:
         UnknownNameError, DataError: There is no such mixture, or it has no train split.
     """
-    pipeline.find("mixture", mixture, "train")
     counts: dict[str, int] = {}
-    for name in tasks.tasks_in(mixture):
+    for name, size in pipeline.sizes(mixture, "train").items():
         dataset = tasks.info(name).dataset
-        size = seqio.TaskRegistry.get(name).num_input_examples("train")
         counts[dataset] = max(size, counts.get(dataset, 0))
     return sum(counts.values())
 
@@ -513,7 +510,7 @@ class _HalvesEvaluator:
         adding: SkillAddition,
         out: Path,
         config: models.Config,
-        vocabulary: seqio.Vocabulary,
+        vocabulary: vocabularies.Vocabulary,
         parts: Sequence[Sequence[tuple[TaskData, TaskData]]],
     ):
         self._out, self._parts = out / "results", parts

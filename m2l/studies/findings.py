@@ -13,18 +13,20 @@ import pandas as pd
 
 from m2l.studies.merge_to_learn import ALL, GENERAL, SkillsStudy
 from m2l.studies.normalized_performance import MULTITASK, REPLICATES, Replicates, interval
-from m2l.studies.skill_scores import Score, mean, score_of_model
+from m2l.studies.skill_scores import Score, mean, score_in, score_of_model
 
 SCALING_TEST = (
     f"95 % interval of a bootstrap over datasets and seeds ({REPLICATES:,} replicates, the same "
     "draw for every model): supported if all of it lies on the claim's side of 0, contradicted if "
     "all of it lies on the other, undecided otherwise"
 )
-SKILLS_TEST = (
-    "95 % interval from the tasks' bootstrap over examples, as if each model were scored on "
-    "examples of its own: supported if all of it lies on the claim's side of 0, contradicted if "
-    "all of it lies on the other, undecided otherwise"
+_SKILLS_TEST = (
+    "95 % interval of the tasks' errors over examples, {}: supported if all of it lies on the "
+    "claim's side of 0, contradicted if all of it lies on the other, undecided otherwise"
 )
+PAIRED_TEST = _SKILLS_TEST.format("which all models share and differences pair")
+# Of results that have no values of examples.
+INDEPENDENT_TEST = _SKILLS_TEST.format("as if each model were scored on examples of its own")
 _NOT_TESTED = "This study has nothing to compare."
 SAFETY, REFUSALS = "safety", "exaggerated_refusals"
 
@@ -118,8 +120,7 @@ class _PerformanceArrays:
     multitask_out: np.ndarray
     sizes: list[str]
     counts: list[int]
-    instruct: int
-    pretrained: int
+    bases: list[str]
     tripled: np.ndarray
 
     @classmethod
@@ -132,16 +133,14 @@ class _PerformanceArrays:
             multitask_out=grid.held_out[:, :, :, methods.index(MULTITASK)],
             sizes=grid.axes["size"],
             counts=grid.axes["experts"],
-            instruct=grid.axes["base"].index("instruct"),
-            pretrained=grid.axes["base"].index("pretrained"),
+            bases=grid.axes["base"],
             tripled=np.log([parameters[size] for size in grid.axes["size"]]) / np.log(3),
         )
 
-    def by_base(self, values: np.ndarray) -> tuple[float, float]:
-        """Returns the mean on the instruction-tuned base, and on the pretrained one."""
-        bases = (self.instruct, self.pretrained)
-        first, second = (float(_mean(values[:1, :, base], (1, 2, 3))[0]) for base in bases)
-        return first, second
+    @property
+    def instruct(self) -> int:
+        """The place of the instruction-tuned base; of the only one, if there is one."""
+        return self.bases.index("instruct") if "instruct" in self.bases else 0
 
 
 def scaling_findings(replicates: Replicates, parameters: Mapping[str, int]) -> list[Finding]:
@@ -162,18 +161,28 @@ def scaling_findings(replicates: Replicates, parameters: Mapping[str, int]) -> l
 
 
 def _instruction_tuned(grid: _PerformanceArrays) -> Finding:
-    difference = grid.held_in[:, :, grid.instruct] - grid.held_in[:, :, grid.pretrained]
-    instruct, pretrained = grid.by_base(grid.held_in)
+    statistic, sentence = None, ""
+    if len(grid.bases) > 1:
+        pretrained = grid.held_in[:, :, grid.bases.index("pretrained")]
+        difference = grid.held_in[:, :, grid.instruct] - pretrained
+        statistic = _mean(difference, (1, 2, 3))
+        first, second = (
+            _mean(grid.held_in[:1, :, grid.bases.index(base)], (1, 2, 3))[0]
+            for base in ("instruct", "pretrained")
+        )
+        sentence = (
+            f"Merges keep {first:.2f} of their experts' performance on an instruction-tuned base "
+            f"and {second:.2f} on a pretrained one; the instruction-tuned is ahead in "
+            f"{int((difference[0] > 0).sum())} of {difference[0].size} settings."
+        )
     return _scaling_finding(
         1,
         "Instruction-tuned bases merge better",
         "Experts made from an instruction-tuned base merge better than those made from a "
         "pretrained one, at every size, by every method and for every number of experts.",
         "held-in performance, instruction-tuned less pretrained",
-        _mean(difference, (1, 2, 3)),
-        f"Merges keep {instruct:.2f} of their experts' performance on an instruction-tuned base "
-        f"and {pretrained:.2f} on a pretrained one; the instruction-tuned is ahead in "
-        f"{int((difference[0] > 0).sum())} of {difference[0].size} settings.",
+        statistic,
+        sentence,
     )
 
 
@@ -199,25 +208,32 @@ def _larger(grid: _PerformanceArrays) -> Finding:
 
 
 def _generalisation(grid: _PerformanceArrays) -> Finding:
-    instruct, pretrained = grid.by_base(grid.held_out)
     above, all_of = int((grid.held_out[0] > 1).sum()), grid.held_out[0].size
+    means = {
+        base: f"{_mean(grid.held_out[:1, :, place], (1, 2, 3))[0]:.3f}"
+        for place, base in enumerate(grid.bases)
+    }
+    strong = "an instruction-tuned" if "instruct" in means else "a pretrained"
     sentence = (
-        f"Merges score {instruct:.3f} of an instruction-tuned base on tasks nobody was trained "
-        f"on, and {pretrained:.3f} of a pretrained one; above 1 in {above} of {all_of} settings. "
+        f"Merges score {means[grid.bases[grid.instruct]]} of {strong} base on tasks nobody was "
+        "trained on"
+        + f", and {means.get('pretrained')} of a pretrained one" * (len(means) > 1)
+        + f"; above 1 in {above} of {all_of} settings. "
     )
+    strong = strong.removeprefix("an ").removeprefix("a ")
     if len(grid.counts) > 1:
         number = np.array(grid.counts, float)
         slope = _mean(_slope(grid.held_out[:, :, grid.instruct], 3, number), (1, 2))
         low, high = interval(slope)
         sentence += (
-            f"Each expert more adds {slope[0]:+.4f} on the instruction-tuned base "
+            f"Each expert more adds {slope[0]:+.4f} on the {strong} base "
             f"(interval {low:+.4f} to {high:+.4f}). "
         )
     merged = _mean(grid.held_out[:, -1, grid.instruct, :, -1], (1,))
     ahead = merged - grid.multitask_out[:, -1, grid.instruct, -1]
     low, high = interval(ahead)
     sentence += (
-        f"At {grid.sizes[-1]} and {grid.counts[-1]} experts, merges of the instruction-tuned are "
+        f"At {grid.sizes[-1]} and {grid.counts[-1]} experts, merges of the {strong} are "
         f"{ahead[0]:+.3f} from the multitask model (interval {low:+.3f} to {high:+.3f})."
     )
     return _scaling_finding(
@@ -276,13 +292,14 @@ def _alike(grid: _PerformanceArrays) -> Finding:
 def _skills_finding(
     number: int, title: str, claim: str, statistic: str, score: Score | None, sentence: str
 ) -> Finding:
-    estimate = None
+    estimate, test = None, PAIRED_TEST
     if score is not None and math.isnan(score.error):
         sentence = _NOT_TESTED
     elif score is not None:
+        test = INDEPENDENT_TEST if score.deviations is None else PAIRED_TEST
         half = 1.96 * score.error
         estimate = (score.value, score.value - half, score.value + half)
-    return _finding(number, title, claim, statistic, estimate, sentence, 1, SKILLS_TEST)
+    return _finding(number, title, claim, statistic, estimate, sentence, 1, test)
 
 
 def skills_findings(study: SkillsStudy, frame: pd.DataFrame) -> list[Finding]:
@@ -306,7 +323,7 @@ def _lowest(*scores: Score) -> Score:
 
 
 def _raised(score: Score, points: float) -> Score:
-    return Score(score.value + points, score.error)
+    return dataclasses.replace(score, value=score.value + points)
 
 
 def _merged(frame: pd.DataFrame, name: str, skill: str) -> Score:
@@ -411,7 +428,7 @@ def _refuses(frame: pd.DataFrame) -> Finding:
     margins: dict[float, Score] = {}
     merges: dict[float, dict[str, Score]] = {}
     for _, row in _along(frame, SAFETY).iterrows():
-        scores = {name: Score(row[name], row[f"{name}_error"]) for name in (SAFETY, REFUSALS)}
+        scores = {name: score_in(row, name) for name in (SAFETY, REFUSALS)}
         complies, refuses = (scores[name] - other[name] for name in (REFUSALS, SAFETY))
         margins[row["weight"]] = _lowest(complies, _raised(refuses, 5))
         merges[row["weight"]] = scores
@@ -451,22 +468,23 @@ def _heuristic(study: SkillsStudy, frame: pd.DataFrame) -> Finding:
     for skill in study.skills:
         tried = _along(frame, skill)
         most = tried.loc[tried[skill].idxmax()]
-        gain = Score(most[skill], most[f"{skill}_error"]) - score_of_model(
-            frame, skill, regime=GENERAL
-        )
+        gain = score_in(most, skill) - score_of_model(frame, skill, regime=GENERAL)
         if gain.value <= 1.96 * gain.error:
             # Where nothing is gained by any weight, the least is as good as the best.
             parts.append(f"{skill}: no w that was tried adds it")
             continue
         both = (tried[GENERAL] + tried[skill]) / 2
         best, zero = tried.loc[both.idxmax()], tried[tried["heuristic"]].iloc[0]
-        errors = [
-            math.hypot(row[f"{GENERAL}_error"], row[f"{skill}_error"]) / 2 for row in (best, zero)
-        ]
-        gap = float(both.max() - both.loc[zero.name])
-        gaps.append(Score(5 - gap, math.hypot(*errors) if best.name != zero.name else 0.0))
+        gap = Score(0.0, 0.0, {})
+        if best.name != zero.name:
+            best_score, zero_score = (
+                mean([score_in(row, name) for name in (GENERAL, skill)]) for row in (best, zero)
+            )
+            gap = best_score - zero_score
+        gaps.append(dataclasses.replace(gap, value=5 - gap.value))
         parts.append(
-            f"{skill}: w {zero['weight']:.2f}, {gap:.1f} below the best at {best['weight']:.2f}"
+            f"{skill}: w {zero['weight']:.2f}, {gap.value:.1f} below the best at "
+            f"{best['weight']:.2f}"
         )
     return _skills_finding(
         5,

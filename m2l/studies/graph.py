@@ -11,13 +11,14 @@ import json
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from m2l import files, storage
 from m2l.errors import DataError, M2LError, Stopped, UnknownNameError, one_line
 from m2l.locks import Lock
+from m2l.progress import clock
 from m2l.typing import Json, JsonObject
 
 
@@ -258,7 +259,44 @@ def run_stage(graph: Graph, out: Path, name: str, runners: Mapping[str, Runner])
     return True
 
 
-def execute(graph: Graph, out: Path, runners: Mapping[str, Runner]) -> Outcome:
+class _TimeLeft:
+    """Estimates how long stages will take, and corrects it by how long those of a kind took."""
+
+    def __init__(self, graph: Graph, estimates: Mapping[str, float]):
+        self._graph, self._estimates = graph, estimates
+        # Of each kind, the seconds that its finished stages took, and those that were estimated.
+        self._sums: dict[str, list[float]] = {}
+
+    def count(self, name: str, seconds: float) -> None:
+        """Counts a stage that was run."""
+        sums = self._sums.setdefault(self._graph[name].kind, [0.0, 0.0])
+        sums[0] += seconds
+        sums[1] += self._estimates.get(name, 0.0)
+
+    def describe(self, names: Iterable[str]) -> str:
+        """Returns ", about 2:10 left" for stages that are not finished; "" without estimates."""
+        if not self._estimates:
+            return ""
+        overall = self._factor(self._sums.values())
+        left = 0.0
+        for name in names:
+            sums = self._sums.get(self._graph[name].kind)
+            factor = self._factor([sums]) if sums else overall
+            left += factor * self._estimates.get(name, 0.0)
+        return f", about {clock(left)} left"
+
+    def _factor(self, sums: Iterable[Sequence[float]]) -> float:
+        pairs = list(sums)
+        estimated = sum(pair[1] for pair in pairs)
+        return sum(pair[0] for pair in pairs) / estimated if estimated else 1.0
+
+
+def execute(
+    graph: Graph,
+    out: Path,
+    runners: Mapping[str, Runner],
+    estimates: Mapping[str, float] | None = None,
+) -> Outcome:
     """Runs every stage of the graph to its end, each after its inputs.
 
     Several processes that share the folder may do this at once: each takes the next stage that is
@@ -270,13 +308,15 @@ def execute(graph: Graph, out: Path, runners: Mapping[str, Runner]) -> Outcome:
         out: The study's folder; each stage has its own in it.
         runners: The function for each kind of stage, called with the stage, its output directory
             and its inputs' output directories by role.
+        estimates: How many seconds stages take, by name; to say how long all of them will.
 
     Raises:
         Stopped: SIGINT or SIGTERM was received; what was in progress is saved.
     """
     discard_damaged(graph, out)
-    outcome = Outcome()
+    outcome, left = Outcome(), _TimeLeft(graph, estimates or {})
     waiting = {stage.name: number for number, stage in enumerate(graph, start=1)}
+    finished = {name for name in waiting if stage_state(graph, out, name) == "done"}
     while waiting:
         progress = False
         for name in list(waiting):
@@ -289,8 +329,11 @@ def execute(graph: Graph, out: Path, runners: Mapping[str, Runner]) -> Outcome:
                 with _stage_lock(out, name) as acquired:
                     if not acquired:
                         continue
-                    print(f"[{waiting[name]}/{len(graph)}] {name}", file=sys.stderr, flush=True)
+                    about = name + left.describe(waiting.keys() - finished)
+                    print(f"[{waiting[name]}/{len(graph)}] {about}", file=sys.stderr, flush=True)
+                    start = time.monotonic()
                     _run_or_record(graph, out, name, runners, outcome)
+                    left.count(name, time.monotonic() - start)
             del waiting[name]
             progress = True
         if not progress:  # other processes run the remaining stages

@@ -6,22 +6,26 @@ Merging" (2024), sections 2 and 3.
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from m2l import models, tasks
+from m2l.data.prompts import GENERATIVE_SCORES
 from m2l.errors import ConfigError, UnknownNameError
-from m2l.evaluation.metrics import GENERATIVE_SCORES
 from m2l.merging import Recipe
-from m2l.models.fields import check_choice, check_fields
+from m2l.merging.recipe import preset
+from m2l.models.fields import FRACTION, check_choice, check_fields
+from m2l.studies import given_checkpoints, own_tasks
 from m2l.studies.graph import Graph, Stage
-from m2l.training.settings import TrainSettings, from_flat
+from m2l.studies.own_tasks import OwnTask, OwnTasks
+from m2l.training.settings import TrainSettings, from_flat, on_mixture, with_steps
 from m2l.typing import Json, JsonObject
 from m2l.version import __version__
 
+BASE = "pretrained"
 GENERAL = "general"
 ALL = "all"
 _RUNS = ("pretrain", "finetune")
-METHODS = ("task_arithmetic", "linear", "wise_ft", "ties", "dare")
+METHODS = ("task_arithmetic", "linear", "wise_ft", "ties_mergekit", "ties", "dare")
 # Those that move from the general model to another end, as far as the weight says.
 _INTERPOLATING = ("linear", "wise_ft")
 
@@ -32,16 +36,22 @@ class SkillsStudy:
 
     Attributes:
         model: The models' configuration.
-        pretrain: Trains theta_pre from a random model.
         finetune: Trains all other models; the mixture is set by each stage, the steps are those
-            of `epochs` over the stage's own data.
+            of `epochs` over the stage's own data. Where there is a `validation`, it is of the same
+            mixtures, and the best checkpoint is what stays.
         general: The mixture G of the general model.
         skills: The mixture D of each skill, by the skill's name.
         evaluations: The mixtures to evaluate on, by name: "general", every skill, and further ones
             ("exaggerated_refusals").
         examples: The number of training examples of each mixture, |G| and |D|: steps, costs and
-            the heuristic weight follow from them.
+            the heuristic weight follow from them. Those of own tasks are counted.
+        pretrain: Trains theta_pre from a random model; None: it is given.
+        given: Checkpoints, or directories of Hugging Face or T5X, that replace stages, by the name
+            of the stage: "models/pretrained" (theta_pre), "models/general", "models/ptm/SKILL".
+        own_tasks: Tasks of your own JSON lines, see `own_tasks.read`, to be used in the
+            mixtures by their names or categories.
         epochs: Passes over the data.
+        warmup: The share of each run's steps in which the learning rate rises; 0: as `finetune`.
         weights: The values of w that merges are made with, in addition to the heuristic's.
         methods: Merge methods, of METHODS.
         density: The density of TIES and of DARE.
@@ -52,16 +62,20 @@ class SkillsStudy:
         max_examples: Examples of each task at most.
         eval_batch_size: Examples in an evaluation batch.
         generative_score: The score of a task in free text, as of a ScalingStudy.
+        digests: As of a ScalingStudy; `resolved` sets it.
     """
 
     model: models.Config
-    pretrain: TrainSettings
     finetune: TrainSettings
     general: str
     skills: Mapping[str, str]
     evaluations: Mapping[str, str]
-    examples: Mapping[str, int]
+    examples: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    pretrain: TrainSettings | None = None
+    given: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    own_tasks: OwnTasks = dataclasses.field(default_factory=dict)
     epochs: int = 2
+    warmup: float = dataclasses.field(default=0.0, metadata=FRACTION)
     weights: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
     methods: tuple[str, ...] = METHODS
     density: float = dataclasses.field(default=0.5, metadata={"above": 0, "below": 1})
@@ -73,28 +87,36 @@ class SkillsStudy:
     max_examples: int = 100
     eval_batch_size: int = 32
     generative_score: str = "decoding"
+    digests: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, models.Config):
             raise ConfigError(f"SkillsStudy.model: expected a model, found {self.model!r}")
         for name in _RUNS:
-            if not isinstance(getattr(self, name), TrainSettings):
+            is_none = name == "pretrain" and self.pretrain is None
+            if not is_none and not isinstance(getattr(self, name), TrainSettings):
                 raise ConfigError(f"SkillsStudy.{name}: expected @Train(), found a plain value")
         check_fields(self)
-        for name in ("skills", "evaluations", "examples"):
-            if not isinstance(getattr(self, name), Mapping) or not getattr(self, name):
+        for name in ("skills", "evaluations", "examples", "given"):
+            value, optional = getattr(self, name), name in ("examples", "given")
+            if not isinstance(value, Mapping) or not (optional or value):
                 raise ConfigError(f"SkillsStudy.{name}: expected a dict")
+        if self.pretrain is None and f"models/{BASE}" not in self.given:
+            raise ConfigError(
+                f"SkillsStudy: models/{BASE} is neither given nor are there settings to train it "
+                "by: set .given or .pretrain"
+            )
         if {GENERAL, ALL} & set(self.skills) or any(set("+/") & set(name) for name in self.skills):
             raise ConfigError("SkillsStudy.skills: none may be called general, all, or have + or /")
         for name in (GENERAL, *self.skills):
             if name not in self.evaluations:
                 raise ConfigError(f"SkillsStudy.evaluations: nothing measures {name!r}")
         for mixture in (self.general, *self.skills.values()):
-            if self.examples.get(mixture, 0) < 1:
+            if self.examples.get(mixture, 0) < 1 and not (self.own_tasks and not self.digests):
                 raise ConfigError(f"SkillsStudy.examples: how many {mixture!r} has is missing")
         for method in self.methods:
-            if method not in METHODS:
-                raise UnknownNameError("SkillsStudy.methods: method", method, METHODS)
+            if not isinstance(method, str) or method not in METHODS:
+                raise UnknownNameError("SkillsStudy.methods: method", str(method), METHODS)
         if "task_arithmetic" not in self.methods:
             raise ConfigError("SkillsStudy.methods: task_arithmetic is what findings are read from")
         check_choice(self, "generative_score", GENERATIVE_SCORES)
@@ -107,43 +129,47 @@ class SkillsStudy:
 
     def stage_graph(self) -> Graph:
         """Returns the study's stages: models of all regimes, merges, and evaluations."""
-        data = {"data": [self.vocabulary, self.source], "m2l": __version__}
-        described = {**data, "model": models.to_dict(self.model)}
+        described = models.to_dict(self.model)
+        measured = list(self.evaluations.values())
         evaluated_on = {
-            **data,
+            **_data_settings(self, measured),
             "split": self.split,
             "original_only": False,
             "prompts": 0,
             "max_examples": self.max_examples,
             "batch_size": self.eval_batch_size,
             "generative_score": self.generative_score,
-            "lengths": {
-                "inputs": self.finetune.input_length,
-                "targets": self.finetune.target_length,
-            },
-            "all_categories": list(self.evaluations.values()),
-            "categories": list(self.evaluations.values()),
+            "lengths": self.finetune.lengths,
+            "all_categories": measured,
+            "categories": measured,
         }
-        pretrain = {**described, "settings": self.pretrain.flat()}
-        stages = [Stage("models/pretrained", "train", pretrain)]
+
+        def stage(name: str, settings: TrainSettings | None, inputs: Mapping[str, str]) -> Stage:
+            if name in self.given:
+                path = self.given[name]
+                digest = self.digests.get(name) or given_checkpoints.digest_of(path)
+                return given_checkpoints.stage_of(name, path, digest, self.vocabulary, described)
+            mixtures = {*settings.mixture.split("+"), *settings.validation.split("+")}
+            decided_by = {"model": described, "settings": settings.flat()}
+            return Stage(name, "train", _data_settings(self, mixtures) | decided_by, inputs)
+
+        stages = [stage(f"models/{BASE}", self.pretrain, {})]
         for model in trained_models(self):
-            settings = dataclasses.replace(
-                self.finetune,
-                mixture="+".join(mixture for mixture, _ in model.data),
-                steps=steps(self, model.examples),
+            settings = on_mixture(
+                with_steps(self.finetune, steps(self, model.examples), self.warmup),
+                "+".join(mixture for mixture, _ in model.data),
+                validation="+".join(model.wholes),
             )
-            decided_by = {**described, "settings": settings.flat()}
-            init = {"init": f"models/{model.init}"}
-            stages.append(Stage(f"models/{model.name}", "train", decided_by, init))
-        for stage in list(stages):
-            inputs = {"model": stage.name}
-            stages.append(Stage(f"results/{stage.name}", "evaluate", evaluated_on, inputs))
+            stages.append(stage(f"models/{model.name}", settings, {"init": f"models/{model.init}"}))
+        for trained in list(stages):
+            inputs = {"model": trained.name}
+            stages.append(Stage(f"results/{trained.name}", "evaluate", evaluated_on, inputs))
         groups: dict[str, list[SkillMerge]] = {}
         for merge in merges(self):
             groups.setdefault(merge.group, []).append(merge)
         for group, members in groups.items():
             _, names, regime = group.split("/")
-            inputs = {"base": "models/pretrained", "expert/general": "models/general"}
+            inputs = {"base": f"models/{BASE}", "expert/general": f"models/{GENERAL}"}
             for name in names.split("+"):
                 inputs[f"expert/{name}"] = f"models/{regime}/{name}"
             recipes = {merge.name: merge.recipe.to_dict() for merge in members}
@@ -155,26 +181,87 @@ class SkillsStudy:
         """Checks that all names exist, before anything is trained.
 
         Raises:
-            UnknownNameError: There is no such source or mixture.
+            UnknownNameError: There is no such source, mixture or stage.
+            ConfigError: An own task lacks a part that is used.
+            CheckpointError: A checkpoint of `given` cannot be used.
         """
-        tasks.use(self.source)
-        for stage in self.stage_graph():
+        stages = [stage for stage in self.stage_graph() if stage.kind in ("train", "given")]
+        own = _own_tasks(self)
+        for stage in stages:
+            own_tasks.declare(stage.settings if stage.kind == "train" else _data_settings(self))
             if stage.kind == "train":
-                for mixture in stage.settings["settings"]["mixture"].split("+"):
-                    tasks.tasks_in(mixture)
-        for mixture in self.evaluations.values():
-            tasks.tasks_in(mixture)
+                settings = stage.settings["settings"]
+                for name in ("mixture", "validation"):
+                    for mixture in filter(None, settings[name].split("+")):
+                        tasks.tasks_in(mixture)
+                        part = "train" if name == "mixture" else "choose"
+                        own_tasks.check_part(own, mixture, part, "SkillsStudy.own_tasks")
+        own_tasks.declare(_data_settings(self))
+        for evaluation in self.evaluations.values():
+            tasks.tasks_in(evaluation)
+            for mixture in evaluation.split("+"):
+                own_tasks.check_part(own, mixture, "report", "SkillsStudy.own_tasks")
+        trained = dict.fromkeys((stage.name for stage in stages), self.model)
+        given_checkpoints.check(self.given, trained, "SkillsStudy.given")
+
+    def resolved(self) -> "SkillsStudy":
+        """Returns the study with the digests and the numbers of examples of what it starts from."""
+        own, used = _own_tasks(self), set(_mixtures(self))
+        own = {n: task for n, task in own.items() if used & {task.name, task.category}}
+        counted = {
+            mixture: sum(task.train_examples() for task in own_in)
+            for mixture in (self.general, *self.skills.values())
+            if mixture not in self.examples and (own_in := own_tasks.tasks_of(own, mixture))
+        }
+        digests = {task.name: task.digest() for task in own.values()}
+        digests |= {name: given_checkpoints.digest_of(path) for name, path in self.given.items()}
+        return dataclasses.replace(
+            self,
+            own_tasks={f"{task.category}/{task.name}": task.setting for task in own.values()},
+            examples={**self.examples, **counted},
+            digests=digests,
+        )
+
+    def tasks_of(self, evaluation: str) -> list[str]:
+        """Returns the tasks that an evaluation consists of, by its name."""
+        own, names = _own_tasks(self), []
+        for mixture in self.evaluations[evaluation].split("+"):
+            own_names = [task.name for task in own_tasks.tasks_of(own, mixture)]
+            names += own_names or tasks.tasks_in(mixture)
+        return [name for name in names if name in own or tasks.info(name).kind != "train"]
 
     def to_dict(self) -> JsonObject:
         """Returns the settings as JSON values."""
         fields = dataclasses.asdict(self) | {"model": models.to_dict(self.model)}
-        return fields | {run: getattr(self, run).flat() for run in _RUNS}
+        return fields | {run: getattr(self, run).flat() for run in _RUNS if getattr(self, run)}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Json]) -> "SkillsStudy":
         """Returns the settings of what `to_dict` returned."""
-        runs = {run: from_flat(**fields[run]) for run in _RUNS}
+        runs = {run: from_flat(**fields[run]) for run in _RUNS if fields[run]}
         return cls(**{**fields, "model": models.from_dict(fields["model"]), **runs})
+
+
+def _own_tasks(study: SkillsStudy) -> dict[str, OwnTask]:
+    return own_tasks.read(study.own_tasks, "SkillsStudy.own_tasks")
+
+
+def _mixtures(study: SkillsStudy) -> list[str]:
+    used = (study.general, *study.skills.values(), *study.evaluations.values())
+    return [part for mixture in used for part in mixture.split("+")]
+
+
+def _data_settings(study: SkillsStudy, mixtures: Iterable[str] | None = None) -> JsonObject:
+    """Returns the data of a stage of these mixtures; None: of all."""
+    used = _mixtures(study) if mixtures is None else mixtures
+    used = [part for mixture in used for part in mixture.split("+")]
+    percents = {
+        _part(study, skill, part)[0]: (study.skills[skill], part)
+        for skill in study.skills
+        for part in study.parts
+    }
+    own = own_tasks.settings_of(_own_tasks(study), used, study.digests, percents=percents)
+    return {"data": [study.vocabulary, study.source], "m2l": __version__, **own}
 
 
 # --- trained models ---
@@ -191,6 +278,7 @@ class TrainedModel:
         part: Percent of the skill's data.
         init: The stage whose model it starts from.
         data: The mixtures it is trained on, each with its number of examples.
+        wholes: The same mixtures, with all of a skill's data.
     """
 
     name: str
@@ -199,6 +287,7 @@ class TrainedModel:
     part: int
     init: str
     data: tuple[tuple[str, int], ...]
+    wholes: tuple[str, ...]
 
     @property
     def examples(self) -> int:
@@ -215,19 +304,27 @@ def _part(study: SkillsStudy, skill: str, part: int) -> tuple[str, int]:
 def trained_models(study: SkillsStudy) -> Iterator[TrainedModel]:
     """Yields the general model, and the models of three regimes for each skill and for all."""
     general = (study.general, study.examples[study.general])
-    yield TrainedModel("general", GENERAL, GENERAL, 100, "pretrained", (general,))
+
+    def model(regime: str, skill: str, part: int, with_general: bool = False) -> TrainedModel:
+        name = skill if part == 100 else f"{skill}_{part}pct"
+        chosen = list(study.skills) if skill == ALL else [skill]
+        data = [general] * with_general + [_part(study, each, part) for each in chosen]
+        wholes = [study.general] * with_general + [study.skills[each] for each in chosen]
+        init = GENERAL if regime == "cft" else BASE
+        return TrainedModel(
+            f"{regime}/{name}", regime, skill, part, init, tuple(data), tuple(wholes)
+        )
+
+    yield TrainedModel(GENERAL, GENERAL, GENERAL, 100, BASE, (general,), (study.general,))
     for skill in study.skills:
         for part in (100, *study.parts):
-            name = skill if part == 100 else f"{skill}_{part}pct"
-            data = _part(study, skill, part)
-            yield TrainedModel(f"ptm/{name}", "ptm", skill, part, "pretrained", (data,))
-            yield TrainedModel(f"cft/{name}", "cft", skill, part, "general", (data,))
+            yield model("ptm", skill, part)
+            yield model("cft", skill, part)
             if part == 100 or part in study.retrained_parts:
-                yield TrainedModel(f"rt/{name}", "rt", skill, part, "pretrained", (general, data))
+                yield model("rt", skill, part, with_general=True)
     if len(study.skills) > 1:
-        every = tuple(_part(study, skill, 100) for skill in study.skills)
-        yield TrainedModel("cft/all", "cft", ALL, 100, "general", every)
-        yield TrainedModel("rt/all", "rt", ALL, 100, "pretrained", (general, *every))
+        yield model("cft", ALL, 100)
+        yield model("rt", ALL, 100, with_general=True)
 
 
 def steps(study: SkillsStudy, examples: int) -> int:
@@ -273,7 +370,8 @@ def recipe(method: str, weights: Sequence[float], density: float) -> Recipe:
 
     Equations 1 to 6 of the paper, on the task vectors tau = theta - theta_pre; `weights` are w:
     task arithmetic theta_G + sum_i w_i tau_i (ties and dare add as it does, having trimmed or
-    dropped); linear (1 - w) theta_G + w theta_D; WiSE-FT (1 - w) theta_G + w theta_CFT.
+    dropped; ties_mergekit is the paper's, which trims tensor by tensor, ties trims the whole
+    model's); linear (1 - w) theta_G + w theta_D; WiSE-FT (1 - w) theta_G + w theta_CFT.
 
     Args:
         method: Of METHODS.
@@ -289,13 +387,13 @@ def recipe(method: str, weights: Sequence[float], density: float) -> Recipe:
     ours = (1.0, *weights)
     if method == "task_arithmetic":
         return Recipe(method=method, weights=ours)
+    # As the paper's mergekit with normalize off: the weighted sum of what agrees.
+    added = {"method": "ties", "density": density, "weights": ours, "consensus": "sum"}
+    if method == "ties_mergekit":
+        return Recipe(**preset("mergekit", added))
     if method == "ties":
-        return Recipe(method=method, density=density, weights=ours, **_TIES_ADDS)
+        return Recipe(**added, weighted_signs=True)
     return Recipe(method="dare", drop_rate=1 - density, weights=ours)
-
-
-# mergekit's TIES, which the paper used with normalize off: the weighted sum of what agrees.
-_TIES_ADDS: Mapping[str, Json] = {"consensus": "sum", "weighted_signs": True}
 
 
 def heuristic(method: str, skill: int, general: int) -> float:

@@ -4,17 +4,19 @@ Source: Yadav et al., "What Matters for Model Merging at Scale?", sections 3 and
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
-from m2l import checkpoints, models, tasks
+from m2l import models, tasks
+from m2l.data.prompts import GENERATIVE_SCORES
 from m2l.errors import ConfigError, MergeError, UnknownNameError
-from m2l.evaluation.metrics import GENERATIVE_SCORES
 from m2l.merging import METHODS, Recipe, grid
 from m2l.models.fields import NOT_NEGATIVE, check_choice, check_fields
+from m2l.studies import given_checkpoints, own_tasks
 from m2l.studies.graph import Graph, Stage
-from m2l.training.settings import TrainSettings, from_flat
+from m2l.studies.own_tasks import OwnTask, OwnTasks
+from m2l.training.settings import TrainSettings, from_flat, on_mixture, with_steps
 from m2l.typing import Json, JsonObject
 from m2l.version import __version__
 
@@ -22,52 +24,66 @@ BASES = ("pretrained", "instruct")
 _RUNS = ("pretrain", "instruct", "expert", "multitask")
 
 Swept = Mapping[str, Mapping[str, tuple[float, ...]]]
+Training = TrainSettings | Mapping[str, TrainSettings]
 
 
 @dataclasses.dataclass(frozen=True)
 class ScalingStudy:
     """The study's settings.
 
+    The training settings are those of all sizes, or by size; each stage sets the mixture, and where
+    there is a `validation`, it is of the same mixture, and the best checkpoint is what stays.
+
     Attributes:
         models: The model's configuration by the name of a size ("1B"); from small to large.
-        pretrain: Trains the pretrained base from a random model.
-        instruct: Trains the instruction-tuned base from the pretrained one.
         expert: Trains an expert from a base; its mixture is a category's.
         multitask: Trains the multitask model from a base; its mixture is all categories.
         categories: The held-in categories, one expert each.
         held_out: The held-out categories, on which every model is evaluated.
         recipes: The merge methods with their hyper-parameters, unless these are swept.
+        pretrain: Trains the pretrained base from a random model; None: all are given, or none used.
+        instruct: Trains the instruction-tuned base from the pretrained one; None: as of pretrain.
+        bases: Those of BASES that experts are made from.
+        own_tasks: Tasks of your own JSON lines, see `own_tasks.read`. They are trained on
+            their part "train", chosen and stopped by "choose", and evaluated on "report".
+        expert_steps: The steps of some categories' experts, in place of those of `expert`.
         swept: The values to choose from by method and hyper-parameter (the paper does not list
             its own). They are chosen for each size, base, method and number of experts by the mean
             normalised performance on the constituents' tasks, on examples of their own.
         expert_counts: The numbers of experts to merge.
         seeds: Each draws the constituents of a merge (the same for every size, base and method)
             and is the seed of the methods that need randomness.
-        given: Checkpoints that replace stages, by the name of the stage ("bases/1B/pretrained").
+        given: Checkpoints, or directories of Hugging Face or T5X, that replace stages, by the name
+            of the stage: "bases/1B/instruct", "experts/1B/instruct/CATEGORY",
+            "multitask/1B/instruct".
         keep_merges: Whether merged models are written as checkpoints; otherwise they are only
             evaluated in memory.
         vocabulary: The vocabulary's name.
         source: The source of the raw records.
-        split: The split that everything is evaluated on.
+        split: The split that everything but own tasks is evaluated on.
         original_only: Whether models are evaluated only with the prompts of the dataset's original
             task, as T0 is; experts are trained on all prompts.
-        max_prompts: Prompts of each dataset to evaluate on; 0: all.
+        max_prompts: Prompts of each dataset to evaluate on, dealt over its parts; 0: all.
         max_examples: Examples of each task at most.
         choosing_prompts: Prompts of each dataset to choose by; 0: all.
         choosing_examples: Examples of each task to choose by; none of them is evaluated on.
         eval_batch_size: Examples in an evaluation batch.
         generative_score: The score of a task in free text: "decoding" (its headline metric on the
             generated text) or "likelihood" (of the references; nothing is decoded).
+        digests: The content of given checkpoints and own tasks, by their names; `resolved` sets it.
     """
 
     models: Mapping[str, models.Config]
-    pretrain: TrainSettings
-    instruct: TrainSettings
-    expert: TrainSettings
-    multitask: TrainSettings
+    expert: Training
+    multitask: Training
     categories: tuple[str, ...]
     held_out: tuple[str, ...]
     recipes: tuple[Recipe, ...]
+    pretrain: Training | None = None
+    instruct: Training | None = None
+    bases: tuple[str, ...] = BASES
+    own_tasks: OwnTasks = dataclasses.field(default_factory=dict)
+    expert_steps: Mapping[str, int] = dataclasses.field(default_factory=dict)
     swept: Swept = dataclasses.field(default_factory=dict)
     expert_counts: tuple[int, ...] = (2, 4)
     seeds: tuple[int, ...] = (0, 1)
@@ -83,13 +99,11 @@ class ScalingStudy:
     choosing_examples: int = 20
     eval_batch_size: int = 32
     generative_score: str = "decoding"
+    digests: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in _RUNS:
-            if not isinstance(getattr(self, name), TrainSettings):
-                raise ConfigError(f"ScalingStudy.{name}: expected @Train(), found a plain value")
         check_fields(self)
-        for name in ("categories", "held_out", "recipes", "expert_counts", "seeds"):
+        for name in ("categories", "held_out", "recipes", "expert_counts", "seeds", "bases"):
             if not getattr(self, name):
                 raise ConfigError(
                     f"ScalingStudy.{name}: expected a list of one or more, found none"
@@ -99,6 +113,7 @@ class ScalingStudy:
             ("recipes", methods),
             ("seeds", self.seeds),
             ("expert_counts", self.expert_counts),
+            ("bases", self.bases),
         ):
             if len(set(value)) < len(value):
                 raise ConfigError(f"ScalingStudy.{name}: {value!r} has one of them twice")
@@ -109,8 +124,32 @@ class ScalingStudy:
                     f"ScalingStudy.expert_counts: {count} experts, but "
                     f"{len(self.categories)} categories"
                 )
+        for base in self.bases:
+            if base not in BASES:
+                raise UnknownNameError("ScalingStudy.bases: base", base, BASES)
         self._check_models()
         self._check_swept(methods)
+        for category, count in self.expert_steps.items():
+            if category not in self.categories or type(count) is not int or count < 1:
+                raise ConfigError(
+                    f"ScalingStudy.expert_steps: {category!r}: {count!r}: expected steps by "
+                    "category of the study"
+                )
+        for run in _RUNS:
+            settings = getattr(self, run)
+            by_size = settings if isinstance(settings, Mapping) else {"": settings}
+            sizes = set(self.models) if isinstance(settings, Mapping) else {""}
+            optional = run in ("pretrain", "instruct") and settings is None
+            if not optional and (
+                set(by_size) != sizes
+                or not all(isinstance(each, TrainSettings) for each in by_size.values())
+            ):
+                raise ConfigError(
+                    f"ScalingStudy.{run}: expected @Train(), or one for each of "
+                    f"{', '.join(self.models)}"
+                )
+        if len({tuple(self.training("expert", size).lengths.values()) for size in self.models}) > 1:
+            raise ConfigError("ScalingStudy.expert: the lengths differ by size; examples would too")
 
     def _check_models(self) -> None:
         if not isinstance(self.models, Mapping) or not self.models:
@@ -121,8 +160,11 @@ class ScalingStudy:
         for size, config in self.models.items():
             if not isinstance(config, models.Config) or "/" in size:
                 raise ConfigError(f"ScalingStudy.models: {size!r}: {config!r} is not a model")
-        if not isinstance(self.given, Mapping):
-            raise ConfigError(f"ScalingStudy.given: expected {{stage: DIR}}, found {self.given!r}")
+        for name in ("given", "expert_steps"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise ConfigError(
+                    f"ScalingStudy.{name}: expected a dict, found {getattr(self, name)!r}"
+                )
 
     def _check_swept(self, methods: tuple[str, ...]) -> None:
         if not isinstance(self.swept, Mapping):
@@ -152,17 +194,55 @@ class ScalingStudy:
             ConfigError: A name in `categories` or `held_out` is not a task category.
             CheckpointError: A checkpoint of `given` cannot be used.
         """
-        tasks.use(self.source)
-        for settings in (self.pretrain, self.instruct):
-            tasks.tasks_in(settings.mixture)
+        stages = {s.name: s for s in self.stage_graph() if s.kind in ("train", "given")}
+        stopped = any(
+            self.training(run, size).validation
+            for run in ("expert", "multitask")
+            for size in self.models
+        )
+        own, label = _own_tasks(self), "ScalingStudy.own_tasks"
+        for category in self.categories:
+            for part in ["train"] + ["choose"] * bool(stopped or self.swept):
+                own_tasks.check_part(own, category, part, label)
+        for category in self.categories + self.held_out:
+            own_tasks.check_part(own, category, "report", label)
+        own_tasks.declare(_data_settings(self))
+        for name, stage in stages.items():
+            if name.startswith("bases/") and stage.kind == "train":
+                tasks.tasks_in(stage.settings["settings"]["mixture"])
         for category in self.categories + self.held_out:
             names = {tasks.info(task).category for task in tasks.tasks_in(category)}
             if names != {category}:
                 raise ConfigError(f"{category!r} is not a task category; its tasks are of {names}")
-        trained = [stage.name for stage in _train_stages(self)]
-        for name in self.given:
-            if name not in trained:
-                raise UnknownNameError("ScalingStudy.given: stage", name, trained)
+        trained = {name: self.models[name.split("/")[1]] for name in stages}
+        given_checkpoints.check(self.given, trained, "ScalingStudy.given")
+
+    def training(self, run: str, size: str) -> TrainSettings:
+        """Returns the settings of "pretrain", "instruct", "expert" or "multitask" at a size.
+
+        Raises:
+            ConfigError: The study has none.
+        """
+        settings = getattr(self, run)
+        if settings is None:
+            raise ConfigError(
+                f"ScalingStudy: bases/{size}/{run} is neither given nor are there settings to "
+                f"train it by: set .given or .{run}"
+            )
+        return settings[size] if isinstance(settings, Mapping) else settings
+
+    def resolved(self) -> "ScalingStudy":
+        """Returns the study with the digests of what it starts from, and its own tasks by name."""
+        own = _own_tasks(self)
+        used = [*self.categories, *self.held_out]
+        setting = {
+            f"{task.category}/{task.name}": task.setting
+            for task in own.values()
+            if task.category in used
+        }
+        digests = {task.name: task.digest() for task in own.values() if task.category in used}
+        digests |= {name: given_checkpoints.digest_of(path) for name, path in self.given.items()}
+        return dataclasses.replace(self, own_tasks=setting, digests=digests)
 
     def stage_graph(self) -> Graph:
         """Returns the study's stages: training, evaluations, choices of hyper-parameters, merges.
@@ -174,8 +254,10 @@ class ScalingStudy:
         everything = self.categories + self.held_out
         stages = list(_train_stages(self))
         for stage in list(stages):
-            kind, *_, last = stage.name.split("/")
-            categories = (last,) if kind == "experts" else everything
+            kind, _, base, *category = stage.name.split("/")
+            if base not in self.bases:
+                continue  # Only what another base is trained from.
+            categories = category if kind == "experts" else everything
             settings = {**evaluated_on, "categories": list(categories)}
             stages.append(
                 Stage(f"results/{stage.name}", "evaluate", settings, {"model": stage.name})
@@ -204,7 +286,13 @@ class ScalingStudy:
         fields = dataclasses.asdict(self)
         fields["models"] = {size: models.to_dict(config) for size, config in self.models.items()}
         fields["recipes"] = [recipe.to_dict() for recipe in self.recipes]
-        return fields | {run: getattr(self, run).flat() for run in _RUNS}
+        for run in _RUNS:
+            settings = getattr(self, run)
+            if isinstance(settings, Mapping):
+                fields[run] = {size: each.flat() for size, each in settings.items()}
+            elif settings is not None:
+                fields[run] = settings.flat()
+        return fields
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Json]) -> "ScalingStudy":
@@ -213,8 +301,12 @@ class ScalingStudy:
         parsed = {
             "models": {size: models.from_dict(config) for size, config in configs},
             "recipes": [Recipe.from_dict(recipe) for recipe in fields["recipes"]],
-            **{run: from_flat(**fields[run]) for run in _RUNS},
         }
+        for run in _RUNS:
+            if settings := fields[run]:
+                one = "mixture" in settings
+                by_size = {} if one else {n: from_flat(**each) for n, each in settings.items()}
+                parsed[run] = from_flat(**settings) if one else by_size
         return cls(**{**fields, **parsed})
 
 
@@ -260,7 +352,7 @@ class MergeCell:
 def merges(study: ScalingStudy) -> Iterator[MergeCell]:
     """Yields every cell of the grid."""
     for size in study.models:
-        for base in BASES:
+        for base in study.bases:
             for recipe in study.recipes:
                 for count in study.expert_counts:
                     for seed in study.seeds:
@@ -275,38 +367,54 @@ def merges(study: ScalingStudy) -> Iterator[MergeCell]:
                         yield MergeCell(size, base, seeded, count, seed, categories, stage, model)
 
 
-def _data_settings(study: ScalingStudy) -> JsonObject:
-    return {"data": [study.vocabulary, study.source], "m2l": __version__}
+def _own_tasks(study: ScalingStudy) -> dict[str, OwnTask]:
+    return own_tasks.read(study.own_tasks, "ScalingStudy.own_tasks")
+
+
+def _data_settings(study: ScalingStudy, mixtures: Iterable[str] | None = None) -> JsonObject:
+    """Returns the data of a stage of these mixtures; None: of all."""
+    used = (*study.categories, *study.held_out) if mixtures is None else mixtures
+    own = own_tasks.settings_of(_own_tasks(study), used, study.digests, held_out=study.held_out)
+    return {"data": [study.vocabulary, study.source], "m2l": __version__, **own}
 
 
 def _train_stages(study: ScalingStudy) -> Iterator[Stage]:
     """Yields the stages of bases, experts and multitask models, size by size."""
+    every = "+".join(study.categories)
     for size, config in study.models.items():
+        described = models.to_dict(config)
 
-        def train(name: str, settings: TrainSettings, init: str | None = None) -> Stage:
+        def train(name: str, run: str, mixture: str = "", init: str | None = None) -> Stage:
             if name in study.given:
-                directory = checkpoints.resolve(study.given[name])
-                digest = checkpoints.read_manifest(directory).digest
-                return Stage(name, "given", {"checkpoint": str(directory), "digest": digest})
+                digest = study.digests.get(name) or given_checkpoints.digest_of(study.given[name])
+                path = study.given[name]
+                return given_checkpoints.stage_of(name, path, digest, study.vocabulary, described)  # noqa: B023
+            settings = study.training(run, size)  # noqa: B023
+            settings = on_mixture(settings, mixture or settings.mixture)
+            if run == "expert":
+                steps = study.expert_steps.get(mixture, settings.steps)
+                settings = with_steps(settings, steps)
             decided_by = {
-                **_data_settings(study),
-                "model": models.to_dict(config),  # noqa: B023
+                **_data_settings(study, settings.mixture.split("+")),
+                "model": described,  # noqa: B023
                 "settings": settings.flat(),
             }
             return Stage(name, "train", decided_by, {"init": init} if init else {})
 
         pretrained, instruct = (f"bases/{size}/{base}" for base in BASES)
-        yield train(pretrained, study.pretrain)
-        yield train(instruct, study.instruct, pretrained)
-        for base in BASES:
+        if "pretrained" in study.bases or instruct not in study.given:
+            yield train(pretrained, "pretrain")
+        if "instruct" in study.bases:
+            yield train(instruct, "instruct", init=pretrained)
+        for base in study.bases:
+            base_name = f"bases/{size}/{base}"
             for category in study.categories:
-                settings = dataclasses.replace(study.expert, mixture=category)
-                yield train(f"experts/{size}/{base}/{category}", settings, f"bases/{size}/{base}")
-            settings = dataclasses.replace(study.multitask, mixture="+".join(study.categories))
-            yield train(f"multitask/{size}/{base}", settings, f"bases/{size}/{base}")
+                yield train(f"experts/{size}/{base}/{category}", "expert", category, base_name)
+            yield train(f"multitask/{size}/{base}", "multitask", every, base_name)
 
 
 def _evaluation_settings(study: ScalingStudy) -> JsonObject:
+    expert = study.training("expert", next(iter(study.models)))
     return {
         **_data_settings(study),
         "split": study.split,
@@ -315,7 +423,7 @@ def _evaluation_settings(study: ScalingStudy) -> JsonObject:
         "max_examples": study.max_examples,
         "batch_size": study.eval_batch_size,
         "generative_score": study.generative_score,
-        "lengths": {"inputs": study.expert.input_length, "targets": study.expert.target_length},
+        "lengths": expert.lengths,
         "all_categories": list(study.categories + study.held_out),
     }
 
@@ -331,7 +439,7 @@ def _choice_stages(study: ScalingStudy, evaluated_on: Mapping[str, Json]) -> Ite
     if not study.swept:
         return
     for size in study.models:
-        for base in BASES:
+        for base in study.bases:
             for count in study.expert_counts:
                 sets = dict.fromkeys(constituents(study, count, seed) for seed in study.seeds)
                 drawn = {category for categories in sets for category in categories}

@@ -14,7 +14,6 @@ import pandas as pd
 
 from m2l.evaluation.results import Result, dataset_scores, ratios
 from m2l.studies import merging_at_scale
-from m2l.studies.merging_at_scale import BASES
 from m2l.studies.study_results import StudyResults
 
 MULTITASK = "multitask"
@@ -86,7 +85,7 @@ def grid(study_results: StudyResults) -> Grid:
     rows: list[dict[str, object]] = []
     held_in, held_out = [], []
     for size in study.models:
-        for base in BASES:
+        for base in study.bases:
             base_results = _by_task(study_results.of(f"bases/{size}/{base}"))
             expert_results = _by_task(
                 result
@@ -210,7 +209,7 @@ def experts(study_results: StudyResults) -> pd.DataFrame:
     """
     rows = []
     for size in study_results.study.models:
-        for base in BASES:
+        for base in study_results.study.bases:
             for category in study_results.study.categories:
                 names = {
                     "before": f"bases/{size}/{base}",
@@ -236,7 +235,7 @@ def held_out(study_results: StudyResults) -> pd.DataFrame:
     """
     rows = []
     for size in study_results.study.models:
-        for base in BASES:
+        for base in study_results.study.bases:
             base_results, multitask_results = (
                 study_results.of(model, study_results.study.held_out)
                 for model in (f"bases/{size}/{base}", f"{MULTITASK}/{size}/{base}")

@@ -1,4 +1,4 @@
-"""The functions that run each kind of stage (train, evaluate, choose, merge), and their costs."""
+"""The functions that run the stages that compute, each kind its own, and what they cost."""
 
 import dataclasses
 import functools
@@ -12,11 +12,12 @@ import jax
 
 from m2l import checkpoints, files, merging, models, partitioning, storage, tasks
 from m2l.data import vocabularies
-from m2l.errors import CheckpointError
+from m2l.data.prompts import TaskInfo
 from m2l.evaluation.evaluator import Evaluator
 from m2l.evaluation.results import Result, normalized
 from m2l.evaluation.task_data import TaskData, load_tasks
 from m2l.merging import Recipe
+from m2l.studies import given_checkpoints, own_tasks
 from m2l.studies.graph import Graph, Runner, Stage
 from m2l.training import resources
 from m2l.training.loop import train
@@ -29,7 +30,7 @@ RECIPES = "recipes.json"
 def run_train(stage: Stage, out: Path, inputs: Mapping[str, Path]) -> None:
     """Trains the stage's model, or resumes; the output is a training run's directory."""
     vocabulary_name, source = stage.settings["data"]
-    tasks.register(vocabulary=vocabulary_name, source=source)
+    own_tasks.declare(stage.settings)
     vocabulary = vocabularies.load(vocabulary_name)
     train(
         out,
@@ -41,24 +42,6 @@ def run_train(stage: Stage, out: Path, inputs: Mapping[str, Path]) -> None:
     )
 
 
-def run_given(stage: Stage, out: Path, inputs: Mapping[str, Path]) -> None:
-    """Links an existing checkpoint to the stage's folder; in buckets, copies it.
-
-    Raises:
-        CheckpointError: The checkpoint has changed since the study was planned.
-    """
-    directory = storage.path(stage.settings["checkpoint"])
-    if checkpoints.read_manifest(directory).digest != stage.settings["digest"]:
-        raise CheckpointError(f"{directory}: changed since the study was planned; start it again")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(out, Path) and isinstance(directory, Path):
-        out.unlink(missing_ok=True)
-        out.symlink_to(directory, target_is_directory=True)
-    else:
-        storage.remove_tree(out)
-        storage.upload(directory, out)
-
-
 # --- evaluation ---
 
 
@@ -66,29 +49,71 @@ def run_given(stage: Stage, out: Path, inputs: Mapping[str, Path]) -> None:
 def _load_tasks(selection: str) -> tuple[list[TaskData], dict[str, list[str]]]:
     """Returns the data of a study's tasks, and the tasks' names by category."""
     options = json.loads(selection)
-    vocabulary, source = options["data"]
-    tasks.register(vocabulary=vocabulary, source=source)
-    suffix = tasks.ORIGINAL if options["original_only"] else ""
-    names = {c: prompts(c + suffix, options["prompts"]) for c in options["categories"]}
-    loaded = load_tasks(
-        [tasks.info(name) for category in names for name in names[category]],
-        split=options["split"],
-        lengths=options["lengths"],
-        max_examples=options["examples"],
-        skip=options["skip"],
-        generative_score=options["generative_score"],
-    )
-    return loaded, names
+    own_tasks.declare(options)
+    own = {task["name"] for task in options.get("own", ())}
+    shares = {
+        category: prompts(evaluated(category, options["original_only"]), options["prompts"])
+        for category in options["categories"]
+    }
+    # Tasks that are read alike are read together; own ones have a part for each purpose.
+    alike: dict[tuple[str, int, int], list[TaskInfo]] = defaultdict(list)
+    for name, share in (item for dealt in shares.values() for item in dealt.items()):
+        count = max(1, round(options["examples"] * share))
+        own_split = own_tasks.CHOOSING if options["skip"] else own_tasks.REPORTING
+        shared = options["split"], count, options["skip"]
+        alike[(own_split, count, 0) if name in own else shared].append(tasks.info(name))
+    loaded = [
+        task
+        for (split, count, skip), infos in alike.items()
+        for task in load_tasks(
+            infos,
+            split=split,
+            lengths=options["lengths"],
+            max_examples=count,
+            skip=skip,
+            generative_score=options["generative_score"],
+        )
+    ]
+    return loaded, {category: list(dealt) for category, dealt in shares.items()}
 
 
-def prompts(mixture: str, limit: int) -> list[str]:
-    """Returns the tasks of a mixture that can be scored, at most `limit` a dataset (0: all)."""
-    by_dataset: dict[str, list[str]] = defaultdict(list)
+def evaluated(category: str, original_only: bool) -> str:
+    """Returns the mixture that a category is evaluated on."""
+    original = category + tasks.ORIGINAL
+    return original if original_only and original in tasks.mixtures() else category
+
+
+def prompts(mixture: str, limit: int) -> dict[str, float]:
+    """Deals the prompts that a mixture is scored by over the parts of its datasets.
+
+    Every part of a dataset, such as ANLI's rounds, gets a prompt, and the parts get different ones
+    as long as there are any.
+
+    Args:
+        mixture: The mixture.
+        limit: Prompts of each dataset; 0: all. With more parts, each has fewer examples instead.
+
+    Returns:
+        Task -> share of the examples that a task is evaluated on.
+    """
+    by_dataset: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for name in tasks.tasks_in(mixture):
         info = tasks.info(name)
         if info.kind != "train":
-            by_dataset[info.dataset].append(name)
-    return [name for names in by_dataset.values() for name in names[: limit or len(names)]]
+            by_dataset[info.dataset][tasks.declaration(name).name].append(name)
+    shares: dict[str, float] = {}
+    for parts in by_dataset.values():
+        rows = list(parts.values())
+        dealt = [
+            names[(turn + number) % len(names)]
+            for turn in range(max(map(len, rows)))
+            for number, names in enumerate(rows)
+            if turn < len(names)
+        ]
+        count = max(limit, len(parts)) if limit else len(dealt)
+        share = limit / len(parts) if 0 < limit < len(parts) else 1.0
+        shares |= dict.fromkeys(dealt[:count], share)
+    return shares
 
 
 @functools.lru_cache(maxsize=2)
@@ -109,8 +134,8 @@ class StudyEvaluator:
     """
 
     def __init__(self, settings: Mapping[str, Json], model: Mapping[str, Json], choosing: bool):
-        names = ("data", "original_only", "split", "lengths", "generative_score")
-        options = {name: settings[name] for name in names}
+        names = ("data", "own", "original_only", "split", "lengths", "generative_score")
+        options = {name: settings[name] for name in names if name in settings}
         limit, examples, skip = settings["prompts"], settings["max_examples"], 0
         if choosing:
             skip = examples
@@ -132,6 +157,7 @@ class StudyEvaluator:
             out,
             model_digest=digest,
             only=self._tasks(categories),
+            values=True,
             description="/".join(out.parts[out.parts.index("results") + 1 :]),
         )
 
@@ -269,7 +295,7 @@ def _as_chosen(recipe: Recipe, choice: Path | None) -> Recipe:
 
 RUNNERS: Mapping[str, Runner] = {
     "train": run_train,
-    "given": run_given,
+    "given": given_checkpoints.run,
     "evaluate": run_evaluate,
     "choose": run_choose,
     "merge": run_merge,
@@ -316,11 +342,7 @@ def stage_cost(stage: Stage, graph: Graph) -> Cost:
         # The optimizer's state is factored, a few per cent of this.
         disk = 4.0 * models.parameters(config) * training["keep"]
         return Cost(resources.step_flops(config, *rows) * training["steps"], disk)
-    model = graph[next(iter(stage.inputs.values()))]
-    if model.kind == "train":
-        config = models.from_dict(model.settings["model"])
-    else:
-        config = models.from_dict(checkpoints.read_manifest(model.settings["checkpoint"]).model)
+    config = models.from_dict(graph[next(iter(stage.inputs.values()))].settings["model"])
     lengths = settings["lengths"]["inputs"], settings["lengths"]["targets"]
     per_example = resources.evaluation_flops(config, 1, *lengths, choices=_CHOICES)
     if stage.kind == "choose":
@@ -336,15 +358,15 @@ def stage_cost(stage: Stage, graph: Graph) -> Cost:
     return Cost(per_example * count * settings["max_examples"] * merges, disk)
 
 
-def _task_count(categories: Iterable[str], settings: Mapping[str, Json], limit: int) -> int:
-    tasks.use(settings["data"][1])
-    suffix = tasks.ORIGINAL if settings["original_only"] else ""
-    return sum(_prompt_count(category + suffix, limit) for category in categories)
+def _task_count(categories: Iterable[str], settings: Mapping[str, Json], limit: int) -> float:
+    own_tasks.declare(settings)
+    mixtures = (evaluated(category, settings["original_only"]) for category in categories)
+    return sum(_prompt_count(mixture, limit) for mixture in mixtures)
 
 
 @functools.cache
-def _prompt_count(mixture: str, limit: int) -> int:
-    return len(prompts(mixture, limit))
+def _prompt_count(mixture: str, limit: int) -> float:
+    return sum(prompts(mixture, limit).values())
 
 
 def cost_seconds(cost: Cost, peak: float) -> float:

@@ -5,20 +5,19 @@ Source: Morrison et al., "Merge to Learn" (2024), sections 3 and 4.
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 
+import numpy as np
 import pandas as pd
 
 from m2l import tasks
 from m2l.errors import EvaluationError
 from m2l.evaluation.results import Result
 from m2l.studies import merge_to_learn
-from m2l.studies.merge_to_learn import GENERAL, SkillsStudy
+from m2l.studies.merge_to_learn import BASE, GENERAL, SkillsStudy
 from m2l.studies.study_results import StudyResults
 from m2l.training import resources
-
-BASE = "pretrained"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,31 +26,64 @@ class Score:
 
     Attributes:
         value: The mean over datasets of the mean over their prompts.
-        error: Its standard error, from the tasks' own bootstrap intervals over examples.
+        error: Its standard error, over examples.
+        deviations: By task each example's part in the score's deviation from what more examples
+            would give; None where results have no values of examples, as older ones. With them
+            differences and means pair the examples, without they count as independent.
     """
 
     value: float
     error: float
+    deviations: Mapping[str, np.ndarray] | None = dataclasses.field(default=None, compare=False)
 
     def __sub__(self, other: "Score") -> "Score":
-        # As if the two were independent, though they are scored on the same examples: too wide.
-        return Score(self.value - other.value, math.hypot(self.error, other.error))
+        return _combined([(1.0, self), (-1.0, other)])
+
+
+def _combined(terms: Sequence[tuple[float, Score]]) -> Score:
+    """Returns the weighted sum of scores; on the same examples, their deviations are added."""
+    value = math.fsum(weight * score.value for weight, score in terms)
+    if any(score.deviations is None for _, score in terms):
+        error = math.sqrt(sum((weight * score.error) ** 2 for weight, score in terms))
+        return Score(value, error)
+    sums: dict[str, np.ndarray] = {}
+    for weight, score in terms:
+        for task, deviations in score.deviations.items():
+            sums[task] = sums.get(task, 0.0) + weight * deviations
+    error = math.sqrt(sum(float(part @ part) for part in sums.values()))
+    return Score(value, error, sums)
 
 
 def mean(scores: Sequence[Score]) -> Score:
-    """Returns the mean of independent scores."""
-    error = math.sqrt(sum(score.error**2 for score in scores)) / len(scores)
-    return Score(fmean(score.value for score in scores), error)
+    """Returns the mean of scores."""
+    total = _combined([(1 / len(scores), score) for score in scores])
+    return dataclasses.replace(total, value=fmean(score.value for score in scores))
 
 
 def score(results: Iterable[Result]) -> Score:
     """Computes a model's score on tasks."""
     by_dataset: dict[str, list[Score]] = {}
     for result in results:
+        by_dataset.setdefault(result.dataset, []).append(_score_of_task(result))
+    return mean([mean(scores) for scores in by_dataset.values()])
+
+
+def _score_of_task(result: Result) -> Score:
+    if result.values is None or result.count < 2:
         # The standard error of a normal distribution with this 95 % interval.
         low, high = result.interval or (math.nan, math.nan)
-        by_dataset.setdefault(result.dataset, []).append(Score(result.score, (high - low) / 3.92))
-    return mean([mean(scores) for scores in by_dataset.values()])
+        return Score(result.score, (high - low) / 3.92)
+    values, count = np.array(result.values), result.count
+    # The score of a likelihood is 100 exp(mean), of which this is the slope.
+    slope = result.score if result.metric == "reference_likelihood" else 1.0
+    deviations = slope * (values - values.mean()) / math.sqrt(count * (count - 1))
+    return Score(result.score, float(np.linalg.norm(deviations)), {result.task: deviations})
+
+
+def score_in(row: pd.Series, evaluation: str) -> Score:
+    """Returns a model's score of an evaluation from its row of `models`."""
+    deviations = row["deviations"].get(evaluation) if "deviations" in row else None
+    return Score(float(row[evaluation]), float(row[f"{evaluation}_error"]), deviations)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,24 +114,25 @@ def models(study_results: StudyResults) -> pd.DataFrame:
         Rows with model, regime ("base", "general", "cft", "rt", "ptm": the skill's own model,
         "merge"), method (of a merge), skills ("science", "science+safety", "all" of trained ones),
         part (percent of the skill's data), weight (w, of one skill), heuristic; for each
-        evaluation NAME a column NAME in percent and NAME_error; steps, positions, flops, seconds.
+        evaluation NAME a column NAME in percent and NAME_error; deviations, of its scores by
+        evaluation; steps, positions, flops, seconds.
     """
     study: SkillsStudy = study_results.study
     tasks.use(study.source)
-    evaluations = {
-        name: [task for task in tasks.tasks_in(mixture) if tasks.info(task).kind != "train"]
-        for name, mixture in study.evaluations.items()
-    }
+    evaluations = {name: study.tasks_of(name) for name in study.evaluations}
     rows: list[dict[str, object]] = []
 
     def add(model: str, regime: str, cost: TrainingCost, **columns: object) -> None:
         row: dict[str, object] = {"model": model, "regime": regime}
-        results = study_results.results.get(model, {})
+        results, deviations = study_results.results.get(model, {}), {}
         for name, names in evaluations.items():
             if missing := [task for task in names if task not in results]:
                 raise EvaluationError(f"the study has no result of {model} on {missing[0]}")
             evaluated = score(results[task] for task in names)
             row |= {name: evaluated.value, f"{name}_error": evaluated.error}
+            if evaluated.deviations is not None:
+                deviations[name] = evaluated.deviations
+        row["deviations"] = deviations
         rows.append(row | dataclasses.asdict(cost) | columns)
 
     add(f"models/{BASE}", "base", TrainingCost())
@@ -147,7 +180,7 @@ def score_of_model(frame: pd.DataFrame, evaluation: str, **columns: object) -> S
         rows = rows[rows[column] == value]
     if len(rows) != 1:
         raise ValueError(f"{len(rows)} models have {columns}, not one")
-    return Score(float(rows[evaluation].iloc[0]), float(rows[f"{evaluation}_error"].iloc[0]))
+    return score_in(rows.iloc[0], evaluation)
 
 
 def papers_steps(study: SkillsStudy) -> pd.DataFrame:

@@ -235,8 +235,9 @@ def _read_published(study: Study, out: Path) -> StudyResults:
         for column in set(_JSON_COLUMNS) & {"metrics", *row}:
             text = str(row.get(column))
             row[column] = files.parse_json(text, origin, finite=True, kind=dict, advice=_ADVICE)
-        if (interval := row.get("interval")) is not None:
-            row["interval"] = [float(end) for end in interval]
+        for column in ("interval", "values"):
+            if (numbers := row.get(column)) is not None:
+                row[column] = [float(number) for number in numbers]
         result = checked_result(row, origin)
         results.setdefault(str(model), {})[result.task] = result
     return StudyResults(study, results, **recorded)

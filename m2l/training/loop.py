@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+import shlex
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from m2l import checkpoints, files, models, partitioning, storage
+from m2l.checkpoints import adapters
 from m2l.checkpoints.model_fields import differing, normalized
 from m2l.errors import CheckpointError, ConfigError, DataError, M2LError, Stopped
 from m2l.locks import Lock
@@ -64,11 +66,18 @@ def train(
         M2LError: The loss is not finite.
         Stopped: After SIGINT or SIGTERM, when the state was saved.
     """
-    out = storage.path(out).absolute()
+    out, lora = storage.path(out).absolute(), settings.adapter
 
     # --- the run's identity ---
     parents = []
+    if lora is not None and init is None:
+        raise ConfigError("lora: an adapter needs a base: name it with --init")
     if init is not None:
+        if adapters.split(storage.path(init)) is not None:
+            raise CheckpointError(
+                f"{init}: a run starts from one checkpoint, not from a base and an adapter: make "
+                f"one of them first: m2l convert {shlex.quote(str(init))} CHECKPOINT"
+            )
         init = checkpoints.resolve(init)
         manifest = checkpoints.read_manifest(init)
         _check_same_model(init, manifest, config, vocabulary)
@@ -90,9 +99,9 @@ def train(
     mesh = partitioning.make_mesh(fsdp=settings.fsdp, model=settings.model)
     _check_rows(settings, mesh)
     need = resources.check_memory(config, settings, mesh)
-    shardings = state.shardings(config, settings.optimizer, mesh)
+    shardings = state.shardings(config, settings.optimizer, mesh, lora)
     step_fn = state.train_step(
-        config, settings.optimizer, settings.execution, mesh, settings.objective
+        config, settings.optimizer, settings.execution, mesh, settings.objective, lora
     )
     learning_rate = optimizers.schedule(
         settings.schedule,
@@ -108,10 +117,12 @@ def train(
         with processes.failing_together():
             if processes.is_first():
                 _acquire(lock)
-        saves = exits.enter_context(run_directory.RunDirectory(out, settings.keep))
+        saves = exits.enter_context(
+            run_directory.RunDirectory(out, settings.keep, settings.keep_every)
+        )
         if (finished := saves.result()) is not None:
             saves.prune(finished if settings.keep_best else None)
-            _export(finished, out, settings)
+            _export(finished, out, config, settings)
             return finished
 
         # --- data ---
@@ -125,14 +136,18 @@ def train(
             over = stopping.is_over(settings.patience)
             if over or int(current.step) >= settings.steps:
                 cut = processes.sum_over_shares(batches.cut, share)
-                return _finish(saves, newest, settings, stopping, out, cut)
+                return _finish(saves, newest, config, settings, stopping, out, cut)
         else:
             newest, batches, stopping = None, open_feed(None), EarlyStopping()
             current = _first_state(config, settings, init, mesh)
         first = int(current.step)
+        # Of an adapter the base, which is an argument of each step and stays as it is.
+        frozen = () if lora is None else (_base(config, init, mesh),)
         validation = None
         if settings.validation:
             open_held_out = feed.opener(config, settings, share, synthetic, settings.validation)
+            placed = partitioning.shardings(models.spec(config), mesh)
+            combine = None if lora is None else jax.jit(lora.combine, out_shardings=placed)
             validation = Validation(
                 config,
                 settings.execution,
@@ -150,8 +165,12 @@ def train(
                 files.claim(out, "run.json", run)
                 if resolved_config is not None:
                     storage.write_atomic(out / "config.gin", resolved_config)
-                run_directory.write_tables(out, config, mesh, need)
+                run_directory.write_tables(out, state.spec(config, lora), mesh, need)
                 saves.directory.mkdir(exist_ok=True)
+
+        def whole(params: state.Params) -> state.Params:
+            """Returns the model's parameters, of those that are trained."""
+            return params if lora is None else combine(*frozen, params)
 
         def save(step: int) -> AnyPath:
             so_far = made_by | {"validation": dataclasses.asdict(stopping)}
@@ -162,7 +181,8 @@ def train(
                 current.params,
                 current.opt_state,
                 best=_best(settings, stopping),
-                model=models.to_dict(config),
+                # Factors alone are no model.
+                model=models.to_dict(config) if lora is None else {},
                 vocabulary=vocabulary,
                 made_by=so_far if settings.validation else made_by,
                 parents=parents,
@@ -206,6 +226,7 @@ def train(
                 settings.steps,
                 done=first,
                 silent=not processes.is_first(),
+                first="compiling",
             )
         )
         tracing = exits.enter_context(contextlib.ExitStack())
@@ -222,7 +243,7 @@ def train(
             meter.count(batch, time.perf_counter() - start)
             rate = learning_rate(step)
             current, metrics = step_fn(
-                current, feed.place(batch, mesh), np.float32(rate), dropout_key
+                current, feed.place(batch, mesh), np.float32(rate), dropout_key, *frozen
             )
             if step == first:  # Before it nothing was to be saved, and compiling takes long.
                 stop_requested = exits.enter_context(processes.stop_requests())
@@ -252,7 +273,10 @@ def train(
             improved = False
             if validation is not None and (done % settings.evaluate_every == 0 or is_last):
                 meter.pause()
-                scores = validation.run(done, current.params)
+                scores = validation.run(done, whole(current.params))
+                if settings.optimizer.ema:
+                    average = validation.run(done, whole(current.opt_state.average))
+                    scores |= {f"{name}_of_average": value for name, value in average.items()}
                 stopping = stopping.updated(done, scores["loss"], settings.minimum_improvement)
                 improved = settings.keep_best and stopping.best_step == done
                 over = stopping.is_over(settings.patience)
@@ -288,7 +312,7 @@ def train(
             )
         progress.update(done)
         cut = processes.sum_over_shares(batches.cut, share)
-        result = _finish(saves, last_saved, settings, stopping, out, cut)
+        result = _finish(saves, last_saved, config, settings, stopping, out, cut)
     if stopped:
         raise Stopped(f"stopped; this run is finished: {result}")
     return result
@@ -347,11 +371,18 @@ def _first_state(
     config: models.Config, settings: TrainSettings, init: AnyPath | None, mesh: Mesh
 ) -> state.TrainState:
     """Returns the state at step 0, initialised or read straight onto its shards."""
-    initialise, from_params = state.sharded_initializers(config, settings.optimizer, mesh)
-    if init is None:
+    lora = settings.adapter
+    initialise, from_params = state.sharded_initializers(config, settings.optimizer, mesh, lora)
+    if init is None or lora is not None:
         return initialise(jax.random.key(settings.seed))
     shardings = state.shardings(config, settings.optimizer, mesh)
     return from_params(checkpoints.restore(init, shardings=shardings.params))
+
+
+def _base(config: models.Config, init: AnyPath, mesh: Mesh) -> state.Params:
+    """Returns the parameters of an adapter's base, on their shards."""
+    placed = partitioning.shardings(models.spec(config), mesh)
+    return checkpoints.restore(init, shardings=placed)
 
 
 def _best(settings: TrainSettings, stopping: EarlyStopping) -> int | None:
@@ -361,6 +392,7 @@ def _best(settings: TrainSettings, stopping: EarlyStopping) -> int | None:
 def _finish(
     saves: run_directory.RunDirectory,
     last: AnyPath,
+    config: models.Config,
     settings: TrainSettings,
     stopping: EarlyStopping,
     out: AnyPath,
@@ -369,13 +401,26 @@ def _finish(
     why = "early stopping" if stopping.is_over(settings.patience) else "steps"
     with processes.failing_together():
         result = saves.finish(last, _best(settings, stopping), why, cut)
-        _export(result, out, settings)
+        _export(result, out, config, settings)
     return result
 
 
-def _export(checkpoint: AnyPath, out: AnyPath, settings: TrainSettings) -> None:
-    if processes.is_first():
-        run_directory.export(checkpoint, out / "exported", settings.export_dtype)
+def _export(
+    checkpoint: AnyPath, out: AnyPath, config: models.Config, settings: TrainSettings
+) -> None:
+    if processes.is_first() and (lora := settings.adapter) is not None:
+        options = config, lora, settings.export_dtype
+        run_directory.export_adapter(checkpoint, out / "adapter", *options)
+        if settings.optimizer.ema:
+            read = checkpoints.restore_average
+            run_directory.export_adapter(checkpoint, out / "average", *options, read)
+    elif processes.is_first():
+        dtype = settings.export_dtype
+        if dtype:
+            run_directory.export(checkpoint, out / "exported", dtype)
+        if settings.optimizer.ema:
+            read = checkpoints.restore_average
+            run_directory.export(checkpoint, out / "average", dtype, read, kind="average")
 
 
 def _show(progress: Progress, speed: Mapping[str, float], cut: Mapping[str, int]) -> None:

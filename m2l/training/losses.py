@@ -42,7 +42,8 @@ def cross_entropy(
     """Sums the cross-entropy of tokens, in nats, and counts what to divide it by.
 
     The logits are hidden @ kernel, in float32. Their gradient is computed along with the loss,
-    chunk by chunk: only the logits of one chunk are in memory, and none are computed twice.
+    chunk by chunk: only the logits of one chunk are in memory, and none are computed twice. The
+    targets that count are moved to the front of their rows first, and chunks without any skipped.
 
     Args:
         hidden_BxTxD: of the dtype to multiply in.
@@ -50,8 +51,7 @@ def cross_entropy(
         targets_BxT: int32 token ids.
         weights_BxT: 1 where a target counts, 0 at padding.
         softcap: c of c tanh(logits / c); 0: none.
-        chunk: positions of a row whose logits are computed at a time; 0: all. Where it does not
-            divide T, the largest number below that does.
+        chunk: positions of a row whose logits are computed at a time; 0: `default_chunk`.
         tied: whether the kernel is a transposed table [V, D]; its gradient then has that layout.
         z_loss: z of z log(Z)^2, which is added for each target, Z being its softmax's normaliser.
         smoothing: s of targets that have 1 - s on the right token and s / (V - 1) on each other
@@ -62,15 +62,17 @@ def cross_entropy(
         `weight` (targets that count). Sums, so that parts of a batch can be added before the one
         division.
     """
-    length = targets_BxT.shape[1]
-    chunk = min(chunk or length, length)
-    while length % chunk:
-        chunk -= 1
+    chunk = min(chunk or default_chunk(*targets_BxT.shape), targets_BxT.shape[1])
     weights_BxT = weights_BxT.astype(jnp.float32)
     kernel = kernel_DxV.T if tied else kernel_DxV
     options = LossOptions(softcap, chunk, tied, z_loss, smoothing)
     loss, correct = _sums(hidden_BxTxD, kernel, targets_BxT, weights_BxT, options)
     return {"loss": loss, "correct": correct, "weight": jnp.sum(weights_BxT)}
+
+
+def default_chunk(rows: int, length: int) -> int:
+    """Returns an eighth of the positions of a row, or those that 128 positions of a batch need."""
+    return min(length, max(-(-length // 8), -(-128 // rows)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -81,21 +83,46 @@ def _sums(
     weights: jax.Array,
     options: LossOptions,
 ) -> Sums:
-    def add(sums: Sums, part: Part) -> tuple[Sums, None]:
-        part_sums, _, _ = _logits(*part, kernel.T if options.tied else kernel, options)
-        return jax.tree.map(jnp.add, sums, part_sums), None
+    kernel_DxV = (kernel.T if options.tied else kernel).astype(hidden.dtype)
+    parts, count, _ = _chunks(hidden, targets, weights, options.chunk)
 
-    zeros = jnp.float32(0), jnp.float32(0)
-    return jax.lax.scan(add, zeros, _chunks(hidden, targets, weights, options.chunk))[0]
+    def add(number: jax.Array, sums: Sums) -> Sums:
+        part_sums, _, _ = _logits(*_part(parts, number), kernel_DxV, options)
+        return jax.tree.map(jnp.add, sums, part_sums)
+
+    return jax.lax.fori_loop(0, count, add, (jnp.float32(0), jnp.float32(0)))
 
 
-def _chunks(hidden: jax.Array, targets: jax.Array, weights: jax.Array, chunk: int) -> Part:
-    """Splits positions into chunks, the new first axis; every device keeps its rows of each."""
+def _chunks(
+    hidden: jax.Array, targets: jax.Array, weights: jax.Array, chunk: int
+) -> tuple[Part, int | jax.Array, jax.Array | None]:
+    """Moves the targets that count to the front of their rows, and splits these into chunks.
+
+    Returns:
+        The chunks, the new first axis, of which every device has its rows; how many of them have
+        targets that count; and of each place in a row the position that moved there, None where
+        there is one chunk and nothing moved.
+    """
+    length = weights.shape[1]
+    chunks = -(-length // chunk)
+    if chunks == 1:
+        whole = tuple(jnp.asarray(x)[None] for x in (hidden, targets, weights))
+        return whole, 1, None
+    order = jnp.argsort(weights == 0, axis=1, stable=True)
 
     def cut(x: jax.Array) -> jax.Array:
-        return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
+        index = order.reshape(*order.shape, *[1] * (x.ndim - 2))
+        moved = jnp.take_along_axis(x, index, axis=1)
+        padding = [(0, 0), (0, chunks * chunk - length), *[(0, 0)] * (x.ndim - 2)]
+        padded = jnp.pad(moved, padding).reshape(x.shape[0], chunks, chunk, *x.shape[2:])
+        return jnp.moveaxis(padded, 1, 0)
 
-    return cut(hidden), cut(targets), cut(weights)
+    counting = jnp.max(jnp.sum(weights != 0, axis=1))
+    return (cut(hidden), cut(targets), cut(weights)), -(-counting // chunk), order
+
+
+def _part(parts: Part, number: int | jax.Array) -> Part:
+    return jax.tree.map(lambda part: part[number], parts)
 
 
 def _logits(
@@ -108,7 +135,7 @@ def _logits(
     """Computes the sums, the logits [B * T, V] and their log-normalisers [B * T, 1]."""
     # In two dimensions: XLA's CPU backend copies the gradient, transposed, for more of them.
     rows = hidden_BxTxD.reshape(-1, hidden_BxTxD.shape[-1])
-    logits = jnp.matmul(rows, kernel_DxV.astype(rows.dtype), preferred_element_type=jnp.float32)
+    logits = jnp.matmul(rows, kernel_DxV, preferred_element_type=jnp.float32)
     if options.softcap:
         logits = options.softcap * jnp.tanh(logits / options.softcap)
     targets, weights = targets_BxT.reshape(-1), weights_BxT.reshape(-1)
@@ -141,12 +168,14 @@ def _forward(
     weights: jax.Array,
     options: LossOptions,
 ) -> tuple[Sums, Residuals]:
-    kernel_DxV = kernel.T if options.tied else kernel
-    kernel_VxD_in_dtype = kernel_DxV.T.astype(hidden.dtype)
+    kernel_DxV = (kernel.T if options.tied else kernel).astype(hidden.dtype)
+    parts, count, order = _chunks(hidden, targets, weights, options.chunk)
 
-    def add(carry: tuple[Sums, jax.Array], part: Part) -> tuple[tuple[Sums, jax.Array], jax.Array]:
-        sums, kernel_gradient = carry
-        hidden_BxTxD, targets_BxT, weights_BxT = part
+    def add(
+        number: int | jax.Array, carry: tuple[Sums, jax.Array, jax.Array]
+    ) -> tuple[Sums, jax.Array, jax.Array]:
+        sums, kernel_gradient, hidden_gradients = carry
+        hidden_BxTxD, targets_BxT, weights_BxT = part = _part(parts, number)
         part_sums, logits, log_normalizer = _logits(*part, kernel_DxV, options)
         right = jnp.arange(logits.shape[-1]) == targets_BxT.reshape(-1, 1)
         if options.smoothing:
@@ -161,18 +190,21 @@ def _forward(
         rows = hidden_BxTxD.reshape(-1, hidden_BxTxD.shape[-1])
         product = (gradient.T, rows) if options.tied else (rows.T, gradient)
         kernel_gradient += jnp.matmul(*product, preferred_element_type=jnp.float32)
-        hidden_gradient = jnp.matmul(gradient, kernel_VxD_in_dtype).reshape(hidden_BxTxD.shape)
-        return (jax.tree.map(jnp.add, sums, part_sums), kernel_gradient), hidden_gradient
-
-    zeros = (jnp.float32(0), jnp.float32(0)), jnp.zeros(kernel.shape, jnp.float32)
-    parts = _chunks(hidden, targets, weights, options.chunk)
-    if parts[0].shape[0] == 1:  # a scan of one would keep a copy of the sums
-        (sums, kernel_gradient), hidden_gradient = add(
-            zeros, jax.tree.map(lambda part: part[0], parts)
+        hidden_gradient = jnp.matmul(gradient, kernel_DxV.T, preferred_element_type=jnp.float32)
+        hidden_gradients = hidden_gradients.at[number].set(
+            hidden_gradient.astype(hidden.dtype).reshape(hidden_BxTxD.shape)
         )
+        return jax.tree.map(jnp.add, sums, part_sums), kernel_gradient, hidden_gradients
+
+    zeros = jnp.float32(0), jnp.float32(0)
+    carry = zeros, jnp.zeros(kernel.shape, jnp.float32), jnp.zeros_like(parts[0])
+    if order is None:  # a loop of one would keep a copy of the sums
+        sums, kernel_gradient, (hidden_gradient,) = add(0, carry)
     else:
-        (sums, kernel_gradient), hidden_gradient = jax.lax.scan(add, zeros, parts)
-        hidden_gradient = jnp.moveaxis(hidden_gradient, 0, 1).reshape(hidden.shape)
+        sums, kernel_gradient, gradients = jax.lax.fori_loop(0, count, add, carry)
+        moved = jnp.moveaxis(gradients, 0, 1).reshape(hidden.shape[0], -1, hidden.shape[2])
+        places = jnp.argsort(order, axis=1)[..., None]
+        hidden_gradient = jnp.take_along_axis(moved, places, axis=1)
     return sums, (hidden_gradient, kernel_gradient, targets, weights, jnp.zeros((), kernel.dtype))
 
 

@@ -161,7 +161,11 @@ class MetricsWriter:
 
 def draw_curve(out: AnyPath, title: str) -> None:
     """Draws loss.svg from metrics.jsonl; nothing if there is no loss yet."""
-    names = {"loss": "training", "validation_loss": "validation"}
+    names = {
+        "loss": "training",
+        "validation_loss": "validation",
+        "validation_loss_of_average": "average",
+    }
     rows = read_figures(out)
     curves = {
         label: [(row["step"], row[name]) for row in rows if math.isfinite(row.get(name, math.nan))]
@@ -176,7 +180,8 @@ def draw_curve(out: AnyPath, title: str) -> None:
     with matplotlib.rc_context({"svg.hashsalt": "m2l", "svg.fonttype": "none"}):
         figure = Figure(figsize=(6.4, 3.6), layout="constrained")
         axes = figure.add_subplot(title=title.replace("$", r"\$"), xlabel="step")
-        for (label, curve), colour in zip(curves.items(), ("#3366cc", "#cc5500"), strict=True):
+        colours = ("#3366cc", "#cc5500", "#339966")
+        for (label, curve), colour in zip(curves.items(), colours, strict=True):
             if curve:
                 axes.plot(*zip(*curve, strict=True), label=label, color=colour, gid=label)
         axes.grid(axis="y", color="#dddddd")

@@ -34,6 +34,7 @@ class Optimizer:
         clip: The largest norm that the gradient of all parameters may have; 0: any.
         freeze: Regular expressions; a parameter that one of them matches anywhere in its name
             ("encoder/", "token_embedder$") is not changed, and has no optimizer state.
+        ema: The decay of a moving average of the parameters, which is kept beside them; 0: none.
 
     Raises:
         UnknownNameError: There is no such optimizer.
@@ -47,6 +48,7 @@ class Optimizer:
     momentum: float = dataclasses.field(default=0.0, metadata=FRACTION)
     clip: float = dataclasses.field(default=0.0, metadata=NOT_NEGATIVE)
     freeze: tuple[str, ...] = ()
+    ema: float = dataclasses.field(default=0.0, metadata=FRACTION)
 
     def __post_init__(self) -> None:
         check_fields(self)

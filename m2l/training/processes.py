@@ -45,12 +45,6 @@ def batch_share(mesh: Mesh, rows: int) -> tuple[int, int]:
     return shares.index(tuple(sorted(starts[jax.process_index()]))), len(shares)
 
 
-def wait_for_all(name: str) -> None:
-    """Returns when every process has come here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
-
-
 @contextlib.contextmanager
 def failing_together() -> Iterator[None]:
     """Fails the block in every process once it fails in one, so that none waits for another.

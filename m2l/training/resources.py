@@ -11,10 +11,12 @@ import numpy as np
 import psutil
 from jax.sharding import AbstractMesh, Mesh
 
-from m2l import models
+from m2l import checkpoints, models, partitioning
 from m2l.errors import ConfigError
-from m2l.training import state
+from m2l.models.products import computed_in
+from m2l.training import losses, state
 from m2l.training.settings import TrainSettings
+from m2l.typing import PyTree
 
 _GIB = 2**30
 
@@ -44,7 +46,7 @@ class MemoryNeed(NamedTuple):
     """Bytes on the device that needs most.
 
     Attributes:
-        params: Float32 parameters.
+        params: Float32 parameters; with an adapter those of the base too.
         opt_state: The optimizer's state.
         gradients: Float32 gradients; while parts are accumulated, twice.
         logits: Of the positions that are computed at a time, and their gradient.
@@ -84,28 +86,38 @@ def memory_need(
         settings: The run's.
         mesh: May be a `jax.sharding.AbstractMesh`, of devices that are not here.
     """
-    abstract = state.abstract(config, settings.optimizer)
-    shardings = state.shardings(config, settings.optimizer, mesh)
+    lora = settings.adapter
+    abstract = state.abstract(config, settings.optimizer, lora)
+    shardings = state.shardings(config, settings.optimizer, mesh, lora)
 
-    def device_bytes_of(name: str) -> int:
-        leaves = [jax.tree.leaves(getattr(tree, name)) for tree in (abstract, shardings)]
+    def device_bytes(leaves: PyTree, placed: PyTree) -> int:
         return sum(
             math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-            for leaf, sharding in zip(*leaves, strict=True)
+            for leaf, sharding in zip(*map(jax.tree.leaves, (leaves, placed)), strict=True)
         )
 
-    params = device_bytes_of("params")
+    trained = device_bytes(abstract.params, shardings.params)
+    frozen = adapted = 0
+    if lora is not None:
+        # The kernels that have factors are made of both in a step, and so are their gradients.
+        base = models.spec(config)
+        kernels = [checkpoints.flatten(each) for each in (base, partitioning.shardings(base, mesh))]
+        frozen = device_bytes(*kernels)
+        adapted = device_bytes(*([each[name] for name in lora.modules(config)] for each in kernels))
     ways, parts = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["model"]
     accumulate, loss_chunk = settings.objective.accumulate, settings.objective.loss_chunk
     rows = -(-settings.batch_size // ways // accumulate)
-    width = jnp.dtype(settings.execution.dtype).itemsize
+    dtype = settings.execution.dtype
+    # An abstract mesh is of other devices than this host's.
+    width = (dtype if isinstance(mesh, AbstractMesh) else computed_in(dtype)).itemsize
     stacks = _stacks(config, settings)
     scored = stacks[-1][1]
-    positions = rows * min(loss_chunk or scored, scored)
+    all_rows = settings.batch_size // accumulate
+    positions = rows * min(loss_chunk or losses.default_chunk(all_rows, scored), scored)
     return MemoryNeed(
-        params=params,
-        opt_state=device_bytes_of("opt_state"),
-        gradients=params * (2 if accumulate > 1 else 1),
+        params=trained + frozen + adapted,
+        opt_state=device_bytes(abstract.opt_state, shardings.opt_state),
+        gradients=trained * (2 if accumulate > 1 else 1) + adapted,
         logits=positions * config.vocab_size // parts * (4 + width),
         activations=sum(
             rows * length * layers * width * _saved(config, settings.execution.remat, seen, parts)
@@ -128,7 +140,7 @@ def _stacks(config: models.Config, settings: TrainSettings) -> list[tuple[int, i
 def _saved(config: models.Config, remat: str, seen: int, parts: int) -> int:
     """Counts the numbers that a layer saves of each position for the gradient."""
     if isinstance(config, models.LlamaConfig):
-        d, ff = config.hidden_size, config.intermediate_size
+        d, ff = config.hidden_size, config.mlp_size
         heads, inner = config.num_attention_heads, config.num_attention_heads * config.head_dim
         keys, mlps = 2 * config.num_key_value_heads * config.head_dim, 3
     else:
@@ -210,7 +222,8 @@ def _multiply_adds(config: models.Config, inputs: int, targets: int) -> float:
         length, d = inputs + targets, config.hidden_size
         queries = config.num_attention_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
-        weights = 2 * d * queries + 2 * d * keys + 3 * d * config.intermediate_size
+        mlp = 3 * d * config.mlp_size + d * config.num_experts
+        weights = 2 * d * queries + 2 * d * keys + mlp
         windows = config.windows or (0,) * config.num_hidden_layers
         seen = sum(min(window or length, length / 2) for window in windows)
         per_token = config.num_hidden_layers * weights + 2 * seen * queries
@@ -242,8 +255,8 @@ def peak_flops(dtype: str) -> float | None:
 
 @functools.cache
 def _measured_flops(dtype: str, side: int = 1024, times: int = 5) -> float:
-    product = jax.jit(lambda x: x @ x)
-    x = jax.device_put(np.ones((side, side), jnp.dtype(dtype)), jax.local_devices()[0])
+    product = jax.jit(lambda x: jnp.matmul(x, x, preferred_element_type=jnp.float32))
+    x = jax.device_put(np.ones((side, side), computed_in(dtype)), jax.local_devices()[0])
     product(x).block_until_ready()
     seconds = []
     for _ in range(times):

@@ -4,26 +4,28 @@ import io
 import json
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
 import ml_dtypes
 import numpy as np
-import seqio
 from jax.sharding import Mesh
 
-from m2l import checkpoints, files, models, partitioning, storage
+from m2l import checkpoints, distributed, files, models, partitioning, storage
+from m2l.checkpoints import adapters, huggingface_directory
 from m2l.checkpoints.manifest import versions
-from m2l.checkpoints.saving import RunCheckpoints
+from m2l.checkpoints.run_checkpoints import RunCheckpoints
 from m2l.data import pipeline
 from m2l.errors import CheckpointError, DataError
 from m2l.storage import AnyPath
 from m2l.training import processes, state
 from m2l.training.feed import Batch, Feed, OpenFeed, Positions
+from m2l.training.lora import Lora
 from m2l.training.resources import MemoryNeed
 from m2l.training.settings import TrainSettings
 from m2l.training.validation import EarlyStopping
+from m2l.typing import Params
 
 # --- checkpoints ---
 
@@ -34,10 +36,11 @@ class RunDirectory(RunCheckpoints):
     Args:
         out: The run's directory.
         keep: How many of the newest stay.
+        keep_every: Those of the steps that are multiples of this stay as well; 0: none.
     """
 
-    def __init__(self, out: AnyPath, keep: int):
-        super().__init__(out / checkpoints.STEPS, keep)
+    def __init__(self, out: AnyPath, keep: int, keep_every: int = 0):
+        super().__init__(out / checkpoints.STEPS, keep, keep_every)
         self._out = out
 
     def quarantine(self, step: int) -> None:
@@ -67,7 +70,7 @@ class RunDirectory(RunCheckpoints):
         return directory if checkpoints.is_checkpoint(directory) else None
 
     def finish(self, last: AnyPath, best: int | None, why: str, cut: Mapping[str, int]) -> AnyPath:
-        """Writes the record of a finished run; with a best checkpoint, only that one stays.
+        """Writes the record of a finished run; with a best checkpoint, none after it stays.
 
         Args:
             last: The last checkpoint.
@@ -86,12 +89,18 @@ class RunDirectory(RunCheckpoints):
         return remaining
 
     def prune(self, only: AnyPath | None) -> None:
-        """Removes every checkpoint but `only`; None: nothing."""
-        if only is None:
-            return
-        for step, directory in self.finished().items():
-            if directory != only:
-                self.remove(step)
+        """Removes every checkpoint but `only`; None: those that a killed removal has left.
+
+        Of those before it the periodic ones stay: what reads a run reads its newest checkpoint.
+        """
+        finished = self.finished()
+        superseded = self._superseded([*finished])
+        if only is not None:
+            best = next((step for step in finished if finished[step] == only), 0)
+            earlier = [step for step in finished if step < best and self._is_periodic(step)]
+            superseded = [step for step in finished if step not in (best, *earlier)]
+        for step in superseded:
+            self.remove(step)
 
 
 def resume(
@@ -117,7 +126,7 @@ def resume(
             damaged.append(step)
             continue
         batches = open_feed(positions)
-        processes.wait_for_all("restored")
+        distributed.wait_for_all("restored")
         for earlier in damaged:
             run.quarantine(earlier)
         validation = manifest.made_by.get("validation", {})
@@ -139,7 +148,7 @@ def _restored(
 ) -> state.TrainState:
     opt_state = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        state.abstract(config, settings.optimizer).opt_state,
+        state.abstract(config, settings.optimizer, settings.adapter).opt_state,
         shardings.opt_state,
     )
     count = np.asarray(step, np.int32)
@@ -150,36 +159,86 @@ def _restored(
     )
 
 
-def export(checkpoint: AnyPath, exported: AnyPath, dtype: str) -> None:
+def export(
+    checkpoint: AnyPath,
+    exported: AnyPath,
+    dtype: str,
+    read: Callable[[AnyPath], Params] = checkpoints.restore,
+    kind: str = "export",
+) -> None:
     """Writes a checkpoint's parameters alone, in another dtype, unless they are written.
 
     Args:
         checkpoint: The checkpoint.
         exported: The directory to write to.
-        dtype: "float32" or "bfloat16"; "": nothing is written.
+        dtype: "float32" or "bfloat16"; "": that of each parameter.
+        read: Returns the parameters of a checkpoint: those, or their moving average.
+        kind: What the manifest says made it.
     """
-    if not dtype or exported.exists():
+    if checkpoints.is_checkpoint(exported):
         return
-    manifest = checkpoints.read_manifest(checkpoint)
-    number = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
-    params = jax.tree.map(lambda leaf: leaf.astype(number), checkpoints.restore(checkpoint))
+    manifest, params = checkpoints.read_manifest(checkpoint), read(checkpoint)
+    if dtype:
+        number = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
+        params = jax.tree.map(lambda leaf: leaf.astype(number), params)
     checkpoints.save(
         exported,
         params,
         model=manifest.model,
         vocabulary=manifest.vocabulary,
-        made_by={"kind": "export", "dtype": dtype},
+        made_by={"kind": kind, "dtype": dtype, "settings": manifest.made_by.get("settings")},
         parents=({"role": "exported", "path": str(checkpoint), "digest": manifest.digest},),
         step=manifest.step,
+    )
+
+
+def export_adapter(
+    checkpoint: AnyPath,
+    exported: AnyPath,
+    config: models.Config,
+    lora: Lora,
+    dtype: str,
+    read: Callable[[AnyPath], Params] = checkpoints.restore,
+) -> None:
+    """Writes the factors of a checkpoint as an adapter in PEFT's format, unless they are written.
+
+    Args:
+        checkpoint: The checkpoint.
+        exported: The directory to write to.
+        config: The base's configuration.
+        lora: The adapter.
+        dtype: Of the factors; "": float32.
+        read: Returns the factors of a checkpoint: those, or their moving average.
+    """
+    if (exported / huggingface_directory.MANIFEST).is_file():
+        return
+    manifest = checkpoints.read_manifest(checkpoint)
+    number = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32
+    factors = checkpoints.flatten(read(checkpoint))
+    arrays = lora.exported(config, {name: each.astype(number) for name, each in factors.items()})
+    (base,) = manifest.parents
+    origin = checkpoints.read_manifest(base["path"]).made_by
+    modules = lora.modules(config).values()
+    adapters.write(
+        exported,
+        adapters.fields(
+            dict.fromkeys(modules, lora.rank),
+            dict.fromkeys(modules, int(lora.alpha) if lora.alpha.is_integer() else lora.alpha),
+            saved=[],
+            base=origin["source"] if origin.get("from") == "huggingface" else base["path"],
+        ),
+        arrays,
+        made_by={**manifest.made_by, "step": manifest.step},
+        parents=({**base, "role": "base"},),
     )
 
 
 # --- records ---
 
 
-def write_tables(out: AnyPath, config: models.Config, mesh: Mesh, need: MemoryNeed) -> None:
-    """Writes model.txt, the parameters on this mesh, and environment.json."""
-    rows = partitioning.table(models.spec(config), mesh)
+def write_tables(out: AnyPath, spec: Params, mesh: Mesh, need: MemoryNeed) -> None:
+    """Writes model.txt, the parameters that are trained on this mesh, and environment.json."""
+    rows = partitioning.table(spec, mesh)
     width = max(len(row.name) for row in rows)
     lines = [
         f"{row.name:{width}}  {'x'.join(map(str, row.shape)):>14}  {row.mib_per_device:10.3f} MiB "
@@ -247,8 +306,7 @@ def _example_ranges(mixture: str, first: Positions, last: Positions) -> list[tup
         if not position.startswith(b"{"):
             return []  # a pipeline of its own, whose position is TensorFlow's
         counts.append(files.parse_json(position, "the position in the data")["counts"])
-    provider = pipeline.find("task or mixture", mixture, "train")
-    tasks = [task.name for task in seqio.get_subtasks(provider) if "train" in task.splits]
+    tasks = pipeline.sizes(mixture, "train")
     ranges = zip(tasks, *counts, strict=True)
     return [(task, begin, end - 1) for task, begin, end in ranges if end > begin]
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from m2l.errors import ConfigError, UnknownNameError
 from m2l.models import Execution
 from m2l.models.fields import NOT_NEGATIVE, POSITIVE, check_choice, check_fields
+from m2l.training.lora import Lora
 from m2l.training.optimizers import SCHEDULES, Optimizer
 from m2l.training.state import Objective
 
@@ -43,6 +44,7 @@ class TrainSettings:
         log_every: Steps between lines of metrics.
         keep: How many of the newest checkpoints stay. If the newest is damaged, a run resumes from
             the one before it.
+        keep_every: Checkpoints of steps that are multiples of this stay as well; 0: none.
         validation: The task or mixture whose validation split is evaluated by; "": none.
         evaluate_every: Steps between evaluations.
         validation_batches: Batches of an evaluation, the same ones each time.
@@ -51,7 +53,9 @@ class TrainSettings:
         keep_best: Whether the checkpoint of the lowest validation loss stays too, and is the one
             that the finished run is left with.
         export_dtype: "float32" or "bfloat16": a finished run's parameters are written in it, alone,
-            to RUN/exported; "": they are not.
+            to RUN/exported; "": they are not. Of an adapter, the dtype of RUN/adapter.
+        lora: An adapter that is trained beside the model, which stays as it is, as
+            "r=16,alpha=32,targets=q_proj+v_proj"; "": none.
 
     Raises:
         ConfigError, UnknownNameError: A setting of the wrong type or out of range.
@@ -75,6 +79,7 @@ class TrainSettings:
     save_every: int = 500
     log_every: int = 20
     keep: int = 2
+    keep_every: int = field(default=0, metadata=NOT_NEGATIVE)
     validation: str = ""
     evaluate_every: int = 100
     validation_batches: int = 8
@@ -82,6 +87,7 @@ class TrainSettings:
     minimum_improvement: float = field(default=0.0, metadata=NOT_NEGATIVE)
     keep_best: bool = False
     export_dtype: str = ""
+    lora: str = ""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -98,8 +104,19 @@ class TrainSettings:
                 f"TrainSettings.accumulate: {self.objective.accumulate} does not divide the "
                 f"batch_size {self.batch_size}"
             )
+        if self.keep_every and (self.save_every <= 0 or self.keep_every % self.save_every):
+            raise ConfigError(
+                f"TrainSettings.keep_every: {self.keep_every} is no multiple of save_every, "
+                f"{self.save_every}: of steps that are not saved nothing can be kept"
+            )
         if (self.patience or self.keep_best) and not self.validation:
             raise ConfigError("TrainSettings: patience and keep_best need a validation mixture")
+        self.adapter  # noqa: B018 (whose text it checks)
+
+    @property
+    def adapter(self) -> Lora | None:
+        """The adapter that is trained; None: the model itself is."""
+        return Lora.parse(self.lora) if self.lora else None
 
     @property
     def lengths(self) -> dict[str, int]:
@@ -111,9 +128,13 @@ class TrainSettings:
 
         `from_flat` reads it.
         """
-        return _flattened({name: getattr(self, name) for name in _DEFAULTS})
+        flat = _flattened({name: getattr(self, name) for name in _DEFAULTS})
+        return {n: value for n, value in flat.items() if n not in _LATER or value != _LATER[n]}
 
 
+# Settings that came later are told where they change something: older runs are gone on with, and
+# what is known by its settings stays known.
+_LATER = {"keep_every": 0, "ema": 0.0, "lora": ""}
 _GROUPS = {"optimizer": Optimizer, "objective": Objective, "execution": Execution}
 _FLAT_NAMES = {"name": "optimizer"}
 _DEFAULTS = {setting.name: setting.default for setting in fields(TrainSettings)}
@@ -155,3 +176,23 @@ from_flat.__signature__ = inspect.Signature(
         for name, default in _flattened(_DEFAULTS).items()
     ]
 )
+
+
+def on_mixture(settings: TrainSettings, mixture: str, validation: str = "") -> TrainSettings:
+    """Returns training settings for a mixture; with a validation, for the best checkpoint.
+
+    Args:
+        settings: The settings; any `validation` stands for the mixture's.
+        mixture: What is trained on.
+        validation: What is validated on; "": the mixture.
+    """
+    validation = (validation or mixture) if settings.validation else ""
+    return dataclasses.replace(
+        settings, mixture=mixture, validation=validation, keep_best=bool(validation)
+    )
+
+
+def with_steps(settings: TrainSettings, steps: int, warmup: float = 0.0) -> TrainSettings:
+    """Returns training settings for so many steps, this share of them to warm up; 0: as set."""
+    rise = round(warmup * steps) if warmup else min(settings.warmup_steps, steps)
+    return dataclasses.replace(settings, steps=steps, warmup_steps=rise)

@@ -151,7 +151,7 @@ def _rows(
     batches: Iterator[Batch], examples: int, description: str
 ) -> Iterator[tuple[Batch, np.ndarray]]:
     """Yields batches until there are so many examples, each with which rows count: bool [B]."""
-    with Progress(description, examples, "examples") as progress:
+    with Progress(description, examples, "examples", first="compiling") as progress:
         done = 0
         while done < examples:
             batch = next(batches)

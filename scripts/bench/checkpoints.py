@@ -74,7 +74,7 @@ def local(root: Path, megabytes: int, repeat: int) -> None:
     from orbax.checkpoint import v1 as ocp
 
     from m2l import checkpoints
-    from m2l.checkpoints.saving import RunCheckpoints
+    from m2l.checkpoints.run_checkpoints import RunCheckpoints
 
     tree = jax.device_put(parameters(megabytes))
     nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
@@ -182,7 +182,7 @@ def process(number: int, port: int, root: Path) -> None:
     jax.distributed.initialize(f"127.0.0.1:{port}", 2, number)
 
     from m2l import checkpoints, models, partitioning
-    from m2l.checkpoints.saving import RunCheckpoints
+    from m2l.checkpoints.run_checkpoints import RunCheckpoints
     from m2l.training import state
     from m2l.training.optimizers import Optimizer
 

@@ -20,8 +20,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import seqio
-import tensorflow as tf
 from sentencepiece import sentencepiece_model_pb2
 
 from m2l import tasks
@@ -48,7 +46,7 @@ def _count(batch: dict[str, np.ndarray]) -> tuple[int, int]:
 def ours(mixture: str, examples: int, source: str) -> dict[str, float]:
     """Measures one pass over a number of examples from a source, its first reading included."""
     start = time.perf_counter()
-    tasks.register(source=source)
+    tasks.declare(source=source)
     registered = time.perf_counter()
     batches = pipeline.training_batches(mixture, lengths=LENGTHS, batch_size=BATCH, seed=0)
     first = next(batches)
@@ -205,19 +203,10 @@ def _tokenizer() -> "tokenizers.Tokenizer":
 
 def _with_derived(dataset: Dataset) -> list[dict[str, Json]]:
     """Returns the records with their derived fields, which the peer gets for nothing."""
-    records = registry.records_of("microworld", dataset)
-    numbers = tf.data.Dataset.range(records.split("train").size)
-    read, derive = records.split("train").read, dataset.derive or (lambda record: {})
-    rows = numbers.map(lambda number: {**read(number), **derive(read(number))})
-    return [
-        {name: _plain(value) for name, value in row.items()} for row in rows.as_numpy_iterator()
-    ]
-
-
-def _plain(value: bytes | np.ndarray) -> str | list[str] | int:
-    if isinstance(value, bytes):
-        return value.decode()
-    return [item.decode() for item in value] if value.ndim else int(value)
+    split = registry.records_of("microworld", dataset).split("train")
+    derive = dataset.derive or (lambda record: {})
+    records = map(split.record, range(split.size))
+    return [{**record, **derive(record)} for record in records]
 
 
 def _rows(part: dict[str, list]) -> Iterator[dict[str, list[int]]]:
@@ -229,7 +218,7 @@ def _shared(mixture: str) -> tuple[int, int, bool]:
     """Returns the records of an epoch, how many two processes read together, whether each once."""
     task = tasks.tasks_in(mixture)[0]
     epoch = pipeline.training_batches(task, lengths=LENGTHS, batch_size=1, seed=0, pack=False)
-    size = seqio.TaskRegistry.get(task).num_input_examples("train")
+    size = pipeline.sizes(task, "train")[task]
     seen: list[bytes] = []
     for shard in range(2):
         local = pipeline.training_batches(
@@ -258,11 +247,11 @@ def main() -> None:
             for name, source in (("microworld", "microworld"), ("cache", f"cache:{cache}"))
         }
         if arguments.peer:
-            tasks.register()
+            tasks.declare()
             measured["datasets.map"] = peer(mixture, examples)
         for name, figures in measured.items():
             print(f"{name:14}", "  ".join(f"{key} {value:,.2f}" for key, value in figures.items()))
-        tasks.register()
+        tasks.declare()
         at_0, at_100_000, same = resumed(mixture)
         print(f"first batch at step 0: {at_0:.2f} s, at step 100,000: {at_100_000:.2f} s", end="")
         print(f", {'the same batch' if same else 'ANOTHER BATCH'} as without stopping")

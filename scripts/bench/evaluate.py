@@ -1,23 +1,24 @@
 """Evaluation's speed, compared with Hugging Face on torch on the same questions.
 
-    python scripts/bench/evaluate.py [--torch PYTHON] [--torch_only]
+    python scripts/bench/evaluate.py rank|decode [--torch PYTHON]
 
-T5-small with random parameters, float32. Ranking: 64 examples of 128 tokens with 4 choices of 8,
-EOS included; decoding: 16 inputs of 128 tokens, 32 new tokens each, greedily. PYTHON is an
-interpreter that has torch and transformers; without it only m2l is measured.
+T5-small with random parameters, float32. `rank`: 64 examples of 128 tokens with 4 choices of 8,
+EOS included; `decode`: 16 inputs of 128 tokens, 32 new tokens each, greedily. Examples or new
+tokens a second, by name, as JSON; " limit" is what float32 products of 2048 x 2048 would allow for
+the multiply-adds of the weights and of attention, the inputs' counted once for all choices. PYTHON
+is an interpreter that has torch and transformers. In bfloat16 too where the processor has units
+for it (torch: float32 products of precision "medium").
 
-torch ranks in two ways: each choice in a pass of its own through encoder and decoder, as
-lm-evaluation-harness and most scripts do, and as well as it can: the encoder, and the keys and
-values that the decoder reads of it, once for all choices of an example. Each at torch's defaults
-and with set_float32_matmul_precision("medium").
+torch ranks in two ways: " torch apart", each choice in a pass of its own through encoder and
+decoder, as lm-evaluation-harness and most scripts do, and " torch", as well as it can: the encoder,
+and the keys and values that the decoder reads of it, once for all choices of an example.
 
-Prints medians, what another model's parameters cost, and how much was compiled for them. Nothing
-else should run.
+Medians; " swap" is the seconds that another model's parameters cost, " compilations" how much was
+compiled for them. Nothing else should run.
 """
 
 import argparse
 import json
-import statistics
 import time
 
 from models import T5, by_torch, median_of, t5_small
@@ -26,16 +27,19 @@ EXAMPLES, CHOICES, INPUTS, TARGETS = 64, 4, 128, 8
 DECODED, NEW = 16, 32
 # Each choice a pass of its own: a part of the examples will do.
 APART = 8
+RUNS = 5
 
 
-def ours() -> None:
-    """Measures m2l and prints it."""
+def ours(task: str) -> dict[str, float]:
+    """Returns m2l's figures of a task."""
     import jax
+    import jax.numpy as jnp
     import numpy as np
 
     from m2l import models
     from m2l.data.examples import GenerationExample, RankingExample
     from m2l.evaluation import batching, generation, ranking
+    from m2l.models.products import has_bfloat16
 
     config = t5_small()
     params = models.init(config, jax.random.key(0))
@@ -43,6 +47,13 @@ def ours() -> None:
 
     def ids(length: int) -> np.ndarray:
         return rng.integers(2, T5["vocab_size"], length, dtype=np.int32)
+
+    if task == "decode":
+        texts = [GenerationExample(ids(INPUTS), ids(1), ("",), "", "", False)] * DECODED
+        parts = list(batching.batches(texts, DECODED, ranking.layouts.of(config)))
+        options = {"max_length": NEW, "eos_id": -1, "parts": parts}
+        seconds = median_of(lambda: generation.greedy(config, params, texts, **options), RUNS)
+        return {"decoding": DECODED * NEW / seconds}
 
     right = (True,) + (False,) * (CHOICES - 1)
     questions = [
@@ -53,32 +64,37 @@ def ours() -> None:
     ]
     parts = list(batching.batches(questions, 32, ranking.layouts.of(config)))
 
-    def score(parameters: object = params) -> None:
-        ranking.score_examples(config, parameters, questions, parts=parts)
+    def score(parameters: object = params, dtype: str = "float32") -> None:
+        ranking.score_examples(config, parameters, questions, parts=parts, dtype=dtype)
 
-    seconds = median_of(score, 5)
-    print(f"m2l ranks {EXAMPLES / seconds:.1f} examples/s", flush=True)
+    x = jnp.ones((2048, 2048), jnp.float32)
+    product = jax.jit(lambda a: a @ a)
+    rate = 2 * 2048**3 / median_of(lambda: product(x).block_until_ready())
+    figures = {"ranking limit": rate / flops(), "ranking": EXAMPLES / median_of(score, RUNS)}
+    if has_bfloat16():
+        seconds = median_of(lambda: score(dtype="bfloat16"), RUNS)
+        figures["ranking bfloat16"] = EXAMPLES / seconds
     compiled = ranking.scorer(config, "float32")._cache_size()
-    changed = [
-        jax.tree.map(lambda leaf, s=s: np.asarray(leaf) * s, params) for s in (0.9, 1.1, 1.2)
-    ]
-    swaps = []
-    for other in changed:
-        start = time.perf_counter()
-        score(jax.device_put(other))
-        swaps.append(time.perf_counter() - start - seconds)
-    more = ranking.scorer(config, "float32")._cache_size() - compiled
-    print(f"another model: {max(0.0, statistics.median(swaps)):.3f} s more, {more} compilations")
-
-    texts = [GenerationExample(ids(INPUTS), ids(1), ("",), "", "", False) for _ in range(DECODED)]
-    parts_of_texts = list(batching.batches(texts, DECODED, ranking.layouts.of(config)))
-    options = {"max_length": NEW, "eos_id": -1, "parts": parts_of_texts}
-    seconds = median_of(lambda: generation.greedy(config, params, texts, **options), 5)
-    print(f"m2l decodes {DECODED * NEW / seconds:.0f} new tokens/s", flush=True)
+    other = jax.device_put(jax.tree.map(lambda leaf: np.asarray(leaf) * 0.9, params))
+    start = time.perf_counter()
+    score(other)
+    elapsed = time.perf_counter() - start
+    figures["ranking swap"] = max(0.0, elapsed - EXAMPLES / figures["ranking"])
+    figures["ranking compilations"] = ranking.scorer(config, "float32")._cache_size() - compiled
+    return figures
 
 
-def peer() -> dict[str, float]:
-    """Returns the rates of Hugging Face's T5, by task and torch's precision; needs torch."""
+def flops() -> float:
+    """Computes the operations of ranking one example."""
+    d, ff, layers = T5["d_model"], T5["d_ff"], T5["num_layers"]
+    layer, targets = 4 * d * d + 2 * d * ff, CHOICES * TARGETS
+    encoder = INPUTS * (layer + 2 * INPUTS * d + 2 * d * d)
+    decoder = targets * (layer + 2 * TARGETS * d + 2 * d * d + 2 * INPUTS * d)
+    return 2.0 * (layers * (encoder + decoder) + targets * d * T5["vocab_size"])
+
+
+def peer(task: str, modes: list[str]) -> dict[str, float]:
+    """Returns the figures of Hugging Face's T5, by torch's precision; needs torch."""
     import torch
     from transformers import T5Config, T5ForConditionalGeneration
     from transformers.cache_utils import DynamicCache, EncoderDecoderCache
@@ -128,42 +144,38 @@ def peer() -> dict[str, float]:
             parts.append(summed(model.lm_head(hidden * T5["d_model"] ** -0.5), labels))
         return torch.cat(parts).reshape(-1, CHOICES)
 
-    rates = {}
+    figures = {}
     options = {"do_sample": False, "max_new_tokens": NEW, "min_new_tokens": NEW}
     with torch.inference_mode():
         difference = (apart(inputs[:2], choices[:2]) - shared(inputs[:2], choices[:2])).abs().max()
         assert difference < 1e-2, f"the two ways of torch do not agree: {difference}"
-        for mode in ("highest", "medium"):
-            torch.set_float32_matmul_precision(mode)
-            seconds = median_of(lambda: apart(inputs[:APART], choices[:APART]), 2)
-            rates[f"apart {mode}"] = APART / seconds
-            rates[f"shared {mode}"] = EXAMPLES / median_of(lambda: shared(inputs, choices), 2)
+        if task == "decode":
             seconds = median_of(lambda: model.generate(inputs[:DECODED], **options), 2)
-            rates[f"decode {mode}"] = DECODED * NEW / seconds
-    return rates
+            return {"decoding torch": DECODED * NEW / seconds}
+        seconds = median_of(lambda: apart(inputs[:APART], choices[:APART]), 2)
+        figures["ranking torch apart"] = APART / seconds
+        for mode in modes:
+            torch.set_float32_matmul_precision(mode)
+            key = "ranking torch" if mode == "highest" else f"ranking bfloat16 torch {mode}"
+            figures[key] = EXAMPLES / median_of(lambda: shared(inputs, choices), 2)
+    return figures
 
 
 def main() -> None:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("task", choices=["rank", "decode"])
     parser.add_argument("--torch", help="A Python that has torch and transformers.")
-    parser.add_argument("--torch_only", action="store_true", help="Leave m2l out.")
-    parser.add_argument("--peer", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--peer", nargs="*", help=argparse.SUPPRESS)
     flags = parser.parse_args()
     if flags.peer:
-        print(json.dumps(peer()))
+        print(json.dumps(peer(flags.task, flags.peer)))
         return
+    figures = ours(flags.task)
     if flags.torch:
-        rates = by_torch(flags.torch, __file__, "--peer")
-        for mode in ("highest", "medium"):
-            print(
-                f"torch {mode}: ranks {rates[f'apart {mode}']:.1f} examples/s with each choice "
-                f"apart, {rates[f'shared {mode}']:.1f} sharing all it can; decodes "
-                f"{rates[f'decode {mode}']:.0f} new tokens/s",
-                flush=True,
-            )
-    if not flags.torch_only:
-        ours()
+        modes = ["highest", *(["medium"] if "ranking bfloat16" in figures else [])]
+        figures |= by_torch(flags.torch, __file__, flags.task, "--peer", *modes)
+    print(json.dumps(figures))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Compares merges with mergekit 0.1.5: the same bytes and machine, whole processes, medians.
 
     python scripts/bench/merge.py speed [--mergekit MERGEKIT_YAML] [--models 125m,500m]
+    python scripts/bench/merge.py figures --models 500m [--mergekit MERGEKIT_YAML]
+    python scripts/bench/merge.py growth [--models 125m,500m,1b,4b] [--experts 2]
     python scripts/bench/merge.py memory [--models 125m,500m,1b,4b]
     python scripts/bench/merge.py processes
     python scripts/bench/merge.py layouts [--models 125m,500m]
@@ -15,6 +17,10 @@ limit: `cat` of all inputs to /dev/null and of one input to a file, what reading
 without any merge. Ours trims TIES exactly over the whole model, mergekit per tensor. Thresholds
 that m2l computed are cached; here that cache is empty. Digests of files are cached: the first merge
 of a file, which does not count, reads it once more for that (0.7 CPU seconds a GB).
+`figures`: what docs/performance.md shows, as JSON: seconds, those of mergekit, and the bound: the
+start of Python and JAX, and what two threads take to read the inputs as often as the method must,
+to write and to digest the result.
+`growth`: seconds by the size of the model, and the slope from each to the next.
 `memory`: the peak resident memory of whole processes by the size of the model.
 `processes`: two processes on one merge write the same bytes as one.
 `layouts`: the same models as checkpoints of Orbax: m2l's layout (rows in chunks of 8 MB, not
@@ -25,6 +31,7 @@ number of tiny parameters (nine a layer) sharded over a mesh of eight CPU device
 """
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 import os
@@ -34,6 +41,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import ml_dtypes
@@ -191,6 +199,75 @@ def started(times: int) -> float:
     """Returns the seconds that Python and JAX take to start."""
     command = [sys.executable, "-c", "import jax; jax.devices()"]
     return statistics.median(run(command)[0] for _ in range(times))
+
+
+def bound(inputs: list[Path], readings: int, out: Path) -> float:
+    """Returns the seconds that two threads read inputs so often, write one, and digest it."""
+    files = [file for path in inputs for file in sorted(path.glob("*.safetensors"))]
+    result = sorted(inputs[0].glob("*.safetensors"))
+    size = sum(file.stat().st_size for file in result)
+    reading = [(file, False) for _ in range(readings) for file in files]
+    reading += [(file, True) for file in result]  # As if it were the result.
+
+    def read(task: tuple[Path, bool]) -> None:
+        buffer, digest = bytearray(1 << 20), hashlib.sha256()
+        with task[0].open("rb", buffering=0) as file:
+            while count := file.readinto(buffer):
+                if task[1]:
+                    digest.update(memoryview(buffer)[:count])
+
+    def write(number: int) -> None:
+        with (out / f"{number}").open("wb", buffering=0) as file:
+            for _ in range(0, size // 2, 1 << 20):
+                file.write(bytes(1 << 20))
+
+    out.mkdir(parents=True)
+    start = time.perf_counter()
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(write, range(2)))
+        list(pool.map(read, reading))
+    return time.perf_counter() - start
+
+
+def figures(
+    folder: Path, size: str, methods: list[str], mergekit: str | None, times: int, peer_times: int
+) -> None:
+    """Prints the figures of docs/performance.md."""
+    paths, out, result = make(folder, size, 4), folder / "out", {}
+    start = started(times)
+    for method in methods:
+        subprocess.run(["rm", "-rf", str(out)], check=True)
+        inputs = paths[1:] if method == "average" else paths
+        readings = 2 if method == "ties" else 1
+        result[f"{method} limit"] = start + bound(inputs, readings, out)
+        seconds, _, peak = repeated(ours(paths, method, out), out, times)
+        result |= {method: seconds, f"{method} memory": peak / 2**20}
+        if mergekit:
+            command = theirs(mergekit, paths, method, out, folder)
+            seconds, _, peak = repeated(command, out, peer_times)
+            result[f"{method} mergekit"] = seconds
+            result[f"{method} memory mergekit"] = peak / 2**20
+        subprocess.run(["rm", "-rf", str(out)], check=True)
+    print(json.dumps(result))
+
+
+def growth(folder: Path, models: list[str], experts: int, times: int) -> None:
+    """Prints seconds and peak memory by the size of the model."""
+    earlier: dict[str, tuple[int, float]] = {}
+    for size in models:
+        paths, out = make(folder, size, experts), folder / "out"
+        parameters = sum(int(np.prod(shape)) for shape in shapes(size).values())
+        for method in OURS:
+            seconds, cpu, peak = repeated(ours(paths, method, out), out, times)
+            line = f"{size} ({parameters / 1e6:,.0f}M) x {experts} {method}: {seconds:.2f} s "
+            line += f"(CPU {cpu:.1f} s, {peak / 2**20:.0f} MiB)"
+            if method in earlier:
+                count, before = earlier[method]
+                slope = (seconds - before) / (parameters - count) * 1e9
+                line += f", {slope:.1f} s more for each 1e9 parameters"
+            earlier[method] = parameters, seconds
+            print(line, flush=True)
+        subprocess.run(["rm", "-rf", str(out)], check=True)
 
 
 def speed(
@@ -385,7 +462,9 @@ def layouts(folder: Path, models: list[str], experts: int, times: int) -> None:
 def main() -> None:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["speed", "memory", "processes", "layouts", "in_memory"])
+    kinds = ["speed", "figures", "growth", "memory", "processes", "layouts", "in_memory"]
+    parser.add_argument("what", choices=kinds)
+    parser.add_argument("--methods", default=",".join(OURS))
     parser.add_argument("--mergekit", help="The mergekit-yaml of an installation.")
     parser.add_argument("--models", default="125m,500m")
     parser.add_argument("--experts", default="4,8")
@@ -404,6 +483,11 @@ def main() -> None:
         models = flags.models.split(",")
         if flags.what == "memory":
             memory(folder, models, int(flags.experts.split(",")[0]))
+        elif flags.what == "growth":
+            growth(folder, models, int(flags.experts.split(",")[0]), flags.runs)
+        elif flags.what == "figures":
+            methods = flags.methods.split(",")
+            figures(folder, models[0], methods, flags.mergekit, flags.runs, flags.peer_runs)
         elif flags.what == "processes":
             processes(folder)
         elif flags.what == "layouts":

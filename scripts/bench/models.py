@@ -1,25 +1,28 @@
 """Training steps and conversions, compared with Hugging Face on torch and with cp.
 
-    python scripts/bench/models.py train [--torch PYTHON]
+    python scripts/bench/models.py train t5|llama [--targets SHARE] [--torch PYTHON]
     python scripts/bench/models.py convert [--layers N]
 
-`train`: T5-small on 16 x (256 + 64) tokens and a Llama of 135M on 8 x 128, float32, each library at
-its defaults for training: ours Adafactor, torch AdamW; T5 with its dropout of 0.1. PYTHON is an
-interpreter that has torch and transformers; without it only ours is measured. Beside: float32
-matrix products, 2048 x 2048 x 2048, and which share of their rate the step reaches, by counting
-multiply-adds of the weights and of attention three times (forward, and twice for the gradient).
+`train`: T5-small on 16 x (256 + 64) tokens or a Llama of 135M on 8 x 128, each library at its
+defaults for training: ours Adafactor, torch AdamW; T5 with its dropout of 0.1. Tokens a second, by
+name, as JSON; " limit" is what float32 products of 2048 x 2048 would allow, by counting
+multiply-adds of the weights and of attention three times (forward, and twice for the gradient);
+" memory" is the peak of the process in MiB. SHARE: of the positions of a row, its last, whose loss
+counts: 0.25 as in fine-tuning a decoder on questions with answers. PYTHON is an interpreter that
+has torch and transformers. In bfloat16 too where the processor has units for it (torch: autocast).
 
 `convert`: a Llama of 135M, bfloat16, from and to a Hugging Face directory, against `cp` of the same
 bytes, with and without putting them on the disk (a conversion does: the machine may stop any time).
 With N layers of width 2048 instead of 30 of 576 it has 96 N + 201 MB.
 
-Prints medians. Nothing else should run.
+Medians. Nothing else should run.
 """
 
 import argparse
 import itertools
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
     from m2l.models import T5Config
 
 STEPS = 5
+TRAIN_STEPS = 2
 T5 = {
     "vocab_size": 32128,
     "d_model": 512,
@@ -109,123 +113,108 @@ def llama_flops() -> float:
     return 6.0 * rows * length * weights
 
 
-FLOPS = {"T5-small": t5_flops(), "Llama-135M": llama_flops()}
-TOKENS = {
-    "T5-small": T5_BATCH[0] * (T5_BATCH[1] + T5_BATCH[2]),
-    "Llama-135M": LLAMA_BATCH[0] * LLAMA_BATCH[1],
-}
+FLOPS = {"T5": t5_flops(), "Llama": llama_flops()}
+TOKENS = {"T5": T5_BATCH[0] * (T5_BATCH[1] + T5_BATCH[2]), "Llama": LLAMA_BATCH[0] * LLAMA_BATCH[1]}
 
 
-def ours() -> dict[str, float]:
-    """Returns the seconds of a step by model, and of a matrix product."""
+def peak() -> float:
+    """Returns the peak resident MiB of this process."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def ours(name: str, targets: float) -> dict[str, float]:
+    """Returns m2l's figures of a model."""
     import jax
     import jax.numpy as jnp
     import numpy as np
 
-    from m2l import models, partitioning
+    from m2l import partitioning
     from m2l.models import Execution, LlamaConfig
+    from m2l.models.products import has_bfloat16
     from m2l.training import state
     from m2l.training.optimizers import Optimizer
 
     x = jnp.ones((2048, 2048), jnp.float32)
     product = jax.jit(lambda a: a @ a)
-    seconds = {"matmul": median_of(lambda: product(x).block_until_ready(), 20)}
+    rate = 2 * 2048**3 / median_of(lambda: product(x).block_until_ready())
     rng = np.random.default_rng(0)
+    rows, length = (T5_BATCH[0], T5_BATCH[2]) if name == "T5" else LLAMA_BATCH
+    config = t5_small() if name == "T5" else LlamaConfig(**LLAMA, head_dim=64)
+    lengths = {"decoder_input_tokens": length, "decoder_target_tokens": length}
+    lengths |= {"encoder_input_tokens": T5_BATCH[1]} if name == "T5" else {}
+    batch = {
+        key: rng.integers(2, config.vocab_size, (rows, count), dtype=np.int32)
+        for key, count in lengths.items()
+    }
+    counts = np.arange(length) >= round((1 - targets) * length)
+    batch["decoder_loss_weights"] = np.tile(counts.astype(np.int32), (rows, 1))
+    mesh = partitioning.make_mesh()
+    initialise, _ = state.sharded_initializers(config, Optimizer(), mesh)
+    figures = {f"{name} limit": TOKENS[name] * rate / FLOPS[name]}
+    for dtype in ("float32", "bfloat16") if has_bfloat16() else ("float32",):
+        execution = Execution(dtype, dropout_rate=0.1 if name == "T5" else 0.0)
+        current = [initialise(jax.random.key(0))]
+        step = state.train_step(config, Optimizer(), execution, mesh)
 
-    def tokens(rows: int, length: int, vocabulary: int) -> np.ndarray:
-        return rng.integers(2, vocabulary, (rows, length), dtype=np.int32)
-
-    def step_of(config: models.Config, batch: dict[str, np.ndarray], dropout: float) -> float:
-        mesh = partitioning.make_mesh()
-        # Placed as the trainer places it, or the second step would be compiled anew.
-        placed = state.shardings(config, Optimizer(), mesh)
-        fresh = state.init(config, Optimizer(), jax.random.key(0))
-        current = [jax.device_put(fresh, placed)]
-        step = state.train_step(config, Optimizer(), Execution(dropout_rate=dropout), mesh)
-
-        def run() -> None:
+        def run(current: list = current, step: Callable = step) -> None:
             with jax.set_mesh(mesh):
-                current[0], metrics = step(current[0], batch, np.float32(1e-3), jax.random.key(1))
-            metrics["loss"].block_until_ready()
+                current[0], _ = step(current[0], batch, np.float32(1e-3), jax.random.key(1))
             jax.block_until_ready(current[0])
 
-        return median_of(run)
-
-    t5 = t5_small()
-    rows, inputs, targets = T5_BATCH
-    batch = {
-        "encoder_input_tokens": tokens(rows, inputs, t5.vocab_size),
-        "decoder_input_tokens": tokens(rows, targets, t5.vocab_size),
-        "decoder_target_tokens": tokens(rows, targets, t5.vocab_size),
-        "decoder_loss_weights": np.ones((rows, targets), np.int32),
-    }
-    seconds["T5-small"] = step_of(t5, batch, 0.1)
-    llama = LlamaConfig(**LLAMA, head_dim=64)
-    rows, length = LLAMA_BATCH
-    batch = {
-        "decoder_input_tokens": tokens(rows, length, llama.vocab_size),
-        "decoder_target_tokens": tokens(rows, length, llama.vocab_size),
-        "decoder_loss_weights": np.ones((rows, length), np.int32),
-    }
-    seconds["Llama-135M"] = step_of(llama, batch, 0.0)
-    return seconds
+        suffix = "" if dtype == "float32" else f" {dtype}"
+        figures[name + suffix] = TOKENS[name] / median_of(run, TRAIN_STEPS)
+        figures.setdefault(f"{name} memory", peak())
+    return figures
 
 
-def peer() -> dict[str, float]:
-    """Returns the seconds of a step of Hugging Face's models, by model and mode; needs torch."""
+def peer(name: str, targets: float, modes: list[str]) -> dict[str, float]:
+    """Returns the same figures of Hugging Face's models, by mode; needs torch."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
     torch.manual_seed(0)
-    seconds = {}
-    rows, inputs, targets = T5_BATCH
-    makers = {
-        "T5-small": (
-            lambda: T5ForConditionalGeneration(T5Config(**T5)),
-            lambda: {
-                "input_ids": torch.randint(2, T5["vocab_size"], (rows, inputs)),
-                "labels": torch.randint(2, T5["vocab_size"], (rows, targets)),
-            },
-        ),
-        "Llama-135M": (
-            lambda: LlamaForCausalLM(LlamaConfig(**LLAMA)),
-            lambda: (lambda ids: {"input_ids": ids, "labels": ids})(
-                torch.randint(2, LLAMA["vocab_size"], LLAMA_BATCH)
-            ),
-        ),
-    }
-    for name, (make, feed) in makers.items():
-        for mode in ("float32", "medium", "autocast"):
-            torch.set_float32_matmul_precision("medium" if mode == "medium" else "highest")
-            model, batch = make().train(), feed()
-            optimizer = torch.optim.AdamW(model.parameters())
+    if name == "T5":
+        rows, inputs, length = T5_BATCH
+        model = T5ForConditionalGeneration(T5Config(**T5)).train()
+        batch = {
+            "input_ids": torch.randint(2, T5["vocab_size"], (rows, inputs)),
+            "labels": torch.randint(2, T5["vocab_size"], (rows, length)),
+        }
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**LLAMA)).train()
+        ids = torch.randint(2, LLAMA["vocab_size"], LLAMA_BATCH)
+        batch = {"input_ids": ids, "labels": ids.clone()}
+    length = batch["labels"].shape[1]
+    batch["labels"][:, : round((1 - targets) * length)] = -100
+    figures = {}
+    for mode in modes:
+        torch.set_float32_matmul_precision("medium" if mode == "medium" else "highest")
+        optimizer = torch.optim.AdamW(model.parameters())
 
-            def run(model=model, batch=batch, optimizer=optimizer, mode=mode) -> None:
-                with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
-                    loss = model(**batch).loss
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
+        def run(mode: str = mode, optimizer: torch.optim.Optimizer = optimizer) -> None:
+            with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
+                loss = model(**batch).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
 
-            seconds[f"{name} {mode}"] = median_of(run)
-    return seconds
+        key = name if mode == "float32" else f"{name} bfloat16"
+        suffix = "torch" if mode == "float32" else f"torch {mode}"
+        figures[f"{key} {suffix}"] = TOKENS[name] / median_of(run, TRAIN_STEPS)
+        figures.setdefault(f"{name} memory torch", peak())
+    return figures
 
 
-def train(torch_python: str | None) -> None:
-    """Prints the table of training steps."""
-    theirs = by_torch(torch_python, __file__, "peer") if torch_python else {}
-    measured = ours()
-    rate = 2 * 2048**3 / measured["matmul"]
-    print(f"float32 matrix products: {rate / 1e9:.0f} GFLOP/s")
-    for name, tokens in TOKENS.items():
-        seconds, share = measured[name], FLOPS[name] / measured[name] / rate
-        print(f"{name}: m2l {seconds:.3f} s, {tokens / seconds:.0f} tokens/s, {share:.1%} of them")
-        for mode in ("float32", "medium", "autocast") if theirs else ():
-            other = theirs[f"{name} {mode}"]
-            print(
-                f"{name}: torch {mode} {other:.3f} s, {tokens / other:.0f} tokens/s; "
-                f"m2l is {other / seconds:.2f} times as fast"
-            )
+def train(name: str, targets: float, torch_python: str | None) -> None:
+    """Prints the figures of a model's training step."""
+    figures = ours(name, targets)
+    if torch_python:
+        modes = ["float32"]
+        if any(key.endswith("bfloat16") for key in figures):
+            modes += ["medium", "autocast"]
+        same = ["peer", name.lower(), "--targets", str(targets), "--modes", *modes]
+        figures |= by_torch(torch_python, __file__, *same)
+    print(json.dumps(figures))
 
 
 def convert(layers: int | None) -> None:
@@ -296,13 +285,17 @@ def main() -> None:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["train", "convert", "peer"])
+    parser.add_argument("model", choices=["t5", "llama"], nargs="?", default="llama")
+    parser.add_argument("--targets", type=float, default=1.0, help="The share that counts.")
     parser.add_argument("--torch", help="A Python that has torch and transformers.")
+    parser.add_argument("--modes", nargs="*", help=argparse.SUPPRESS)
     parser.add_argument("--layers", type=int, help="Converts a wider model with so many.")
     flags = parser.parse_args()
+    name = {"t5": "T5", "llama": "Llama"}[flags.model]
     if flags.what == "peer":
-        print(json.dumps(peer()))
+        print(json.dumps(peer(name, flags.targets, flags.modes)))
     elif flags.what == "train":
-        train(flags.torch)
+        train(name, flags.targets, flags.torch)
     else:
         convert(flags.layers)
 

@@ -1,14 +1,12 @@
 """The trainer as a whole, and what it needs of memory; the bare step is in models.py.
 
-    python scripts/bench/train.py speed [--torch PYTHON]
+    python scripts/bench/train.py speed
     python scripts/bench/train.py saving
     python scripts/bench/train.py memory
 
 `speed`: `m2l train` itself, of T5-small's dimensions on 16 x (256 + 64) tokens in float32 with
 dropout 0.1 and Adafactor: tokens a second (all positions), the share of the time in which input was
-waited for, and MFU, with random tokens and with the microworld's packed ones. PYTHON is an
-interpreter that has torch and transformers: their step of the same dimensions, in three modes, is
-measured too.
+waited for, and MFU, with random tokens and with the microworld's packed ones.
 
 `saving`: the same run with a checkpoint every ten steps: for how long one holds training up, and
 what share that is at one every 500 steps. checkpoints.py measures saves by themselves.
@@ -32,7 +30,7 @@ import models as bare
 from jax.sharding import AbstractMesh
 
 from m2l import configuration, partitioning, tasks
-from m2l.checkpoints.saving import RunCheckpoints
+from m2l.checkpoints.run_checkpoints import RunCheckpoints
 from m2l.data import vocabularies
 from m2l.models import Execution, LlamaConfig
 from m2l.training import loop, resources
@@ -84,9 +82,8 @@ def median(lines: list[dict[str, float]], name: str) -> float:
     return statistics.median(line[name] for line in lines)
 
 
-def speed(root: Path, torch_python: str | None) -> None:
+def speed(root: Path) -> None:
     """Prints the trainer's speed."""
-    positions = 16 * (256 + 64)
     for name, synthetic in (("random tokens", True), ("microworld", False)):
         lines = train(root / name.replace(" ", "_"), synthetic=synthetic)
         # The random batch has no padding; MFU counts positions, and so gives the packed run's rate.
@@ -94,12 +91,7 @@ def speed(root: Path, torch_python: str | None) -> None:
         print(f"{name}: MFU {rate:.1%}, input waited for {median(lines, 'input_wait'):.2%}")
         if synthetic:
             tokens = median(lines, "tokens_per_second")
-            print(f"{name}: {tokens:.0f} tokens/s, {positions / tokens:.3f} s a step")
-    if torch_python:
-        for mode, seconds in bare.by_torch(torch_python, bare.__file__, "peer").items():
-            if mode.startswith("T5-small"):
-                other = positions / seconds
-                print(f"torch {mode}: {other:.0f} tokens/s; m2l is {tokens / other:.2f} times it")
+            print(f"{name}: {tokens:.0f} tokens/s, {16 * (256 + 64) / tokens:.3f} s a step")
 
 
 def saving(root: Path) -> None:
@@ -157,16 +149,15 @@ def main() -> None:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["speed", "saving", "memory"])
-    parser.add_argument("--torch", help="A Python that has torch and transformers.")
     flags = parser.parse_args()
     if flags.what == "memory":
         table()
         return
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-    tasks.register()
+    tasks.declare()
     with tempfile.TemporaryDirectory() as folder:
         if flags.what == "speed":
-            speed(Path(folder), flags.torch)
+            speed(Path(folder))
         else:
             saving(Path(folder))
 

@@ -4,7 +4,7 @@ The paper's harmful prompts with GPT-4's refusals are not public; CoCoNot stands
 """
 
 from m2l.data.prompts import Dataset, Prompt, datasets_in
-from m2l.data.raw_records import Hub, Record, Tensors, held_back
+from m2l.data.raw_records import Hub, Record, held_back
 from m2l.evaluation import refusals
 from m2l.evaluation.sandbox import ANSWER
 
@@ -27,10 +27,8 @@ def _is_general(record: Record) -> bool:
     return not refusals.is_refusal(texts[place + 1])
 
 
-def _first_turn(record: Tensors) -> Tensors:
-    import tensorflow as tf
-
-    place = tf.argmax(tf.cast(record["messages/role"] == "user", tf.int64))
+def _first_turn(record: Record) -> Record:
+    place = record["messages/role"].index("user")
     texts = record["messages/content"]
     return {"request": texts[place], "answer": texts[place + 1]}
 
@@ -224,11 +222,9 @@ CODE_FEEDBACK = Dataset(
 )
 
 
-def _human_eval_test(record: Tensors) -> Tensors:
-    import tensorflow as tf
-
+def _human_eval_test(record: Record) -> Record:
     parts = (record["prompt"], f"    pass\n{ANSWER}\n", record["test"], "\ncheck(")
-    return {"tests": tf.strings.join([*parts, record["entry_point"], ")\n"])[tf.newaxis]}
+    return {"tests": ["".join([*parts, record["entry_point"], ")\n"])]}
 
 
 HUMAN_EVAL_PLUS = Dataset(
@@ -255,11 +251,9 @@ HUMAN_EVAL_PLUS = Dataset(
 )
 
 
-def _mbpp_test(record: Tensors) -> Tensors:
-    import tensorflow as tf
-
-    imports = tf.strings.reduce_join(record["test_imports"], separator="\n")
-    return {"tests": tf.strings.join([imports, f"\n{ANSWER}\n", record["test"]])[tf.newaxis]}
+def _mbpp_test(record: Record) -> Record:
+    imports = "\n".join(record["test_imports"])
+    return {"tests": [f"{imports}\n{ANSWER}\n{record['test']}"]}
 
 
 MBPP_PLUS = Dataset(

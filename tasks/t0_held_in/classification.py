@@ -1,14 +1,13 @@
 """Opinions and topics: IMDB, AppReviews, AG News and DBPedia. None has a validation split."""
 
 from m2l.data.prompts import Dataset, Prompt, prompt_table
-from m2l.data.raw_records import Hub, Tensors, Tfds, held_back
+from m2l.data.raw_records import Hub, Record, Tfds, held_back
+from m2l.data.rendering import stripped
 
 
-def _rating(review: Tensors) -> Tensors:
-    import tensorflow as tf
-
+def _rating(review: Record) -> Record:
     star = review["star"]
-    return {"rating": star - 1, "mood": tf.cast(tf.sign(star - 3) + 1, tf.int64)}
+    return {"rating": star - 1, "mood": (star > 3) - (star < 3) + 1}
 
 
 APP_REVIEWS = Dataset(
@@ -62,10 +61,8 @@ APP_REVIEWS = Dataset(
 )
 
 
-def _opinion(review: Tensors) -> Tensors:
-    import tensorflow as tf
-
-    return {"opinion": tf.where(review["label"] == 1, "likes", "does not like")}
+def _opinion(review: Record) -> Record:
+    return {"opinion": "likes" if review["label"] == 1 else "does not like"}
 
 
 IMDB = Dataset(
@@ -114,11 +111,9 @@ IMDB = Dataset(
 )
 
 
-def _topic(news: Tensors) -> Tensors:
-    import tensorflow as tf
-
-    names = tf.constant(("the world", "sport", "business", "science and technology"))
-    return {"topic": names[news["label"]], "sport": tf.cast(news["label"] == 1, tf.int64)}
+def _topic(news: Record) -> Record:
+    names = ("the world", "sport", "business", "science and technology")
+    return {"topic": names[news["label"]], "sport": int(news["label"] == 1)}
 
 
 AG_NEWS = Dataset(
@@ -178,10 +173,8 @@ AG_NEWS = Dataset(
 )
 
 
-def _about(entry: Tensors) -> Tensors:
-    import tensorflow as tf
-
-    return {"about": tf.strings.strip(entry["content"])}
+def _about(entry: Record) -> Record:
+    return {"about": stripped(entry["content"])}
 
 
 _CLASSES = (

@@ -1,15 +1,12 @@
 """Questions that T0 counts as closed-book: KILT's HotpotQA and WikiQA."""
 
 from m2l.data.prompts import Dataset, Prompt, prompt_table
-from m2l.data.raw_records import Hub, Record, Tensors
+from m2l.data.raw_records import Hub, Record
 
 
-def _answers(question: Tensors) -> Tensors:
-    import tensorflow as tf
-
+def _answers(question: Record) -> Record:
     # An entry of the output may hold only where the answer was found, and no answer.
-    answers = question["output/answer"]
-    answers = tf.boolean_mask(answers, answers != "")
+    answers = [answer for answer in question["output/answer"] if answer]
     return {"answers": answers, "first_answer": answers[0]}
 
 

@@ -1,15 +1,13 @@
 """Questions about a text, with choices (DREAM, CosmosQA) or without (AdversarialQA, ROPES)."""
 
 from m2l.data.prompts import Dataset, Prompt, prompt_table
-from m2l.data.raw_records import Hub, Record, Tensors, Tfds
+from m2l.data.raw_records import Hub, Record, Tfds
 
 
-def _conversation(example: Tensors) -> Tensors:
-    import tensorflow as tf
-
+def _conversation(example: Record) -> Record:
     return {
-        "conversation": tf.strings.reduce_join(example["dialogue"], separator="\n"),
-        "label": tf.argmax(tf.cast(example["choice"] == example["answer"], tf.int64)),
+        "conversation": "\n".join(example["dialogue"]),
+        "label": example["choice"].index(example["answer"]),
     }
 
 
@@ -145,16 +143,13 @@ def _no_answer(example: Record) -> str:
     return "" if example["answers/text"] else "it has no answer"
 
 
-def _first_answer(example: Tensors) -> Tensors:
+def _first_answer(example: Record) -> Record:
     return {"answer": example["answers/text"][0]}
 
 
-def _answer_and_topic(example: Tensors) -> Tensors:
-    import tensorflow as tf
-
+def _answer_and_topic(example: Record) -> Record:
     # Titles are those of web addresses: Super_Bowl_50.
-    topic = tf.strings.regex_replace(example["title"], "_", " ")
-    return {**_first_answer(example), "topic": topic}
+    return {**_first_answer(example), "topic": example["title"].replace("_", " ")}
 
 
 # Questions that the model in the loop (BiDAF, BERT, RoBERTa) could not answer.

@@ -1,7 +1,8 @@
 """Texts from words and tables (CommonGen, WikiBio), and summaries (CNN/DailyMail, XSum)."""
 
 from m2l.data.prompts import Dataset, Prompt, prompt_table
-from m2l.data.raw_records import Hub, Record, Tensors, Tfds
+from m2l.data.raw_records import Hub, Record, Tfds
+from m2l.data.rendering import stripped, words
 
 COMMON_GEN = Dataset(
     name="common_gen",
@@ -37,16 +38,14 @@ COMMON_GEN = Dataset(
 )
 
 
-def _facts(person: Tensors) -> Tensors:
-    import tensorflow as tf
-
-    headers = tf.strings.regex_replace(person["input_text/table/column_header"], "_", " ")
-    cells = tf.strings.strip(person["input_text/table/content"])
-    rows = tf.strings.join([headers, cells], separator=": ")
+def _facts(person: Record) -> Record:
+    headers = person["input_text/table/column_header"]
+    rows = zip(headers, person["input_text/table/content"], strict=True)
+    facts = [f"{header.replace('_', ' ')}: {stripped(cell)}" for header, cell in rows]
     return {
-        "facts": tf.strings.reduce_join(rows, separator="; "),
-        "person": tf.strings.strip(person["input_text/context"]),
-        "biography": tf.strings.strip(person["target_text"]),
+        "facts": "; ".join(facts),
+        "person": stripped(person["input_text/context"]),
+        "biography": stripped(person["target_text"]),
     }
 
 
@@ -138,15 +137,13 @@ CNN_DAILYMAIL = Dataset(
 )
 
 
-def _halves(article: Tensors) -> Tensors:
+def _halves(article: Record) -> Record:
     """Cuts the summary's words into two halves; the second has at least one."""
-    import tensorflow as tf
-
-    words = tf.strings.split(article["summary"])
-    half = tf.size(words) // 2
+    summary = words(article["summary"])
+    half = len(summary) // 2
     return {
-        "opening": tf.strings.reduce_join(words[:half], separator=" "),
-        "rest": tf.strings.reduce_join(words[half:], separator=" "),
+        "opening": " ".join(summary[:half]),
+        "rest": " ".join(summary[half:]),
     }
 
 

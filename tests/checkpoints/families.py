@@ -88,7 +88,83 @@ CONFIGS = {
     },
     "gemma2": {name: value for name, value in DECODER.items() if name != "hidden_act"}
     | {"model_type": "gemma2", "sliding_window": 4, "query_pre_attn_scalar": 144},
+    "gemma": DECODER
+    | {"model_type": "gemma", "hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True},
+    "gemma3": {name: value for name, value in DECODER.items() if name != "hidden_act"}
+    | {
+        "model_type": "gemma3_text",
+        "sliding_window": 4,
+        "_sliding_window_pattern": 2,
+        "sliding_window_pattern": 2,
+        "rope_theta": 1e6,
+        "rope_local_base_freq": 1e4,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    },
+    "ministral": DECODER
+    | {
+        "model_type": "ministral",
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "qwen3": DECODER | {"model_type": "qwen3", "use_sliding_window": False},
+    "olmo2": DECODER | {"model_type": "olmo2", "rope_theta": 5e5},
+    "olmo3": DECODER
+    | {
+        "model_type": "olmo3",
+        "num_hidden_layers": 4,
+        "sliding_window": 4,
+        "rope_theta": 5e5,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 8.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "original_max_position_embeddings": 32,
+            "attention_factor": 1.2,
+        },
+    },
+    "phi3": DECODER
+    | {
+        "model_type": "phi3",
+        "original_max_position_embeddings": 32,
+        "partial_rotary_factor": 0.7,
+        "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.5], "long_factor": [2, 5.5]},
+        "embd_pdrop": 0.1,
+        "full_attn_mod": 1,
+    },
+    "smollm3": DECODER
+    | {"model_type": "smollm3", "no_rope_layer_interval": 2, "no_rope_layers": [1, 0, 1]},
+    "mixtral": DECODER
+    | {
+        "model_type": "mixtral",
+        "num_local_experts": 3,
+        "num_experts_per_tok": 2,
+        "sliding_window": None,
+        "router_aux_loss_coef": 0.02,
+        "router_jitter_noise": 0.0,
+        "output_router_logits": False,
+    },
+    "qwen3 mixture": DECODER
+    | {
+        "model_type": "qwen3_moe",
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
+        "moe_intermediate_size": 4,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "norm_topk_prob": True,
+        "max_window_layers": 48,
+    },
+    "olmoe": DECODER
+    | {
+        "model_type": "olmoe",
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
+        "clip_qkv": None,
+        "norm_topk_prob": False,
+    },
 }
+_TIED = ("gemma", "gemma2", "gemma3_text", "smollm3")
 
 
 def t5_shapes(config):
@@ -128,16 +204,45 @@ def decoder_shapes(config):
         "input_layernorm.weight": (WIDTH,),
         "post_attention_layernorm.weight": (WIDTH,),
     }
+    if kind == "phi3":
+        layer = {n: shape for n, shape in layer.items() if n.split(".")[1][0] not in "qkvgu"}
+        layer |= {
+            "self_attn.qkv_proj.weight": (queries + 2 * keys, WIDTH),
+            "mlp.gate_up_proj.weight": (2 * INNER, WIDTH),
+        }
     if kind == "qwen2" or config.get("attention_bias"):
         layer |= {f"self_attn.{x}_proj.bias": (keys,) for x in "kv"}
         layer["self_attn.q_proj.bias"] = (queries,)
     if config.get("attention_bias"):
         layer["self_attn.o_proj.bias"] = (WIDTH,)
-    if kind == "gemma2":
+    if kind in ("mixtral", "qwen3_moe", "olmoe"):
+        layer = {name: shape for name, shape in layer.items() if "mlp" not in name}
+        inner = config.get("moe_intermediate_size", INNER)
+        names = {
+            "gate_proj": (inner, WIDTH),
+            "up_proj": (inner, WIDTH),
+            "down_proj": (WIDTH, inner),
+        }
+        if kind == "mixtral":
+            names = dict(zip(("w1", "w3", "w2"), names.values(), strict=True))
+        block = "block_sparse_moe" if kind == "mixtral" else "mlp"
+        count = config.get("num_experts", config.get("num_local_experts"))
+        layer[f"{block}.gate.weight"] = (count, WIDTH)
+        for e in range(count):
+            layer |= {f"{block}.experts.{e}.{n}.weight": shape for n, shape in names.items()}
+    if kind in ("qwen3", "gemma3_text", "qwen3_moe"):
+        layer |= {f"self_attn.{x}_norm.weight": (HEAD,) for x in "qk"}
+    if kind in ("gemma2", "gemma3_text"):
         layer |= {f"{x}_feedforward_layernorm.weight": (WIDTH,) for x in ("pre", "post")}
+    if kind in ("olmo2", "olmo3"):
+        del layer["input_layernorm.weight"]
+        layer |= {"post_feedforward_layernorm.weight": (WIDTH,)}
+    if kind in ("olmo2", "olmo3", "olmoe"):
+        layer |= {"self_attn.q_norm.weight": (queries,), "self_attn.k_norm.weight": (keys,)}
+    layers = range(config["num_hidden_layers"])
     shapes = {"model.embed_tokens.weight": (VOCAB, WIDTH), "model.norm.weight": (WIDTH,)}
-    shapes |= {f"model.layers.{i}.{name}": s for i in range(3) for name, s in layer.items()}
-    if not config.get("tie_word_embeddings", kind == "gemma2"):
+    shapes |= {f"model.layers.{i}.{name}": s for i in layers for name, s in layer.items()}
+    if not config.get("tie_word_embeddings", kind in _TIED):
         shapes["lm_head.weight"] = (VOCAB, WIDTH)
     return shapes
 

@@ -98,6 +98,14 @@ def test_a_decoders_defaults_are_those_of_its_class(tmp_path):
         ("gemma2", {}, (4, 0, 4)),
         ("gemma2", {"layer_types": ["full_attention"] * 3}, ()),
         ("gemma2", {"layer_types": ["full_attention"] * 2 + ["sliding_attention"]}, (0, 0, 4)),
+        ("gemma3", {}, (4, 0, 4)),
+        ("gemma3", {"sliding_window_pattern": 3}, (4, 4, 0)),
+        ("ministral", {}, (5, 0, 5)),
+        ("olmo3", {}, (4, 4, 4, 0)),
+        ("phi3", {"sliding_window": 9}, (9, 9, 9)),
+        ("qwen3", {"use_sliding_window": True, "max_window_layers": 1}, (0, 4096, 4096)),
+        ("smollm3", {"use_sliding_window": True, "sliding_window": 6}, (0, 6, 0)),
+        ("smollm3", {"sliding_window": 6}, ()),
     ],
 )
 def test_each_layer_has_the_window_that_its_family_gives_it(tmp_path, family, changes, windows):
@@ -135,7 +143,23 @@ def test_yarns_scales_become_the_attention_factor_that_they_decide(tmp_path):
             "its weights are quantised (quantization_config says gptq)",
         ),
         ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "the rope type 'dynamic'"),
-        ("llama", {"rope_scaling": {"rope_type": "longrope"}}, "the rope type 'longrope'"),
+        ("llama", {"rope_scaling": {"rope_type": "longrope"}}, "'longrope' needs short_factor"),
+        (
+            "phi3",
+            {"rope_scaling": {"type": "su", "short_factor": [1.0], "long_factor": [1.0, 2.0]}},
+            "rope_short_factor: expected 2 numbers above 0, one for each pair of features",
+        ),
+        ("phi3", {"partial_rotary_factor": 0.5}, "partial_rotary_factor: expected an even number"),
+        ("phi3", {"full_attn_mod": 2}, "full_attn_mod = 2 is not supported"),
+        (
+            "gemma3",
+            {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+            "sliding_attention = {'rope_theta': 10000.0, 'rope_type': 'linear'",
+        ),
+        ("qwen3 mixture", {"mlp_only_layers": [0]}, "mlp_only_layers = [0] is not supported"),
+        ("olmoe", {"clip_qkv": 8.0}, "clip_qkv = 8.0 is not supported"),
+        ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok: expected 1 to 3"),
+        ("llama", {"residual_scale": 0.2}, "the field residual_scale = 0.2 is unknown; remove it"),
         ("llama", {"rope_scaling": {"rope_type": "linear"}}, "'linear' needs factor"),
         (
             "llama",
@@ -150,7 +174,7 @@ def test_yarns_scales_become_the_attention_factor_that_they_decide(tmp_path):
         ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
         ("gemma2", {"layer_types": ["chunked_attention"] * 3}, "layer_types = ['chunked"),
         ("gemma2", {"sliding_window": None}, "sliding_window = None, but there are layers that"),
-        ("mistral", {"layer_types": ["full_attention"] * 3}, "layer_types does not agree with"),
+        ("gemma2", {"sliding_window_pattern": 0, "layer_types": 3}, "a field is of the wrong type"),
         ("mistral", {"num_hidden_layers": None}, "num_hidden_layers = None is no number"),
         ("qwen2", {"max_window_layers": None}, "a field is of the wrong type"),
         ("gemma2", {"layer_types": 3}, "a field is of the wrong type"),
@@ -174,9 +198,58 @@ def test_a_missing_field_and_a_damaged_file_are_refused(tmp_path):
             huggingface.read_config(tmp_path / "read")
 
 
-def test_unknown_fields_are_warned_of_once_and_harmless_ones_never(tmp_path, recwarn):
-    config_of(tmp_path, CONFIGS["llama"], _name_or_path="x", temperature=0.6, id2label={"0": "a"})
-    assert not [w for w in recwarn if "unknown fields" in str(w.message)]
-    with pytest.warns(UserWarning, match="unknown fields, .*: residual_scale, wobble") as caught:
-        config_of(tmp_path, CONFIGS["llama"], wobble=3, residual_scale=0.2)
-    assert len([w for w in caught if "unknown fields" in str(w.message)]) == 1
+def test_fields_that_decide_nothing_or_say_none_are_not_refused(tmp_path, recwarn):
+    harmless = {"_name_or_path": "x", "temperature": 0.6, "id2label": {"0": "a"}, "auto_map": {}}
+    none = {"residual_scale": None, "wobble": False, "experts": [], "shift": 0}
+    config = CONFIGS["llama"]
+    assert config_of(tmp_path, config, **harmless, **none) == config_of(tmp_path, config)
+    assert not [w for w in recwarn if "fields" in str(w.message)]
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "without", "settings"),
+    [
+        ("gemma3", {}, (), {"rope_theta": 1e6, "rope_factor": 8.0, "rope_local_base_freq": 1e4}),
+        (
+            "gemma3",
+            {
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+                }
+            },
+            ("rope_theta", "rope_local_base_freq", "rope_scaling"),
+            {"rope_theta": 1e6, "rope_type": "default", "rope_local_base_freq": 500.0},
+        ),
+        ("gemma3", {"rope_theta": 1e4, "rope_scaling": None}, (), {"rope_local_base_freq": 0.0}),
+        ("olmo3", {}, (), {"rope_theta": 5e5, "rope_type": "yarn", "rope_local_base_freq": 5e5}),
+        ("olmo3", {"rope_scaling": None}, (), {"rope_local_base_freq": 0.0}),
+        ("phi3", {}, (), {"rope_factor": 2.0, "rope_original_max_position_embeddings": 32}),
+        ("phi3", {"rope_scaling": None}, (), {"rope_type": "default", "rotary_dim": 4}),
+        ("smollm3", {}, ("no_rope_layers",), {"rotary_layers": (1, 0, 1)}),
+        ("smollm3", {"no_rope_layers": [1, 1, 1, 1]}, (), {"rotary_layers": ()}),
+        ("gemma", {"hidden_act": "gelu"}, (), {"hidden_act": "gelu_pytorch_tanh"}),
+    ],
+)
+def test_layers_have_the_positions_that_their_family_gives_them(
+    tmp_path, family, changes, without, settings
+):
+    config = config_of(tmp_path, CONFIGS[family], without, **changes)
+    assert {name: getattr(config, name) for name in settings} == settings
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "olmoe"])
+def test_the_number_of_experts_has_two_spellings(kind, tmp_path):
+    name = next(n for n, config in CONFIGS.items() if config["model_type"] == kind)
+    spellings = {"num_experts", "num_local_experts"}
+    (own,) = spellings & CONFIGS[name].keys()
+    (other,) = spellings - {own}
+    count = CONFIGS[name][own]
+    changed = config_of(tmp_path, CONFIGS[name], (own,), **{other: count})
+    assert changed == config_of(tmp_path, CONFIGS[name]) and changed.num_experts == count
+
+
+def test_a_mistral_that_lists_its_layers_is_a_ministral(tmp_path):
+    layers = ["sliding_attention", "full_attention", "sliding_attention"]
+    listed = config_of(tmp_path, CONFIGS["mistral"], layer_types=layers, sliding_window=5)
+    assert (listed.model_type, listed.windows) == ("ministral", (5, 0, 5))

@@ -1,5 +1,8 @@
 """Checkpoints come back as they were, whole or by slice, and Orbax itself can read them."""
 
+import threading
+import time
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -9,8 +12,8 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 
 from m2l import checkpoints
-from m2l.checkpoints import publishing, pytrees, zarr
-from m2l.checkpoints.saving import RunCheckpoints
+from m2l.checkpoints import digest, publishing, pytrees, zarr
+from m2l.checkpoints.run_checkpoints import RunCheckpoints
 from m2l.errors import CheckpointError
 
 ABOUT = {
@@ -164,6 +167,51 @@ def test_an_empty_optimizer_state_is_a_state(tmp_path, params):
     assert checkpoints.restore_opt_state(path, state) == state
     assert_equal(checkpoints.restore(path), weights)
     assert checkpoints.verify(path).digest == checkpoints.read_manifest(tmp_path / "x").digest
+
+
+def test_values_are_saved_and_digested_although_the_next_step_overwrites_them(root, params):
+    params = {name: jax.tree.map(np.array, params[name]) for name in ("decoder", "embedding")}
+    step = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
+    with RunCheckpoints(root / "run", keep=2) as saves:
+        current = jax.tree.map(jnp.asarray, params)
+        for number in (1, 2):
+            saves.save(number, current, {"m": current}, **ABOUT)
+            current = step(current)
+    for number, values in enumerate((params, step(jax.tree.map(jnp.asarray, params))), start=1):
+        path = root / "run" / str(number)
+        checkpoints.verify(path)
+        assert_equal(checkpoints.restore(path), jax.tree.map(np.asarray, values))
+        assert_equal(checkpoints.restore_opt_state(path, {"m": values}), {"m": values})
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_training_save_is_no_checkpoint_before_its_digests_are_there(
+    tmp_path, monkeypatch, fails
+):
+    digests_wanted, of_box = threading.Event(), digest.of_box
+
+    def of_box_when_wanted(*arguments):
+        digests_wanted.wait()
+        if fails:
+            raise OSError("no digest")
+        return of_box(*arguments)
+
+    monkeypatch.setattr(digest, "of_box", of_box_when_wanted)
+    with RunCheckpoints(tmp_path / "run", keep=1) as saves:
+        path = saves.save(1, {"w": jnp.ones(3)}, {}, **ABOUT)
+        while not any(tmp_path.rglob("w/c*")):
+            time.sleep(0.01)  # The arrays are written, while digests are computed.
+        assert saves.finished() == {} and not path.exists()
+        digests_wanted.set()
+        if fails:
+            with pytest.raises(CheckpointError, match="no digest"):
+                saves.wait()
+            assert saves.finished() == {}
+            monkeypatch.undo()
+            saves.save(1, {"w": jnp.ones(3)}, {}, **ABOUT)
+        saves.wait()
+        assert saves.finished() == {1: path}
+    checkpoints.verify(path)
 
 
 def test_another_optimizers_state_is_refused_by_name(tmp_path, params):

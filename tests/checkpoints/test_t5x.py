@@ -27,7 +27,7 @@ from flax import serialization
 from m2l import checkpoints, merging, models
 from m2l.checkpoints import t5x
 from m2l.errors import CheckpointError, MergeError, UnsupportedModelError
-from m2l.models.t5 import T5Config
+from m2l.models import T5Config
 
 VOCABULARY = {"name": "bytes", "size": 40, "fingerprint": "abc"}
 

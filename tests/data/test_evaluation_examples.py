@@ -1,6 +1,7 @@
 """Examples of evaluation: from the tasks' own rows, whole, distinguishable, flagged when cut."""
 
 import contextlib
+import dataclasses
 import json
 import re
 
@@ -11,7 +12,9 @@ import tensorflow as tf
 from t5.evaluation.metrics import rank_classification
 
 from m2l import tasks
+from m2l.data import text_tasks
 from m2l.data.examples import generation_examples, ranking_examples
+from m2l.data.prompts import Dataset, Prompt
 from m2l.errors import DataError, UnknownNameError
 
 LENGTHS = {"inputs": 96, "targets": 32}
@@ -258,3 +261,58 @@ def test_a_task_of_the_other_kind_or_without_the_split_is_refused(tmp_path):
     own(tmp_path, "validated", [{"inputs": "q", "targets": "a"}])
     with pytest.raises(DataError, match="no split 'test'"):
         generation_examples("validated", "test", lengths=LENGTHS)
+
+
+@pytest.mark.parametrize(
+    ("task", "read"),
+    [("imdb_liked_it", ranking_examples), ("kilt_tasks_hotpotqa_quiz", generation_examples)],
+)
+def test_examples_are_stored_and_made_again_when_damaged_or_of_something_else(
+    tmp_path, monkeypatch, task, read
+):
+    monkeypatch.setenv("M2L_CACHE", str(tmp_path))
+    settings = {"lengths": {"inputs": 12, "targets": 3}, "max_examples": 5}
+    made = read(task, "validation", **settings)
+    [file] = (tmp_path / "examples").iterdir()
+    content = file.read_bytes()
+
+    def same(others):
+        assert len(others) == len(made) == 5
+        for one, other in zip(made, others, strict=True):
+            for field in dataclasses.fields(one):
+                values = getattr(one, field.name), getattr(other, field.name)
+                np.testing.assert_equal(*values)
+
+    with monkeypatch.context() as stored:
+        stored.setattr(text_tasks.TextTask, "texts", None)
+        again = read(task, "validation", **settings)
+        same(again)
+        assert not again[0].inputs.flags.owndata
+        for other in ({"max_examples": 4}, {"lengths": {"inputs": 13, "targets": 3}}, {"skip": 1}):
+            with pytest.raises(TypeError):
+                read(task, "validation", **settings | other)
+        try:
+            tasks.declare(vocabulary="bytes")
+            with pytest.raises(TypeError):
+                read(task, "validation", **settings)
+        finally:
+            tasks.declare()
+    flipped = bytes([content[-1] ^ 1])
+    for damaged in (b"", b"x", content[:-9], content[:-1] + flipped, content[: len(content) // 2]):
+        file.unlink()
+        file.write_bytes(damaged)
+        same(read(task, "validation", **settings))
+        assert file.read_bytes() == content
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_examples_of_a_users_own_functions_are_not_stored(tmp_path, monkeypatch):
+    monkeypatch.setenv("M2L_CACHE", str(tmp_path))
+    prompt = Prompt("p", "{shouted}", "{a}", metrics=("squad",))
+    derived = {"derived": {"shouted": "string"}, "derive": lambda r: {"shouted": r["q"].upper()}}
+    fields = {"fields": {"q": "string", "a": "string"}, "category": "c", "prompts": (prompt,)}
+    records = [{"q": "why", "a": "so"}]
+    tasks.add(Dataset(name="own_one", **fields, **derived, records=lambda split: records))
+    [example] = generation_examples("own_one_p", "validation", lengths=LENGTHS)
+    assert example.inputs_text == "WHY"
+    assert not (tmp_path / "examples").exists()

@@ -1,13 +1,16 @@
 """The Hub over HTTP, from a stand-in for it, and what is left of it without a network."""
 
+import base64
 import hashlib
 import http.server
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 import pyarrow as pa
@@ -18,16 +21,35 @@ CONVERTED = "refs/convert/parquet"
 
 
 class StandIn(http.server.BaseHTTPRequestHandler):
-    """As much of the Hub's HTTP interface as reading a dataset takes."""
+    """As much of the Hub's HTTP interface as reading datasets and models and pushing one take."""
 
     def answer(self):
         path = unquote(urlparse(self.path).path)
         length = int(self.headers.get("Content-Length") or 0)
         body = self.rfile.read(length).decode()
-        asked = re.fullmatch(r"/(?:api/)?datasets/(\w+/\w+)(?:/(\w[\w-]*)/?(.*))?", path)
+        kinds = r"/(?:api/)?(?:datasets/|models/)?"
+        asked = re.fullmatch(kinds + r"(\w+/\w+)(?:/(\w[\w-]*)/?(.*))?", path)
         folder = asked and self.server.root / asked[1]
         if path == "/":
             self.send(200)
+        elif path == "/api/validate-yaml":
+            self.send(200, {"errors": [], "warnings": []})
+        elif path == "/api/repos/create":
+            self.server.created.append(json.loads(body))
+            self.send(200, {"url": f"http://{self.headers['Host']}/org/pushed"})
+        elif asked and asked[2] == "preupload":
+            files = [{"path": f["path"]} for f in json.loads(body)["files"]]
+            usual = {"uploadMode": "regular", "shouldIgnore": False}
+            self.send(200, {"files": [file | usual for file in files]})
+        elif asked and asked[2] == "commit":
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "deletedFile":
+                    self.server.deleted.append(line["value"]["path"])
+                if line["key"] == "file":
+                    content = base64.b64decode(line["value"]["content"])
+                    self.server.pushed[asked[1], line["value"]["path"]] = content
+            address = f"http://{self.headers['Host']}/{asked[1]}/commit/{'a' * 40}"
+            self.send(200, {"success": True, "commitOid": "a" * 40, "commitUrl": address})
         elif not asked or not folder.is_dir():
             self.send(404, **{"X-Error-Code": "RepoNotFound"})
         else:
@@ -137,6 +159,15 @@ def put(path, columns):
     pq.write_table(pa.table(columns), path)
 
 
+def serve(root, home):
+    """Starts a stand-in; returns it, and the settings by which the Hub's libraries find it."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), StandIn)
+    server.root, server.created, server.deleted, server.pushed = root, [], [], {}
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    return server, {"HF_ENDPOINT": address, "HF_HOME": str(home), "HF_TOKEN": "hf_x"}
+
+
 @pytest.fixture(scope="module")
 def asked(tmp_path_factory):
     """The answers to QUESTIONS with the Hub in reach, then without it, then when told so."""
@@ -154,10 +185,7 @@ def asked(tmp_path_factory):
         for split in ("train", "val"):
             path = root / f"org/script/converted/{config}/{split}/0000.parquet"
             put(path, {"label": [number]})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), StandIn)
-    server.root = root
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    there = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(home)}
+    server, there = serve(root, home)
     online = ask(there, *QUESTIONS)
     server.shutdown()
     server.server_close()
@@ -198,3 +226,67 @@ def test_what_is_nowhere_is_refused_with_the_command_that_gets_it(asked):
     assert f"org/plain (other) is not on this machine ({looked}; " in offline[3]
     assert "--include 'other/*'" in offline[3]
     assert "--revision refs/convert/parquet --local-dir DIR/org/script`" in offline[6]
+
+
+def command(environment, *arguments, program="from m2l.cli import main; main()"):
+    """The exit code and the output of a program, in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments)],
+        env={**os.environ, **environment, "HF_HUB_DISABLE_XET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_models_are_merged_by_name_from_the_cache_too_and_pushed(road, run_m2l, tmp_path):
+    root, home = tmp_path / "hub", tmp_path / "home"
+    for name in ("base", "sentiment", "closed_book_qa"):
+        assert run_m2l("convert", road / name, root / f"org/{name}/main") == 0
+    for name in ("pickled", "base/main"):
+        (root / "org" / name).mkdir(parents=True, exist_ok=True)
+        (root / "org" / name / "pytorch_model.bin").write_bytes(b"run me")
+    shutil.copytree(root / "org/pickled", root / "org/pickled/main")
+    merge = ["merge", "--method", "task_arithmetic", "--scale", 0.5]
+    local = [root / "org" / name / "main" for name in ("base", "sentiment", "closed_book_qa")]
+    named = ["org/base", "org/sentiment@main", "org/closed_book_qa"]
+    for paths, out in ((local, "local"), (named, "named")):
+        arguments = [*merge, "--base", paths[0], "--expert", paths[1], "--expert", paths[2]]
+        if paths is local:
+            assert run_m2l(*arguments, "--out", tmp_path / out) == 0
+            continue
+        server, there = serve(root, home)
+        code, said = command(there, *arguments, "--out", tmp_path / out)
+        assert code == 0, said
+    merged = [(tmp_path / out / "model.safetensors").read_bytes() for out in ("local", "named")]
+    assert merged[0] == merged[1]
+    assert not list(home.rglob("*.bin"))
+    ask = "from m2l.hub_models import located; print(located('org/base+org/sentiment'))"
+    said = command(there, program=ask)[1].splitlines()[0]
+    assert all((Path(part) / "model.safetensors").is_file() for part in said.split("+"))
+
+    # Of an earlier model, in two files.
+    stale = root / "org/pushed/main/model-00001-of-00002.safetensors"
+    stale.parent.mkdir(parents=True)
+    stale.write_bytes(b"")
+    (stale.parent / "notes.md").write_text("stays")
+    for name in ("LICENSE", "merges.txt"):
+        (tmp_path / "named" / name).write_text(name)
+    code, said = command(there, "push", tmp_path / "named", "org/pushed")
+    assert code == 0 and f"/org/pushed/commit/{'a' * 40}" in said, said
+    assert [made["name"] for made in server.created] == ["pushed"]
+    stored = {name for _, name in server.pushed}
+    assert {"config.json", "model.safetensors", "README.md", "LICENSE", "merges.txt"} <= stored
+    assert server.deleted == [stale.name]
+    for (_, name), content in server.pushed.items():
+        assert content == (tmp_path / "named" / name).read_bytes()
+    assert "m2l convert" in command(there, "push", road / "base", "org/pushed")[1]
+    assert "reads no pickles" in command(there, "inspect", "org/pickled")[1]
+    assert "neither here" in command(there, "inspect", "org/absent")[1]
+    server.shutdown()
+    server.server_close()
+
+    assert command(there, "inspect", "org/base")[0] == 0
+    code, said = command({**there, "HF_HUB_OFFLINE": "1"}, "inspect", "org/elsewhere")
+    assert code == 2 and "org/elsewhere: neither here" in said and len(said.splitlines()) == 1

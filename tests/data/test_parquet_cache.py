@@ -14,7 +14,7 @@ import pytest
 
 from m2l.data import parquet_cache as cache
 from m2l.data.raw_records import checked
-from m2l.data.record_source import RecordTensors
+from m2l.data.record_table import RecordTable
 from m2l.errors import DataError
 
 FIELDS = {
@@ -109,18 +109,16 @@ def test_records_are_written_as_they_come(tmp_path, small_shards):
 def test_a_cache_feeds_a_task_as_its_source_did(tmp_path):
     filled(tmp_path, {"demo": {"train": 7}})
     index = cache.read_index(tmp_path)
-    cached = RecordTensors(
+    cached = RecordTable(
         "demo", FIELDS, ("train",), lambda split: cache.read(tmp_path, index, "demo", split)
     )
-    source = RecordTensors(
+    source = RecordTable(
         "demo", FIELDS, ("train",), lambda split: checked("demo", split, map(raw, range(7)), FIELDS)
     )
     assert cached.split("train").size == source.split("train").size == 7
     for number in range(7):
-        ours, theirs = cached.split("train").read(number), source.split("train").read(number)
-        assert {name: str(value.numpy()) for name, value in ours.items()} == {
-            name: str(value.numpy()) for name, value in theirs.items()
-        }
+        ours, theirs = cached.split("train").record(number), source.split("train").record(number)
+        assert ours == theirs
 
 
 def test_the_digest_tells_caches_apart_by_their_records(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 import seqio
 
 from m2l import tasks
-from m2l.data import layouts, pipeline, vocabularies
+from m2l.data import layouts, pipeline, seqio_pipeline, vocabularies
 from m2l.errors import DataError, UnknownNameError
 
 LENGTHS = {"inputs": 96, "targets": 32}
@@ -251,7 +251,7 @@ def test_a_mixture_draws_its_tasks_by_their_rates():
 
 
 def test_mixtures_joined_by_a_plus_keep_their_rates():
-    joined = pipeline.find("mixture", "imdb+ag_news+imdb_liked_it", "train")
+    joined = seqio_pipeline.find("mixture", "imdb+ag_news+imdb_liked_it", "train")
     names = {task.name for task in joined.tasks}
     assert names == {*tasks.tasks_in("imdb"), *tasks.tasks_in("ag_news")}
     assert set(tasks.tasks_in("imdb+ag_news")) == names

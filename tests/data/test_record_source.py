@@ -2,20 +2,21 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import seqio
+import tensorflow as tf
 
 from m2l.data.raw_records import checked
-from m2l.data.record_source import RecordSource, RecordTensors
+from m2l.data.record_table import RecordTable, index_shuffle
+from m2l.data.seqio_source import RecordSource
 from m2l.errors import DataError
 
 
 def records(values, fields=None, splits=None):
     splits = splits or ["train"]
     fields = fields or {"n": "int"}
-    return RecordTensors(
-        "demo", fields, splits, lambda split: checked("demo", split, values, fields)
-    )
+    return RecordTable("demo", fields, splits, lambda split: checked("demo", split, values, fields))
 
 
 def numbers(size, *, seed=1, epochs=1, name="demo", shard=None, shuffle=True):
@@ -30,6 +31,16 @@ def test_an_epoch_visits_every_record_once_and_the_next_in_another_order(size):
     epochs = [visited[size * k : size * (k + 1)] for k in range(3)]
     assert all(sorted(epoch) == list(range(size)) for epoch in epochs)
     assert size < 7 or (epochs[0] != epochs[1] != epochs[2] and epochs[0] != list(range(size)))
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 1000, 2**16, 2**16 + 1, 2**16 + 2, 10**6, 2**33 + 9])
+@pytest.mark.parametrize("keys", [(0, 4_000_000_000), (-5, 2**40 + 3)])
+def test_a_random_order_is_tensorflows(size, keys):
+    numbers = np.unique(np.linspace(0, size - 1, 50, dtype=np.int64))
+    theirs = tf.random.experimental.index_shuffle(
+        tf.constant(numbers), tf.constant(keys, tf.int64), size - 1
+    )
+    assert np.array_equal(index_shuffle(numbers, keys, size), theirs)
 
 
 def test_the_order_depends_on_seed_and_task_and_nothing_else():

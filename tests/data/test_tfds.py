@@ -11,7 +11,7 @@ import tensorflow_datasets as library
 
 from m2l.data import tfds
 from m2l.data.raw_records import Part, Tfds, checked
-from m2l.data.record_source import RecordTensors
+from m2l.data.record_table import RecordTable
 from m2l.errors import DataError
 from m2l.tasks import t0_held_in, t0_held_out
 
@@ -101,11 +101,11 @@ def test_every_declared_dataset_comes_with_the_types_that_are_declared(dataset, 
         flat = checked(dataset.name, its, records, dataset.fields)
         return part.of(flat) if isinstance(part, Part) else flat
 
-    records = RecordTensors(dataset.name, dataset.fields, tuple(splits), read_split)
+    records = RecordTable(dataset.name, dataset.fields, tuple(splits), read_split)
     for split, part in splits.items():
         assert 0 < records.split(split).size <= 60
         assert isinstance(part, Part) or records.split(split).size == 60
-        assert set(records.split(split).read(0)) == set(dataset.fields)
+        assert set(records.split(split).record(0)) == set(dataset.fields)
 
 
 # ---- What is made of a record

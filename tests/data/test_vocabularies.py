@@ -6,6 +6,7 @@ import pytest
 import tensorflow as tf
 
 from m2l.data import vocabularies
+from m2l.data.seqio_vocabularies import as_seqio
 from m2l.data.tokenizer_files import EOS, PAD, UNKNOWN
 from m2l.errors import DataError
 
@@ -30,7 +31,9 @@ def vocabulary(request):
 def test_text_comes_back_exactly_and_the_graph_gives_the_same_ids(vocabulary, text):
     ids = vocabulary.encode(text)
     assert vocabulary.decode(ids) == text
-    assert vocabulary.encode_tf(tf.constant(text)).numpy().tolist() == ids
+    seqios = as_seqio(vocabulary)
+    assert seqios.encode(text) == seqios.encode_tf(tf.constant(text)).numpy().tolist() == ids
+    assert seqios.decode(ids) == text
     assert not set(ids) & {PAD, EOS, UNKNOWN}
 
 

@@ -14,6 +14,7 @@ import tokenizers
 
 from m2l import tasks
 from m2l.data import examples, pipeline, tokenizer_files, vocabularies
+from m2l.data.seqio_vocabularies import as_seqio
 from m2l.errors import DataError
 
 ODD = [
@@ -55,17 +56,18 @@ def test_the_graph_gives_the_same_ids_and_texts(made_tokenizers, name, targets):
     chat, kind = name.startswith("chat:"), name.removeprefix("chat:")
     vocabulary = vocabularies.load("chat:" * chat + str(made_tokenizers / kind))
     vocabulary = vocabularies.continuing(vocabulary) if targets else vocabulary
-    in_graph = tf.data.Dataset.from_tensor_slices(ODD).map(vocabulary.encode_tf)
+    seqios = as_seqio(vocabulary)
+    in_graph = tf.data.Dataset.from_tensor_slices(ODD).map(seqios.encode_tf)
     assert in_graph.element_spec.shape.as_list() == [None]
     assert in_graph.element_spec.dtype == tf.int32
     for text, ids in zip(ODD, in_graph.as_numpy_iterator(), strict=True):
         assert ids.tolist() == vocabulary.encode(text)
-        assert vocabulary.encode_tf(tf.constant(text)).numpy().tolist() == ids.tolist()
+        assert seqios.encode(text) == seqios.encode_tf(tf.constant(text)).numpy().tolist()
         # SentencePiece's own two decoders differ in the white space at a text's ends.
         if len(ids) and kind in ("byte_level", "llama"):
-            decoded = vocabulary.decode_tf(tf.constant(ids)).numpy()
+            decoded = seqios.decode_tf(tf.constant(ids)).numpy()
             assert decoded.decode() == vocabulary.decode(ids.tolist())
-            dataset = tf.data.Dataset.from_tensors(ids).map(vocabulary.decode_tf)
+            dataset = tf.data.Dataset.from_tensors(ids).map(seqios.decode_tf)
             assert next(dataset.as_numpy_iterator()) == decoded
 
 
@@ -86,7 +88,7 @@ def test_rows_decode_up_to_their_ends(made_tokenizers):
     rows = np.zeros((2, 12), np.int32)
     for row, ids in zip(rows, words, strict=True):
         row[: len(ids)], row[len(ids)] = ids, vocabulary.eos_id
-    assert vocabulary.decode_tf(tf.constant(rows)).numpy().tolist() == [b"cat", b"a fish"]
+    assert as_seqio(vocabulary).decode_tf(tf.constant(rows)).numpy().tolist() == [b"cat", b"a fish"]
     assert vocabulary.decode([*words[0], vocabulary.vocab_size + 5]) == "cat"
 
 
@@ -260,7 +262,7 @@ def test_sentinels_that_are_pieces_are_not_added_again(made_tokenizers):
     assert vocabularies.load(str(made_tokenizers / "t5")).extra_ids == 100
     own = vocabularies.load(str(made_tokenizers / "mt5"))
     assert own.extra_ids == 0
-    assert own.vocab_size == own.tokenizer.GetPieceSize()
+    assert own.vocab_size == own.files.processor().GetPieceSize()
 
 
 def test_a_chats_prompt_is_rendered_by_its_template(made_tokenizers):
@@ -381,7 +383,7 @@ def test_a_chat_template_that_is_missing_or_fails_is_refused(edited, template, m
 def test_a_template_that_fails_on_a_text_names_it_an_invalid_argument(edited):
     template = "{% if messages[0]['content'] == '' %}{{ raise_exception('empty') }}{% endif %}"
     vocabulary = vocabularies.load(f"chat:{edited('byte_level', chat_template=template)}")
-    dataset = tf.data.Dataset.from_tensors("").map(vocabulary.encode_tf)
+    dataset = tf.data.Dataset.from_tensors("").map(as_seqio(vocabulary).encode_tf)
     with pytest.raises(tf.errors.InvalidArgumentError, match=r"chat template fails \(empty\)"):
         list(dataset)
 

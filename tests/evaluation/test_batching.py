@@ -1,11 +1,16 @@
 """Few shapes, no example dropped or doubled, and the same scores whatever the batches."""
 
+import dataclasses
+
+import jax
 import numpy as np
 import pytest
 
+from m2l import models
 from m2l.data import layouts
 from m2l.data.examples import GenerationExample, RankingExample
-from m2l.evaluation import batching, ranking
+from m2l.evaluation import batching, generation, ranking
+from m2l.models import LlamaConfig
 
 LAYOUT = layouts.EncoderDecoder()
 
@@ -76,6 +81,23 @@ def test_shapes_that_are_alike_become_one_and_those_that_are_not_stay_apart():
     assert len(batching.common_shapes(apart, 10, LAYOUT)) == 2
 
 
+@pytest.mark.parametrize(
+    ("most", "counts", "devices", "wanted"),
+    [
+        (24, [50], 1, 17),  # 51 rows; 72 of 24
+        (24, [100] * 12, 1, 20),  # none too many
+        (32, [7, 5], 1, 7),  # 14 rows; 15 of 5
+        (32, [100], 8, 24),  # 120 rows; 128 of 32
+        (24, [64], 8, 16),
+        (64, [50], 8, 56),  # one batch, which the devices divide
+        (32, [0], 1, 1),
+        (32, [], 1, 1),
+    ],
+)
+def test_batches_are_of_the_size_with_the_fewest_rows(most, counts, devices, wanted):
+    assert batching.fitting_size(most, counts, devices) == wanted
+
+
 def test_scores_are_the_same_for_any_batch_size_bucket_and_order(tiny_config, tiny_params):
     rng = np.random.default_rng(2)
     examples = [ranked(rng, rng.integers(1, 60), (1, 3, 2)[: rng.integers(2, 4)]) for _ in range(9)]
@@ -90,3 +112,29 @@ def test_scores_are_the_same_for_any_batch_size_bucket_and_order(tiny_config, ti
             for one, other in zip(found, wanted, strict=True):
                 np.testing.assert_allclose(one, other, rtol=1e-5)
                 assert one.argmax() == other.argmax()
+
+
+@pytest.mark.parametrize("windows", [(), (9, 0)], ids=["full", "windows"])
+def test_what_all_inputs_begin_with_is_read_once_and_changes_no_score(windows):
+    config = LlamaConfig(
+        vocab_size=1152, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, windows=windows,
+    )  # fmt: skip
+    params = models.init(config, jax.random.key(0))
+    rng = np.random.default_rng(3)
+    header = ids(rng, 29)
+    examples = [
+        dataclasses.replace(example, inputs=np.concatenate([header, example.inputs]))
+        for example in (ranked(rng, rng.integers(2, 20), (1, 3)) for _ in range(7))
+    ]
+    layout = layouts.PrefixLM(None)
+    assert len(batching.shared_prefix(examples, layout)) == 24
+    scores = ranking.score_examples(config, params, examples, layout=layout, batch_size=3)
+    options = {"layout": layout, "batch_size": 3, "max_length": 6, "eos_id": 1}
+    texts = generation.greedy(config, params, examples, **options)
+    for number, example in enumerate(examples):
+        assert not len(batching.shared_prefix([example], layout))
+        (alone,) = ranking.score_examples(config, params, [example], layout=layout)
+        np.testing.assert_allclose(scores[number], alone, rtol=1e-5)
+        (text,) = generation.greedy(config, params, [example], **options)
+        assert texts[number].tolist() == text.tolist()

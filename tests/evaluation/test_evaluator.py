@@ -10,6 +10,7 @@ from m2l import merging, models, tasks
 from m2l.data import vocabularies
 from m2l.errors import ConfigError, DataError, EvaluationError, UnknownNameError
 from m2l.evaluation import batching, bootstrap, generation, metrics, ranking, results
+from m2l.evaluation.decoding import Decoding
 from m2l.evaluation.evaluator import Evaluator
 from m2l.evaluation.results import read_result
 from m2l.evaluation.task_data import load_tasks
@@ -165,17 +166,40 @@ def test_what_is_cut_is_counted_and_refused_above_a_share(infos, evaluate, tmp_p
 
 
 def test_beams_decode_and_are_another_setting(infos, evaluate, tmp_path, monkeypatch):
-    by_beams = load(infos["free"], beams=3)
+    three = Decoding(beams=3)
+    by_beams = load(infos["free"], decoding=three)
     assert by_beams.digest != load(infos["free"]).digest
-    assert load(infos["free"], beams=3, generative_score="likelihood").digest == (
+    assert load(infos["free"], decoding=three, generative_score="likelihood").digest == (
         load(infos["free"], generative_score="likelihood").digest
     )
     monkeypatch.setattr(generation, "greedy", no_decoding)
     evaluate(by_beams, tmp_path)
     with pytest.raises(EvaluationError, match="other examples or settings"):
-        evaluate(load(infos["free"], beams=2), tmp_path)
-    with pytest.raises(ConfigError, match="beams: expected at least 1"):
-        load(infos["free"], beams=0)
+        evaluate(load(infos["free"], decoding=Decoding(beams=2)), tmp_path)
+    with pytest.raises(ConfigError, match="beams: expected 1 to"):
+        Decoding(beams=0)
+
+
+def test_samples_are_scored_by_their_mean_and_another_seed_is_another_setting(
+    infos, evaluate, tmp_path
+):
+    drawn = load(infos["free"], decoding=Decoding(temperature=1.0, samples=3, seed=2))
+    result = evaluate(drawn, tmp_path, examples=True)
+    assert result.settings["decoding"] == "3 drawn at temperature 1, seed 2"
+    lines = results.read_examples(tmp_path, drawn.info.name)
+    by_sample = [
+        metrics.figures(
+            drawn.metric,
+            [example.reference for example in drawn.examples],
+            [line["predictions"][number] for line in lines],
+        )[0]
+        for number in range(3)
+    ]
+    headline = metrics.HEADLINE[drawn.metric]
+    assert result.score == pytest.approx(np.mean([each[headline] for each in by_sample]))
+    assert len({text for line in lines for text in line["predictions"]}) > 1
+    with pytest.raises(EvaluationError, match="other examples or settings"):
+        evaluate(load(infos["free"], decoding=Decoding(temperature=1.0, samples=3)), tmp_path)
 
 
 def test_one_evaluator_serves_merges_in_memory_without_compiling_or_batching_again(

@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import sacrebleu
@@ -220,3 +222,25 @@ def test_an_unknown_metric_proposes_the_nearest():
 def test_every_metric_that_a_prompt_may_name_can_be_computed():
     assert set(prompts.TEXT_METRICS) == set(metrics.METRICS) <= set(metrics.HEADLINE)
     assert set(prompts.CHOICE_METRICS) == {"accuracy", *ranking.CLASS_METRICS}
+
+
+def test_pass_at_k_is_the_share_of_draws_of_k_that_have_one_that_is_right():
+    references = [["so 3"], ["so 5"], ["so 7"]]
+    samples = [["3", "3", "1", "2", "3"], ["1", "2", "3", "4", "6"], ["7", "1", "2", "3", "4"]]
+    found, by_example = metrics.figures_of_samples("number", references, samples)
+    assert by_example == pytest.approx([60, 0, 20])
+    assert found["number"] == pytest.approx(80 / 3)
+    assert {name for name in found if "@" in name} == {"pass@1", "pass@2", "pass@4", "pass@5"}
+    for k in (1, 2, 4, 5):
+        shares = [
+            np.mean([any(text == reference[0][-1] for text in draw) for draw in draws])
+            for reference, draws in (
+                (reference, list(itertools.combinations(texts, k)))
+                for reference, texts in zip(references, samples, strict=True)
+            )
+        ]
+        assert found[f"pass@{k}"] == pytest.approx(100 * np.mean(shares))
+    one = [texts[:1] for texts in samples]
+    assert metrics.figures_of_samples("number", references, one) == metrics.figures(
+        "number", references, [texts[0] for texts in samples]
+    )

@@ -11,6 +11,7 @@ from m2l.data import vocabularies
 from m2l.data.examples import GenerationExample, RankingExample
 from m2l.data.prompts import TaskInfo
 from m2l.evaluation import results
+from m2l.evaluation.decoding import Decoding
 from m2l.evaluation.evaluator import Evaluator
 from m2l.evaluation.task_data import TaskData
 
@@ -61,7 +62,8 @@ def tasks():
     ]
     info = TaskInfo("ranked", "ranked", "", "c", False, "rank", ("accuracy",), True)
     by_beams = dataclasses.replace(info, name="beams", kind="generate", metrics=("squad",))
-    return [TaskData(info, ranked, 4, "r"), TaskData(by_beams, texts, 4, "b", beams=2)]
+    by_beams = TaskData(by_beams, texts, 4, "b", decoding=Decoding(beams=2))
+    return [TaskData(info, ranked, 4, "r"), by_beams]
 
 
 def test_two_processes_on_a_mesh_give_the_results_of_one_device(

@@ -50,6 +50,81 @@ def dare_ties(base, experts, kept, drop_rate, density, scale):
     return base + scale * disjoint_mean(taus)
 
 
+def tall_masks(base, experts, threshold):
+    taus = exact_task_vectors(base, experts)
+    # In float32, as the comparison is.
+    total = np.float32(0)
+    for tau in np.float32(taus):
+        total = total + tau
+    return taus.sum(0), np.abs(taus) >= np.float32(threshold) * np.abs(total - np.float32(taus))
+
+
+def tall_mask_models(base, experts, threshold, weights):
+    total, masks = tall_masks(base, experts, threshold)
+    return base + np.average(masks, axis=0, weights=weights) * total
+
+
+def consensus_ta(base, experts, threshold, agreement, scale):
+    total, masks = tall_masks(base, experts, threshold)
+    return base + scale * (masks.sum(0) >= agreement) * total
+
+
+def ram_plus(base, experts, reinforcement, limit, epsilon):
+    taus = exact_task_vectors(base, experts)
+    changed = np.abs(taus) > np.float32(epsilon)
+    alone = changed & (changed.sum(0) == 1)
+    shared = changed & (changed.sum(0) > 1)
+    overlap = shared.sum(1) / np.maximum(alone.sum(1), 1)
+    factors = 1 + reinforcement * np.minimum(overlap, limit)
+    mean = np.where(shared, taus, 0).sum(0) / np.maximum(shared.sum(0), 1)
+    return base + (np.where(alone, taus, 0) * factors[:, None]).sum(0) + mean
+
+
+def sce(base, experts, density, scale):
+    taus = exact_task_vectors(base, experts)
+    taus = taus * (trim(taus.var(0), density) > 0)
+    squares = np.square(taus).sum(1)
+    shares = (squares / squares.sum())[:, None]
+    agreeing = (np.sign(taus) == np.sign(taus.sum(0))) & (taus != 0)
+    total = (agreeing * shares).sum(0)
+    return base + scale * (agreeing * shares * taus).sum(0) / np.where(total == 0, 1, total)
+
+
+def emr(base, experts, weights):
+    taus = exact_task_vectors(base, experts)
+    sign = np.sign(taus.sum(0))
+    agreeing = np.sign(taus) == sign
+    unified = sign * np.where(agreeing, np.abs(taus), 0).max(0)
+    rescalers = np.abs(taus).sum(1) / np.abs(agreeing * unified).sum(1)
+    models = rescalers[:, None] * agreeing * unified
+    return base + np.average(models, axis=0, weights=weights)
+
+
+def pcb(base, experts, density, scale):
+    """As the authors' code has it, but for scores below 0; not of density 1."""
+    taus = exact_task_vectors(base, experts)
+    ordered = np.sort(np.abs(taus), axis=1)
+    size = taus.shape[1]
+    least, most = ordered[:, [int(size * 1e-4)]], ordered[:, [int(size * (1 - 1e-4) - 1)]]
+    clamped = np.clip(np.abs(taus), least, most)
+    scores = np.exp(len(taus) * ((clamped - least) / (most - least)) ** 2)
+    scores = scores * np.tanh(taus * taus.sum(0))
+    limits = np.sort(scores, axis=1)[:, [int(size * (1 - density))]]
+    assert (limits > 0).all()
+    shares = np.clip((scores - limits) / (scores.max(1, keepdims=True) - limits), 0, None)
+    total = shares.sum(0)
+    merged = (np.sign(taus) * clamped * shares).sum(0) / np.where(total > 0, total, 1)
+    return base + scale * merged
+
+
+def spherical_mean(experts, weights):
+    """The weighted mean of the directions, as long as the vectors are in the mean."""
+    lengths = np.linalg.norm(experts, axis=1)
+    shares = np.array(weights) / np.sum(weights)
+    mean = shares / lengths @ experts
+    return shares @ lengths * mean / np.linalg.norm(mean)
+
+
 def drop_rates_by_rank(tau, drop_rate, epsilon):
     """From p + epsilon for the smallest to p - epsilon; alike to 8 bits of magnitude is equal."""
     bins = np.abs(np.float32(tau)).view(np.uint32) >> 16

@@ -12,7 +12,7 @@ import pytest
 from m2l import checkpoints, models
 from m2l.errors import MergeError
 from m2l.merging import Recipe, merge_params
-from m2l.merging.adamerging import entropy_gradient, layer_patterns, learn_coefficients
+from m2l.merging.search import entropy_gradient, layer_patterns, learn_coefficients
 
 SHAPES = {
     "token_embedder": (5, 3),

@@ -22,6 +22,7 @@ RECIPES = {
     "average weighted": Recipe("average", weights=(1, 3)),
     "linear": Recipe("linear", t=0.3),
     "task_arithmetic": Recipe("task_arithmetic", scale=0.3, exclude=("*norm",)),
+    "weighted_sum": Recipe("weighted_sum", weights=(0.3, 0.9)),
     "ties": Recipe("ties", density=0.3, scale=0.7),
     "ties of each tensor": Recipe("ties", density=0.3, scope="tensor"),
     "ties max weighted": Recipe("ties", consensus="max", weighted_signs=True, dtype="bfloat16"),
@@ -33,6 +34,24 @@ RECIPES = {
     "della of the model": Recipe("della", drop_rate=0.5, epsilon=0.3, scope="model"),
     "breadcrumbs": Recipe("breadcrumbs", density=0.6, gamma=0.1),
     "breadcrumbs of the model": Recipe("breadcrumbs", density=0.6, gamma=0.1, scope="model"),
+    "della_linear": Recipe("della_linear", drop_rate=0.5, epsilon=0.3),
+    "breadcrumbs_ties": Recipe("breadcrumbs_ties", density=0.6, gamma=0.1),
+    "nearswap": Recipe("nearswap", nearness=0.3),
+    "nuslerp": Recipe("nuslerp", weights=(1, 2)),
+    "task_nuslerp": Recipe("task_nuslerp", weights=(1, 2)),
+    "multislerp": Recipe("multislerp", weights=(1, 2)),
+    "task_multislerp": Recipe("task_multislerp", weights=(1, 2)),
+    "karcher": Recipe("karcher", weights=(1, 2)),
+    "ram": Recipe("ram", epsilon=0.5),
+    "ram_plus": Recipe("ram_plus", epsilon=0.5),
+    "ram_plus of each tensor": Recipe("ram_plus", epsilon=0.5, scope="tensor"),
+    "sce": Recipe("sce", density=0.3),
+    "sce of the model": Recipe("sce", density=0.3, scope="model"),
+    "emr": Recipe("emr", weights=(1, 2)),
+    "pcb": Recipe("pcb", density=0.3),
+    "pcb of each tensor": Recipe("pcb", density=0.3, scope="tensor"),
+    "tall_masks": Recipe("tall_masks", weights=(1, 3)),
+    "consensus_ta": Recipe("consensus_ta", scale=0.7),
     "slerp": Recipe("slerp", t=0.3),
     "model_stock": Recipe("model_stock"),
     "fisher": Recipe("fisher", weights=(1, 2)),
@@ -54,6 +73,10 @@ IN_MEMORY = (
     *("average", "linear", "task_arithmetic", "ties", "ties of each tensor", "dare"),
     *("dare_ties trimmed", "breadcrumbs", "slerp", "model_stock", "fisher", "regmean"),
     "mergekit dare_ties",
+    "weighted_sum",
+    *("breadcrumbs_ties", "nearswap", "task_nuslerp", "task_multislerp", "karcher"),
+    *("ram", "tall_masks", "consensus_ta", "ram_plus", "sce", "sce of the model", "emr"),
+    *("pcb", "pcb of each tensor"),
 )
 
 START = """
@@ -76,10 +99,6 @@ if count > 1:
     distributed.join(address, (index, count), survive=True)
 assert len(jax.local_devices()) == devices
 os.environ["M2L_CACHE"] = f"{out}/cache-{index}"
-# What one process has compiled the next ones find.
-jax.config.update("jax_enable_compilation_cache", True)
-jax.config.update("jax_compilation_cache_dir", f"{root}/compiled-{devices}")
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 for name, recipe in recipes.items():
     base, experts, statistics = inputs(recipe)
     manifest = merge(base, experts, recipe, f"{out}/{name}", statistics=statistics, block=BLOCK,
@@ -117,7 +136,7 @@ for name in names:
     wanted = checkpoints.restore(f"{out}/{name}", shardings=shardings((2, 4)))
     for found, leaf in zip(jax.tree.leaves(merged), jax.tree.leaves(wanted), strict=True):
         found, leaf = np.asarray(found), np.asarray(leaf)
-        if recipe.method in ("slerp", "model_stock") or recipe.rescale == "norm":
+        if METHODS[recipe.method].coefficients is not None or recipe.rescale == "norm":
             # Sums of its own order.
             np.testing.assert_allclose(found, leaf, rtol=1e-5, atol=1e-6, err_msg=name)
         else:

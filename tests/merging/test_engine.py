@@ -1,5 +1,6 @@
 """Merging checkpoints: the in-memory merge's bits, whatever the blocks, and what they should be."""
 
+import hashlib
 import shutil
 import warnings
 
@@ -9,10 +10,10 @@ import numpy as np
 import pytest
 
 from m2l import checkpoints
-from m2l.checkpoints import digest, saving, zarr
+from m2l.checkpoints import digest, huggingface_directory, safetensors, saving, zarr
 from m2l.checkpoints.spans import boxes
 from m2l.errors import CheckpointError, MergeError
-from m2l.merging import Recipe, analysis, merge, merge_params
+from m2l.merging import Recipe, merge, merge_params, passes
 
 from . import oracles
 from .conftest import (
@@ -66,6 +67,26 @@ def write_boxes(path, params, chunk):
     about = {"model": MODEL, "vocabulary": VOCABULARY, "made_by": {"kind": "test"}}
     checkpoints.describe(path, described, digests, **about)
     return path
+
+
+def write_directory(path, arrays):
+    """Writes a Hugging Face directory with a manifest of m2l's."""
+    path.mkdir()
+    described = {name: (array.shape, array.dtype) for name, array in arrays.items()}
+    extents = safetensors.create(path, described, [[*described]])
+    for name, array in arrays.items():
+        extents[name].write_from(array.reshape(-1))
+    digests = {n: hashlib.sha256(array.tobytes()).hexdigest() for n, array in arrays.items()}
+    manifest = checkpoints.Manifest(
+        model={},
+        vocabulary={"name": None, "size": None, "fingerprint": None},
+        dtype="float32",
+        step=0,
+        made_by={"kind": "test"},
+        parents=(),
+        parameters=saving.array_records(described, digests),
+    )
+    huggingface_directory.write(path, manifest, digests)
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +180,64 @@ def test_average_needs_no_base(tmp_path, paths):
     beside = merge(base, experts, Recipe("average"), tmp_path / "beside")
     assert [parent["role"] for parent in alone.parents] == ["expert"] * 3
     assert alone.parameters == beside.parameters
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("to", ["orbax", "huggingface", None, "parameters"])
+def test_one_expert_at_weight_one_is_copied_bit_for_bit(tmp_path, dtype, to):
+    """Subnormal numbers and negative zeros as well, of which arithmetic makes others."""
+    rng = np.random.default_rng(2)
+    words = rng.integers(0, 1 << 16, (2, 3, 700), np.uint16)
+    words[words & 0x7F80 == 0x7F80] = 1
+    arrays = {
+        name: a.view(ml_dtypes.bfloat16).astype(dtype) for name, a in zip("ab", words, strict=True)
+    }
+    arrays["a"][0, :2] = -0.0, 1e-39
+    scaled = (("b", (0.5,)),)
+    if to == "parameters":
+        found = merge_params(None, [arrays], Recipe("weighted_sum", dtype=dtype, scales=scaled))
+    else:
+        inputs = tmp_path / "inputs"
+        if to == "huggingface":
+            write_directory(inputs, arrays)
+        else:
+            write_boxes(inputs, arrays, (2, 90))
+        recipe, out = Recipe("weighted_sum", dtype=dtype, scales=scaled), to and tmp_path / "out"
+        found = merge(None, [inputs], recipe, out, progress=False, block=50)
+        if to == "huggingface":
+            assert huggingface_directory.verify(out) == found
+            found = {n: t.read_checked() for n, t in safetensors.open_tensors(out).items()}
+        elif to is not None:
+            assert checkpoints.verify(out) == found
+            found = checkpoints.restore(out)
+    same_bits({"a": found["a"]}, {"a": arrays["a"]})
+    half = (arrays["b"].astype(np.float32) / 2).astype(dtype)
+    normal = np.abs(half.astype(np.float32)) > 1e-37
+    np.testing.assert_array_equal(np.asarray(found["b"])[normal], half[normal])
+
+
+@pytest.mark.parametrize("damage", ["digest", "nan"])
+@pytest.mark.parametrize("to", ["orbax", "huggingface"])
+def test_a_copy_of_what_is_damaged_or_not_finite_is_refused(tmp_path, to, damage):
+    arrays = {"a": np.ones((3, 70), np.float32)}
+    arrays["a"][1, 3] = np.nan if damage == "nan" else 1
+    if to == "huggingface":
+        write_directory(tmp_path / "inputs", arrays)
+        file = tmp_path / "inputs" / "model.safetensors"
+    else:
+        write_boxes(tmp_path / "inputs", arrays, (3, 70))
+        (file,) = (tmp_path / "inputs").rglob("c.*")
+    if damage == "digest":
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+    message = "only finite" if damage == "nan" else "a (is damaged|does not have the digest)"
+    with pytest.raises((CheckpointError, MergeError), match=message):
+        merge(None, [tmp_path / "inputs"], Recipe("average"), tmp_path / "out", progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["inputs"]
+    options = {"verify": False, "progress": False}
+    if damage == "digest":
+        merge(None, [tmp_path / "inputs"], Recipe("average"), tmp_path / "out", **options)
 
 
 def test_excluded_parameters_are_the_bases_and_do_not_count(tmp_path, models, paths):
@@ -280,11 +359,11 @@ def test_samples_of_chunks_tell_what_samples_of_rows_tell(tmp_path, paths, boxed
     found = []
     for name, inputs in (("rows", paths), ("boxes", boxed)):
         # As of a model of which a part is looked at, and where a sample says where to look.
-        monkeypatch.setattr(analysis, "SAMPLED", 500)
-        monkeypatch.setattr(analysis, "SKIPPED", 2)
-        monkeypatch.setattr(analysis, "RUNS", 16)
-        monkeypatch.setattr(analysis, "RUN", 8)
-        monkeypatch.setattr(analysis, "_CELL", 32)
+        monkeypatch.setattr(passes, "SAMPLED", 500)
+        monkeypatch.setattr(passes, "SKIPPED", 2)
+        monkeypatch.setattr(passes, "RUNS", 16)
+        monkeypatch.setattr(passes, "RUN", 8)
+        monkeypatch.setattr(passes, "_CELL", 32)
         monkeypatch.setenv("M2L_CACHE", str(tmp_path / "cache" / name))
         recipe = Recipe("ties", density=0.3)
         found.append(merge(*inputs, recipe, tmp_path / name, progress=False, block=50))

@@ -19,7 +19,7 @@ LLAMA = {
     "hidden_size": 8, "intermediate_size": 10, "num_hidden_layers": 1, "num_attention_heads": 2,
     "max_position_embeddings": 64, "tie_word_embeddings": False, "rope_theta": 10000.0,
 }  # fmt: skip
-QWEN3 = LLAMA | {"model_type": "qwen3", "tie_word_embeddings": True}
+QWEN3 = LLAMA | {"model_type": "qwen3", "tie_word_embeddings": True, "num_key_value_heads": 2}
 CLIP = {"model_type": "clip"}
 VOCABULARY = {"name": "bytes", "size": 12, "fingerprint": "x"}
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -198,7 +198,7 @@ def test_adapters_are_refused_as_directories_and_files(merged, tmp_path):
     base = write(tmp_path / "base", LLAMA, decoder(1))
     renamed = write(tmp_path / "renamed", LLAMA, factors)
     for path in (adapter, adapter / "adapter_model.safetensors", renamed):
-        with pytest.raises(CheckpointError, match=r"adapter .*merge_and_unload"):
+        with pytest.raises(CheckpointError, match=r"adapter .*BASE\+ADAPTER.*merge_and_unload"):
             merged(base, path)
 
 

@@ -10,7 +10,18 @@ import pytest
 
 from m2l import checkpoints
 from m2l.errors import MergeError
-from m2l.merging import METHODS, Interval, Recipe, grid, merge, merge_params, method, sweep
+from m2l.merging import (
+    METHODS,
+    Interval,
+    Recipe,
+    grid,
+    merge,
+    merge_each,
+    merge_params,
+    method,
+    sweep,
+)
+from m2l.merging.methods import Density, Weights
 
 from .conftest import same_bits, whole
 
@@ -96,6 +107,21 @@ def test_the_commands_know_a_new_method(softened, paths, tmp_path, run_m2l, caps
     assert digests[0] == digests[2] != digests[1]
 
 
+def test_thresholds_of_magnitudes_by_weights_are_each_recipes_own(registry, models):
+    def weighted(taus, weights):
+        return [jnp.abs(weight * tau + 1) for weight, tau in zip(weights, taus, strict=True)]
+
+    @method(magnitudes=weighted)
+    def shifted(base, experts, thresholds, density: Density = 0.2, weights: Weights = ()):
+        """Keeps the entries whose weighted task vector is far from -1."""
+        sizes = weighted([expert - base for expert in experts], weights)
+        return sum(jnp.where(s >= t, s, 0) for s, t in zip(sizes, thresholds, strict=True))
+
+    recipes = [Recipe("shifted", weights=(1.0, w, 2.0)) for w in (1.0, -30.0)]
+    for recipe, merged in zip(recipes, merge_each(*models, recipes), strict=True):
+        np.testing.assert_array_equal(whole(merged), whole(merge_params(*models, recipe)))
+
+
 def _unknown(experts, widgets):
     """Needs what there is not."""
 
@@ -136,6 +162,16 @@ def test_a_signature_that_describes_no_method_is_refused(registry, function, mes
     with pytest.raises(TypeError, match=message):
         method(function)
     assert function.__name__ not in registry
+
+
+def test_sums_and_magnitudes_are_for_methods_that_use_them(registry):
+    for options in ({"sums": sum}, {"magnitudes": list}):
+        with pytest.raises(TypeError, match="sums are for coefficients, magnitudes for thresholds"):
+            method(_without_inputs, **options)
+
+
+def _without_inputs(experts):
+    """Takes neither coefficients nor thresholds."""
 
 
 def test_a_method_of_another_module_is_not_replaced(registry):

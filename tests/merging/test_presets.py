@@ -11,7 +11,7 @@ from m2l.checkpoints import safetensors
 from m2l.errors import UnknownNameError
 from m2l.merging import METHODS, PRESETS, Recipe, merge, preset
 from m2l.merging.methods import Consensus, drop, elect_and_merge, trim
-from m2l.merging.requirements import Requirements
+from m2l.merging.recipe import Requirements
 
 DATA = Path(__file__).parents[1] / "goldens"
 NAMES = ["embed.weight", "up.weight", "down.weight", "norm.weight", "gate", "odd"]
@@ -44,6 +44,7 @@ CASES = {
     "mergelm_ties_cancel": ("mergelm", {"method": "ties"}),
     "mergelm_ties_balanced": ("mergelm", {"method": "ties"}),
     "mergekit_linear": ("mergekit", {"method": "average", "weights": UNEQUAL}),
+    "mergekit_linear_sum": ("mergekit", {"method": "weighted_sum", "weights": UNEQUAL}),
     "mergekit_task_arithmetic": (
         "mergekit",
         {"method": "task_arithmetic", "weights": WEIGHTS, "scale": 0.7},
@@ -58,6 +59,16 @@ CASES = {
         "mergekit",
         {
             "method": "breadcrumbs",
+            "density": 0.6,
+            "gamma": 0.1,
+            "weights": WEIGHTS,
+            "exclude": ("gate",),
+        },
+    ),
+    "mergekit_breadcrumbs_ties": (
+        "mergekit",
+        {
+            "method": "breadcrumbs_ties",
             "density": 0.6,
             "gamma": 0.1,
             "weights": WEIGHTS,
@@ -139,7 +150,12 @@ def l1_rescale(taus, kept):
 
 @pytest.mark.parametrize(
     ("case", "weighted_mean"),
-    [("mergekit_dare_linear", None), ("mergekit_dare_ties", "sum"), ("mergekit_della", "mean")],
+    [
+        ("mergekit_dare_linear", None),
+        ("mergekit_dare_ties", "sum"),
+        ("mergekit_della", "mean"),
+        ("mergekit_della_linear", None),
+    ],
 )
 def test_mergekits_drops_are_ours_with_its_own_masks(case, weighted_mean, goldens):
     _, arrays = goldens
@@ -167,7 +183,7 @@ def test_fusion_bench_trims_what_it_dropped_over_the_whole_model(goldens):
     ]
     flat = [np.concatenate([np.ravel(p[2][i]) for p in parts]) for i in range(3)]
     recipe = Recipe(**preset("fusion_bench", {"method": "dare_ties"}))
-    rank = Requirements(recipe, 3).ranks(flat[0].size)["thresholds"]
+    rank = Requirements(recipe, 3).ranks(flat[0].size)["thresholds"][0]
     limits = np.float32([np.sort(np.abs(tau))[-rank] for tau in flat])
     trimmed = [(name, base, trim(taus, limits)) for name, base, taus in parts]
     signs = sum(int(np.sign(sum(taus)).sum()) for _, _, taus in trimmed)

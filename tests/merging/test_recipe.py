@@ -56,7 +56,10 @@ def test_unknown_names_are_answered_with_the_nearest(fields, message):
         ({"method": "ties", "drop_rate": 0.5}, "ties has no drop_rate"),
         ({"method": "linear", "weights": [1, 1]}, "linear has no weights"),
         ({"method": "della", "drop_rate": 0.1}, "the rates from -0.05 to 0.25"),
-        ({"method": "breadcrumbs", "density": 1.0, "gamma": 0.1}, "together above 1"),
+        (
+            {"method": "sce", "weighted_signs": True, "zero_sign": "majority_or_none"},
+            "sce has no zero_sign majority_or_none with weighted_signs",
+        ),
         ({"method": "dare", "drop_rate": 0.5, "zero_sign": "positive"}, "dare has no zero_sign"),
         ({"method": "ties", "weighted_signs": 1}, "weighted_signs must be true or false"),
         ({"method": "ties", "scales": ["a"]}, "pairs of a pattern and a scale"),
@@ -78,8 +81,12 @@ def test_unknown_names_are_answered_with_the_nearest(fields, message):
         ({"method": "task_arithmetic", "scope": "tensor"}, "task_arithmetic has no scope"),
         ({"method": "ties", "seed": 1.5}, "seed must be a whole number"),
         ({"method": "ties", "exclude": "*"}, "exclude must be a list of patterns"),
+        ({"method": "ties", "exclude": 3}, "exclude must be a list of patterns"),
+        ({"method": []}, r"unknown merge method '\[\]'"),
+        ({"method": "ties", "dtype": ["float32"]}, "unknown dtype"),
+        ({"method": "ties", "scope": {}}, "unknown scope"),
     ],
 )
 def test_bad_settings_are_refused_by_name(fields, message):
-    with pytest.raises(MergeError, match=message):
+    with pytest.raises((MergeError, UnknownNameError), match=message):
         Recipe(**fields)

@@ -12,7 +12,7 @@ import pytest
 from m2l import checkpoints
 from m2l.checkpoints import safetensors, zarr
 from m2l.errors import CheckpointError, MergeError
-from m2l.merging import Recipe, analysis, engine, merge, outputs, prepare
+from m2l.merging import Recipe, engine, merge, outputs, passes, prepare
 from m2l.merging.outputs import staging
 
 from .conftest import free_port
@@ -122,6 +122,7 @@ def test_a_killed_merge_goes_on_and_gives_the_same_bytes(
     there = {file for file in place.rglob("c.*") if file.suffix != ".tmp"}
     # Others of a few threads were being written.
     assert chunks - 8 <= len(there) <= chunks
+    (next(place.rglob("zarr.json")).parent / ".c.0.0.123-456.tmp").write_bytes(b"half a chunk")
     written, write = [], zarr.TensorWriter.write
 
     def counted(self, box, block):
@@ -136,14 +137,21 @@ def test_a_killed_merge_goes_on_and_gives_the_same_bytes(
     whole = merge(*inputs(root), recipe, root / f"whole_{name}", block=BLOCK, progress=False)
     assert found == whole
     assert checkpoints.verify(out) == found
+    files, others = (
+        {file.relative_to(path) for file in path.rglob("*")}
+        for path in (out, root / f"whole_{name}")
+    )
+    assert files == others
 
 
+@pytest.mark.parametrize(("method", "count"), [("ties", 2), ("weighted_sum", 1)])
 def test_a_finished_file_of_a_hugging_face_directory_is_not_made_again(
-    directories, tmp_path, monkeypatch
+    directories, tmp_path, monkeypatch, method, count
 ):
     monkeypatch.setattr(engine, "SHARD_SIZE", 5000)
     base, experts = directories
-    whole = merge(base, experts, Recipe("ties"), tmp_path / "whole", progress=False)
+    recipe, experts = Recipe(method), experts[:count]
+    whole = merge(base, experts, recipe, tmp_path / "whole", progress=False)
     finish, left = outputs.ShardedResult.finish, [1]
 
     def stopping(self, unit):
@@ -155,7 +163,7 @@ def test_a_finished_file_of_a_hugging_face_directory_is_not_made_again(
     with monkeypatch.context() as patch:
         patch.setattr(outputs.ShardedResult, "finish", stopping)
         with pytest.raises(KeyboardInterrupt):
-            merge(base, experts, Recipe("ties"), tmp_path / "out", progress=False)
+            merge(base, experts, recipe, tmp_path / "out", progress=False)
     (place,) = tmp_path.glob(".out.merge-*/out")
     assert len([*place.glob("*.safetensors")]) == 2
     made, tasks = [], outputs.ShardedResult.tasks
@@ -165,7 +173,7 @@ def test_a_finished_file_of_a_hugging_face_directory_is_not_made_again(
         return tasks(self, units, *sizes)
 
     monkeypatch.setattr(outputs.ShardedResult, "tasks", noted)
-    found = merge(base, experts, Recipe("ties"), tmp_path / "out", progress=False)
+    found = merge(base, experts, recipe, tmp_path / "out", progress=False)
     assert made == [f"model-{number:05}-of-00004.safetensors" for number in (3, 4)]
     assert found.parameters == whole.parameters
     for file in (tmp_path / "whole").glob("*.safetensors*"):
@@ -241,9 +249,9 @@ def test_a_process_that_fails_is_named_with_its_reason(root, tmp_path):
 
 def test_thresholds_that_were_found_once_are_not_counted_again(root, monkeypatch, tmp_path):
     monkeypatch.setenv("M2L_CACHE", str(tmp_path))
-    counted, count = [], analysis.Analysis._count
+    counted, count = [], passes.Analysis._count
     monkeypatch.setattr(
-        analysis.Analysis, "_count", lambda *arguments: counted.append(1) or count(*arguments)
+        passes.Analysis, "_count", lambda *arguments: counted.append(1) or count(*arguments)
     )
     first = merge(*inputs(root), Recipe("ties", density=0.3), root / "first", progress=False)
     assert counted

@@ -67,7 +67,7 @@ def test_thresholds_are_those_of_a_partition_of_the_whole_model(kind):
     experts = [magnitudes(kind), magnitudes("normal")]
     read, calls = reader(experts)
     first = [[BitRange(0, LARGEST) for _ in RANKS] for _ in experts]
-    found = select(read, first, RANKS, 5000)
+    found = select(read, first, [RANKS] * 2, 5000)
     assert found == [[wanted(values, rank) for rank in RANKS] for values in experts]
     # From the whole range two readings will do.
     assert len(calls) == 2
@@ -87,7 +87,7 @@ def test_a_bracket_of_a_sample_holds_the_threshold(kind, rank):
     if kind in ("normal", "wide"):
         assert inside < 0.08
     read, calls = reader([values], 100_000)
-    assert select(read, [[found]], [rank], values.size) == [[wanted(values, rank)]]
+    assert select(read, [[found]], [[rank]], values.size) == [[wanted(values, rank)]]
     assert len(calls) <= (1 if found.shift == 0 else 2)
 
 
@@ -95,7 +95,7 @@ def test_a_bracket_of_a_sample_holds_the_threshold(kind, rank):
 def test_a_bracket_that_misses_is_noticed(first):
     values = magnitudes("normal")
     read, calls = reader([values])
-    found = select(read, [[BitRange(*first)]], [1000], values.size)
+    found = select(read, [[BitRange(*first)]], [[1000]], values.size)
     assert found == [[wanted(values, 1000)]]
     assert len(calls) == 3
 
@@ -109,7 +109,7 @@ def test_counts_of_parts_add_up_to_those_of_the_whole():
     def together(intervals):
         return thresholds.merge_counts([part(intervals) for part in parts])
 
-    assert select(together, first, [1000], 5000) == select(whole, first, [1000], 5000)
+    assert select(together, first, [[1000]], 5000) == select(whole, first, [[1000]], 5000)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -151,7 +151,7 @@ def test_in_memory_the_kth_largest_is_that_of_a_sort(monkeypatch, word, traced):
 
     find = jax.jit(find) if traced else find
     for rank in (1, 2, 1000, 4999, 5000):
-        result = find(uint64.split(rank)[None])
+        result = find(uint64.split(rank)[None, None])
         np.testing.assert_array_equal(result, [[np.sort(expert)[-rank] for expert in experts]])
 
 
@@ -161,7 +161,7 @@ def test_any_rank_of_any_numbers_is_found(values, data):
     values = np.float32(values)
     rank = data.draw(st.integers(1, values.size - 1))
     read, _ = reader([values], 7)
-    ((found,),) = select(read, [[BitRange(0, LARGEST)]], [rank], values.size)
+    ((found,),) = select(read, [[BitRange(0, LARGEST)]], [[rank]], values.size)
     assert found == wanted(values, rank)
 
 

@@ -155,11 +155,19 @@ WAYS = {
 }
 MODELS = {
     "llama": TINY,
-    "llama with windows": change(TINY, windows=(0, 3), post_norms=True, attn_logit_softcapping=3.0),
+    "llama with windows": change(
+        TINY,
+        windows=(0, 3),
+        post_norms=True,
+        attn_logit_softcapping=3.0,
+        qk_norm="head",
+        rope_local_base_freq=9.0,
+    ),
+    "mixture": change(TINY, num_experts=3, num_experts_per_tok=2, moe_intermediate_size=8),
     "t5": TINY_T5,
 }
 # The loop without a scan gives every layer its own window, whether they differ or not.
-CASES = [("llama", "scan"), ("llama", "scan, dots")]
+CASES = [("llama", "scan"), ("llama", "scan, dots"), ("mixture", "scan, dots")]
 CASES += [(name, way) for name in ("llama with windows", "t5") for way in WAYS]
 
 
@@ -307,6 +315,20 @@ LLAMA_REFUSALS = [
     ({"rms_norm_eps": 0}, "rms_norm_eps: expected more than 0, found 0"),
     ({"rope_theta": -1.0}, "rope_theta: expected more than 0, found -1.0"),
     ({"rope_factor": float("nan")}, "rope_factor: expected a finite number, found nan"),
+    ({"rotary_layers": (1,)}, "rotary_layers: 1 numbers for 2 layers; give one for each, or none"),
+    ({"qk_norm": "heads"}, "LlamaConfig.qk_norm 'heads'; the nearest known one is 'head'"),
+    ({"omit_pre_norms": True}, "omit_pre_norms: blocks without any norm; set post_norms"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: expected an even number"),
+    ({"partial_rotary_factor": 0.1}, "partial_rotary_factor: expected an even number"),
+    ({"partial_rotary_factor": 1.4}, "found 8 of 6"),
+    (
+        {
+            "rope_type": "longrope",
+            "rope_original_max_position_embeddings": 8,
+            "rope_short_factor": (1.0, 2.0),
+        },
+        "rope_short_factor: expected 3 numbers above 0, one for each pair of features",
+    ),
     ({"rope_type": "llama3"}, "rope_original_max_position_embeddings: rope_type 'llama3' needs"),
     ({"rope_type": "yarn"}, "rope_original_max_position_embeddings: rope_type 'yarn' needs it"),
 ]
@@ -375,6 +397,62 @@ PUBLISHED = {
     "Gemma-2-2B": (
         published(256000, 2304, 9216, 26, 8, 4, 256, tie_word_embeddings=True, post_norms=True),
         2_614_341_888,
+    ),
+    "Qwen3-0.6B": (
+        published(151936, 1024, 3072, 28, 16, 8, 128, tie_word_embeddings=True, qk_norm="head"),
+        596_049_920,
+    ),
+    "Gemma-3-1B": (
+        published(
+            *(262144, 1152, 6912, 26, 4, 1, 256),
+            tie_word_embeddings=True,
+            post_norms=True,
+            qk_norm="head",
+        ),
+        999_885_952,
+    ),
+    "OLMo-2-1B": (
+        published(
+            *(100352, 2048, 8192, 16, 16, 16, 128),
+            omit_pre_norms=True,
+            post_norms=True,
+            qk_norm="whole",
+        ),
+        1_484_916_736,
+    ),
+    "SmolLM3-3B": (
+        published(128256, 2048, 11008, 36, 16, 4, 128, tie_word_embeddings=True),
+        3_075_098_624,
+    ),
+    "Phi-3-mini": (published(32064, 3072, 8192, 32, 32, 32, 96), 3_821_079_552),
+    "Mixtral-8x7B": (
+        published(
+            *(32000, 4096, 14336, 32, 32, 8, 128),
+            num_experts=8,
+            num_experts_per_tok=2,
+            moe_intermediate_size=14336,
+        ),
+        46_702_792_704,
+    ),
+    "Qwen3-30B-A3B": (
+        published(
+            *(151936, 2048, 6144, 48, 32, 4, 128),
+            qk_norm="head",
+            num_experts=128,
+            num_experts_per_tok=8,
+            moe_intermediate_size=768,
+        ),
+        30_532_122_624,
+    ),
+    "OLMoE-1B-7B": (
+        published(
+            *(50304, 2048, 1024, 16, 16, 16, 128),
+            qk_norm="whole",
+            num_experts=64,
+            num_experts_per_tok=8,
+            moe_intermediate_size=1024,
+        ),
+        6_919_161_856,
     ),
     "T5 1.0 small": (
         models.T5Config(

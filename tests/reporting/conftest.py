@@ -20,7 +20,11 @@ SETTINGS = {
     "source": "microworld",
     "split": "validation",
     "max_examples": 48,
+    "max_prompts": 2,
     "generative_score": "likelihood",
+    "swept": {"ties": {"scale": [0.5, 1.0]}},
+    "expert": {"mixture": "each", "steps": 100, "validation": ""},
+    "multitask": {"mixture": "all", "steps": 300, "validation": ""},
 }
 
 

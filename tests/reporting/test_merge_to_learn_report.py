@@ -61,6 +61,7 @@ def test_the_table_of_several_skills_has_the_papers_rows(skills_written):
         ("Task Arithmetic", "science, coding"),
         ("Task Arithmetic", "safety, coding"),
         ("Task Arithmetic", "all"),
+        ("TIES (mergekit)", "all"),
         ("TIES", "all"),
         ("DARE", "all"),
     ]
@@ -71,9 +72,9 @@ def test_the_table_of_several_skills_has_the_papers_rows(skills_written):
 def test_the_best_weight_is_that_of_the_best_mean_of_both_scores(skills_written, skills_material):
     frame = skills_material.models
     for row in rows(skills_written, "weights"):
-        method = {"Task Arithmetic": "task_arithmetic", "WiSE-FT": "wise_ft"}.get(
-            row["method"], row["method"].lower()
-        )
+        names = {"Task Arithmetic": "task_arithmetic", "WiSE-FT": "wise_ft"}
+        names |= {"TIES (mergekit)": "ties_mergekit"}
+        method = names.get(row["method"], row["method"].lower())
         tried = frame[(frame["method"] == method) & (frame["skills"] == row["skill"])]
         tried = tried[tried["part"] == 100]
         both = (tried["general"] + tried[row["skill"]]) / 2

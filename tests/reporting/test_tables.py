@@ -4,7 +4,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from m2l.evaluation.results import Result
+from m2l.merging import Recipe
 from m2l.reporting import tables
+from m2l.studies import merging_at_scale, normalized_performance, study_results
+from m2l.training.settings import TrainSettings
 
 # Copied from appendix C by hand, apart from the file that the package holds.
 PRINTED = {
@@ -131,3 +135,88 @@ def test_the_chosen_settings_are_one_for_each_cell(choices):
     assert len(table) == 2 * 2 * 3 * 2
     assert not table.duplicated(["size", "base", "method", "experts"]).any()
     assert (table["scale"] == 1 / table["experts"]).all()
+
+
+# --- the paper's numbers through a study's aggregation ---
+
+CATEGORIES = [*"abcdefgh"]
+# Of each category its datasets, of each dataset the reference's score in percent.
+EXPERT = {c: {f"{c}1": 40.0 + i, f"{c}2": 60.0 - 2 * i} for i, c in enumerate(CATEGORIES)}
+HELD_OUT = {"w": {"w1": 30.0, "w2": 44.0}, "x": {"x1": 33.0}, "y": {"y1": 41.0, "y2": 28.0}}
+NAMES = {"average": "Average", "task_arithmetic": "Task Arithmetic", "ties": "TIES"}
+NAMES |= {"dare_ties": "DARE-TIES", "multitask": "Multitask"}
+
+
+def scores(references, ratios=None):
+    """Results whose ratios to the references have these means over a category's datasets."""
+    results = {}
+    for category, datasets in references.items():
+        spread = np.linspace(-0.08, 0.08, len(datasets)) if len(datasets) > 1 else [0.0]
+        for (dataset, reference), part in zip(datasets.items(), spread, strict=True):
+            score = reference * (ratios[category] + part) if ratios else reference
+            results[dataset] = Result(
+                *(dataset, dataset, category, category in HELD_OUT, "rank", "accuracy", score),
+                *({"accuracy": score}, 1, 0, 0, 0.0, "model", dataset),
+            )
+    return results
+
+
+def test_the_papers_numbers_come_out_of_a_studys_aggregation_as_they_are_printed(tiny_config):
+    settings = TrainSettings(mixture="t0_held_in", steps=3)
+    study = merging_at_scale.ScalingStudy(
+        models=dict.fromkeys(SIZES, tiny_config),
+        **dict.fromkeys(("pretrain", "instruct", "expert", "multitask"), settings),
+        categories=tuple(CATEGORIES),
+        held_out=tuple(HELD_OUT),
+        recipes=(
+            *(Recipe(method=name) for name in ("average", "task_arithmetic", "ties")),
+            Recipe(method="dare_ties", drop_rate=0.5),
+        ),
+        expert_counts=COUNTS,
+        seeds=(0, 1, 2),
+    )
+    cells = {}
+    for number, (column, base) in tables.PAPER.items():
+        for name, row in printed(number):
+            for place, text in enumerate(row):
+                size, count = SIZES[place // 4], COUNTS[place % 4]
+                cells[column, base, name, size, count] = float(text)
+    results = {}
+    for size in SIZES:
+        for base in study.bases:
+            out_of = dict.fromkeys(HELD_OUT, cells["held_out", base, "Multitask", size, 2])
+            # One multitask model: what it has of a category must give the means of all draws.
+            rows, wanted = [], []
+            for count in COUNTS:
+                drawn = [merging_at_scale.constituents(study, count, seed) for seed in study.seeds]
+                rows.append([sum(c in each for each in drawn) / 3 / count for c in CATEGORIES])
+                wanted.append(cells["held_in", base, "Multitask", size, count])
+            solved, *_ = np.linalg.lstsq(np.array(rows), np.array(wanted), rcond=None)
+            together = dict(zip(CATEGORIES, solved, strict=True))
+            results[f"bases/{size}/{base}"] = scores(EXPERT | HELD_OUT)
+            results[f"multitask/{size}/{base}"] = scores(EXPERT | HELD_OUT, together | out_of)
+            for category in CATEGORIES:
+                own = scores({category: EXPERT[category]})
+                results[f"experts/{size}/{base}/{category}"] = own
+    for merge in merging_at_scale.merges(study):
+        key = merge.base, NAMES[merge.recipe.method], merge.size, merge.count
+        by_seed = (0.04, -0.01, -0.03)[merge.seed] * (merge.count < 8)
+        tilt = np.linspace(-0.1, 0.1, merge.count)
+        ratios = cells["held_in", *key] + by_seed + tilt
+        out_of = cells["held_out", *key] + by_seed + np.linspace(0.05, -0.05, len(HELD_OUT))
+        results[merge.model] = scores(
+            {c: EXPERT[c] for c in merge.categories} | HELD_OUT,
+            dict(zip([*merge.categories, *HELD_OUT], [*ratios, *out_of], strict=True)),
+        )
+    loaded = study_results.StudyResults(study, results, {}, {}, {})
+    replicates = normalized_performance.Replicates(normalized_performance.grid(loaded))
+    frame = normalized_performance.performance(replicates)
+    for number, (column, base) in tables.PAPER.items():
+        table = tables.performance(frame, column, base)
+        for name, row in printed(number):
+            shown = [f"{value:.2f}" for value in table.loc[name]]
+            if (number, name) == (4, "Multitask"):
+                # One model has one held-out figure, whatever is merged: 1.73, printed once as 1.72.
+                assert row[-1] == "1.72" and shown[-1] == "1.73"
+                shown, row = shown[:-1], row[:-1]
+            assert shown == row, (number, name)

@@ -32,7 +32,7 @@ def test_scoring_costs_a_third_of_a_training_step_on_the_same_tokens(study):
 def test_evaluations_cost_by_their_tasks_and_examples(plan, study):
     lengths = study.expert.input_length, study.expert.target_length
     one = resources.evaluation_flops(study.models["0.1M"], 1, *lengths, choices=4)
-    # Sentiment has two datasets, natural language inference one of three parts and one more.
+    # Sentiment has two datasets.
     expert = run.stage_cost(plan["results/experts/0.1M/instruct/sentiment"], plan)
     assert expert.flops == pytest.approx(one * 10 * 4)
     merge = next(stage for stage in plan if stage.kind == "merge" and "0.1M" in stage.name)
@@ -55,3 +55,22 @@ def test_choosing_costs_by_its_candidates(plan):
 
 def test_time_is_arithmetic_over_the_share_of_the_peak_that_is_reached():
     assert run.cost_seconds(run.Cost(flops=8e12, disk=0), peak=1e12) == pytest.approx(8 / 0.4)
+
+
+@pytest.mark.parametrize(("limit", "share"), [(1, 1 / 3), (2, 2 / 3), (3, 1), (4, 1), (0, 1)])
+def test_prompts_are_dealt_over_the_parts_of_a_dataset(limit, share):
+    tasks.use("microworld")
+    dealt = run.prompts("anli", limit)
+    assert list(dealt.values()) == pytest.approx([share] * len(dealt))
+    rounds = [name.rsplit("_", 1)[1] for name in dealt]
+    assert rounds[:3] == ["r1", "r2", "r3"]
+    # Different prompts, as long as there are any.
+    assert len({name.rsplit("_", 1)[0] for name in list(dealt)[:3]}) == 3
+    every = [name for name in tasks.tasks_in("anli") if tasks.info(name).kind != "train"]
+    assert len(dealt) == (max(limit, 3) if limit else len(every)) and set(dealt) <= set(every)
+
+
+def test_a_dataset_without_parts_has_its_first_prompts():
+    tasks.use("microworld")
+    dealt = run.prompts("imdb", 2)
+    assert list(dealt) == list(tasks.tasks_in("imdb"))[:2] and set(dealt.values()) == {1.0}

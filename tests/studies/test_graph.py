@@ -162,3 +162,15 @@ def test_a_stage_whose_output_is_gone_is_run_again(tmp_path):
     run(plan(), tmp_path)
     shutil.rmtree(tmp_path / "expert")
     assert run(plan(), tmp_path) == ["expert"]
+
+
+def test_time_left_is_estimated_and_corrected_by_what_stages_took():
+    left = graph._TimeLeft(plan(), {"base": 30, "expert": 10, "merged": 60, "other": 5})
+    assert left.describe(["base", "expert", "merged", "other"]) == ", about 1:45 left"
+    # Twice as long as estimated: so are all others thought to take, until one of their kind ends.
+    left.count("base", 60)
+    assert left.describe(["expert", "merged", "other"]) == ", about 2:30 left"
+    left.count("expert", 20)
+    left.count("merged", 30)
+    assert left.describe(["other"]) == ", about 0:10 left"
+    assert graph._TimeLeft(plan(), {}).describe(["base"]) == ""

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from m2l import configuration, tasks
-from m2l.data import pipeline
+from m2l.data import seqio_pipeline
 from m2l.errors import ConfigError, UnknownNameError
 from m2l.merging import merge_params
 from m2l.studies import merge_to_learn, skill_scores, study_results
@@ -67,17 +67,21 @@ def test_linear_and_wise_ft_go_from_the_general_model_to_the_other(method, weigh
     np.testing.assert_allclose(merged(method, [weight], [SCIENCE]), expected, **CLOSE)
 
 
-def test_ties_is_mergekits_without_normalisation():
-    """Trimmed vectors, weighted, vote by their weighted sum; those that agree are summed."""
+@pytest.mark.parametrize(
+    ("method", "parts"),
+    # The bias's 7 numbers and the kernel's 30 are trimmed apart, or all together.
+    [("ties_mergekit", [slice(7), slice(7, None)]), ("ties", [slice(None)])],
+)
+def test_ties_sums_what_agrees_with_the_weighted_vote_trimmed_by_tensor_or_whole(method, parts):
     weights = np.array([1.0, 0.4])[:, None]
     taus = np.stack([theta_g - theta_pre, theta_d - theta_pre])
     for tau in taus:
-        smallest = np.argsort(np.abs(tau))[: tau.size - tau.size // 2]
-        tau[smallest] = 0
+        for part in (tau[each] for each in parts):
+            part[np.argsort(np.abs(part))[: part.size - part.size // 2]] = 0
     weighted = weights * taus
     agreeing = np.sign(weighted) == np.sign(weighted.sum(0))
     expected = theta_pre + np.where(agreeing, weighted, 0).sum(0)
-    np.testing.assert_allclose(merged("ties", [0.4], [SCIENCE]), expected, **CLOSE)
+    np.testing.assert_allclose(merged(method, [0.4], [SCIENCE]), expected, **CLOSE)
 
 
 def test_dare_drops_entries_of_both_vectors_rescales_and_adds():
@@ -189,7 +193,7 @@ def test_the_shipped_studys_mixtures_are_there_and_have_the_sizes_it_says():
     study.check_mixtures()
     tasks.register(vocabulary=study.vocabulary, source=study.source)
     for mixture, count in study.examples.items():
-        found = pipeline.find("mixture", mixture, "train")
+        found = seqio_pipeline.find("mixture", mixture, "train")
         assert sum(found.get_rate(task) for task in found.tasks) == count, mixture
 
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from m2l import checkpoints, models
 from m2l.errors import ConfigError, UnknownNameError
 from m2l.merging import Recipe
 from m2l.studies import merging_at_scale
@@ -99,7 +100,9 @@ def test_a_size_more_changes_no_stage_of_the_others(study, tiny_config):
 
 def test_a_given_checkpoint_takes_a_stages_place(study, road):
     name = "experts/0.1M/instruct/sentiment"
-    given = dataclasses.replace(study, given={name: str(road / "sentiment")})
+    trained = checkpoints.read_manifest(checkpoints.resolve(road / "sentiment")).model
+    sized = dataclasses.replace(study, models={"0.1M": models.from_dict(trained)})
+    given = dataclasses.replace(sized, given={name: str(road / "sentiment")}).resolved()
     given.check_mixtures()
     plan = given.stage_graph()
     assert plan[name].kind == "given" and not plan[name].inputs

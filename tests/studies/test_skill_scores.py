@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 
 from m2l.evaluation.results import Result
@@ -75,6 +76,31 @@ def test_a_task_without_an_interval_leaves_the_error_unknown():
 
 def test_the_error_of_a_difference_is_that_of_independent_scores():
     assert Score(5.0, 3.0) - Score(2.0, 4.0) == Score(3.0, 5.0)
+
+
+def test_scores_of_the_same_examples_are_paired():
+    rng = np.random.default_rng(0)
+    first, second = rng.normal(50, 20, (2, 400))
+    second = first + 0.1 * second  # they go up and down together
+
+    def scored(values, **changes):
+        changes = {"score": float(values.mean()), "values": list(values), "count": 400, **changes}
+        return skill_scores.score([dataclasses.replace(RESULT, **changes)])
+
+    difference = scored(second) - scored(first)
+    assert difference.value == pytest.approx((second - first).mean())
+    assert difference.error == pytest.approx((second - first).std(ddof=1) / 20)
+    assert difference.error < 0.2 * math.hypot(scored(first).error, scored(second).error)
+    # Of other tasks' examples they are independent.
+    other = scored(first) - scored(second, task="other")
+    assert other.error == pytest.approx(math.hypot(scored(first).error, scored(second).error))
+    half = skill_scores.mean([scored(first), scored(second, task="other")])
+    assert half.error == pytest.approx(other.error / 2)
+    # A likelihood's error is that of the exponential of the mean.
+    logs = rng.normal(-1, 0.3, 400)
+    likelihood = scored(logs, score=100 * math.exp(logs.mean()), metric="reference_likelihood")
+    drawn = np.exp(rng.choice(logs, (2000, 400)).mean(1)) * 100
+    assert likelihood.error == pytest.approx(drawn.std(), rel=0.1)
 
 
 def test_the_frame_has_every_model_once_as_it_was_published(frame, skills_study, skills_records):

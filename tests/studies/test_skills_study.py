@@ -46,8 +46,8 @@ def test_every_regime_and_merge_has_its_results(finished):
         if path.name != "recipes.json"
     }
     trained = {"pretrained", "general", "ptm/safety", "cft/safety", "rt/safety"}
-    ours = {f"{method}-{w}" for method in ("task_arithmetic", "linear", "ties", "dare")
-            for w in ("0.5", "heuristic")}  # fmt: skip
+    methods = ("task_arithmetic", "linear", "ties_mergekit", "ties", "dare")
+    ours = {f"{method}-{w}" for method in methods for w in ("0.5", "heuristic")}
     merged = {f"merges/safety/ptm/{name}" for name in ours}
     merged |= {f"merges/safety/cft/wise_ft-{w}" for w in ("0.5", "heuristic")}
     assert names == {f"models/{name}" for name in trained} | merged

@@ -1,17 +1,12 @@
-"""A whole study in the small: killed at a random moment, it ends with the same results."""
+"""A whole study in the small: killed in each kind of work, it ends with the same results."""
 
 import json
 import os
-import random
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
 
-from m2l import checkpoints
+from m2l import checkpoints, storage
 
 SMALL = [
     "T5.d_model=16",
@@ -43,7 +38,9 @@ ARGUMENTS = ["study", "--gin_file", "experiments/demo.gin", *(f"--gin.{b}" for b
 def results(out):
     """Every result, apart from how long it took."""
     found = {}
-    for path in sorted((out / "results").rglob("*.json")):
+    for path in sorted(storage.list_files(out / "results"), key=str):
+        if path.suffix != ".json":
+            continue
         result = json.loads(path.read_text())
         for own in ("seconds", "checksum"):
             result.pop(own, None)
@@ -60,12 +57,31 @@ def undisturbed(run_m2l, tmp_path_factory):
 
 def test_a_study_holds_a_result_for_every_model_and_task(undisturbed):
     found = {name: of for name, of in results(undisturbed).items() if "recipes" not in name}
-    # Two prompts of each dataset.
-    sentiment, closed_book, inference = 4, 4, 4
+    # Two prompts of each dataset; one of each of ANLI's three rounds.
+    sentiment, closed_book, inference = 4, 4, 5
     everything = sentiment + closed_book + inference
     # Two bases, two multitask models and four merges on all, two experts of each category on it.
     assert len(found) == 8 * everything + 2 * sentiment + 2 * closed_book
     assert len({result["model_digest"] for result in found.values()}) == 2 + 2 + 4 + 4
+
+
+def test_a_study_goes_on_in_a_bucket_to_the_results_of_a_local_one(
+    undisturbed, run_m2l, gcs_bucket
+):
+    out = gcs_bucket / "study"
+    storage.upload(undisturbed, out)
+    # An expert has to be trained again, and what it is an input of, merged and evaluated.
+    for part in (
+        "experts/1M/instruct/sentiment",
+        "results/merges/1M/instruct",
+        "choices/1M/instruct",
+    ):
+        assert storage.list_files(out / part)
+        storage.remove_tree(out / part)
+    assert run_m2l(*ARGUMENTS, "--out", out) == 0
+    assert results(out) == results(undisturbed)
+    assert run_m2l("report", out) == 0
+    assert (out / "report" / "index.html").is_file()
 
 
 def test_what_is_swept_is_chosen_by_the_best_score(undisturbed):
@@ -80,27 +96,27 @@ def test_what_is_swept_is_chosen_by_the_best_score(undisturbed):
         assert recipes["dare_ties-seed0"]["scale"] == choice["chosen"]["scale"]
 
 
-def test_a_study_killed_at_a_random_moment_ends_with_the_same_results(undisturbed, tmp_path):
+COMMAND = "import sys; from m2l import cli; cli.main(sys.argv[1:])"
+
+
+def test_a_study_killed_in_each_kind_of_work_ends_with_the_same_results(
+    undisturbed, forge, run_m2l, tmp_path
+):
     out = tmp_path / "killed"
-    command = [sys.executable, "-c", "from m2l.cli import main; main()"]
-    # What the killed process compiled, the next two find.
-    cache = {
-        "JAX_ENABLE_COMPILATION_CACHE": "true",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "jax"),
-    }
-    environment = os.environ | cache
-    with subprocess.Popen(
-        [*command, *ARGUMENTS, "--out", out], stderr=subprocess.PIPE, env=environment
-    ) as process:
-        # From the first checkpoint on, at a moment that differs from run to run of this test.
-        while not list(out.glob("bases/*/*/checkpoints/[0-9]*")) and process.poll() is None:
-            time.sleep(0.05)
-        time.sleep(random.uniform(0, 5))
-        assert process.poll() is None, process.stderr.read()
-        process.send_signal(signal.SIGKILL)
+    for done, next_file in (
+        ("bases/1M/pretrained/checkpoints/2", "bases/1M/pretrained/checkpoints/4"),
+        ("bases/1M/pretrained/finished.json", "results/bases/1M/pretrained/imdb_liked_it.json"),
+        ("results/experts/1M/instruct", "results/merges/1M/instruct/all/recipes.json"),
+    ):
+        forge(
+            (COMMAND, *ARGUMENTS, "--out", out),
+            devices=1,
+            dies=rf"^os\.rename \S+ {out}/{next_file}",
+        )
+        assert (out / done).exists()
+        assert not (out / next_file).exists()
     # It goes on by what its folder says, and by two processes that share what is left.
-    together = [*command, "study", "--out", out, "--executor", "processes", "--workers", "2"]
-    assert subprocess.run(together, env=environment, check=False).returncode == 0
+    assert run_m2l("study", "--out", out, "--executor", "processes", "--workers", "2") == 0
     assert results(out) == results(undisturbed)
 
 

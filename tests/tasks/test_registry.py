@@ -11,8 +11,9 @@ import seqio
 from m2l import tasks
 from m2l.data import raw_records
 from m2l.data.examples import generation_examples, ranking_examples
+from m2l.data.record_table import RecordTable
 from m2l.errors import DataError, UnknownNameError
-from m2l.tasks import microworld, registry, t0_held_in
+from m2l.tasks import microworld, seqio_registry, t0_held_in
 
 LENGTHS = {"inputs": 512, "targets": 128}
 ALL = [(dataset, prompt) for dataset in tasks.datasets() for prompt in dataset.prompts]
@@ -166,31 +167,30 @@ def test_original_mixtures_leave_out_what_changes_the_task_and_lose_no_dataset()
     assert len(of_p3) == 16
 
 
-def test_a_dataset_above_t0s_cap_shares_it_among_its_prompts():
+class Huge:
+    """Records of a split, as far as rates count them."""
+
+    size = 560_000
+
+
+def test_a_dataset_above_t0s_cap_shares_it_among_its_prompts(monkeypatch):
     mixture = seqio.MixtureRegistry.get("topic_classification")
     real = mixture.get_rate(seqio.TaskRegistry.get("ag_news_section"))
     parts = raw_records.held_back("train", "text")
     assert real == len(list(parts["train"].of(microworld.records("ag_news", "train"))))
-
-    class Huge:
-        def num_input_examples(self, split):
-            return 560_000
-
-    rate = mixture.rate_per_task_name["dbpedia_14_category"]
-    assert rate(Huge()) == 500_000 // len(tasks.tasks_in("dbpedia_14"))
-    flan_rate = seqio.MixtureRegistry.get("flan_without_t0").rate_per_task_name["flan_copy"]
-    assert flan_rate(Huge()) == 30_000
+    monkeypatch.setattr(RecordTable, "split", lambda records, split: Huge)
+    shared = mixture.get_rate(seqio.TaskRegistry.get("dbpedia_14_category"))
+    assert shared == 500_000 // len(tasks.tasks_in("dbpedia_14"))
+    flan = seqio.MixtureRegistry.get("flan_without_t0")
+    assert flan.get_rate(seqio.TaskRegistry.get("flan_copy")) == 30_000
 
 
-def test_a_published_prompt_shares_t0s_cap_with_those_of_its_dataset():
-    class Huge:
-        def num_input_examples(self, split):
-            return 560_000
-
+def test_a_published_prompt_shares_t0s_cap_with_those_of_its_dataset(monkeypatch):
+    monkeypatch.setattr(RecordTable, "split", lambda records, split: Huge)
     tasks.register(source="p3")
     try:
         mixture = seqio.MixtureRegistry.get("topic_classification")
-        rates = {task.name: mixture.rate_per_task_name[task.name](Huge()) for task in mixture.tasks}
+        rates = {task.name: mixture.get_rate(task) for task in mixture.tasks}
         assert tasks.info("anli_can_we_infer_r2").dataset == "anli"
         assert "anli_can_we_infer_r2" in tasks.tasks_in("anli_r2")
     finally:
@@ -298,7 +298,7 @@ def test_registering_again_replaces_the_vocabulary_and_keeps_the_records(tmp_pat
 def test_a_name_that_someone_else_registered_is_left_alone(tmp_path):
     name = "imdb_liked_it"
     ours = seqio.TaskRegistry.get(name)
-    registry._ours.remove(name)
+    seqio_registry._ours.remove(name)
     try:
         with pytest.raises(DataError, match=f"'{name}' that is not m2l's"):
             tasks.register(vocabulary="bytes")
@@ -309,7 +309,7 @@ def test_a_name_that_someone_else_registered_is_left_alone(tmp_path):
             )
         assert "new" not in tasks.task_names()
     finally:
-        registry._ours.add(name)
+        seqio_registry._ours.add(name)
         tasks.register()
 
 

@@ -29,7 +29,8 @@ def test_the_shipped_model_knows_the_worlds_words():
     assert vocabulary.vocab_size == train_vocabulary.SIZE
     text = " ".join(microworld.corpus("validation"))
     ids = vocabulary.encode(text)
-    bytes_pieces = sum(vocabulary.tokenizer.IsByte(i) for i in ids)
+    pieces = vocabulary.files.processor()
+    bytes_pieces = sum(pieces.IsByte(i) for i in ids)
     assert bytes_pieces == 0
     # Bytes would need one token a letter.
     assert len(ids) < len(text) / 3

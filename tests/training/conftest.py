@@ -18,14 +18,14 @@ def train(tiny_config):
     described = vocabularies.describe(vocabularies.load("microworld"), "microworld")
 
     def run(out, settings=SETTINGS, **kwargs):
-        tasks.register()  # each time: a command run by another test may have put others there
-        arguments = {
-            "config": tiny_config,
-            "vocabulary": described,
-            "data": {"source": "microworld"},
-        }
-        return loop.train(out, settings=settings, **(arguments | kwargs))
+        tasks.declare()  # each time: a command run by another test may have put others there
+        return loop.train(out, settings=settings, **(run.arguments | kwargs))
 
+    run.arguments = {
+        "config": tiny_config,
+        "vocabulary": described,
+        "data": {"source": "microworld"},
+    }
     return run
 
 

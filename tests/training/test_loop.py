@@ -147,6 +147,14 @@ def test_a_base_of_another_model_is_refused(train, whole, tiny_config, tmp_path)
     assert not (tmp_path / "run").exists()
 
 
+def test_a_base_and_an_adapter_are_no_start(train, whole, tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="not from a base and an adapter: make one of them"):
+        train(tmp_path / "run", init=f"{whole}+{tmp_path / 'adapter'}")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(train, tmp_path):
     wild = dataclasses.replace(SETTINGS, learning_rate=1e30)
     with pytest.raises(M2LError, match=r"step [2-6]: the loss is"):

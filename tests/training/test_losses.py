@@ -73,12 +73,29 @@ def test_gradients_keep_the_dtypes_of_what_they_are_of(batch):
     assert (of_hidden.dtype, of_kernel.dtype) == (jnp.bfloat16, jnp.float32)
 
 
-def test_what_stands_at_padding_changes_nothing(batch):
+@pytest.mark.parametrize("chunk", [0, 2])
+def test_what_stands_at_padding_changes_nothing(batch, chunk):
     hidden, kernel, targets, _ = batch
     weights = np.array([[1, 1, 0, 0, 0, 0]] * 3)
     other = hidden.copy()
     other[:, 2:] = 50.0
     np.testing.assert_array_equal(
-        losses.cross_entropy(hidden, kernel, targets, weights)["loss"],
-        losses.cross_entropy(other, kernel, targets, weights)["loss"],
+        losses.cross_entropy(hidden, kernel, targets, weights, chunk=chunk)["loss"],
+        losses.cross_entropy(other, kernel, targets, weights, chunk=chunk)["loss"],
     )
+
+
+def test_targets_that_count_come_first_and_chunks_of_others_are_skipped(batch):
+    hidden, kernel, targets, _ = batch
+    weights = np.array([[0, 1, 0, 0, 1, 0], [0, 0, 0, 1, 0, 1], [1, 0, 0, 0, 0, 0]])
+    # A NaN would show, even with a weight of 0; the third row has one place to fill.
+    needed = (weights != 0) | (np.arange(6) == 1) & (np.arange(3) == 2)[:, None]
+    spoilt = np.where(needed[..., None], hidden, np.nan)
+
+    def loss(hidden):
+        return losses.cross_entropy(hidden, kernel, targets, weights, chunk=2)["loss"]
+
+    for result, expected in zip(
+        jax.value_and_grad(loss)(spoilt), jax.value_and_grad(loss)(hidden), strict=True
+    ):
+        np.testing.assert_array_equal(result, expected)

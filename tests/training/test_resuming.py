@@ -2,10 +2,10 @@
 
 import dataclasses
 import json
+import pickle
 import re
 import shutil
 import signal
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -17,11 +17,10 @@ from m2l import checkpoints
 from m2l.checkpoints import publishing
 from m2l.errors import CheckpointError, ConfigError, M2LError, Stopped
 from m2l.locks import Lock
-from m2l.training import optimizers
 
 from .conftest import SETTINGS
+from .test_loop import at_step
 
-ROOT = Path(__file__).parents[2]
 VALIDATED = dataclasses.replace(
     SETTINGS, validation="sentiment", evaluate_every=1, validation_batches=1
 )
@@ -53,12 +52,37 @@ def unfinished(whole, tmp_path):
     return out
 
 
-def test_two_kills_at_random_end_in_the_same_bits(forge):
-    script = (ROOT / "scripts" / "kill_test.py").read_text()
-    (said,) = forge((script, "--kills", 2, "--steps", 12, "--seed", 1), devices=1)
-    ends = re.findall(r"[0-9a-f]{64}", said)
-    assert len(ends) == 2
-    assert ends[0] == ends[1]
+PROGRAM = """
+import pickle, sys
+from pathlib import Path
+from m2l import tasks
+from m2l.training import loop
+
+tasks.register()
+out = Path(sys.argv[1])
+loop.train(out / "run", **pickle.loads((out / "arguments").read_bytes()))
+"""
+
+
+def test_kills_around_saves_end_in_the_same_bits(forge, train, whole, tmp_path):
+    out = tmp_path / "run"
+    arguments = train.arguments | {"settings": SETTINGS}
+    (tmp_path / "arguments").write_bytes(pickle.dumps(arguments))
+    for dies, left in (
+        # Written, but not yet under its name; the same of the next; where the oldest is removed.
+        (r"^os\.rename \S+ \S+/checkpoints/2 ", []),
+        (r"^os\.rename \S+ \S+/checkpoints/4 ", ["2"]),
+        (r"^shutil\.rmtree \S+/checkpoints/2 ", ["2", "4", "6"]),
+    ):
+        forge((PROGRAM, tmp_path), devices=1, dies=dies)
+        assert [name for name in names(out) if name.isdigit()] == left
+    assert digest(train(out)) == digest(whole)
+    assert names(out) == names(whole.parents[1]) == ["4", "6"]
+    losses = [
+        [(line["step"], line["loss"]) for line in map(json.loads, (run / "metrics.jsonl").open())]
+        for run in (out, whole.parents[1])
+    ]
+    assert losses[0] == losses[1]
 
 
 def test_a_damaged_newest_checkpoint_is_left_for_the_one_before(train, whole, unfinished, capsys):
@@ -128,14 +152,8 @@ def test_a_run_stops_when_validation_no_longer_improves(train, tmp_path):
 def test_a_stopped_run_remembers_how_validation_went(train, tmp_path, monkeypatch):
     settings = dataclasses.replace(NEVER_BETTER, patience=3)
     expected = train(tmp_path / "whole", settings)
-    schedule = optimizers.schedule
-
-    def interrupted(*args, **kwargs):
-        rate = schedule(*args, **kwargs)
-        return lambda at: (signal.raise_signal(signal.SIGTERM) if at == 2 else None) or rate(at)
-
     with monkeypatch.context() as patch:
-        patch.setattr(optimizers, "schedule", interrupted)
+        at_step(patch, 2, lambda: signal.raise_signal(signal.SIGTERM))
         with pytest.raises(Stopped, match="stopped at step 3"):
             train(tmp_path / "run", settings)
     last = train(tmp_path / "run", settings)

@@ -17,7 +17,8 @@ GIN_NAMES = {
     "remat": "dots", "scan_layers": True, "loss_chunk": 9, "fsdp": 8, "model": 10,
     "pack": False, "seed": 11, "save_every": 12, "log_every": 13, "keep": 14,
     "validation": "sst2", "evaluate_every": 15, "validation_batches": 16, "patience": 17,
-    "minimum_improvement": 0.9, "keep_best": True, "export_dtype": "bfloat16",
+    "minimum_improvement": 0.9, "keep_best": True, "export_dtype": "bfloat16", "keep_every": 24,
+    "ema": 0.99,
 }
 # fmt: on
 
@@ -39,6 +40,9 @@ def test_every_name_of_a_gin_file_sets_one_setting_and_is_read_back():
         ("pack", 1, "expected True or False"),
         ("learning_rate", -1.0, "expected more than 0"),
         ("dropout_rate", 1.0, "expected less than 1"),
+        ("ema", 1.0, "expected less than 1"),
+        ("keep_every", -1, "expected an integer of at least 0"),
+        ("keep_every", 300, "300 is no multiple of save_every, 500"),
         ("warmup_steps", 99, "not in 0 to 10"),
         ("dtype", "float8", "'float32'|'bfloat16'"),
         ("schedule", "cosine_", "'cosine'"),
@@ -48,6 +52,11 @@ def test_every_name_of_a_gin_file_sets_one_setting_and_is_read_back():
 def test_a_bad_setting_is_refused_with_its_value(setting, value, said):
     with pytest.raises(M2LError, match=said):
         from_flat(**{"mixture": "imdb", "steps": 10, setting: value})
+
+
+def test_settings_that_came_later_are_told_where_they_change_something():
+    flat = TrainSettings(mixture="imdb", steps=10).flat()
+    assert GIN_NAMES.keys() - flat.keys() == {"keep_every", "ema"}
 
 
 def test_an_int_stands_for_a_float():

@@ -15,6 +15,13 @@ from m2l.training.optimizers import Optimizer
 CONFIGS = {
     "t5": models.T5Config(64, 32, 8, 48, 4, 1, 1),
     "llama": models.LlamaConfig(64, 32, 48, 1, 4, 2, 8, qkv_bias=True, windows=(5,)),
+    "mixture": models.LlamaConfig(
+        *(64, 32, 48, 1, 4, 2, 8),
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        router_aux_loss_coef=0.1,
+    ),
 }
 ABOUT = {"vocabulary": {"name": None, "size": None, "fingerprint": ""}, "made_by": {}}
 
@@ -76,8 +83,9 @@ def go(name, folder):
         restored,
         asked,
     )
+    kernel = "expert_wo" if name == "mixture" else "wo"
     wo = [
-        tree["decoder"]["layers_00"]["mlp"]["wo"].addressable_shards[0].data.shape
+        tree["decoder"]["layers_00"]["mlp"][kernel].addressable_shards[0].data.shape
         for tree in (trained.state.params, restored)
     ]
     alone.state = Run(config, one, held).state
@@ -103,7 +111,7 @@ def on_eight_devices(forge, tmp_path_factory):
     return json.loads(said)
 
 
-@pytest.fixture(params=["t5", "llama"])
+@pytest.fixture(params=["t5", "llama", "mixture"])
 def run(request, on_eight_devices):
     return on_eight_devices[request.param]
 
@@ -123,7 +131,9 @@ def test_a_checkpoint_is_restored_onto_another_mesh_bit_for_bit(run):
 
 def test_restored_parameters_lie_as_asked(run):
     assert run["lies"]
-    assert run["wo"] == [[48 // 2, 32 // 2], [48, 32 // 2]]
+    # Of a mixture some of the experts, not a part of each.
+    mixture = [[4 // 2, 24, 32 // 2], [4, 24, 32 // 2]]
+    assert run["wo"] in ([[48 // 2, 32 // 2], [48, 32 // 2]], mixture)
 
 
 def test_training_goes_on_on_another_mesh_with_the_loss_of_one_device(run):

@@ -10,7 +10,7 @@ from m2l import checkpoints
 # Forks both processes of four runs: one that is asked to stop, the same gone on with, one in one
 # go, and one whose disk is full at its second save.
 PROGRAM = """
-import dataclasses, json, os, shutil, signal, sys, time, traceback
+import contextlib, dataclasses, json, os, shutil, signal, sys, time, traceback
 from pathlib import Path
 
 import jax
@@ -34,7 +34,24 @@ def fill_the_disk_after(save):
     shutil.disk_usage = full
 
 
-def work(out, number, port):
+def signalled_at(step, by_itself):
+    # The process sends itself SIGTERM after a step, and leaves time for the other to hear of it.
+    requests = processes.stop_requests
+
+    @contextlib.contextmanager
+    def watched():
+        with requests() as asked:
+            def stop(done):
+                if done == step and by_itself:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.3 * (done >= step))
+                return asked(done)
+            yield stop
+
+    processes.stop_requests = watched
+
+
+def work(out, number, port, stop):
     os.environ |= {
         "SLURM_JOB_ID": str(port), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2",
         "SLURM_PROCID": str(number), "SLURM_LOCALID": str(number), "SLURM_STEP_NUM_NODES": "1",
@@ -42,11 +59,10 @@ def work(out, number, port):
     }
     joined, share = distributed.join(), processes.batch_share(partitioning.make_mesh(fsdp=2), 8)
     os.write(1, f"{joined} {share}\\n".encode())
-    jax.config.update("jax_enable_compilation_cache", True)
-    jax.config.update("jax_compilation_cache_dir", str(root / "cache"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     tasks.register()
     settings = SETTINGS
+    if stop:
+        signalled_at(3, by_itself=number == 1)
     if out.name == "full":
         settings = dataclasses.replace(SETTINGS, save_every=1)
         if number == 0:
@@ -70,20 +86,13 @@ def run(out, port, stop=False):
         if not child:
             code = 1
             try:
-                work(out, number, port)
+                work(out, number, port, stop)
                 code = 0
             except BaseException:
                 traceback.print_exc()
             finally:
                 os._exit(code)
         children.append(child)
-    metrics = out / "metrics.jsonl"
-    until = time.monotonic() + 100
-    while stop and time.monotonic() < until:
-        if metrics.exists() and metrics.read_text().count("\\n") >= 2:
-            os.kill(children[1], signal.SIGTERM)
-            break
-        time.sleep(0.01)
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     print("codes", codes, flush=True)
 

@@ -1,0 +1,272 @@
+"""Recipes chosen by what their merges do: the best of many by a score, and AdaMerging.
+
+AdaMerging learns the coefficients of a merge from the entropy of its predictions.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from m2l import checkpoints
+from m2l.errors import MergeError
+from m2l.merging.engine import Model, merge
+from m2l.merging.in_memory import merge_each
+from m2l.merging.recipe import Recipe
+from m2l.storage import AnyPath
+from m2l.typing import Json, Params, PyTree
+
+AT_ONCE = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepPoint:
+    """A recipe and what its merge scores; more is better."""
+
+    recipe: Recipe
+    score: float
+
+
+def grid(fixed: Mapping[str, Json], swept: Mapping[str, Sequence[float]]) -> list[Recipe]:
+    """Returns a recipe for every combination of the swept settings' values, with what is fixed.
+
+    Raises:
+        MergeError: There is none, or a combination makes no recipe.
+    """
+    recipes = [
+        Recipe(**fixed, **dict(zip(swept, values, strict=True)))
+        for values in itertools.product(*swept.values())
+    ]
+    if not recipes:
+        raise MergeError("nothing to sweep: a setting has no values")
+    return recipes
+
+
+def sweep(
+    base: Model | None,
+    experts: Sequence[Model],
+    recipes: Iterable[Recipe],
+    score: Callable[[PyTree, Recipe], float],
+    statistics: Sequence[Model] = (),
+) -> list[SweepPoint]:
+    """Merges models by each recipe and scores what comes of it.
+
+    Recipes that differ only in numbers share a compilation. Checkpoints are read by blocks for each
+    recipe, and one merge is in memory; of parameters in memory up to `AT_ONCE` merges are made by
+    one program, as many as memory has room for.
+
+    Args:
+        base: The base, a checkpoint or parameters; None for methods that do not need it.
+        experts: The experts.
+        recipes: How to merge.
+        score: Of the merged parameters; more is better.
+        statistics: As `merge` takes them.
+
+    Returns:
+        A point for each recipe, in their order.
+    """
+    points: list[SweepPoint] = []
+    remaining = iter(recipes)
+    stored = any(isinstance(model, str | os.PathLike | AnyPath) for model in experts)
+    at_once = 1 if stored else _at_once(experts)
+    while group := list(itertools.islice(remaining, at_once)):
+        if stored:
+            options = {"statistics": statistics, "verify": not points, "progress": False}
+            merges = [merge(base, experts, recipe, **options) for recipe in group]
+        else:
+            merges = merge_each(base, experts, group, statistics)
+        merges.reverse()  # So that each is freed when it is scored.
+        for recipe in group:
+            points.append(SweepPoint(recipe, score(merges.pop(), recipe)))
+    return points
+
+
+def _at_once(experts: Sequence[PyTree]) -> int:
+    """Returns how many merges the first device has room for, half of what is free; at least 1."""
+    if jax.process_count() > 1:
+        return 1  # Each process would see other memory, and all run the same programs.
+    memory = jax.local_devices()[0].memory_stats() or {}
+    free = memory.get("bytes_limit", 0) - memory.get("bytes_in_use", 0)
+    if not memory:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    size = sum(4 * np.size(leaf) for model in experts[:1] for leaf in jax.tree.leaves(model))
+    return max(1, min(AT_ONCE, free // (2 * max(1, size))))
+
+
+def best(points: Sequence[SweepPoint]) -> SweepPoint:
+    """Returns the point of the highest score; of equal ones the first.
+
+    Raises:
+        MergeError: There is none.
+    """
+    if not points:
+        raise MergeError("nothing was swept")
+    return max(points, key=lambda point: point.score)
+
+
+Entropy = Callable[[Params, PyTree], jax.Array]
+
+EVERYTHING = "*"
+
+
+class Learned(NamedTuple):
+    """What AdaMerging found.
+
+    Attributes:
+        coefficients: Per pattern of parameter names one number an expert, in the experts' order.
+            Every parameter matches exactly one pattern.
+        entropies: The mean entropy before each step, in nats.
+    """
+
+    coefficients: dict[str, list[float]]
+    entropies: list[float]
+
+
+def layer_patterns(names: Sequence[str]) -> dict[str, str]:
+    """Returns each parameter's layer, as a shell pattern; outside of layers, its own name.
+
+    "decoder/layers_03/mlp/wo" belongs to "decoder/layers_03/*", "token_embedder" to itself.
+    """
+    layers = {name: re.match(r"(.*/)?layers_\d+/", name) for name in names}
+    return {name: f"{layer[0]}*" if layer else name for name, layer in layers.items()}
+
+
+def learn_coefficients(
+    base: Params,
+    experts: Sequence[Params],
+    entropy: Entropy,
+    batches: Iterable[Sequence[PyTree]],
+    *,
+    per_layer: bool = True,
+    steps: int = 500,
+    learning_rate: float = 1e-3,
+    initial: float = 0.3,
+    on_step: Callable[[int, float], None] = lambda step, entropy: None,
+) -> Learned:
+    """Learns by how much each task vector counts: what makes predictions the surest.
+
+    The merge is task arithmetic with a coefficient per expert, or per expert and layer,
+
+        theta = theta_base + sum_i lambda_il (theta_i - theta_base),
+
+    and Adam (b1 0.9, b2 0.999) goes down the gradient of the mean entropy of its predictions. No
+    labels are needed. Every step ends with the coefficients brought back to [0, 1]. (The authors'
+    code clips them where it merges, so that one that has left has no gradient and stays outside.)
+
+    Base and experts stay on the devices that they are given on, sharded as they are, as do the
+    merge and its gradient in float32.
+
+    Yang et al. 2024, arXiv:2310.02575, sections 3.2 and 3.3. Their layers are single parameters;
+    here a layer is a block of the network, and a parameter outside of blocks is one by itself.
+
+    Args:
+        base: Nested dict of arrays, of any float dtypes.
+        experts: The same for each expert.
+        entropy: (parameters, batch) -> the mean entropy of the predictions, a scalar; jittable and
+            differentiable.
+        batches: For each step its batches, one of each task; their mean entropy is minimised.
+        per_layer: Whether each layer has its own coefficients, or all the same.
+        steps: Steps of Adam, 500 in the paper.
+        learning_rate: Of Adam.
+        initial: What every coefficient is at first, in [0, 1].
+        on_step: Called after each step with how many there were, and the entropy before it.
+
+    Raises:
+        MergeError: no experts, not at least one step; a setting out of range; parameters that do
+            not fit; an entropy that is not finite; batches that end before the steps do.
+    """
+    import optax  # Which other merges do without.
+
+    if not experts or steps < 1:
+        raise MergeError(f"AdaMerging of {len(experts)} experts in {steps} steps: nothing to learn")
+    if not (learning_rate > 0 and 0 <= initial <= 1):
+        raise MergeError(
+            f"AdaMerging: expected a learning_rate above 0 and an initial coefficient in [0, 1], "
+            f"found {learning_rate} and {initial}"
+        )
+    flat_base = checkpoints.flatten(base)
+    flat_experts = [checkpoints.flatten(expert) for expert in experts]
+    shapes = {name: jnp.shape(leaf) for name, leaf in flat_base.items()}
+    for index, expert in enumerate(flat_experts):
+        expert_shapes = {name: jnp.shape(leaf) for name, leaf in expert.items()}
+        for name in [*shapes, *expert_shapes]:
+            if shapes.get(name) != expert_shapes.get(name):
+                raise MergeError(
+                    f"expert {index}: {name} has shape {expert_shapes.get(name, 'none')} and not "
+                    f"{shapes.get(name, 'none')}: these are not models of one kind"
+                )
+    by_name = layer_patterns(list(flat_base)) if per_layer else dict.fromkeys(shapes, EVERYTHING)
+    patterns = list(dict.fromkeys(by_name.values()))
+    layers = tuple(patterns.index(pattern) for pattern in by_name.values())
+    gradient = jax.jit(functools.partial(entropy_gradient, entropy, layers))
+    flat_base, flat_experts = jax.tree.map(jnp.asarray, (flat_base, flat_experts))
+    adam = optax.adam(learning_rate)
+    lambdas_LxE = jnp.full((len(patterns), len(experts)), initial, jnp.float32)
+    state, entropies, batches = adam.init(lambdas_LxE), [], iter(batches)
+    for step in range(steps):
+        step_batches = next(batches, ())
+        if not step_batches:
+            raise MergeError(f"AdaMerging: there are batches for {step} of {steps} steps")
+        parts = [gradient(lambdas_LxE, flat_base, flat_experts, batch) for batch in step_batches]
+        loss, slope = jax.tree.map(lambda *values: sum(values) / len(values), *parts)
+        entropies.append(float(loss))
+        if not math.isfinite(entropies[-1]):
+            raise MergeError(
+                f"AdaMerging, step {step + 1}: the entropy is {entropies[-1]}; lower the learning "
+                "rate, or look at the experts"
+            )
+        updates, state = adam.update(slope, state)
+        lambdas_LxE = jnp.clip(optax.apply_updates(lambdas_LxE, updates), 0.0, 1.0)
+        on_step(step + 1, entropies[-1])
+    return Learned(dict(zip(patterns, lambdas_LxE.tolist(), strict=True)), entropies)
+
+
+def entropy_gradient(
+    entropy: Entropy,
+    layers: Sequence[int],
+    lambdas_LxE: jax.Array,
+    base: Mapping[str, jax.Array],
+    experts: Sequence[Mapping[str, jax.Array]],
+    batch: PyTree,
+) -> tuple[jax.Array, jax.Array]:
+    """Computes the entropy of a merge, and its gradient in the coefficients.
+
+    Args:
+        entropy: As for `learn_coefficients`.
+        layers: Of each parameter in the base's order, which row of coefficients is its own.
+        lambdas_LxE: The coefficients, float32.
+        base: Arrays by name.
+        experts: The same for each expert.
+        batch: What `entropy` takes.
+
+    Returns:
+        A scalar and [L, E], float32.
+    """
+    merged = {}
+    for layer, (name, theta) in zip(layers, base.items(), strict=True):
+        taus = _task_vectors(theta, [expert[name] for expert in experts])
+        terms = [lam * tau for lam, tau in zip(lambdas_LxE[layer], taus, strict=True)]
+        merged[name] = theta.astype(jnp.float32) + functools.reduce(jnp.add, terms)
+    loss, gradient = jax.value_and_grad(entropy)(checkpoints.unflatten(merged), batch)
+    gradient = checkpoints.flatten(gradient)
+    # By the chain rule: d/dlambda_i = <d/dtheta, tau_i>. Were the merge differentiated, or the
+    # barrier not there, XLA would keep every task vector from above for this sum.
+    slopes_LxE = jnp.zeros_like(lambdas_LxE)
+    for layer, (name, theta) in zip(layers, base.items(), strict=True):
+        slope, theta = jax.lax.optimization_barrier((gradient[name], theta))
+        taus = _task_vectors(theta, [expert[name] for expert in experts])
+        sums = jnp.stack([jnp.sum(slope * tau) for tau in taus])
+        slopes_LxE = slopes_LxE.at[layer].add(sums)
+    return loss, slopes_LxE
+
+
+def _task_vectors(theta: jax.Array, experts: Sequence[jax.Array]) -> list[jax.Array]:
+    return [expert.astype(jnp.float32) - theta.astype(jnp.float32) for expert in experts]
