@@ -16,6 +16,8 @@ import threading
 import traceback
 from pathlib import Path
 
+import jax
+
 SECONDS = 900
 
 
@@ -50,6 +52,9 @@ def run(program, folder, number):
     code = 1
     try:
         exec(compile(program["code"], "<program>", "exec"), {"__name__": "__main__"})
+        # A process of Python's does it at its end, which a fork does not come to: process 0 must not
+        # go while another one still asks it.
+        jax.distributed.shutdown()
         code = 0
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
@@ -89,8 +94,6 @@ def together(programs, folder):
 
 def main():
     # Used by the programs.
-    import jax  # noqa: F401
-
     from m2l import checkpoints, merging, tasks  # noqa: F401
     from m2l.evaluation import evaluator  # noqa: F401
     from m2l.training import loop  # noqa: F401
