@@ -71,6 +71,7 @@ setup(
     extras_require={
         "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.29"],
         "gguf": ["gguf>=0.17"],
+        "lm_eval": ["lm_eval>=0.4.13,<0.5"],
         "test": [
             # The four serve Google Cloud Storage and S3 in the tests' process, and let Orbax reach
             # the former there: TensorFlow's files, its default, know Google's own address alone.

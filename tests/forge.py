@@ -52,8 +52,8 @@ def run(program, folder, number):
     code = 1
     try:
         exec(compile(program["code"], "<program>", "exec"), {"__name__": "__main__"})
-        # A process of Python's does it at its end, which a fork does not come to: process 0 must not
-        # go while another one still asks it.
+        # A process of Python's does it at its end, which a fork does not come to: process 0 must
+        # not go while another one still asks it.
         jax.distributed.shutdown()
         code = 0
     except SystemExit as stop:

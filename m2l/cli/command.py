@@ -67,6 +67,7 @@ for _command in (
     sweep.sweep,
     skills.skills,
     models.evaluate,
+    models.lm_eval,
     studies.study,
     studies.report,
     models.generate,

@@ -27,7 +27,7 @@ from m2l.cli.options import (
     with_processes,
     with_source,
 )
-from m2l.errors import ConfigError, DataError
+from m2l.errors import ConfigError, DataError, reason
 from m2l.files import read_json, split_name
 from m2l.storage import AnyPath
 
@@ -326,3 +326,34 @@ def generate(
         click.echo(text)
         for ids in samples:
             click.echo(f"> {vocabularies.continuing(loaded).decode(ids.tolist())}")
+
+
+@click.command(
+    "lm_eval",
+    add_help_option=False,
+    context_settings={"ignore_unknown_options": True, "token_normalize_func": None},
+)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def lm_eval(arguments: tuple[str, ...]) -> None:
+    """Score a checkpoint, or a merge in memory, on tasks of lm-evaluation-harness.
+
+    ARGUMENTS are those of its own command, lm_eval, in which --model m2l is known, and is the
+    default: --model_args checkpoint=MODEL, or expert=MODEL+MODEL,base=MODEL,recipe=FILE.
+    """
+    try:
+        from lm_eval.__main__ import cli_evaluate
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            "lm-evaluation-harness is not installed: pip install 'm2l[lm_eval]'"
+        ) from error
+    from m2l import lm_eval_model  # noqa: F401  Importing registers the model.
+
+    runs = arguments[:1] not in (("ls",), ("validate",), ("run",)) and "--model" not in arguments
+    own = sys.argv
+    sys.argv = ["lm_eval", *(("run", "--model", "m2l") if runs else ()), *arguments]
+    try:
+        cli_evaluate()
+    except ValueError as error:  # What its own command refuses.
+        raise ConfigError(f"m2l lm_eval: {reason(error)}") from error
+    finally:
+        sys.argv = own

@@ -2,7 +2,7 @@
 
 import dataclasses
 import datetime
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from m2l.data.tokenizer_files import read_settings
@@ -36,8 +36,21 @@ class ChatTemplate:
     def render(self, text: str) -> str:
         """Renders the prompt of a conversation in which the user has said `text`, up to the answer.
 
+        Raises:
+            DataError: as `render_messages` says.
+        """
+        return self.render_messages([{"role": "user", "content": text}])
+
+    def render_messages(self, messages: Sequence[Mapping[str, str]], goes_on: bool = False) -> str:
+        """Renders a conversation up to the answer.
+
         Equal to transformers' apply_chat_template(..., add_generation_prompt=True) on `date`, at
         midnight. It is rendered in a process of its own, see `jinja_worker` for the limits.
+
+        Args:
+            messages: {"role": ..., "content": ...} of each.
+            goes_on: Whether the last message is the beginning of the answer, as with transformers'
+                continue_final_message=True.
 
         Raises:
             DataError: the template fails, draws at random, or takes too much time or memory.
@@ -45,10 +58,10 @@ class ChatTemplate:
         # Most vocabularies have no template, and Jinja takes a tenth of a second to import.
         from m2l.data import jinja_rendering
 
+        conversation = [dict(message) for message in messages]
+        arguments = self.source, dict(self.special_tokens), self.date, conversation, goes_on
         try:
-            return jinja_rendering.call(
-                "chat", self.source, dict(self.special_tokens), self.date, text
-            )
+            return jinja_rendering.call("chat", *arguments)
         except jinja_rendering.TemplateError as error:
             raise DataError(
                 f"{self.directory}: its chat template fails ({error.message:.200})"

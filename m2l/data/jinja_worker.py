@@ -89,23 +89,38 @@ def _chat_template(source: str, date: datetime.date) -> jinja2.Template:
     return environment.from_string(source)
 
 
-def chat(source: str, special_tokens: Mapping[str, str], date: datetime.date, text: str) -> str:
-    """Renders a chat template for a conversation in which the user has said `text`.
+def chat(
+    source: str,
+    special_tokens: Mapping[str, str],
+    date: datetime.date,
+    messages: list[dict[str, str]],
+    goes_on: bool = False,
+) -> str:
+    """Renders a chat template for a conversation, up to where its next message begins.
 
     Args:
         source: The template.
         special_tokens: Text by role.
         date: What `strftime_now` says it is, at midnight.
-        text: The message.
+        messages: {"role", "content"} of each.
+        goes_on: Whether instead the last message is continued: nothing is rendered behind it.
     """
     rendered = _chat_template(source, date).render(
-        messages=[{"role": "user", "content": text}],
+        messages=messages,
         tools=None,
         documents=None,
-        add_generation_prompt=True,
+        add_generation_prompt=not goes_on,
         **special_tokens,
     )
-    return _check_size(rendered, len(text))
+    if goes_on:
+        last = messages[-1]["content"]
+        place = rendered.rfind(last.strip())
+        if place < 0:
+            _raise("it does not write the last message as it is, so that none can continue it")
+        # Some templates strip messages.
+        whole = rendered.startswith(last, place)
+        rendered = rendered[: place + len(last if whole else last.strip())]
+    return _check_size(rendered, sum(len(message["content"]) for message in messages))
 
 
 # ---- promptsource's templates

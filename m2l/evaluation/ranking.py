@@ -18,7 +18,7 @@ from m2l.data.examples import GenerationExample, RankingExample
 from m2l.errors import EvaluationError, UnknownNameError
 from m2l.evaluation.batching import Batch, Example, Part, batches, scored
 from m2l.partitioning import constrain
-from m2l.typing import Params
+from m2l.typing import Params, PyTree
 
 
 def f1(chosen_NxC: np.ndarray, right_N: np.ndarray) -> float:
@@ -213,22 +213,44 @@ def token_logits(
     return logits_BxCxTxV, is_token_BxCxT
 
 
+def _token_scores(
+    config: models.Config, params: Params, batch: Batch, dtype: str
+) -> tuple[jax.Array, jax.Array]:
+    """Sums the log-probabilities of each choice's tokens, float32 [B, C], 0 for padding.
+
+    Returns:
+        The sums, and whether each token is the most probable one there, bool [B, C].
+    """
+    logits_BxCxTxV, is_token_BxCxT = token_logits(config, params, batch, dtype)
+    log_normalizer_BxCxT = jax.nn.logsumexp(logits_BxCxTxV, axis=-1)
+    chosen_BxCxT = jnp.take_along_axis(logits_BxCxTxV, batch.choices_BxCxT[..., None], axis=-1)[
+        ..., 0
+    ]
+    scores_BxCxT = jnp.where(is_token_BxCxT, chosen_BxCxT - log_normalizer_BxCxT, 0.0)
+    is_best_BxCxT = jnp.argmax(logits_BxCxTxV, axis=-1) == batch.choices_BxCxT
+    is_greedy_BxC = jnp.all(is_best_BxCxT | ~is_token_BxCxT, axis=-1)
+    # On a mesh every device, and so every process, gets all scores.
+    return tuple(
+        constrain(each, None, None) for each in (jnp.sum(scores_BxCxT, axis=-1), is_greedy_BxC)
+    )
+
+
 @functools.cache
 def scorer(config: models.Config, dtype: str) -> Callable[[Params, Batch], jax.Array]:
     """Returns the jitted scoring function of a model; it compiles once per shape."""
 
     def score(params: Params, batch: Batch) -> jax.Array:
         """Sums log-probabilities, float32 [B, C], EOS included; 0 where a choice is padding."""
-        logits_BxCxTxV, is_token_BxCxT = token_logits(config, params, batch, dtype)
-        log_normalizer_BxCxT = jax.nn.logsumexp(logits_BxCxTxV, axis=-1)
-        chosen_BxCxT = jnp.take_along_axis(logits_BxCxTxV, batch.choices_BxCxT[..., None], axis=-1)[
-            ..., 0
-        ]
-        scores_BxCxT = jnp.where(is_token_BxCxT, chosen_BxCxT - log_normalizer_BxCxT, 0.0)
-        # On a mesh every device, and so every process, gets all scores.
-        return constrain(jnp.sum(scores_BxCxT, axis=-1), None, None)
+        return _token_scores(config, params, batch, dtype)[0]
 
     return jax.jit(score)
+
+
+@functools.cache
+def _greedy_scorer(
+    config: models.Config, dtype: str
+) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
+    return jax.jit(lambda params, batch: _token_scores(config, params, batch, dtype))
 
 
 def score_examples(
@@ -261,17 +283,51 @@ def score_examples(
         Per example, float32 [C]: the summed log-probability of each choice, in nats, EOS included.
         C is 1 for an example in free text.
     """
-    score = scorer(config, dtype)
-    scores: list[np.ndarray] = [np.empty(0)] * len(examples)
-    pending: tuple[list[int], jax.Array] | None = None
-
-    def collect(part: list[int], scores_BxC: jax.Array) -> None:
-        for index, scores_C in zip(part, np.asarray(scores_BxC), strict=False):
-            scores[index] = scores_C[: len(scored(examples[index]))]
-        on_done(len(part))
-
     if parts is None:
         parts = batches(examples, batch_size, layout or layouts.of(config))
+    return _by_example(scorer(config, dtype), params, examples, parts, on_done)
+
+
+def likelihoods(
+    config: models.Config,
+    params: Params,
+    examples: Sequence[Example],
+    *,
+    layout: layouts.Layout | None = None,
+    batch_size: int = 32,
+    dtype: str = "float32",
+    on_done: Callable[[int], None] = lambda count: None,
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Scores as `score_examples` does, and says which choices a greedy decoder would write.
+
+    Returns:
+        Per example, float32 [C] and bool [C]: whether each of a choice's tokens is the most
+        probable one behind those before it.
+    """
+    parts = batches(examples, batch_size, layout or layouts.of(config))
+    return _by_example(_greedy_scorer(config, dtype), params, examples, parts, on_done)
+
+
+def _by_example(
+    score: Callable[[Params, Batch], PyTree],
+    params: Params,
+    examples: Sequence[Example],
+    parts: Iterable[Part],
+    on_done: Callable[[int], None],
+) -> list[PyTree]:
+    """Calls a scorer on each batch; returns its arrays [B, C] as one [C] for each example."""
+    scores: list[PyTree] = [np.empty(0)] * len(examples)
+    pending: tuple[list[int], PyTree] | None = None
+
+    def collect(part: list[int], arrays_BxC: PyTree) -> None:
+        arrays_BxC = jax.tree.map(np.asarray, arrays_BxC)
+        for row, index in enumerate(part):
+            choices = len(scored(examples[index]))
+            scores[index] = jax.tree.map(
+                lambda each_BxC, row=row, choices=choices: each_BxC[row, :choices], arrays_BxC
+            )
+        on_done(len(part))
+
     for part, batch in parts:
         dispatched = (part, score(params, batch))
         if pending is not None:

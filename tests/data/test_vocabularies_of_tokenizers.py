@@ -281,6 +281,26 @@ def test_a_chats_prompt_is_rendered_by_its_template(made_tokenizers):
     )
 
 
+@pytest.mark.parametrize(
+    ("goes_on", "strips", "written"),
+    [
+        (False, "", "[system]be brief[user]2 + 2? [assistant]It is 4 [assistant]"),
+        (True, "", "[system]be brief[user]2 + 2? [assistant]It is 4 "),
+        (True, " | trim", "[system]be brief[user]2 + 2?[assistant]It is 4"),
+    ],
+)
+def test_a_conversation_is_rendered_up_to_its_next_message(edited, goes_on, strips, written):
+    template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content" + strips + " }}"
+        "{% if loop.last and m.role == 'assistant' %}{{ '' if add_generation_prompt else '!' }}"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    messages = [("system", "be brief"), ("user", "2 + 2? "), ("assistant", "It is 4 ")]
+    chat = vocabularies.load(f"chat:{edited('byte_level', chat_template=template)}").chat_template
+    conversation = [{"role": role, "content": content} for role, content in messages]
+    assert chat.render_messages(conversation, goes_on=goes_on) == written
+
+
 def test_a_chat_is_told_a_date_that_does_not_change_but_by_the_name(edited):
     template = "{{ strftime_now('%d %b %Y') }} {{ messages[0]['content'] }}"
     directory = edited("byte_level", chat_template=template)

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -31,7 +32,17 @@ def examples():
 
 def test_it_is_the_mean_log_softmax_of_a_targets_tokens_and_eos(tiny_config, tiny_params, examples):
     apply = jax.jit(functools.partial(models.apply, tiny_config))
-    means = []
+    means, greedy = [], []
+    # The last one's target becomes what the model itself would write.
+    *examples, last = examples
+    written = np.zeros(3, np.int32)
+    for place in range(3):
+        batch = {
+            "encoder_input_tokens": last.inputs[None],
+            "decoder_input_tokens": np.append(0, written[:-1])[None].astype(np.int32),
+        }
+        written[place] = np.asarray(apply(tiny_params, batch))[0, place].argmax()
+    examples = [*examples, dataclasses.replace(last, target=written)]
     for example in examples:
         batch = {
             "encoder_input_tokens": example.inputs[None],
@@ -40,6 +51,14 @@ def test_it_is_the_mean_log_softmax_of_a_targets_tokens_and_eos(tiny_config, tin
         logits = np.asarray(apply(tiny_params, batch), np.float64)[0]
         log_probabilities = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         means.append(log_probabilities[np.arange(len(example.target)), example.target].mean())
+        greedy.append(bool((logits.argmax(-1) == example.target).all()))
+    assert greedy == [False, False, False, False, True]
+    likelihoods = ranking.likelihoods(tiny_config, tiny_params, examples, batch_size=2)
+    for example, mean, is_greedy, (score, flag) in zip(
+        examples, means, greedy, likelihoods, strict=True
+    ):
+        assert score == pytest.approx([mean * len(example.target)], rel=1e-5)
+        assert flag.tolist() == [is_greedy]
     for batch_size in (2, 32):
         scores = ranking.score_examples(tiny_config, tiny_params, examples, batch_size=batch_size)
         assert [(of_one.shape, of_one.dtype) for of_one in scores] == [((1,), np.float32)] * 5
