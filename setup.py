@@ -6,6 +6,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
+README = HERE / "README.md"
 VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "m2l/version.py").read_text(), re.M)[1]
 
 # requirements.lock pins what the tests ran on. An upper bound stands where releases change names or
@@ -64,11 +65,18 @@ setup(
     name="m2l",
     version=VERSION,
     description="Train experts from one base, merge them in weight space, measure the merge.",
+    # Images for clusters are built without README.
+    long_description=README.read_text() if README.is_file() else "",
+    long_description_content_type="text/markdown",
     license_expression="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
     install_requires=REQUIREMENTS,
     extras_require={
+        # JAX for accelerators; without one of the two it computes on CPUs.
+        "gpu": ["jax[cuda13]>=0.10.2,<0.11"],
+        "tpu": ["jax[tpu]>=0.10.2,<0.11"],
+        "hf": [],  # What reads the Hugging Face Hub is always there.
         "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.29"],
         "gguf": ["gguf>=0.17"],
         "lm_eval": ["lm_eval>=0.4.13,<0.5"],

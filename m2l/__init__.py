@@ -9,17 +9,19 @@ from typing import TYPE_CHECKING
 from m2l.version import __version__
 
 if TYPE_CHECKING:
-    from m2l.api import evaluate, train
+    from m2l.api import evaluate, save, sweep, train
     from m2l.evaluation.model import load
     from m2l.merging import Recipe, merge
 
-__all__ = ["Recipe", "__version__", "evaluate", "load", "merge", "train"]
+__all__ = ["Recipe", "__version__", "evaluate", "load", "merge", "save", "sweep", "train"]
 
 _MODULES = {
     "Recipe": "m2l.merging",
     "evaluate": "m2l.api",
     "load": "m2l.evaluation.model",
     "merge": "m2l.merging",
+    "save": "m2l.api",
+    "sweep": "m2l.api",
     "train": "m2l.api",
 }
 

@@ -1,15 +1,15 @@
-"""What `m2l train` and `m2l eval` do, as functions of plain arguments."""
+"""What `m2l train`, `m2l eval` and `m2l sweep` do, as functions of plain arguments."""
 
 import hashlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from m2l import storage
 from m2l.errors import ConfigError, DataError, UnknownNameError
 from m2l.storage import AnyPath
-from m2l.typing import Json
+from m2l.typing import Json, Params
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from m2l.evaluation.model import Model
     from m2l.evaluation.results import Result
     from m2l.evaluation.task_data import TaskData
+    from m2l.merging import Recipe, SweepPoint
     from m2l.models import Config
     from m2l.training.monitoring import Log
     from m2l.training.settings import TrainSettings
@@ -227,6 +228,101 @@ def evaluate(
     return {result.task: result for result in results}
 
 
+def sweep(
+    base: AnyPath | str | None,
+    experts: Sequence[AnyPath | str],
+    method: str,
+    mixture: str | None = None,
+    *,
+    jsonl: JsonlFiles | None = None,
+    source: str = "microworld",
+    split: str = "validation",
+    max_examples: int | None = None,
+    batch_size: int = 32,
+    input_length: int = 512,
+    target_length: int = 64,
+    statistics: Sequence[AnyPath | str] = (),
+    **settings: object,
+) -> "list[SweepPoint]":
+    """Merges models by many recipes in memory, and scores each merge.
+
+    Args:
+        base: The model that the experts were trained from; None for methods that do not need it.
+        experts: The experts' paths, of one architecture and vocabulary.
+        method: The merge method.
+        mixture: The tasks to choose by; None with `jsonl`.
+        jsonl: JSON Lines files of one's own by split.
+        source, split, max_examples, batch_size, input_length, target_length: As `evaluate` takes
+            them.
+        statistics: Of each expert, for the methods that need them.
+        settings: Those of a `Recipe`; of a list each value is tried, with each of the others.
+
+    Returns:
+        A point for each recipe, the best first: `recipe`, and `score`, the mean over the tasks in
+        percent. Equal scores stay in the order of the values.
+
+    Raises:
+        M2LError: The models, the settings or the tasks are not usable.
+    """
+    import jax
+
+    from m2l import merging
+    from m2l.evaluation.model import load
+
+    swept = {name: values for name, values in settings.items() if isinstance(values, list)}
+    fixed = {name: value for name, value in settings.items() if name not in swept}
+    recipes = merging.grid({"method": method, **fixed}, swept)
+    model = load(experts[0])
+    vocabulary, tasks = evaluation_tasks(
+        mixture,
+        jsonl,
+        model.vocabulary["name"],
+        model.vocabulary["fingerprint"],
+        source,
+        split=split,
+        lengths={"inputs": input_length, "targets": target_length},
+        max_examples=max_examples,
+    )
+
+    from m2l.evaluation.evaluator import Evaluator
+
+    evaluator = Evaluator(model.config, tasks, vocabulary, batch_size=batch_size)
+
+    def score(params: Params, recipe: "Recipe") -> float:
+        scores = [result.score for result in evaluator.results(jax.device_put(params))]
+        return sum(scores) / len(scores)
+
+    points = merging.sweep(base, experts, recipes, score, statistics)
+    return sorted(points, key=lambda point: -point.score)
+
+
+def save(model: "Model", out: AnyPath | str) -> AnyPath:
+    """Writes a model as a checkpoint of m2l's, whole or not at all.
+
+    Args:
+        model: A model as `load` returns it, such as one `with_params` of a merge.
+        out: The checkpoint to make; must not exist.
+
+    Returns:
+        Its path, for `load`, `merge`, `evaluate` and `m2l convert`.
+
+    Raises:
+        CheckpointError: `out` exists or cannot be made, or the disk is full.
+    """
+    from m2l import checkpoints, models
+
+    out = storage.path(out)
+    made_by = {"kind": "save", "configuration of": str(model.path)}
+    checkpoints.save(
+        out,
+        model.params,
+        model=models.to_dict(model.config),
+        vocabulary=model.vocabulary,
+        made_by=made_by,
+    )
+    return out
+
+
 def register_tasks(vocabulary: str, source: str, jsonl: JsonlFiles | None) -> dict[str, Json]:
     """Declares the tasks; returns where the records come from, as plain values."""
     from m2l import tasks
@@ -339,3 +435,18 @@ def mixture_name(mixture: str | None, jsonl: JsonlFiles | None) -> str | None:
     if jsonl and mixture not in (None, JSONL):
         raise ConfigError(f"--jsonl is the task `jsonl`: leave --mixture {mixture} out")
     return JSONL if jsonl else mixture
+
+
+def check_mixture(mixture: str | None, source: str, jsonl: JsonlFiles | None) -> None:
+    """Says that a mixture is not known before anything slow is done.
+
+    Raises:
+        UnknownNameError: No such mixture.
+        ConfigError: There is one's own data as well.
+    """
+    if mixture_name(mixture, jsonl) in (None, JSONL):
+        return
+    from m2l import tasks
+
+    tasks.use(source)
+    tasks.tasks_in(mixture)

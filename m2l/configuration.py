@@ -65,12 +65,21 @@ CONFIGURABLES = {
 }
 
 
+# What sets a setting that has no default, in the words of `m2l train`.
+_FLAGS = {
+    "Train.mixture": "--mixture NAME (m2l tasks list), or --jsonl train=FILE",
+    "Train.steps": "--steps N",
+}
+
+
 def _register(name: str, configurable: Callable[..., object]) -> None:
     @functools.wraps(configurable, updated=())
     def build(*args: object, **kwargs: object) -> object:
         for parameter, value in kwargs.items():
             if value is gin.REQUIRED:
-                raise ConfigError(f"{name}.{parameter} must be set; see the head of the gin file")
+                setting = f"{name}.{parameter}"
+                flag = _FLAGS.get(setting, f"--gin.{setting}=VALUE")
+                raise ConfigError(f"{setting} is not set: {flag}")
         return configurable(*args, **kwargs)
 
     gin.external_configurable(build, name, module="m2l")
@@ -135,6 +144,8 @@ def _plain(error: Exception) -> M2LError:
         return ConfigError(f"{name} has no setting {parameter!r}; the nearest is {near!r}{at}")
     if match := re.search(r"macro\(\).*in scope '(\w+)'", text.replace("\n", " ")):
         return ConfigError(f"the gin macro {match.group(1)} is used, but nothing sets it")
+    if match := re.match(r"Unable to open file: (.*?)\. Searched config paths", first):
+        return UnknownNameError("gin file, here or of m2l's,", match.group(1), files())
     if match := re.search(r"missing .*required .*?: (.*)", first):
         return ConfigError(f"gin: {match.group(1)} must be set")
     return ConfigError(f"gin: {first}{at}")
@@ -239,8 +250,8 @@ def load(name: str, files: Sequence[str], bindings: Sequence[str] = ()) -> tuple
         The validated dataclass, and the gin text that makes it again.
 
     Raises:
-        ConfigError: an unknown name or setting, a wrong type or range, a setting left out, a file
-            that cannot be read. The message is one line.
+        ConfigError, UnknownNameError: an unknown name or setting, a wrong type or range, a setting
+            left out, a file that cannot be read. The message is one line.
     """
     gin.clear_config()
     for file in files:

@@ -151,7 +151,39 @@ def methods() -> str:
     return table(["method", "settings", "the merged model"], rows)
 
 
+CHOICES = {
+    "average": "a first baseline; several fine-tunings of one base on one task",
+    "linear": "to keep what the base could do: a point between it and one expert",
+    "slerp nuslerp": "two models, and no base; norms are kept",
+    "task_arithmetic": "to add skills, or to forget one (a negative scale); sweep the scale",
+    "ties": "experts of different tasks, whose changes interfere; its scale is 1 without a sweep",
+    "dare_ties dare": "many experts with redundant changes: drops a share of each at random",
+    "della breadcrumbs": "as DARE, by magnitude: small changes, or outliers too, are left out",
+    "model_stock": "few fine-tunings of one base, without any setting",
+    "multislerp karcher": "more than two models on the sphere",
+    "sce pcb ram": "entries weighed by how experts agree or compete",
+    "tall_masks emr": "one model for each task, from one merged task vector and masks",
+    "consensus_ta": "only what several tasks need",
+    "fisher regmean": "you have examples of each task: `m2l statistics` first",
+}
+"""When to use which merge methods; those of a row are alike."""
+
+
+def choosing() -> str:
+    """Returns README's table: which methods there are, what they need, when to use them."""
+    rows = []
+    for names, use in CHOICES.items():
+        methods = [METHODS[name] for name in names.split()]
+        [experts] = {method.experts for method in methods}
+        [base] = {"yes" if method.needs_base else "no" for method in methods}
+        named = ", ".join(f"`{method.name}`" for method in methods)
+        count = f"{experts.low:g}" + "+" * (experts.high > experts.low)
+        rows.append([named, count, base, use])
+    return table(["method", "experts", "base", "use when you have, or want"], rows)
+
+
 TABLES = {
+    "choosing": choosing,
     "summary": summary,
     "datasets": datasets,
     "origins": origins,
@@ -216,7 +248,8 @@ def prompts() -> str:
 
 def pages() -> dict[Path, str]:
     """Returns every page that is written here, as it should be."""
-    pages = [ROOT / name for name in ("docs/tasks.md", "docs/skills.md", "docs/merging.md")]
+    names = ("README.md", "docs/tasks.md", "docs/skills.md", "docs/merging.md")
+    pages = [ROOT / name for name in names]
     filled_pages = {path: filled(path.read_text()) for path in pages}
     return {**filled_pages, ROOT / "docs/prompts.md": prompts()}
 

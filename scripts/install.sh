@@ -46,18 +46,67 @@ fi
 echo unfinished >"$stamp"
 
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
-pip_install=("$venv/bin/python" -m pip install -qq --no-deps)
-echo "installing $(grep -c == "$root/requirements.lock") packages from requirements.lock (2.9 GB on disk; a minute or two)"
+pip_install=("$venv/bin/python" -m pip install --no-deps --progress-bar off)
+site_packages="$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+packages="$(grep -c == "$root/requirements.lock")"
+log="$venv/install.log"
+echo "installing $packages packages from requirements.lock (2.9 GB on disk; pip's own words are in $log)"
+
+clock() {
+    printf '%d:%02d' $(($1 / 60)) $(($1 % 60))
+}
+
+# Prints how many packages are there, on a terminal in one line, elsewhere one line each 20 seconds.
+show_progress() {
+    local fetched installed elapsed left=
+    fetched="$(grep -cE '^(Collecting|Processing) ' "$log" || true)"
+    installed="$(find "$site_packages" -maxdepth 1 -name '*.dist-info' | wc -l)"
+    elapsed=$((SECONDS - start))
+    if ((before < 0)) && grep -q '^Installing collected' "$log"; then
+        unpacking=$SECONDS before=$installed
+    elif ((before >= 0 && installed - before >= 10)); then
+        left=$(((packages - installed) * (SECONDS - unpacking) / (installed - before)))
+        left=", about $(clock "$left") left"
+    fi
+    line="$fetched of $packages packages fetched, $installed installed, $(clock $elapsed)$left"
+    if [[ -t 1 ]]; then
+        printf '\r\033[2K%s' "$line"
+    elif ((elapsed - shown >= 20)); then
+        shown=$elapsed
+        echo "$line"
+    fi
+}
+
+# Runs pip, which says nothing on a terminal for minutes, and shows how far it is.
+install_locked() {
+    local start=$SECONDS shown=0 unpacking=0 before=-1 pip line=
+    "${pip_install[@]}" "$@" >>"$log" 2>&1 &
+    pip=$!
+    trap 'kill "$pip" 2>/dev/null; wait "$pip"; exit 130' INT TERM
+    while kill -0 "$pip" 2>/dev/null; do
+        show_progress
+        sleep 1
+    done
+    trap - INT TERM
+    if [[ -t 1 ]]; then echo; fi
+    if ! wait "$pip"; then
+        tail -n 15 "$log" >&2
+        echo "pip failed; all that it said is in $log" >&2
+        exit 1
+    fi
+}
+
 # The two that build the others come first, so that what has no wheel is built by what is pinned.
-"${pip_install[@]}" $(grep -E '^(setuptools|wheel)==' "$root/requirements.lock")
-"${pip_install[@]}" --no-build-isolation --requirement "$root/requirements.lock"
+: >"$log"
+"${pip_install[@]}" -qq $(grep -E '^(setuptools|wheel)==' "$root/requirements.lock")
+install_locked --no-build-isolation --requirement "$root/requirements.lock"
 echo "installing m2l from $root (editable)"
-"${pip_install[@]}" --no-build-isolation --editable "$root"
+"${pip_install[@]}" -qq --no-build-isolation --editable "$root"
 
 # In the folder that contains the clone, Python takes the clone for the package m2l, unless it finds
 # the package itself on its path.
-site_packages="$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 echo "$root" >"$site_packages/m2l.pth"
 
 echo "$wanted" >"$stamp.new"
 mv "$stamp.new" "$stamp"
+echo "done: $(du -sh "$venv" | cut -f 1) in $venv; source $venv/bin/activate makes m2l a command"

@@ -6,10 +6,14 @@ import shutil
 import subprocess
 import sys
 
+import click
 import numpy as np
 import pytest
+from click.shell_completion import BashComplete
 
 from m2l import checkpoints
+from m2l.cli import command
+from m2l.cli.options import GroupedCommand
 
 
 @pytest.fixture
@@ -107,7 +111,11 @@ def test_inspect_and_lists_and_doctor_print_what_there_is(road, run_m2l, capsys)
     assert run_m2l("doctor") == 0
     assert "jax" in capsys.readouterr().out
     assert run_m2l("inspect", road / "sentiment", "--verify") == 0
-    assert "every digest is right" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "every digest is right" in shown
+    # The summary, then the parents, then a row for each parameter.
+    places = [shown.index(words) for words in ("made by:", "3 steps on sentiment", "wi_0")]
+    assert places == sorted(places)
     assert run_m2l("tasks", "list", "--mixture", "t0_held_out") == 0
     assert "super_glue_rte" in capsys.readouterr().out
     assert run_m2l("tasks", "show", "imdb") == 2
@@ -115,6 +123,81 @@ def test_inspect_and_lists_and_doctor_print_what_there_is(road, run_m2l, capsys)
     assert "drop_rate" in capsys.readouterr().out
     assert run_m2l("study", "--gin_file", "experiments/demo.gin", "--out", "x", "--dry_run") == 0
     assert "experts/1M/instruct/sentiment" in capsys.readouterr().out
+
+
+def printed(capsys):
+    return json.loads(capsys.readouterr().out)
+
+
+def test_commands_print_json_for_programs(road, run_m2l, capsys, tmp_path):
+    capsys.readouterr()
+    assert run_m2l("inspect", road / "base", "--json") == 0
+    shown, manifest = printed(capsys), checkpoints.read_manifest(road / "base")
+    assert (shown["digest"], shown["step"]) == (manifest.digest, 3)
+    models = ["--base", road / "base", "--expert", road / "sentiment"]
+    merge = ["merge", *models, "--method", "ties", "--out", tmp_path / "merged", "--json"]
+    assert run_m2l(*merge) == 0
+    shown = printed(capsys)
+    assert shown["digest"] == checkpoints.read_manifest(tmp_path / "merged").digest
+    assert shown["recipe"]["density"] == 0.2
+    assert [parent["role"] for parent in shown["parents"]] == ["base", "expert"]
+    assert run_m2l("tasks", "list", "--mixture", "imdb", "--json") == 0
+    assert {task["dataset"] for task in printed(capsys)} == {"imdb"}
+    # Whether the model is named by position or by --checkpoint.
+    results = []
+    for name in ([road / "base"], ["--checkpoint", road / "base"]):
+        flags = ["--mixture", "imdb_good_or_bad", "--max_examples", 5, "--json"]
+        assert run_m2l("eval", *name, *flags, "--out", tmp_path / "results") == 0
+        results.append(printed(capsys)["tasks"])
+    stored = json.loads((tmp_path / "results" / "imdb_good_or_bad.json").read_text())
+    assert results[0] == results[1]
+    assert results[0]["imdb_good_or_bad"]["score"] == stored["score"]
+
+
+def test_a_chat_answers_line_by_line_until_the_input_ends(road, run_m2l, capsys, monkeypatch):
+    capsys.readouterr()
+    assert run_m2l("generate", road / "base", "the cat", "a dog", "--max_length", 4) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[::2] == ["the cat", "a dog"]
+
+    said = iter(["the cat", " ", "a dog"])
+
+    def typed(prompt):
+        for line in said:
+            return line
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", typed)
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    assert run_m2l("generate", road / "base", "--max_length", 4) == 0
+    answers = capsys.readouterr().out.splitlines()
+    assert [f"> {answer}" for answer in answers if answer] == lines[1::2]
+
+
+def complete(words):
+    """What bash is offered after `m2l WORDS`."""
+    completer = BashComplete(command.cli, {}, "m2l", "_M2L_COMPLETE")
+    *done, incomplete = words.split(" ")
+    return [item.value for item in completer.get_completions(done, incomplete)]
+
+
+def test_shells_complete_the_names_of_commands_methods_tasks_and_files():
+    assert complete("mer") == ["merge"]
+    assert "dare_ties" in complete("merge --method da")
+    assert complete("merge --scope t") == ["tensor"]
+    assert complete("eval --mixture sentim") == ["sentiment", "sentiment_original"]
+    assert "experiments/demo.gin" in complete("train --gin_file experiments/de")
+    assert complete("merge --preset off") == ["official"]
+
+
+def test_every_flag_of_a_grouped_command_is_in_a_group():
+    for each in command.cli.commands.values():
+        if isinstance(each, GroupedCommand):
+            groups = each.grouped(click.Context(each))
+            names = [param.name for params in groups.values() for param in params]
+            assert sorted(names) == sorted(p.name for p in each.get_params(click.Context(each)))
+            other = [p for p in groups["Other"] if isinstance(p, click.Option) and not p.hidden]
+            assert [p.opts[-1] for p in other] == ["--help"], each.name
 
 
 # --- bad input ---
@@ -131,10 +214,19 @@ def test_unknown_names_are_refused_with_the_nearest(refused, road, tmp_path):
     assert "'super_glue_rte'" in refused(*evaluated, "--mixture", "super_glue_rtee")
     assert "'ties'" in refused("merge", *base, "--method", "tyes", *out)
     assert "'steps'" in refused(*trained, "--mixture", "imdb", "--gin.Train.stepz=3")
+    near = refused(*trained, "--gin_file", "experiments/demoo.gin")
+    assert "'experiments/demo.gin'" in near
+    assert str(road / "sentiment") in refused("inspect", road / "sentimant")
+    assert "sentiment" in refused("inspect", road)
     assert not (tmp_path / "out").exists()
 
 
 def test_wrong_flags_are_refused(refused, road, tmp_path):
+    trained = ["train", "--init", road / "base", "--out", tmp_path / "o"]
+    assert "--mixture NAME" in refused(*trained)
+    assert "--steps N" in refused(*trained, "--mixture", "imdb")
+    assert "--base BASE --expert ONE" in refused("merge", road / "base", road / "sentiment")
+    assert "name one model" in refused("eval", road / "base", "--checkpoint", road / "sentiment")
     assert "--out" in refused("train", "--init", road / "base", "--mixture", "imdb")
     assert "no such option" in refused("report", tmp_path, "--fast").lower()
     assert "no model" in refused(

@@ -122,7 +122,10 @@ def test_inspect_shows_and_draws_what_a_merge_measured(road, run_m2l, capsys, tm
         (("--method", "ties", "--memory", "lots"), "cannot parse memory size 'lots'"),
         (("--method", "ties", "--process", "2"), "--process 2: expected I/N"),
         (("--method", "ties", "--process", "2/2"), "--process 2/2: expected I/N"),
-        (("--method", "ties", "--to", "gguf"), "a merge writes orbax or huggingface"),
+        (
+            ("--method", "ties", "--to", "gguf"),
+            "'gguf' is not one of 'orbax', 'huggingface', 'adapter'",
+        ),
         (("--method", "fisher"), "needs the fisher statistics of each expert"),
         ((), "--method is missing"),
     ],

@@ -22,7 +22,9 @@ def script(path):
 document = script("document_tasks.py")
 
 
-@pytest.mark.parametrize("page", ["docs/tasks.md", "docs/skills.md", "docs/merging.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/tasks.md", "docs/skills.md", "docs/merging.md"]
+)
 def test_the_tables_of_a_page_are_those_of_the_declarations(page):
     text = (ROOT / page).read_text()
     assert text.count("<!-- table: ") == text.count("<!-- end -->") > 0

@@ -1,11 +1,17 @@
 """What the pages say to type can be typed: every command, flag, gin file and script is there."""
 
+import json
 import re
+import shlex
 from pathlib import Path
 
 import click
+import jax
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
+import m2l
 from m2l.cli.command import cli
 
 ROOT = Path(__file__).parents[1]
@@ -43,6 +49,69 @@ def test_every_gin_file_and_script_of_a_page_is_there(page):
             assert (ROOT / "gin_configs" / file).is_file(), file
     for script in re.findall(r"\bscripts/[\w/]+\.(?:sh|py)\b", (ROOT / page).read_text()):
         assert (ROOT / script).is_file(), script
+
+
+def blocks(page, language):
+    text = (ROOT / page).read_text()
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.M | re.S)
+
+
+@pytest.fixture
+def folder(road, run_m2l, tmp_path, monkeypatch):
+    """A folder that has what README's commands name: BASE, ONE, TWO and files of one's own data."""
+    monkeypatch.chdir(tmp_path)
+    for name, run in {"BASE": "base", "ONE": "sentiment", "TWO": "closed_book_qa"}.items():
+        assert run_m2l("convert", road / run, name) == 0
+    lines = [
+        {"inputs": f"a {word} film. good or bad?", "targets": label}
+        | {"answer_choices": ["good", "bad"]}
+        for label, words in {"good": ("fine", "nice"), "bad": ("dull", "sad")}.items()
+        for word in words
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    for name in ("train.jsonl", "valid.jsonl"):
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+def test_the_commands_of_readme_run_one_after_the_other(folder, run_m2l, capsys):
+    commands = [
+        line
+        for block in blocks("README.md", "")
+        for line in block.replace("\\\n", " ").splitlines()
+        if line.startswith("m2l ")
+    ]
+    ran = []
+    for line in commands:
+        # Whole studies, and what needs one, are run by the tests of studies.
+        if not re.match(r"m2l (study|report)\b", line) or "--dry_run" in line:
+            assert run_m2l(*shlex.split(line)[1:]) == 0, line
+            ran.append(line.split()[1])
+    assert {"merge", "eval", "generate", "convert", "train", "sweep", "study"} <= {*ran}
+    weights = load_file(folder / "merged" / "model.safetensors")
+    assert weights.keys() == load_file(folder / "BASE" / "model.safetensors").keys()
+    [result] = (folder / "results").glob("jsonl.json")
+    assert json.loads(result.read_text())["count"] == 4
+    # What the sweep ends with is a command, too.
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("m2l ")]
+    assert run_m2l(*shlex.split(printed[-1])[1:]) == 0
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/python.md"])
+def test_the_python_of_a_page_runs_one_block_after_the_other(folder, run_m2l, page):
+    assert run_m2l("convert", "BASE", "runs/base") == 0
+    names = {}
+    code = blocks(page, "python")
+    assert code
+    for block in code:
+        exec(compile(block, page, "exec"), names)
+    results = m2l.evaluate("merged", jsonl={"validation": "valid.jsonl"})
+    assert results["jsonl"].count == 4
+    if page == "docs/python.md":
+        saved = m2l.load("runs/in_memory").params
+        assert jax.tree.all(jax.tree.map(np.array_equal, saved, names["params"]))
+        assert results["jsonl"].score == names["results"]["jsonl"].score
+        assert names["best"].score == max(each.score for each in (names["best"], *names["others"]))
 
 
 def test_pages_have_commands():

@@ -1,5 +1,6 @@
 """The documentation builds without a warning; its links, citations and figures are right."""
 
+import datetime
 import os
 import re
 import subprocess
@@ -80,9 +81,23 @@ def test_the_citation_has_m2l_and_both_papers():
     assert all(paper["authors"] and paper["year"] for paper in citation["references"])
 
 
+def test_the_changelog_has_the_date_of_this_version():
+    [version, date] = re.search(r"^## (\S+) \((.+?)\)$", text("CHANGELOG.md"), re.M).groups()
+    assert version == m2l.__version__
+    assert datetime.date.fromisoformat(date)
+
+
+def test_readme_has_one_screen_after_the_other():
+    readme = text("README.md")
+    assert len(readme.splitlines()) <= 150
+    titles = re.findall(r"^## (.+)", readme, re.M)
+    order = ["Merge and score two models", "Methods", "See it all work", "Your own data", "Studies"]
+    assert titles[: len(order)] == order
+
+
 def test_ci_and_pre_commit_run_files_that_are_there():
     workflow = text(".github/workflows/ci.yml")
-    assert set(yaml.safe_load(workflow)["jobs"]) == {"fast", "all"}
+    assert set(yaml.safe_load(workflow)["jobs"]) == {"fast", "package", "all"}
     hooks = text(".pre-commit-config.yaml")
     fast = text("tests/fast.txt").split()
     paths = re.findall(r"\b(?:tests|scripts)/[\w./]+", workflow + hooks)

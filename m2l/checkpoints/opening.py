@@ -187,16 +187,22 @@ def kind(path: AnyPath) -> str:
     if _orbax_item(path) is not None:
         return ORBAX
     if not path.exists():
-        raise CheckpointError(f"{path}: there is no such checkpoint or training run")
+        raise reading.missing(path)
     if path.is_dir() and not any(path.iterdir()):
         raise CheckpointError(f"{path}: the directory is empty; a checkpoint was expected")
     if path.suffix == ".gguf":
         raise CheckpointError(f"{path}: m2l convert {path} DIR makes a directory that can be read")
-    if path.is_dir():
+    inside = [
+        child.name
+        for child in (sorted(path.iterdir()) if path.is_dir() else ())
+        if child.is_dir() and (has_manifest(child) or (child / "config.json").is_file())
+    ]
+    if path.is_dir() and not inside:
         pytrees.find_item(path)  # Which says what is missing, or unfinished.
     raise CheckpointError(
         f"{path}: no finished checkpoint: neither one of m2l's or of Orbax, nor a Hugging Face "
         "directory (config.json, safetensors), nor one of T5X's (checkpoint_N)"
+        + (f"; in it are {', '.join(inside[:5])}" if inside else "")
     )
 
 

@@ -1,6 +1,7 @@
 """Reading m2l's checkpoints, whole, by parameter or by shard; damaged ones are refused by name."""
 
 import dataclasses
+import difflib
 import hashlib
 import json
 import re
@@ -73,7 +74,7 @@ def resolve(path: PathLike) -> AnyPath:
     if is_checkpoint(path):
         return path
     if not path.is_dir():
-        raise CheckpointError(f"{path}: there is no such checkpoint or training run")
+        raise missing(path)
     if finished := steps(path / STEPS) or steps(path):
         return finished[max(finished)]
     if not any(path.iterdir()):
@@ -356,3 +357,14 @@ def _manifest(directory: AnyPath, file: str | None) -> Manifest | None:
         return Manifest.read(directory, file)
     except CheckpointError:
         return None  # What it belongs to is then not known, and refused.
+
+
+def missing(path: AnyPath) -> CheckpointError:
+    """Returns the error of a path where nothing is; it names what is next to it, or inside."""
+    text = f"{path}: there is no such checkpoint or training run"
+    folder = next((each for each in path.parents if each.is_dir()), None)
+    if folder is None or folder == folder.parent:
+        return CheckpointError(text)
+    names = sorted(each.name for each in folder.iterdir() if not each.name.startswith("."))
+    near = difflib.get_close_matches(path.relative_to(folder).parts[0], names, n=1)
+    return CheckpointError(f"{text}; there is {folder / near[0]}" if near else text)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,8 +10,17 @@ import click
 
 from m2l import storage
 from m2l.cli import diagnostics
-from m2l.cli.options import DIRECTORY, MODEL, print_table, with_gin, with_mesh
+from m2l.cli.options import (
+    DIRECTORY,
+    MODEL,
+    print_json,
+    print_table,
+    with_gin,
+    with_json,
+    with_mesh,
+)
 from m2l.errors import CheckpointError, ConfigError
+from m2l.typing import JsonObject
 
 if TYPE_CHECKING:
     from rich.tree import Tree
@@ -176,6 +186,7 @@ def push(directory: Path, name: str, private: bool) -> None:
 @click.option("--verify", is_flag=True, help="Compute every digest anew.")
 @click.option("--subtree", help="Of a pytree that Orbax stored, the part to show: params.")
 @with_mesh
+@with_json
 @click.option("--cosines", type=DIRECTORY, help="Draw a merge's task vectors: a .png, .svg, .pdf.")
 def inspect(
     checkpoint: Path,
@@ -183,9 +194,10 @@ def inspect(
     subtree: str | None,
     fsdp: int,
     model: int,
+    as_json: bool,
     cosines: Path | None,
 ) -> None:
-    """What is in a checkpoint and where it came from."""
+    """What is in a checkpoint and where it came from: its parameters come last."""
     from jax import numpy as jnp
     from jax.sharding import AbstractMesh
     from rich.console import Console
@@ -197,27 +209,23 @@ def inspect(
     if (checkpoint / tensor_kinds.ADAPTER_CONFIG).is_file() and not (
         checkpoint / huggingface_directory.CONFIG
     ).is_file():
-        _show_adapter(adapters.read(checkpoint))
+        _show_adapter(adapters.read(checkpoint), as_json)
         return
     if subtree is not None or not (exported or opening.has_manifest(checkpoint)):
-        _show_foreign(opening.open(checkpoint, subtree=subtree, native=True, named=False))
+        opened = opening.open(checkpoint, subtree=subtree, native=True, named=False)
+        _show_foreign(opened, as_json)
         return
     directory = checkpoint if exported else checkpoints.resolve(checkpoint)
     module = huggingface_directory if exported else checkpoints
     manifest = module.read_manifest(directory)
-    rows = [
-        (name, "x".join(map(str, p["shape"])), p["dtype"], p["digest"][:12])
-        for name, p in manifest.parameters.items()
-    ]
-    print_table(str(directory), ["parameter", "shape", "dtype", "digest"], rows)
-    if fsdp * model > 1:
-        mesh = AbstractMesh((1, fsdp, model), partitioning.MESH_AXES)
-        placed = partitioning.table(models.spec(models.from_dict(manifest.model)), mesh)
-        rows = [(row.name, str(tuple(row.spec)), row.mib_per_device) for row in placed]
-        print_table(f"fsdp {fsdp}, model {model}", ["parameter", "axes", "MiB/device"], rows)
-        click.echo(f"MiB per device: {sum(row.mib_per_device for row in placed):.1f}")
+    if as_json:
+        if verify:
+            module.verify(directory)
+        print_json({"path": str(directory), **manifest.to_json(), "verified": verify})
+        return
     sizes = [(math.prod(p["shape"]), p["dtype"]) for p in manifest.parameters.values()]
     size = sum(count * jnp.dtype(dtype).itemsize for count, dtype in sizes)
+    click.echo(str(directory))
     click.echo(
         f"parameters: {sum(count for count, _ in sizes):,}  {size / 2**20:,.1f} MiB of "
         f"{manifest.dtype}  digest {manifest.digest[:16]}  step {manifest.step}"
@@ -234,43 +242,73 @@ def inspect(
         diagnostics.draw(manifest.made_by, experts, cosines)
     if manifest.parents:
         Console(width=200, highlight=False).print(_lineage(str(directory), manifest))
+    rows = [
+        (name, "x".join(map(str, p["shape"])), p["dtype"], p["digest"][:12])
+        for name, p in manifest.parameters.items()
+    ]
+    print_table("parameters", ["parameter", "shape", "dtype", "digest"], rows)
+    if fsdp * model > 1:
+        mesh = AbstractMesh((1, fsdp, model), partitioning.MESH_AXES)
+        placed = partitioning.table(models.spec(models.from_dict(manifest.model)), mesh)
+        rows = [(row.name, str(tuple(row.spec)), row.mib_per_device) for row in placed]
+        print_table(f"fsdp {fsdp}, model {model}", ["parameter", "axes", "MiB/device"], rows)
+        click.echo(f"MiB per device: {sum(row.mib_per_device for row in placed):.1f}")
     if verify:
         module.verify(directory)
         click.echo("every digest is right")
 
 
-def _show_foreign(checkpoint: "opening.Checkpoint") -> None:
+def _show_foreign(checkpoint: "opening.Checkpoint", as_json: bool) -> None:
     """Prints what is in a checkpoint without a manifest."""
-    rows = [
-        (name, "x".join(map(str, tensor.shape)), tensor.dtype.name)
+    tensors = {
+        name: {"shape": list(tensor.shape), "dtype": tensor.dtype.name}
         for name, tensor in checkpoint.parameters.items()
-    ]
-    print_table(str(checkpoint.path), ["parameter", "shape", "dtype"], rows)
+    }
+    if as_json:
+        content = {"path": str(checkpoint.path), "format": checkpoint.format}
+        print_json({**content, "parameters": tensors})
+        return
     size = sum(t.size * t.dtype.itemsize for t in checkpoint.parameters.values())
     count = sum(t.size for t in checkpoint.parameters.values())
+    click.echo(str(checkpoint.path))
     click.echo(f"parameters: {count:,}  {size / 2**20:,.1f} MiB  {checkpoint.format}")
     if checkpoint.adapted is not None:
         base, adapter = checkpoint.adapted
         click.echo(f"base: {base.path}  digest {base.digest[:16]}")
         click.echo(f"adapter: {adapter.path}  digest {adapter.digest[:16]}  {adapter.describe()}")
-        return
-    click.echo("without a manifest of m2l's: nothing tells where it came from, or its digests")
+    else:
+        click.echo("without a manifest of m2l's: nothing tells where it came from, or its digests")
+    print_table("parameters", ["parameter", "shape", "dtype"], _shapes(tensors))
 
 
-def _show_adapter(adapter: "Adapter") -> None:
+def _show_adapter(adapter: "Adapter", as_json: bool) -> None:
     """Prints what is in an adapter's directory."""
-    rows = [
-        (each.module, "x".join(map(str, each.shape)), each.rank, each.scale, each.up.dtype.name)
-        for each in adapter.factors.values()
-    ]
-    print_table(str(adapter.path), ["module", "shape", "rank", "scale", "dtype"], rows)
-    rows = [
-        (name, "x".join(map(str, tensor.shape)), tensor.dtype.name)
+    replaced = {
+        name: {"shape": list(tensor.shape), "dtype": tensor.dtype.name}
         for name, tensor in adapter.replaced.items()
+    }
+    factors = {
+        each.module: {"shape": list(each.shape), "rank": each.rank, "scale": float(each.scale)}
+        | {"dtype": each.up.dtype.name}
+        for each in adapter.factors.values()
+    }
+    if as_json:
+        content = {"path": str(adapter.path), "digest": adapter.digest}
+        print_json({**content, "factors": factors, "stored_whole": replaced})
+        return
+    click.echo(f"{adapter.path}\nadapter: {adapter.describe()}  digest {adapter.digest[:16]}")
+    columns = ["module", "shape", "rank", "scale", "dtype"]
+    print_table("matrices", columns, _shapes(factors))
+    if replaced:
+        print_table("stored whole", ["tensor", "shape", "dtype"], _shapes(replaced))
+
+
+def _shapes(tensors: Mapping[str, JsonObject]) -> list[tuple[object, ...]]:
+    """Returns rows of names and figures, shapes as 3x4."""
+    return [
+        (name, "x".join(map(str, figures["shape"])), *list(figures.values())[1:])
+        for name, figures in tensors.items()
     ]
-    if rows:
-        print_table("stored whole", ["tensor", "shape", "dtype"], rows)
-    click.echo(f"adapter: {adapter.describe()}  digest {adapter.digest[:16]}")
 
 
 def _lineage(title: str, manifest: "Manifest") -> "Tree":

@@ -135,7 +135,11 @@ def run(arguments: Sequence[str], *, stopped_code: int | None) -> None:
         click.echo(error.ctx.get_help())
         sys.exit(2)
     except click.ClickException as error:
-        _fail(one_line(error.format_message().replace("\n", " ")))
+        message = one_line(error.format_message().replace("\n", " "))
+        name = error.ctx.command.name if isinstance(error, click.UsageError) and error.ctx else ""
+        if name in ("merge", "sweep") and "unexpected extra argument" in message:
+            message += f": m2l {name} --base BASE --expert ONE --expert TWO names the models"
+        _fail(message)
     except Stopped as stop:
         click.echo(f"m2l: {stop}", err=True)
         number = signals.requested() or signal.SIGTERM

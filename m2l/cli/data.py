@@ -1,11 +1,19 @@
 """`m2l tasks`."""
 
+import dataclasses
 from pathlib import Path
 
 import click
 
 from m2l import storage
-from m2l.cli.options import DIRECTORY, print_table, with_source
+from m2l.cli.options import (
+    DIRECTORY,
+    MIXTURE,
+    print_json,
+    print_table,
+    with_json,
+    with_source,
+)
 from m2l.errors import ConfigError
 from m2l.progress import Progress
 
@@ -16,7 +24,7 @@ def tasks() -> None:
 
 
 @tasks.command("list")
-@click.option("--mixture", help="Only the tasks of this mixture.")
+@click.option("--mixture", type=MIXTURE, help="Only the tasks of this mixture.")
 @click.option("--category", help="Only this task category.")
 @click.option("--dataset", help="Only this dataset.")
 @click.option(
@@ -26,12 +34,14 @@ def tasks() -> None:
     help="Only what experts are trained on, or not.",
 )
 @with_source()
+@with_json
 def tasks_list(
     mixture: str | None,
     category: str | None,
     dataset: str | None,
     held_in: bool | None,
     source: str,
+    as_json: bool,
 ) -> None:
     """Every task, then every dataset: its published size, its licence and whom to cite."""
     from m2l import tasks as registry
@@ -53,6 +63,9 @@ def tasks_list(
     infos = [info for info in infos if sources.has(source, registry.datasets_of(info.name)[0])]
     if not infos:
         raise ConfigError(f"no task of source {source} is left by these filters together")
+    if as_json:
+        print_json([dataclasses.asdict(info) for info in infos])
+        return
     rows = [
         (
             info.name,
@@ -86,7 +99,7 @@ def tasks_list(
 
 
 @tasks.command("show")
-@click.argument("task")
+@click.argument("task", type=MIXTURE)
 @click.option("--n", type=click.IntRange(min=1), default=3, show_default=True, help="Examples.")
 @click.option("--split", default="validation", show_default=True)
 @with_source()
@@ -99,7 +112,7 @@ def tasks_show(task: str, n: int, split: str, source: str) -> None:
 
 
 @tasks.command("cache")
-@click.argument("mixture")
+@click.argument("mixture", type=MIXTURE)
 @click.option("--out", type=DIRECTORY, required=True, help="The folder; then --source cache:DIR.")
 @with_source()
 def tasks_cache(mixture: str, out: Path, source: str) -> None:

@@ -11,12 +11,24 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from m2l.cli.options import COUNT, DIRECTORY, MODEL, join, print_table, with_processes
+from m2l.cli.options import (
+    COUNT,
+    DIRECTORY,
+    MODEL,
+    GroupedCommand,
+    Name,
+    join,
+    print_json,
+    print_table,
+    with_json,
+    with_processes,
+)
 from m2l.errors import ConfigError
 from m2l.typing import Json, JsonObject
 
 if TYPE_CHECKING:
     from m2l.merging import MergeJob
+    from m2l.merging.method_registry import HyperParameter
 
 
 Setting = float | str | list[float | str]
@@ -63,7 +75,7 @@ class Series(click.ParamType):
         return tuple(settings_of(flag, value) if ".." in value else series(flag, value))
 
 
-class RecipeCommand(click.Command):
+class RecipeCommand(GroupedCommand):
     """A command with the flags of recipes, behind --method.
 
     Which there are follows from the methods' signatures, and is looked up when the command is run:
@@ -97,6 +109,18 @@ class RecipeCommand(click.Command):
                 )
         return [*own[:place], *recipe_flags, *own[place:]]
 
+    def grouped(self, ctx: click.Context) -> dict[str, list[click.Parameter]]:
+        """Returns the flags by group: hyper-parameters after the method, then variants."""
+        from m2l.merging import method_registry
+
+        groups = super().grouped(ctx)
+        flags = {each.name: each for each in groups.pop("Other")}
+        variants = [flags.pop(name) for name in method_registry.VARIANTS if name in flags]
+        known = [flags.pop(n) for n in method_registry.hyper_parameters() if n in flags]
+        groups["Numbers"] = [*known, *groups.get("Numbers", [])]
+        groups["Where codebases differ"] = [*variants, *groups.get("Where codebases differ", [])]
+        return {**groups, "Other": list(flags.values())}
+
 
 def _import_jax() -> None:
     """Imports JAX, which looks for ROCm's plugin in the metadata of every installed package.
@@ -121,31 +145,70 @@ def _recipe_flags(methods: tuple[str, ...], swept: bool) -> list[click.Option]:
     flags = []
     for name, by_method in method_registry.hyper_parameters().items():
         first = next(iter(by_method.values()))
-        text = f"{first.description.rstrip('.')}: {', '.join(by_method)}."
+        defaults = {method: _default(each) for method, each in by_method.items()}
+        if len(set(defaults.values())) > 1:
+            readers = ", ".join(f"{method} {value}" for method, value in defaults.items())
+        else:
+            readers = f"{next(iter(defaults.values()))}; of {', '.join(defaults)}"
+        text = f"{first.description}  [default: {readers}]"
         if swept:
             text = f"Values, 0.1,0.2 or FIRST:LAST:STEP. {text}"
         kind = Series() if swept else Number(first.per_expert)
         if not (swept and first.per_expert):
             flags.append(click.Option([f"--{name}"], type=kind, help=text, multiple=not swept))
     for name, variant in () if swept else method_registry.VARIANTS.items():
-        text = f"{variant.description} One of {', '.join(variant.choices)}."
-        flags.append(click.Option([f"--{name}"], help=text))
+        default = "the method's" if name == "scope" else variant.choices[0]
+        text = f"{variant.description}  [default: {default}]"
+        flags.append(click.Option([f"--{name}"], type=click.Choice(variant.choices), help=text))
     return flags
 
 
-@click.command(cls=RecipeCommand)
+def _default(hyper_parameter: "HyperParameter") -> str:
+    if hyper_parameter.default is None:
+        return "none"
+    return "1 each" if hyper_parameter.per_expert else f"{hyper_parameter.default:g}"
+
+
+def _methods() -> list[str]:
+    from m2l.merging import METHODS
+
+    return list(METHODS)
+
+
+def _presets() -> list[str]:
+    from m2l.merging import PRESETS
+
+    return list(PRESETS)
+
+
+METHOD = Name("method", _methods)
+PRESET = Name("preset", _presets)
+DTYPES = ("float32", "bfloat16", "float16")
+GROUPS = {
+    "Inputs": "base experts run last decay config statistics subtree allow_differences verify",
+    "Method": "method preset recipe seed list_methods",
+    "Numbers": "scale_of exclude",
+    "Where codebases differ": "weighted_signs",
+    "Vocabularies that differ": "tokenizer pad_vocabulary chat_template tokens forced",
+    "Output": "out output_format dtype adapter_rank adapter_error vocabulary diagnostics as_json",
+    "Machine": "dry_run bandwidth memory distributed coordinator process",
+}
+
+
+@click.command(cls=RecipeCommand, groups=GROUPS)
 @click.option("--base", type=MODEL, help="The model the experts were trained from.")
 @click.option("--expert", "experts", type=MODEL, multiple=True, help="Repeat for each.")
 @click.option("--run", type=DIRECTORY, help="Of one training run, instead of --expert ...")
 @click.option("--last", type=COUNT, default=10, show_default=True, help="... so many last saves.")
 @click.option(
     "--decay",
+    type=click.Choice(["linear", "cosine", "1-sqrt"]),
     help="The decay of the learning rate that their average stands in for: linear (the mean), "
     "cosine or 1-sqrt.",
 )
-@click.option("--method", help="See --list; with --run by default average.")
-@click.option("--seed", type=int, help="Of the methods that draw at random.")
-@click.option("--dtype", help="Of the merged parameters: float32, bfloat16 or float16.")
+@click.option("--method", type=METHOD, help="See --list; with --run by default average.")
+@click.option("--seed", type=int, help="Of the methods that draw at random.  [default: 0]")
+@click.option("--dtype", type=click.Choice(DTYPES), help="Of the merged parameters.")
 @click.option("--weighted_signs", is_flag=True, help="Weights count when signs are elected.")
 @click.option(
     "--scale_of",
@@ -168,7 +231,11 @@ def _recipe_flags(methods: tuple[str, ...], swept: bool) -> list[click.Option]:
 @click.option(
     "--force_token", "forced", multiple=True, help="As --token, in models that have it as well."
 )
-@click.option("--preset", help="How another codebase does it: official, mergekit, ...; see --list.")
+@click.option(
+    "--preset",
+    type=PRESET,
+    help="How another codebase does it: official, mergekit, ...; see --list.",
+)
 @click.option("--recipe", type=DIRECTORY, help="A JSON file of settings; flags override it.")
 @click.option("--config", type=DIRECTORY, help="A YAML file of mergekit's, with models and method.")
 @click.option(
@@ -176,7 +243,10 @@ def _recipe_flags(methods: tuple[str, ...], swept: bool) -> list[click.Option]:
 )
 @click.option("--subtree", help="Of pytrees that Orbax stored, the part to merge: params.")
 @click.option(
-    "--to", "output_format", help="orbax, huggingface, adapter; by default what the inputs are."
+    "--to",
+    "output_format",
+    type=click.Choice(["orbax", "huggingface", "adapter"]),
+    help="What to make; by default what the inputs are.",
 )
 @click.option("--adapter_rank", type=COUNT, help="Of the factors, with --to adapter.")
 @click.option("--adapter_error", type=float, help="Instead: the share that may be missed.")
@@ -192,6 +262,7 @@ def _recipe_flags(methods: tuple[str, ...], swept: bool) -> list[click.Option]:
 @click.option("--dry_run", is_flag=True, help="Say what it would take, and stop.")
 @click.option("--bandwidth", help="Bytes a second for --dry_run's time, instead of measuring.")
 @click.option("--out", type=DIRECTORY, help="What to make.")
+@with_json
 @click.option("--list", "list_methods", is_flag=True, help="Show the methods and their settings.")
 def merge(
     base: Path | None,
@@ -227,6 +298,7 @@ def merge(
     allow_differences: str | None,
     dry_run: bool,
     bandwidth: str | None,
+    as_json: bool,
     **settings: Json,
 ) -> None:
     """Merge experts' checkpoints into one.
@@ -340,13 +412,17 @@ def merge(
             raise ConfigError("m2l merge --to adapter: --base is missing, which it is put on")
         cut = {"rank": adapter_rank, "error": adapter_error}
         manifest = merging.merge_into_adapter(base, experts, merge_recipe, out, **cut, **options)
-        if manifest is not None:
-            show_adapter(manifest, out)
-            return
     else:
         manifest = merging.merge(base, experts, merge_recipe, out, **options)
     if manifest is None:
         click.echo(f"merged checkpoint: {out}, published by process 0")
+        return
+    if as_json:
+        document = {"out": str(out), "digest": manifest.digest, "recipe": merge_recipe.to_dict()}
+        print_json({**document, "parents": [*manifest.parents]})
+        return
+    if to_adapter:
+        show_adapter(manifest, out)
         return
     # Not a table: what prints those would be imported at the end of every merge.
     for parent in manifest.parents:

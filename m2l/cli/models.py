@@ -1,9 +1,10 @@
 """`m2l train`, `m2l eval`, `m2l generate`."""
 
 import contextlib
+import dataclasses
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,14 +14,18 @@ from m2l import api
 from m2l.cli.options import (
     COUNT,
     DIRECTORY,
+    MIXTURE,
     MODEL,
     VOCABULARY,
+    GroupedCommand,
     join,
+    print_json,
     print_table,
     with_batches,
     with_decoding,
     with_generative_score,
     with_gin,
+    with_json,
     with_jsonl,
     with_max_examples,
     with_mesh,
@@ -35,12 +40,27 @@ if TYPE_CHECKING:
     from m2l.evaluation.results import Result
 
 
-@click.command()
+@click.command(
+    cls=GroupedCommand,
+    groups={
+        "Model and data": "init mixture jsonl source vocabulary",
+        "Settings": "steps batch_size learning_rate dtype lora gin_files",
+        "Output": "out wandb",
+        "Machine": "distributed coordinator process synthetic profile",
+    },
+)
 @with_gin
 @click.option("--out", type=DIRECTORY, required=True, help="The run's folder.")
 @click.option("--init", type=DIRECTORY, help="The checkpoint to start from.")
-@click.option("--mixture", help="The task or mixture to train on.")
+@click.option("--mixture", type=MIXTURE, help="The task or mixture to train on: m2l tasks list.")
 @click.option("--steps", type=int, help="Optimizer steps in all.")
+@click.option("--batch_size", type=COUNT, help="Rows of a batch.  [default: 32]")
+@click.option("--learning_rate", type=float, help="The highest.  [default: 0.001]")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16"]),
+    help="What the network computes in; parameters are float32.  [default: float32]",
+)
 @click.option("--lora", help="Train an adapter: r=16[,alpha=32][,targets=q_proj+v_proj].")
 @with_jsonl("train=FILE[,validation=FILE]: your own data, as the task `jsonl`.")
 @click.option("--vocabulary", help=VOCABULARY)
@@ -56,6 +76,9 @@ def train(
     init: Path | None,
     mixture: str | None,
     steps: int | None,
+    batch_size: int | None,
+    learning_rate: float | None,
+    dtype: str | None,
     lora: str | None,
     jsonl: dict[str, AnyPath],
     vocabulary: str | None,
@@ -67,19 +90,29 @@ def train(
     wandb: str | None,
     source: str | None,
 ) -> None:
-    """Train a model, or go on where a stopped run left off."""
+    """Train a model, or go on where a stopped run left off.
+
+    docs/training.md has the settings that are no flags: --gin.Train.NAME=VALUE.
+    """
     from m2l import configuration
 
-    join(distributed, coordinator, process)
     mixture = api.mixture_name(mixture, jsonl)
-    flags = [f"Train.mixture={mixture!r}"] if mixture else []
-    flags += [f"Train.steps={steps}"] if steps is not None else []
-    flags += [f"Train.lora={lora!r}"] if lora else []
-    flags += [f"Run.vocabulary={vocabulary!r}"] if vocabulary else []
-    flags += [f"Run.source={source!r}"] if source else []
+    join(distributed, coordinator, process)
+    values = {
+        "Train.mixture": mixture,
+        "Train.steps": steps,
+        "Train.batch_size": batch_size,
+        "Train.learning_rate": learning_rate,
+        "Train.dtype": dtype,
+        "Train.lora": lora,
+        "Run.vocabulary": vocabulary,
+        "Run.source": source,
+    }
+    flags = [f"{name}={value!r}" for name, value in values.items() if value not in (None, "")]
     # The settings' own file comes first, so that a model's file alone will do.
     gin_files = ("runs/train.gin", *gin_files)
     run, resolved = configuration.load("Run", gin_files, [*bindings, *flags])
+    api.check_mixture(run.settings.mixture, run.source, jsonl)
 
     from m2l.training import processes
     from m2l.training.monitoring import read_figures, wandb_log
@@ -121,9 +154,21 @@ def train(
         click.echo(f"adapter: {out / 'adapter'}; with its base a model: {init}+{out / 'adapter'}")
 
 
-@click.command("eval")
-@click.option("--checkpoint", type=MODEL, help="What to evaluate; also a Hugging Face folder.")
-@click.option("--mixture", help="The task or mixture to evaluate by.")
+@click.command(
+    "eval",
+    cls=GroupedCommand,
+    groups={
+        "Model and data": "checkpoint mixture jsonl source split max_examples vocabulary",
+        "Scores": "generative_score max_truncated compare",
+        "Decoding": "beams temperature top_k top_p samples seed",
+        "Output": "out examples as_json",
+        "Batches": "batch_size input_length target_length",
+        "Machine": "fsdp model distributed coordinator process",
+    },
+)
+@click.argument("model_path", metavar="[CHECKPOINT]", type=MODEL, required=False)
+@click.option("--checkpoint", type=MODEL, help="The same as CHECKPOINT.")
+@click.option("--mixture", type=MIXTURE, help="The task or mixture to evaluate by: m2l tasks list.")
 @with_jsonl("validation=FILE: your own data, as the task `jsonl`.")
 @click.option("--out", type=DIRECTORY, help="One JSON result a task goes here.")
 @with_batches()
@@ -140,6 +185,7 @@ def train(
 )
 @with_decoding
 @click.option("--examples", is_flag=True, help="Write what became of each example as well.")
+@with_json
 @click.option("--vocabulary", help=f"{VOCABULARY} By default the checkpoint's own.")
 @with_mesh
 @with_processes
@@ -151,8 +197,10 @@ def train(
 )
 @with_source()
 def evaluate(
+    model_path: Path | None,
     checkpoint: Path | None,
     out: Path | None,
+    as_json: bool,
     vocabulary: str | None,
     fsdp: int,
     model: int,
@@ -164,14 +212,20 @@ def evaluate(
 ) -> None:
     """Evaluate a checkpoint: rank classification where there are answer choices, else decoding.
 
-    With --compare A B, print by how much B is better than A, how likely by chance, and examples.
+    CHECKPOINT is one of m2l's, a training run, a Hugging Face directory, a name on its Hub, or
+    BASE+ADAPTER. With --compare A B, print by how much B is better than A, how likely by chance,
+    and examples.
     """
     if compare:
         _compare(*compare)
         return
-    for flag, value in (("--checkpoint", checkpoint), ("--out", out)):
+    if model_path is not None and checkpoint is not None:
+        raise ConfigError(f"m2l eval: {model_path} and --checkpoint {checkpoint}: name one model")
+    checkpoint = model_path if checkpoint is None else checkpoint
+    for name, value in (("CHECKPOINT", checkpoint), ("--out", out)):
         if value is None:
-            raise ConfigError(f"m2l eval: {flag} is missing")
+            raise ConfigError(f"m2l eval: {name} is missing: m2l eval CHECKPOINT ... --out DIR")
+    api.check_mixture(options["mixture"], options["source"], options["jsonl"])
 
     from m2l.evaluation import receipts
 
@@ -183,8 +237,7 @@ def evaluate(
         if receipt:
             title, finished = receipts.finished(receipt, out, options["examples"])
             if finished:
-                _print_results(title, finished)
-                click.echo(f"results: {out}")
+                _print_results(title, finished, out, as_json)
                 return
 
     import jax
@@ -204,11 +257,19 @@ def evaluate(
     if receipt:
         receipts.write(receipt, f"{opened.path}", results.values())
     if jax.process_index() == 0:
-        _print_results(f"{opened.path}", list(results.values()))
-        click.echo(f"results: {out}")
+        _print_results(f"{opened.path}", list(results.values()), out, as_json)
 
 
-def _print_results(title: str, results: "Sequence[Result]") -> None:
+def _print_results(title: str, results: "Sequence[Result]", out: Path, as_json: bool) -> None:
+    if as_json:
+        tasks = {result.task: dataclasses.asdict(result) for result in results}
+        print_json({"model": title, "out": str(out), "tasks": tasks})
+        return
+    _print_tables(title, results)
+    click.echo(f"results: {out}")
+
+
+def _print_tables(title: str, results: "Sequence[Result]") -> None:
     from m2l.evaluation.results import over_categories, over_prompts
 
     rows = [
@@ -283,7 +344,11 @@ def generate(
     model: int,
     **settings: float,
 ) -> None:
-    """What a checkpoint writes after each text (or line of the standard input)."""
+    """What a checkpoint writes after each text, or line of the standard input.
+
+    On a terminal without texts it is a chat: what you say is answered, Ctrl-D ends it. By a chat
+    template (--chat) a model reads all that was said before, without one the last line alone.
+    """
     import jax
     import numpy as np
 
@@ -301,31 +366,57 @@ def generate(
     loaded = vocabularies.load(name)
     if vocabularies.describe(loaded, name)["fingerprint"] != opened.vocabulary["fingerprint"]:
         raise DataError(f"vocabulary {name!r} is not the one that the model reads")
-    if not texts and sys.stdin.isatty():
-        click.echo("m2l: one text a line; Ctrl-D after the last", err=True)
-    texts = texts or tuple(line for line in sys.stdin.read().splitlines() if line.strip())
-    encoded = [np.array(loaded.encode(text), np.int32) for text in texts]
-    nothing = np.empty(0, np.int32)
-    spec = models.spec(opened.config)
     mesh = partitioning.make_mesh(fsdp=fsdp, model=model)
+    nothing = np.empty(0, np.int32)
     with jax.set_mesh(mesh):
-        written = generation.decode(
-            opened.config,
-            opened.read(partitioning.shardings(spec, mesh)),
-            [
-                GenerationExample(ids, nothing, (), text, "", False)
-                for ids, text in zip(encoded, texts, strict=True)
-            ],
-            decoding,
-            max_length=max_length,
-            layout=layouts.of(opened.config, loaded),
-            eos_id=loaded.eos_id,
-            batch_size=min(8, max(1, len(texts))),
-        )
-    for text, samples in zip(texts, written, strict=True):
-        click.echo(text)
-        for ids in samples:
-            click.echo(f"> {vocabularies.continuing(loaded).decode(ids.tolist())}")
+        params = opened.read(partitioning.shardings(models.spec(opened.config), mesh))
+
+        def answers(prompts: Sequence[Sequence[int]]) -> list[list[str]]:
+            """Returns what the model writes after each prompt's ids."""
+            decoded = generation.decode(
+                opened.config,
+                params,
+                [
+                    GenerationExample(np.array(ids, np.int32), nothing, (), "", "", False)
+                    for ids in prompts
+                ],
+                decoding,
+                max_length=max_length,
+                layout=layouts.of(opened.config, loaded),
+                eos_id=loaded.eos_id,
+                batch_size=min(8, max(1, len(prompts))),
+            )
+            texts = vocabularies.continuing(loaded)
+            return [[texts.decode(ids.tolist()) for ids in samples] for samples in decoded]
+
+        if not texts and sys.stdin.isatty():
+            _chat(lambda turns: answers([loaded.encode_turns(turns)])[0])
+            return
+        texts = texts or tuple(line for line in sys.stdin.read().splitlines() if line.strip())
+        for text, samples in zip(texts, answers(loaded.encode_all(texts)), strict=True):
+            click.echo(text)
+            for sample in samples:
+                click.echo(f"> {sample or '(empty)'}")
+
+
+def _chat(answers: Callable[[Sequence[str]], Sequence[str]]) -> None:
+    """Answers what is typed until the input ends; the first answer stays in the conversation."""
+    click.echo("m2l: say something; Ctrl-D ends", err=True)
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 (by which lines can be edited)
+    turns: list[str] = []
+    while True:
+        try:
+            text = input("you> ")
+        except EOFError:
+            click.echo()
+            return
+        if not text.strip():
+            continue
+        samples = answers([*turns, text])
+        turns += [text, samples[0]]
+        for sample in samples:
+            click.echo(sample or "(empty)")
 
 
 @click.command(

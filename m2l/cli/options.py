@@ -1,16 +1,86 @@
 """Options of several subcommands, and the tables that they print."""
 
+import json
 import sys
-from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import click
+from click.shell_completion import CompletionItem
 
 from m2l import storage
 from m2l.data.prompts import GENERATIVE_SCORES
 from m2l.errors import ConfigError
 
 Command: TypeAlias = Callable[..., None]
+
+
+class GroupedCommand(click.Command):
+    """A command whose help lists its flags by groups.
+
+    Args:
+        groups: Each group's title, and the names of its parameters with spaces between.
+    """
+
+    def __init__(self, *arguments: Any, groups: Mapping[str, str] | None = None, **options: Any):
+        super().__init__(*arguments, **options)
+        self._groups = groups or {}
+
+    def grouped(self, ctx: click.Context) -> dict[str, list[click.Parameter]]:
+        """Returns the flags by group; those of no group are in the last one, "Other"."""
+        params = {each.name: each for each in self.get_params(ctx)}
+        groups = {
+            title: [params.pop(name) for name in names.split() if name in params]
+            for title, names in self._groups.items()
+        }
+        return {**groups, "Other": list(params.values())}
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Writes the flags, a section for each group."""
+        for title, params in self.grouped(ctx).items():
+            options = [each for each in params if isinstance(each, click.Option)]
+            records = [record for each in options if (record := each.get_help_record(ctx))]
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl(records)
+
+
+class Name(click.ParamType):
+    """A name, which shells complete; what a command does not know it refuses itself.
+
+    Args:
+        name: What help texts call it.
+        known: Returns the names that there are.
+    """
+
+    def __init__(self, name: str, known: Callable[[], Iterable[str]]):
+        self.name = name
+        self._known = known
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """Returns the names that begin so."""
+        return [CompletionItem(each) for each in self._known() if each.startswith(incomplete)]
+
+
+def _mixtures() -> list[str]:
+    from m2l import tasks
+
+    return [*tasks.mixtures(), *tasks.task_names()]
+
+
+def _gin_files() -> list[str]:
+    from importlib import resources
+    from pathlib import Path
+
+    root = Path(str(resources.files("m2l.gin_configs")))
+    return sorted(str(path.relative_to(root)) for path in root.rglob("*.gin"))
+
+
+MIXTURE = Name("name", _mixtures)
+"""A task or a mixture."""
+GIN_FILE = Name("file", _gin_files)
 
 
 class _Directory(click.ParamType):
@@ -76,7 +146,9 @@ def with_options(*options: Callable[[Command], Command]) -> Callable[[Command], 
 
 # --gin.NAME=VALUE arrives as the hidden one, as `m2l.cli.command.run` rewrites it.
 with_gin = with_options(
-    click.option("--gin_file", "gin_files", multiple=True, help="A gin file; repeatable."),
+    click.option(
+        "--gin_file", "gin_files", type=GIN_FILE, multiple=True, help="A gin file; repeatable."
+    ),
     click.option("--gin_binding", "bindings", multiple=True, hidden=True),
 )
 with_mesh = with_options(
@@ -94,6 +166,7 @@ with_processes = with_options(
 )
 
 
+with_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 with_max_examples = click.option(
     "--max_examples", type=COUNT, help="Examples of each task at most."
 )
@@ -176,12 +249,18 @@ def join(
     click.echo(f"m2l: {joined}", err=True)
 
 
+def print_json(value: object) -> None:
+    """Prints a value as one JSON document."""
+    click.echo(json.dumps(value, indent=1, ensure_ascii=False))
+
+
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Prints a table, numbers to two decimals; smaller ones to two digits."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    click.echo(title)  # A table's own would be broken where the table is narrower.
+    table = Table(box=None, pad_edge=False)
     for index, column in enumerate(columns):
         numeric = bool(rows) and all(isinstance(row[index], int | float) for row in rows)
         table.add_column(column, justify="right" if numeric else "left", no_wrap=numeric)

@@ -1,6 +1,7 @@
 """`m2l sweep`."""
 
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,9 +9,10 @@ from typing import TYPE_CHECKING
 import click
 
 from m2l import api
-from m2l.cli.merge import RecipeCommand
+from m2l.cli.merge import METHOD, PRESET, RecipeCommand
 from m2l.cli.options import (
     DIRECTORY,
+    MIXTURE,
     MODEL,
     print_table,
     with_batches,
@@ -27,15 +29,31 @@ if TYPE_CHECKING:
     from m2l.merging import Recipe
 
 
-@click.command(cls=RecipeCommand, swept=True)
+@click.command(
+    cls=RecipeCommand,
+    swept=True,
+    groups={
+        "Inputs": "base experts statistics subtree",
+        "Method": "method preset seed",
+        "Numbers": "",
+        "Scores": "mixture jsonl source split max_examples vocabulary",
+        "Output": "out",
+        "Batches": "batch_size input_length target_length",
+        "Machine": "fsdp model",
+    },
+)
 @click.option("--base", type=MODEL, help="The checkpoint the experts were trained from.")
 @click.option("--expert", "experts", type=MODEL, multiple=True, help="Repeat for each.")
-@click.option("--method", help="See m2l merge --list.")
-@click.option("--preset", help="How another codebase does it; see m2l merge --list.")
+@click.option("--method", type=METHOD, help="See m2l merge --list.")
+@click.option("--preset", type=PRESET, help="How another codebase does it; see m2l merge --list.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of what is drawn.")
 @click.option("--statistics", type=DIRECTORY, multiple=True, help="Of each expert.")
 @click.option("--subtree", help="Of pytrees that Orbax stored, the part to merge: params.")
-@click.option("--mixture", help="The held-in tasks to choose by; by default all merges are kept.")
+@click.option(
+    "--mixture",
+    type=MIXTURE,
+    help="The held-in tasks to choose by; by default all merges are kept.",
+)
 @with_jsonl("validation=FILE: your own data, as the task `jsonl`.")
 @with_batches()
 @with_max_examples
@@ -152,7 +170,16 @@ def sweep(
     rows = [(*point["settings"].values(), point["score"]) for point in curve]
     print_table(f"{method} on {mixture}", [*swept, "score %"], rows)
     settings = ", ".join(f"{name} {chosen.recipe.spell(name)}" for name in swept)
-    click.echo(f"best: {settings} ({chosen.score:.2f} %); m2l merge --recipe {out}/recipe.json")
+    tied = sum(point.score == chosen.score for point in points) - 1
+    ties = f", the first of {tied + 1} that tie" if tied else ""
+    click.echo(f"best: {settings} ({chosen.score:.2f} %{ties}); its merge:")
+    named = [] if base is None else ["--base", base]
+    for path in experts:
+        named += ["--expert", path]
+    for path in statistics:
+        named += ["--statistics", path]
+    arguments = [*named, "--recipe", out / "recipe.json", "--out", f"{out}_merged"]
+    click.echo(shlex.join(["m2l", "merge", *map(str, arguments)]))
 
 
 def _merge_all(

@@ -2,6 +2,7 @@
 
 import abc
 import datetime
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
@@ -54,6 +55,10 @@ class Vocabulary(abc.ABC):
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a text, without EOS."""
         return self.encode_all([text])[0]
+
+    def encode_turns(self, turns: Sequence[str]) -> list[int]:
+        """Returns the ids of a conversation's prompt; without a chat template, of its last turn."""
+        return self.encode(turns[-1])
 
     @abc.abstractmethod
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
@@ -297,6 +302,17 @@ class TokenizerVocabulary(Vocabulary):
             texts = [self.chat_template.render(text) for text in texts]
         encoded = self.files.tokenizer.encode_batch(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encoded]
+
+    def encode_turns(self, turns: Sequence[str]) -> list[int]:
+        """Returns the ids of a conversation's prompt; without a chat template, of its last turn."""
+        if self.chat_template is None:
+            return super().encode_turns(turns)
+        roles = itertools.cycle(("user", "assistant"))
+        messages = [
+            {"role": role, "content": turn} for role, turn in zip(roles, turns, strict=False)
+        ]
+        text = self.chat_template.render_messages(messages)
+        return self.files.tokenizer.encode(text, add_special_tokens=False).ids
 
     def _decode(self, ids: list[int]) -> str:
         if ids and ids[-1] == self.eos_id:

@@ -254,7 +254,7 @@ def _checked(method: Method, settings: Mapping[str, object]) -> dict[str, Value]
     for name, hyper_parameter in method.hyper_parameters.items():
         value = settings.get(name)
         if value is None and hyper_parameter.default is None:
-            raise MergeError(f"{method.name} needs a {name}; none is agreed on, so give one")
+            raise MergeError(f"{method.name} needs a {name}, such as 0.5: none is agreed on")
         equal_weights = hyper_parameter.per_expert and value == ()
         if value is None or equal_weights:
             value = hyper_parameter.default

@@ -474,3 +474,13 @@ def test_batches_go_on_where_they_were_left(made_tokenizers):
                 assert np.array_equal(rows, batch[name])
     finally:
         tasks.register()
+
+
+def test_a_conversation_has_the_ids_of_its_rendered_turns(edited):
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }};{% endfor %}"
+    name = f"chat:{edited('byte_level', chat_template=template)}"
+    vocabulary = vocabularies.load(name)
+    ids = vocabulary.encode_turns(["a", "b", "c"])
+    assert vocabulary.decode(ids) == "user: a;assistant: b;user: c;"
+    plain = vocabularies.load(name.removeprefix("chat:"))
+    assert plain.encode_turns(["a", "b", "c"]) == plain.encode("c")
