@@ -47,12 +47,16 @@ _ACCELERATORS = (
 
 @dataclasses.dataclass(frozen=True)
 class Diagnosis:
-    """The result of one check, and the command or step that repairs or improves it, if any."""
+    """The result of one check, and the command or step that repairs or improves it, if any.
+
+    What is `folded` is one of many alike, and only counted where it is ok.
+    """
 
     name: str
     value: str
     ok: bool = True
     repair: str = ""
+    folded: bool = False
 
 
 def report() -> list[Diagnosis]:
@@ -60,15 +64,26 @@ def report() -> list[Diagnosis]:
     return [*installation(), *devices()]
 
 
-def render(findings: Sequence[Diagnosis]) -> str:
-    """Returns findings as lines of text: a mark, the name, the value, and the repair below."""
-    width = max(len(finding.name) for finding in findings)
+def render(findings: Sequence[Diagnosis], unfold: bool = False) -> str:
+    """Returns findings as lines of text: a mark, the name, the value, and the repair below.
+
+    Args:
+        findings: What was found.
+        unfold: Whether each package that is as it should be has a line.
+    """
+    counted = [] if unfold else [each for each in findings if each.folded and each.ok]
+    shown = [each for each in findings if each not in counted]
+    width = max(len(finding.name) for finding in [*shown, *counted])
     lines = []
-    for finding in findings:
+    for finding in shown:
         mark = "ok  " if finding.ok else "BAD "
         lines.append(f"{mark} {finding.name:<{width}}  {finding.value}")
         if finding.repair:
             lines.append(f"{' ' * (width + 7)}-> {finding.repair}")
+    if counted:
+        lines.append(
+            f"ok   {'packages':<{width}}  {len(counted)} in their ranges: --all lists them"
+        )
     bad = sum(not finding.ok for finding in findings)
     lines.append(f"{bad} of {len(findings)} need repair" if bad else "this installation is sound")
     return "\n".join(lines)
@@ -134,7 +149,8 @@ def _requirement(requirement: Requirement, path: Sequence[str] | None) -> Diagno
     if name in _OVERWRITTEN and (altered := _altered(only)):
         value = f"{names}, but {altered} of its files are missing or not its own"
         return Diagnosis(name, value, False, reinstall)
-    return Diagnosis(name, f"{names if rivals else only.version} ({requirement.specifier})")
+    version = f"{names if rivals else only.version} ({requirement.specifier})"
+    return Diagnosis(name, version, folded=True)
 
 
 def _name(distribution: Distribution) -> str:

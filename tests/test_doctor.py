@@ -62,6 +62,15 @@ def bad(site):
     return {f.name: f for f in doctor.installation([str(site)]) if not f.ok}
 
 
+def test_packages_that_are_as_they_should_be_are_one_line(tmp_path):
+    sound = doctor.installation([str(installed(tmp_path))])
+    lines = doctor.render(sound).splitlines()
+    packages = [each.name for each in sound if each.name not in ("python", "m2l")]
+    assert [line.split()[1] for line in lines[:-1]] == ["python", "m2l", "packages"]
+    assert f" {len(packages)} in their ranges" in lines[-2]
+    assert len(doctor.render(sound, unfold=True).splitlines()) == len(sound) + 1
+
+
 def test_a_sound_installation_has_nothing_to_repair(tmp_path):
     findings = doctor.installation([str(installed(tmp_path))])
     assert all(finding.ok and not finding.repair for finding in findings)

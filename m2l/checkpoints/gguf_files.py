@@ -102,7 +102,7 @@ def to_huggingface(source: PathLike, out: PathLike, *, dtype: str = "float32") -
             (temporary / name).write_text(f"{text}\n", encoding="utf-8")
         shards = safetensors.plan_shards(described, SHARD_SIZE)
         extents, digests, done = safetensors.create(temporary, described, shards), {}, 0
-        with Progress(f"convert {source.name}", size // 10**6, "MB") as progress:
+        with Progress(f"convert {source.name}", size, "MB", scale=10**6) as progress:
             for name, tensor in tensors.items():
                 signals.check()
                 digest, position = hashlib.sha256(), 0
@@ -112,7 +112,7 @@ def to_huggingface(source: PathLike, out: PathLike, *, dtype: str = "float32") -
                     position += block.size
                 digests[name] = digest.hexdigest()
                 done += position * cast.itemsize
-                progress.update(done // 10**6)
+                progress.update(done)
         with source.open("rb") as stream:
             content = hashlib.file_digest(stream, "sha256").hexdigest()
         types = Counter(tensor.tensor_type.name for tensor in tensors.values())

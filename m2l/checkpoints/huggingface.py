@@ -447,13 +447,13 @@ def _export(
         def advance(nbytes: int) -> None:
             nonlocal done
             done += nbytes
-            progress.update(done // 10**6)
+            progress.update(done)
             signals.check()
 
         with (
             ThreadPoolExecutor(WORKERS) as hashing,
             Flusher() as flusher,
-            Progress(f"export {source.name}", size // 10**6, "MB") as progress,
+            Progress(f"export {source.name}", size, "MB", scale=10**6) as progress,
         ):
             # The largest first, or a thread would be left alone with one at the end.
             largest_first = sorted(sources, key=lambda names: -sum(extents[n].size for n in names))

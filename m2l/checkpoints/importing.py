@@ -152,7 +152,7 @@ def import_tensors(
     done = 0
     with (
         writing(out, described) as writer,
-        Progress(f"import {source.name}", total // 10**6, "MB") as progress,
+        Progress(f"import {source.name}", total, "MB", scale=10**6) as progress,
     ):
 
         def convert(sources: tuple[str, ...]) -> int:
@@ -169,7 +169,7 @@ def import_tensors(
         def advance(nbytes: int) -> None:
             nonlocal done
             done += nbytes
-            progress.update(done // 10**6)
+            progress.update(done)
             signals.check()
 
         in_parallel(convert, largest_first, advance, at_once)

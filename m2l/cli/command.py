@@ -79,12 +79,13 @@ for _command in (
 
 
 @cli.command()
-def doctor() -> None:
+@click.option("--all", "unfold", is_flag=True, help="A line for each package.")
+def doctor(unfold: bool) -> None:
     """Is this installation sound? Versions, devices, mixed installs, and the repair."""
     from m2l import doctor as examination
 
     findings = examination.report()
-    click.echo(examination.render(findings))
+    click.echo(examination.render(findings, unfold))
     if not all(finding.ok for finding in findings):
         sys.exit(2)
 

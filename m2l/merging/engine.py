@@ -331,7 +331,7 @@ class _Merge:
     def _advance(self, elements: int) -> None:
         self._done += elements
         if self._bar is not None:
-            self._bar.update(self._done // 10**6)
+            self._bar.update(self._done)
 
     def run(self, progress: bool) -> Manifest | PyTree | None:
         """Computes the merge; returns the manifest, in the first process, or the parameters."""
@@ -349,7 +349,7 @@ class _Merge:
         names = [self.job.origin(name) for unit in own for name in self._names(unit)]
         written = [name for name in dict.fromkeys(names) if name in job.sizes]
         total = job.plan.local * (job.plan.readings - 1) + sum(unit.size for unit in own)
-        bar = Progress(f"merging {len(job.experts)} experts", total // 10**6, "M parameters")
+        bar = Progress(f"merging {len(job.experts)} experts", total, "M parameters", scale=10**6)
         inputs = [source.parameters for source in job.used]
         with (
             bar if progress else contextlib.nullcontext() as self._bar,

@@ -576,7 +576,7 @@ def staging(out: AnyPath, key: str, first: bool) -> Iterator[AnyPath]:
             # A courtesy to whoever starts a merge twice: nothing depends on it.
             locked = not first or lock.acquire()
         except OSError as error:
-            raise CheckpointError(f"{folder}: cannot be made ({error.strerror})") from error
+            raise CheckpointError(f"{out}: cannot be made ({error.strerror})") from error
         if not locked:
             raise MergeError(f"{out}: another process is making it right now")
         if first:
