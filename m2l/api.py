@@ -14,6 +14,7 @@ from m2l.typing import Json, Params
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+    from m2l.data.shots import Shots
     from m2l.data.vocabularies import Vocabulary
     from m2l.evaluation.decoding import Decoding
     from m2l.evaluation.model import Model
@@ -147,6 +148,8 @@ def evaluate(
     input_length: int = 512,
     target_length: int = 64,
     max_truncated: float = 1.0,
+    shots: int = 0,
+    shots_seed: int = 0,
     generative_score: str = "decoding",
     beams: int = 1,
     temperature: float = 0.0,
@@ -172,6 +175,8 @@ def evaluate(
         input_length: Tokens of an example's inputs; longer ones are cut, and counted.
         target_length: Tokens of a target, and of what is generated.
         max_truncated: The share of a task's examples that may be longer than that.
+        shots: Examples of each task's own training split that stand before each example.
+        shots_seed: Decides which.
         generative_score: What scores tasks in free text: "decoding" or "likelihood".
         beams: Beams of the search that decodes; 1: greedily.
         temperature: What logits are divided by before tokens are drawn; 0: none are drawn.
@@ -192,6 +197,7 @@ def evaluate(
     import jax
 
     from m2l import models, partitioning
+    from m2l.data.shots import Shots
     from m2l.evaluation.decoding import Decoding
     from m2l.evaluation.model import Model, load
 
@@ -210,6 +216,7 @@ def evaluate(
         generative_score=generative_score,
         decoding=decoding,
         max_truncated=max_truncated,
+        shots=Shots(shots, shots_seed),
     )
 
     from m2l.evaluation.evaluator import Evaluator
@@ -373,6 +380,7 @@ def evaluation_tasks(
     generative_score: str = "decoding",
     decoding: "Decoding | None" = None,
     max_truncated: float = 1.0,
+    shots: "Shots | None" = None,
 ) -> "tuple[Vocabulary, list[TaskData]]":
     """Reads and tokenises the tasks of a mixture that a model can be scored on.
 
@@ -382,8 +390,8 @@ def evaluation_tasks(
         vocabulary_name: A name that `vocabularies.load` takes.
         fingerprint: That of the vocabulary that the model was trained with.
         source: Where the records of declared datasets come from.
-        split, lengths, max_examples, generative_score, decoding, max_truncated: As `load_tasks`
-            takes them; text is decoded greedily by default.
+        split, lengths, max_examples, generative_score, decoding, max_truncated, shots: As
+            `load_tasks` takes them; by default text is decoded greedily, and there are no shots.
 
     Returns:
         The vocabulary, and the tasks.
@@ -399,6 +407,7 @@ def evaluation_tasks(
 
     from m2l import tasks as registry
     from m2l.data import vocabularies
+    from m2l.data.shots import NONE
     from m2l.evaluation.decoding import GREEDY
     from m2l.evaluation.task_data import load_tasks
 
@@ -418,6 +427,7 @@ def evaluation_tasks(
         generative_score=generative_score,
         decoding=decoding or GREEDY,
         max_truncated=max_truncated,
+        shots=shots or NONE,
     )
     if decoding not in (None, GREEDY) and not any(task.decoded for task in loaded):
         raise ConfigError(

@@ -180,6 +180,13 @@ def train(
     show_default=True,
     help="The share of a task's examples that may be longer than that.",
 )
+@click.option(
+    "--shots",
+    type=click.IntRange(0),
+    default=0,
+    help="Examples of each task's training split that stand before each of its examples.",
+)
+@click.option("--shots_seed", type=click.IntRange(0), default=0, help="Decides which.")
 @with_generative_score(
     "Of tasks in free text: their metric on what is decoded, or the references' likelihood."
 )

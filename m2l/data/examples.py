@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from m2l.data import example_cache
+from m2l.data.shots import NONE, TRAINING, DrawnShots, Shots
 from m2l.data.text_tasks import SCORE_EVAL, TextTask, check_known, encode, find_task
 from m2l.errors import DataError
 
@@ -28,6 +29,7 @@ class RankingExample:
         inputs_text: The inputs as text, before any were cut off.
         choices_text: The choices as text.
         truncated: Whether the inputs or a choice were longer than allowed, and were cut.
+        shots: How many shots stand before them, in `inputs` and `inputs_text`.
     """
 
     inputs: np.ndarray
@@ -36,6 +38,7 @@ class RankingExample:
     inputs_text: str
     choices_text: tuple[str, ...]
     truncated: bool
+    shots: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +52,7 @@ class GenerationExample:
         inputs_text: The inputs as text, before any were cut off.
         reference_text: The target as text, before any was cut off.
         truncated: Whether the inputs or the target were longer than allowed, and were cut.
+        shots: How many shots stand before them, in `inputs` and `inputs_text`.
     """
 
     inputs: np.ndarray
@@ -57,10 +61,17 @@ class GenerationExample:
     inputs_text: str
     reference_text: str
     truncated: bool
+    shots: int = 0
 
 
 def _rows(
-    task: TextTask, suffix: str, split: str, max_examples: int | None, skip: int
+    task: TextTask,
+    suffix: str,
+    split: str,
+    max_examples: int | None,
+    skip: int,
+    shots: Shots,
+    input_length: int,
 ) -> Iterator[Row]:
     """Yields the rows that seqio would make, of all records or of some from all over the split.
 
@@ -73,18 +84,25 @@ def _rows(
         numbers = np.arange(task.records.split(split).size)
     else:
         numbers = task.records.sample(split, max_examples, skip)
+    drawn = DrawnShots(task, shots) if shots.count else None
     for first in range(0, len(numbers), _EXAMPLES_AT_ONCE):
         chunk = numbers[first : first + _EXAMPLES_AT_ONCE].tolist()
         texts = [task.texts(split, number) for number in chunk]
         answers = [each["answer_choices"] if suffix else [each["targets"]] for each in texts]
-        inputs = encode(task.inputs, [each["inputs"] for each in texts], task.name)
+        inputs_texts = [each["inputs"] for each in texts]
+        if drawn:
+            inputs = drawn.encode(inputs_texts, input_length)
+        else:
+            ids = encode(task.inputs, inputs_texts, task.name)
+            inputs = list(zip(ids, inputs_texts, itertools.repeat(0), strict=False))
         targets = iter(encode(task.targets, [*itertools.chain(*answers)], task.name))
         for place, example in enumerate(texts):
             for choice, answer in enumerate(answers[place]):
                 yield {
                     "idx": (first + place, choice),
-                    "inputs": inputs[place],
-                    "inputs_pretokenized": example["inputs"],
+                    "inputs": inputs[place][0],
+                    "inputs_pretokenized": inputs[place][1],
+                    "shots": inputs[place][2],
                     "targets": np.append(next(targets), np.int32(task.targets.eos_id)),
                     "targets_pretokenized": answer,
                     "is_correct": answer == example["targets"],
@@ -93,10 +111,12 @@ def _rows(
 
 
 def _foreign_rows(
-    kind: str, name: str, split: str, max_examples: int | None, skip: int
+    kind: str, name: str, split: str, max_examples: int | None, skip: int, shots: Shots
 ) -> tuple[set[str], Iterator[Row]]:
     """Returns the rows of a task that is in seqio's registry alone, and their names."""
     check_known(kind, name)
+    if shots.count:
+        raise DataError(f"task {name!r} is in seqio's registry alone: no shots can be rendered")
     from m2l.data import seqio_pipeline
 
     return seqio_pipeline.rows(kind, name, split, max_examples, skip)
@@ -121,6 +141,7 @@ def ranking_examples(
     lengths: Mapping[str, int],
     max_examples: int | None = None,
     skip: int = 0,
+    shots: Shots = NONE,
 ) -> list[RankingExample]:
     """Reads the examples of a task with answer choices, from the rows of its `_score_eval` twin.
 
@@ -130,6 +151,7 @@ def ranking_examples(
         lengths: {"inputs": S, "targets": T}, in tokens: what is longer is cut and flagged.
         max_examples: Only so many examples (not rows), drawn from all over the split.
         skip: With max_examples, so many that would be drawn first are left out.
+        shots: Examples that stand before each; where all is longer than S, fewer.
 
     Raises:
         UnknownNameError: no such task with answer choices.
@@ -139,12 +161,13 @@ def ranking_examples(
     kind, name = "task with answer choices", task.removesuffix(SCORE_EVAL)
     text_task = find_task(name)
     if text_task is None or not text_task.with_choices:
-        _, rows = _foreign_rows(kind, name + SCORE_EVAL, split, max_examples, skip)
+        _, rows = _foreign_rows(kind, name + SCORE_EVAL, split, max_examples, skip, shots)
         return _ranking_examples(task, rows, lengths)
-    file = _file(text_task, split, lengths, max_examples, skip)
+    options = max_examples, skip, shots
+    file = _file(text_task, split, lengths, *options)
     if file and (stored := example_cache.read(file)):
         return [_ranking_of(*example) for example in stored[0]]
-    rows = _rows(text_task, SCORE_EVAL, split, max_examples, skip)
+    rows = _rows(text_task, SCORE_EVAL, split, *options, lengths["inputs"])
     examples = _ranking_examples(task, rows, lengths)
     if file:
         example_cache.write(
@@ -153,7 +176,7 @@ def ranking_examples(
                 (
                     [example.inputs, *example.choices],
                     [example.inputs_text, *example.choices_text],
-                    (example.is_correct.index(True), int(example.truncated)),
+                    (example.is_correct.index(True), int(example.truncated) + 2 * example.shots),
                 )
                 for example in examples
             ],
@@ -163,19 +186,30 @@ def ranking_examples(
 
 
 def _file(
-    task: TextTask, split: str, lengths: Mapping[str, int], max_examples: int | None, skip: int
+    task: TextTask,
+    split: str,
+    lengths: Mapping[str, int],
+    max_examples: int | None,
+    skip: int,
+    shots: Shots,
 ) -> Path | None:
     if split not in task.records.splits:
         return None
     selection = {"max_examples": max_examples, "skip": skip if max_examples else 0}
+    if shots.count:
+        training = task.records.origin(TRAINING) if TRAINING in task.records.splits else None
+        if training is None:
+            return None
+        selection["shots"] = [shots.count, shots.seed, training]
     return example_cache.path(task, split, lengths=dict(lengths), **selection)
 
 
 def _ranking_of(ids: list[np.ndarray], texts: list[str], flags: tuple[int, int]) -> RankingExample:
     choices, right = tuple(ids[1:]), flags[0]
     is_correct = tuple(number == right for number in range(len(choices)))
+    shots, truncated = divmod(flags[1], 2)
     return RankingExample(
-        ids[0], choices, is_correct, texts[0], tuple(texts[1:]), truncated=bool(flags[1])
+        ids[0], choices, is_correct, texts[0], tuple(texts[1:]), bool(truncated), shots
     )
 
 
@@ -223,6 +257,7 @@ def _ranking_example(
         inputs_text=rows[0]["inputs_pretokenized"],
         choices_text=texts,
         truncated=truncated,
+        shots=rows[0].get("shots", 0),
     )
 
 
@@ -233,6 +268,7 @@ def generation_examples(
     lengths: Mapping[str, int],
     max_examples: int | None = None,
     skip: int = 0,
+    shots: Shots = NONE,
 ) -> list[GenerationExample]:
     """Reads the examples of a task that is answered in free text.
 
@@ -242,6 +278,7 @@ def generation_examples(
         lengths: {"inputs": S, "targets": T}, in tokens: what is longer is cut and flagged.
         max_examples: Only so many examples, drawn from all over the split.
         skip: With max_examples, so many that would be drawn first are left out.
+        shots: Examples that stand before each; where all is longer than S, fewer.
 
     Raises:
         UnknownNameError: no such task.
@@ -249,15 +286,17 @@ def generation_examples(
             without an answer are left out, with a warning that says how many.
     """
     text_task, file = find_task(task), None
+    options = max_examples, skip, shots
     if text_task is not None:
-        is_free, rows = text_task.free, _rows(text_task, "", split, max_examples, skip)
+        is_free = text_task.free
+        rows = _rows(text_task, "", split, *options, lengths["inputs"])
     else:
-        names, rows = _foreign_rows("task", task, split, max_examples, skip)
+        names, rows = _foreign_rows("task", task, split, *options)
         is_free = "references" in names
     if not is_free:
         raise DataError(f"task {task!r} is not answered in free text: nothing to compare with")
     if text_task is not None:
-        file = _file(text_task, split, lengths, max_examples, skip)
+        file = _file(text_task, split, lengths, *options)
     if file and (stored := example_cache.read(file)):
         examples = [_generation_of(*example) for example in stored[0]]
         _warn_of_blanks(task, split, stored[1]["blank"])
@@ -279,6 +318,7 @@ def generation_examples(
                 inputs_text=row["inputs_pretokenized"],
                 reference_text=row["targets_pretokenized"],
                 truncated=len(inputs) < len(row["inputs"]) or len(target) < len(row["targets"]),
+                shots=row.get("shots", 0),
             )
         )
     if blank and not examples:
@@ -288,7 +328,7 @@ def generation_examples(
             (
                 [example.inputs, example.target],
                 [example.inputs_text, example.reference_text, *example.reference],
-                (0, int(example.truncated)),
+                (0, int(example.truncated) + 2 * example.shots),
             )
             for example in examples
         ]
@@ -300,7 +340,8 @@ def generation_examples(
 def _generation_of(
     ids: list[np.ndarray], texts: list[str], flags: tuple[int, int]
 ) -> GenerationExample:
-    return GenerationExample(*ids, tuple(texts[2:]), texts[0], texts[1], bool(flags[1]))
+    shots, truncated = divmod(flags[1], 2)
+    return GenerationExample(*ids, tuple(texts[2:]), texts[0], texts[1], bool(truncated), shots)
 
 
 def _warn_of_blanks(task: str, split: str, blank: int) -> None:

@@ -16,7 +16,7 @@ from m2l.data.prompts import Dataset, Prompt
 from m2l.data.raw_records import Record
 from m2l.data.record_table import RecordTable
 from m2l.data.rendering import Texts, renderer
-from m2l.data.vocabularies import Vocabulary
+from m2l.data.vocabularies import Prompted, Vocabulary, few_shot_text
 from m2l.errors import DataError, UnknownNameError
 
 SCORE_EVAL = "_score_eval"
@@ -90,6 +90,24 @@ def encode(vocabulary: Vocabulary, texts: Sequence[str], name: str) -> list[np.n
         return [np.array(ids, np.int32) for ids in vocabulary.encode_all(texts)]
     except (DataError, ValueError) as error:
         raise DataError(unusable(name, error)) from error
+
+
+def encode_few_shot(
+    vocabulary: Vocabulary, prompts: Sequence[Prompted], name: str
+) -> list[tuple[np.ndarray, str]]:
+    """Returns the ids of inputs behind their shots, int32 each, and these as one text.
+
+    Raises:
+        DataError: as `encode`.
+    """
+    try:
+        rows = vocabulary.encode_few_shot(prompts)
+    except (DataError, ValueError) as error:
+        raise DataError(unusable(name, error)) from error
+    return [
+        (np.array(ids, np.int32), few_shot_text(*prompt))
+        for ids, prompt in zip(rows, prompts, strict=True)
+    ]
 
 
 def truncated(ids: np.ndarray, length: int, eos_id: int | None) -> tuple[np.ndarray, bool]:

@@ -22,6 +22,14 @@ from m2l.errors import DataError
 from m2l.files import split_name
 from m2l.typing import JsonObject
 
+Prompted = tuple[str, Sequence[tuple[str, str]]]
+"""Inputs, and the inputs and targets that stand before them."""
+
+
+def few_shot_text(inputs: str, shots: Sequence[tuple[str, str]], space: str = " ") -> str:
+    """Returns inputs behind examples: each one's inputs and target, then an empty line."""
+    return "".join(f"{before}{space}{target}\n\n" for before, target in shots) + inputs
+
 
 class Vocabulary(abc.ABC):
     """What turns texts into ids and back, by its own library: neither seqio nor TensorFlow.
@@ -63,6 +71,11 @@ class Vocabulary(abc.ABC):
     @abc.abstractmethod
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns the ids of each text, as `encode` does, in one call of the library."""
+
+    def encode_few_shot(self, prompts: Sequence[Prompted]) -> list[list[int]]:
+        """Returns the ids of inputs behind their shots, all as one text; turns of a chat."""
+        space = "" if self.space is False else " "
+        return self.encode_all([few_shot_text(*prompt, space) for prompt in prompts])
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of ids, up to the first EOS."""
@@ -300,6 +313,19 @@ class TokenizerVocabulary(Vocabulary):
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
         if self.chat_template:
             texts = [self.chat_template.render(text) for text in texts]
+        return self._encode(texts)
+
+    def encode_few_shot(self, prompts: Sequence[Prompted]) -> list[list[int]]:
+        if not self.chat_template:
+            return super().encode_few_shot(prompts)
+        conversations = []
+        for inputs, shots in prompts:
+            said = [text for shot in shots for text in shot]
+            turns = zip(itertools.cycle(("user", "assistant")), [*said, inputs], strict=False)
+            conversations.append([{"role": role, "content": text} for role, text in turns])
+        return self._encode(list(map(self.chat_template.render_messages, conversations)))
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         encoded = self.files.tokenizer.encode_batch(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encoded]
 

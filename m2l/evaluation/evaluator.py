@@ -217,7 +217,7 @@ class Evaluator:
 
     def _settings(self, task: TaskData) -> dict[str, str]:
         """Returns what else than its examples decides a task's figures, where it is not usual."""
-        settings = vocabularies.settings(self.vocabulary)
+        settings = vocabularies.settings(self.vocabulary) | task.shots_settings()
         if task.decoded:
             references = [example.reference for example in task.examples]
             settings |= metrics.settings(task.info.metrics, references) | task.decoding.settings()

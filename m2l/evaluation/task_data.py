@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 
 from m2l.data.examples import (
@@ -12,6 +13,7 @@ from m2l.data.examples import (
     ranking_examples,
 )
 from m2l.data.prompts import GENERATIVE_SCORES, TaskInfo
+from m2l.data.shots import NONE, TRAINING, Shots
 from m2l.errors import DataError, UnknownNameError
 from m2l.evaluation import metrics
 from m2l.evaluation.decoding import GREEDY, Decoding
@@ -32,6 +34,7 @@ class TaskData:
             they are searched.
         generative_score: Of prompts.GENERATIVE_SCORES, what scores a task in free text.
         decoding: How a model's text is decoded.
+        shots: What stands before each example, whose tokens hold it.
     """
 
     info: TaskInfo
@@ -40,6 +43,7 @@ class TaskData:
     digest: str
     generative_score: str = "decoding"
     decoding: Decoding = GREEDY
+    shots: Shots = NONE
 
     @property
     def decoded(self) -> bool:
@@ -57,6 +61,21 @@ class TaskData:
         """Examples that lost tokens to the length limits."""
         return sum(example.truncated for example in self.examples)
 
+    @property
+    def shots_left_out(self) -> int:
+        """Shots that stand before no example, as its inputs with them would be too long."""
+        return self.shots.count * len(self.examples) - sum(each.shots for each in self.examples)
+
+    def shots_settings(self) -> dict[str, str]:
+        """Returns what the shots are, in words, for a result: nothing without any."""
+        if not self.shots.count:
+            return {}
+        left_out = (
+            f"; {self.shots_left_out:,} of {self.shots.count * len(self.examples):,} left out"
+        )
+        text = f"{self.shots.count} of {TRAINING}, seed {self.shots.seed}"
+        return {"shots": text + left_out * bool(self.shots_left_out)}
+
 
 def load_tasks(
     infos: Iterable[TaskInfo],
@@ -68,6 +87,7 @@ def load_tasks(
     generative_score: str = "decoding",
     decoding: Decoding = GREEDY,
     max_truncated: float = 1.0,
+    shots: Shots = NONE,
 ) -> list[TaskData]:
     """Reads and tokenises the tasks' examples.
 
@@ -83,6 +103,8 @@ def load_tasks(
             its score, and nothing is decoded.
         decoding: How text is decoded.
         max_truncated: The share of a task's examples that may be longer than `lengths`.
+        shots: Examples of a task's training split that stand before each. Of those that do not fit
+            into `lengths` the last are left out, with a warning of how many.
 
     Raises:
         UnknownNameError: there is no such generative_score.
@@ -99,15 +121,24 @@ def load_tasks(
     with Progress("read tasks", len(infos), "tasks") as progress:
         for info in infos:
             read = ranking_examples if info.kind == "rank" else generation_examples
-            examples = read(info.name, split, lengths=lengths, max_examples=max_examples, skip=skip)
+            selection = {"max_examples": max_examples, "skip": skip, "shots": shots}
+            examples = read(info.name, split, lengths=lengths, **selection)
             if not examples:
                 raise DataError(f"task {info.name}: its split {split!r} has no examples")
-            task = TaskData(info, examples, lengths["targets"], "", generative_score, decoding)
+            settings = generative_score, decoding, shots
+            task = TaskData(info, examples, lengths["targets"], "", *settings)
             if task.truncated > max_truncated * len(examples):
                 raise DataError(
                     f"task {info.name}: {task.truncated} of {len(examples)} examples are longer "
                     f"than {lengths['inputs']} + {lengths['targets']} tokens, more than the share "
                     f"of {max_truncated:g} that may be cut; allow longer ones or a larger share"
+                )
+            if task.shots_left_out:
+                warnings.warn(
+                    f"task {info.name}: {task.shots_left_out} of {shots.count * len(examples)} "
+                    f"shots are left out, as inputs have at most {lengths['inputs']} tokens with "
+                    "them",
+                    stacklevel=2,
                 )
             loaded.append(dataclasses.replace(task, digest=_digest(task)))
             progress.update(len(loaded))

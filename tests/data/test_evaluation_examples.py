@@ -12,10 +12,11 @@ import tensorflow as tf
 from t5.evaluation.metrics import rank_classification
 
 from m2l import tasks
-from m2l.data import text_tasks
+from m2l.data import text_tasks, vocabularies
 from m2l.data.examples import generation_examples, ranking_examples
 from m2l.data.prompts import Dataset, Prompt
-from m2l.errors import DataError, UnknownNameError
+from m2l.data.shots import Shots
+from m2l.errors import ConfigError, DataError, UnknownNameError
 
 LENGTHS = {"inputs": 96, "targets": 32}
 
@@ -107,6 +108,86 @@ def test_a_limit_takes_from_all_over_a_sorted_split_and_the_same_records_for_eve
     assert len(set(drawn[0])) == 100
     # Half of them, within four standard deviations of drawing without replacement.
     assert abs(sum(right for _, right in drawn[0]) - 50) < 19
+
+
+TRAIN = [{"inputs": f"is {n} good?", "targets": ("no", "yes")[n % 2]} for n in range(6)]
+
+
+@pytest.mark.parametrize("choices", [[], ["no", "yes"]])
+@pytest.mark.parametrize("length", [96, 24, 3])
+def test_shots_are_whole_training_examples_that_fit_and_the_same_for_all(tmp_path, choices, length):
+    files = {}
+    validation = [{"inputs": "is it good?", "targets": "no"}, TRAIN[2], TRAIN[5]]
+    for split, lines in (("train", TRAIN), ("validation", validation)):
+        lines = [line | {"answer_choices": choices} if choices else line for line in lines]
+        files[split] = tmp_path / f"{split}.jsonl"
+        files[split].write_text("\n".join(map(json.dumps, lines)))
+    name = f"shots_{len(choices)}_{length}"
+    tasks.register_jsonl(files, name=name)
+    read = ranking_examples if choices else generation_examples
+    encode = vocabularies.load("microworld").encode
+    pairs = {line["inputs"]: line["targets"] for line in TRAIN}
+    orders = set()
+    for seed in range(3):
+        lengths = {"inputs": length, "targets": 8}
+        found = read(name, "validation", lengths=lengths, shots=Shots(3, seed))
+        again = read(name, "validation", lengths=lengths, shots=Shots(3, seed))
+        without = read(name, "validation", lengths={"inputs": 96, "targets": 8})
+        drawn = []
+        for example, same, alone in zip(found, again, without, strict=True):
+            *shots, inputs = example.inputs_text.split("\n\n")
+            assert inputs == alone.inputs_text and len(shots) == example.shots == same.shots
+            questions = [shot[: shot.index("?") + 1] for shot in shots]
+            assert shots == [f"{question} {pairs[question]}" for question in questions]
+            assert inputs not in questions and len(set(questions)) == len(questions)
+            assert example.inputs.tolist() == encode(example.inputs_text)[:length]
+            assert same.inputs.tolist() == example.inputs.tolist()
+            drawn.append(questions)
+        # All have the same shots in the same order, but for one that is the example itself.
+        longest = max(drawn, key=len)
+        for questions in drawn:
+            common = [question for question in questions if question in longest]
+            assert common == [question for question in longest if question in common]
+        orders.add(tuple(drawn[0]))
+        full = read(name, "validation", lengths={"inputs": 96, "targets": 8}, shots=Shots(3, seed))
+        for example, whole in zip(found, full, strict=True):
+            assert whole.shots == 3
+            *shots, inputs = whole.inputs_text.split("\n\n")
+            texts = ["\n\n".join([*shots[:count], inputs]) for count in range(4)]
+            fitting = [count for count in range(4) if len(encode(texts[count])) <= length]
+            assert example.inputs_text == texts[max(fitting, default=0)]
+            assert example.truncated == (not fitting)
+    assert len(orders) == (3 if length == 96 else len(orders))
+
+
+def test_shots_of_a_registered_task_are_rendered_by_its_own_prompt():
+    name = "super_glue_copa_choose"
+    task = text_tasks.find_task(name)
+    size = task.records.split("train").size
+    texts = [task.texts("train", number) for number in range(size)]
+    rendered = {f"{text['inputs']} {text['targets']}" for text in texts}
+    lengths = {"inputs": 512, "targets": 32}
+    examples = ranking_examples(name, "validation", lengths=lengths, max_examples=3, shots=Shots(2))
+    assert len(examples) == 3
+    for example in examples:
+        assert set(example.inputs_text.split("\n\n")[:-1]) <= rendered and example.shots == 2
+
+
+def test_shots_that_cannot_be_drawn_are_refused(tmp_path):
+    own(tmp_path, "without_train", TRAIN)
+    shots = {"lengths": LENGTHS, "shots": Shots(1)}
+    with pytest.raises(DataError, match=r"'without_train' has no split 'train' to take shots from"):
+        generation_examples("without_train", "validation", **shots)
+    tasks.register_jsonl({"train": tmp_path / "without_train.jsonl"}, name="six")
+    with pytest.raises(DataError, match="has 5 other inputs, fewer than the 6 shots"):
+        generation_examples("six", "train", lengths=LENGTHS, shots=Shots(6))
+    with pytest.raises(ConfigError, match="without shots none are drawn"):
+        Shots(0, 1)
+    with (
+        registered_rows("foreign", [free_row(["a"])]),
+        pytest.raises(DataError, match="'foreign' is in seqio's registry alone"),
+    ):
+        generation_examples("foreign", "validation", **shots)
 
 
 def test_what_is_cut_is_cut_as_in_training_and_flagged(tmp_path):

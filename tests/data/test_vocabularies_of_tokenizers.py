@@ -301,6 +301,22 @@ def test_a_conversation_is_rendered_up_to_its_next_message(edited, goes_on, stri
     assert chat.render_messages(conversation, goes_on=goes_on) == written
 
 
+def test_shots_are_turns_of_a_chat_and_one_text_elsewhere(made_tokenizers):
+    directory = made_tokenizers / "byte_level"
+    plain = vocabularies.load(str(directory))
+    prompt = ("is it?", [("was it?", "yes"), ("will it be?", "no")])
+    said = ("system", "Be kind"), ("user", "was it?"), ("assistant", "yes")
+    said += ("user", "will it be?"), ("assistant", "no"), ("user", "is it?")
+    turns = [f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in said]
+    written = "\n".join(turns) + "\n<|im_start|>assistant\n"
+    for name, text in (
+        (f"chat:{directory}", written),
+        (str(directory), "was it? yes\n\nwill it be? no\n\nis it?"),
+        (f"nospace:{directory}", "was it?yes\n\nwill it be?no\n\nis it?"),
+    ):
+        assert vocabularies.load(name).encode_few_shot([prompt]) == [plain.encode(text)]
+
+
 def test_a_chat_is_told_a_date_that_does_not_change_but_by_the_name(edited):
     template = "{{ strftime_now('%d %b %Y') }} {{ messages[0]['content'] }}"
     directory = edited("byte_level", chat_template=template)

@@ -8,6 +8,7 @@ import pytest
 
 from m2l import merging, models, tasks
 from m2l.data import vocabularies
+from m2l.data.shots import Shots
 from m2l.errors import ConfigError, DataError, EvaluationError, UnknownNameError
 from m2l.evaluation import batching, bootstrap, generation, metrics, ranking, results
 from m2l.evaluation.decoding import Decoding
@@ -242,3 +243,17 @@ def test_the_command_evaluates_by_the_likelihood_that_it_is_asked_for(
     assert "holds the score reference_likelihood, not squad" in capsys.readouterr().err
     assert run_m2l(*arguments, "likelyhood") == 2
     assert "'decoding', 'likelihood'" in capsys.readouterr().err
+
+
+def test_shots_are_said_in_the_result_and_decide_the_digest(infos, evaluate, tmp_path):
+    path = tmp_path / "lines.jsonl"
+    path.write_text("\n".join(map(json.dumps, CHOICES)))
+    tasks.register_jsonl({"train": path, "validation": path}, name="with_shots")
+    info = tasks.info("with_shots")
+    digests = {load(info, shots=Shots(*shots)).digest for shots in ((0,), (2,), (2, 1), (2, 1))}
+    assert len(digests) == 3 and load(infos["choices"]).digest in digests
+    with pytest.warns(UserWarning, match="shots are left out, as inputs have at most 32 tokens"):
+        task = load(info, shots=Shots(4))
+    assert 0 < task.shots_left_out < 20
+    says = {"shots": f"4 of train, seed 0; {task.shots_left_out} of 20 left out"}
+    assert evaluate(task, tmp_path).settings == says
