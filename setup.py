@@ -96,6 +96,7 @@ setup(
             "ruff>=0.12",
             "safetensors>=0.5",
         ],
+        "search": ["cmaes>=0.12", "optuna>=5.0", "psycopg[binary]>=3.2", "sqlalchemy>=2.0.40"],
         "slurm": ["submitit>=1.5"],
         "wandb": ["wandb>=0.19"],
     },

@@ -24,6 +24,7 @@ from m2l.merging import Recipe
 from m2l.models import Config, LlamaConfig, T5Config
 from m2l.studies.merge_to_learn import SkillsStudy
 from m2l.studies.merging_at_scale import ScalingStudy
+from m2l.studies.recipe_search import RecipeSearch
 from m2l.training.settings import TrainSettings, from_flat
 
 
@@ -62,6 +63,7 @@ CONFIGURABLES = {
     "ScalingStudy": ScalingStudy,
     "SkillsStudy": SkillsStudy,
     "Study": AnyStudy,
+    "Search": RecipeSearch,
 }
 
 

@@ -23,6 +23,7 @@ COMMANDS = {
     "convert": "{road}/base {out}",
     "eval": "--checkpoint {road}/base --mixture sentiment --out {out}",
     "sweep": "--base {road}/base --expert {road}/sentiment --method average --out {out}",
+    "search": "--expert {road}/sentiment --mixture sentiment --out {out}",
     "inspect": "{road}/base",
     "doctor": "",
 }
@@ -76,7 +77,7 @@ def test_a_signal_during_imports_ends_every_command_with_one_line(
 ):
     arguments = COMMANDS[command].format(road=road, out=tmp_path / "out").split()
     done = run(AT_IMPORT, module, int(number), command, *arguments)
-    resumable = command in ("train", "demo", "study")
+    resumable = command in ("train", "demo", "study", "search")
     assert done.returncode == (0 if resumable else 128 + number), done.stderr
     assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("m2l: stopped")
     assert not list(tmp_path.iterdir())

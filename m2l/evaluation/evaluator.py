@@ -11,7 +11,7 @@ from m2l import distributed, models, storage
 from m2l.checkpoints.manifest import ORBAX_METADATA
 from m2l.data import layouts, vocabularies
 from m2l.data.vocabularies import Vocabulary
-from m2l.errors import ConfigError, UnknownNameError
+from m2l.errors import ConfigError, EvaluationError, UnknownNameError
 from m2l.evaluation import batching, bootstrap, generation, metrics, ranking
 from m2l.evaluation.results import Result, finished, write_examples, write_result
 from m2l.evaluation.task_data import TaskData
@@ -104,6 +104,40 @@ class Evaluator:
         """
         for ready in self._select(only):
             yield self._evaluate(ready, params, model_digest, lambda count: None)[0]
+
+    def values(self, params: Params, only: Sequence[str] | None = None) -> dict[str, list[float]]:
+        """Computes each example's part of the score alone, by task: nothing else is scored.
+
+        Args:
+            params: The model's parameters.
+            only: The names of the tasks to evaluate on, of the evaluator's; None: all.
+
+        Raises:
+            EvaluationError: scores that are not finite; or a task's metric, as BLEU, is not made of
+                parts.
+        """
+        values = {}
+        for ready in self._select(only):
+            task, examples, name = ready.task, ready.task.examples, ready.task.info.name
+            if task.decoded:
+                references = [example.reference for example in examples]
+                texts = self._texts(ready, params, lambda count: None)
+                _, parts = metrics.figures_of_samples(task.metric, references, texts)
+                if parts is None:
+                    raise EvaluationError(f"{name}: {task.metric} is not a mean over examples")
+                values[name] = parts
+                continue
+            scores = ranking.score_examples(
+                self.config, params, examples, parts=ready.parts, dtype=self.dtype
+            )
+            if task.info.kind == "rank":
+                ranking.rank(name, examples, scores)  # Refuses what is not finite.
+                value = _ranked_value
+            else:
+                ranking.reference_likelihood(name, examples, scores)
+                value = _likelihood_value
+            values[name] = [value(*pair) for pair in zip(examples, scores, strict=True)]
+        return values
 
     def run(
         self,
@@ -243,6 +277,14 @@ class Evaluator:
         ]
 
 
+def _ranked_value(example: batching.Example, scores_C: np.ndarray) -> float:
+    return 100.0 * float(np.mean(np.array(example.is_correct)[scores_C == scores_C.max()]))
+
+
+def _likelihood_value(example: batching.Example, scores_C: np.ndarray) -> float:
+    return float(scores_C[0]) / len(example.target)
+
+
 def _ranked(
     ready: _Ready, scores: Sequence[np.ndarray], empty_scores: Sequence[np.ndarray]
 ) -> tuple[dict[str, float], int, list[Line]]:
@@ -265,7 +307,7 @@ def _ranked(
                 "empty_scores": empty_C.tolist(),
                 "right": example.is_correct.index(True),
                 "taken": best.tolist(),
-                "value": 100.0 * float(np.mean(np.array(example.is_correct)[best])),
+                "value": _ranked_value(example, scores_C),
                 "truncated": example.truncated,
             }
         )
@@ -288,7 +330,7 @@ def _generated(
                 "references": list(example.reference),
                 "reference_score": float(scores_C[0]),
                 "reference_tokens": len(example.target),
-                "value": float(scores_C[0]) / len(example.target),
+                "value": _likelihood_value(example, scores_C),
                 "truncated": example.truncated,
             }
         )

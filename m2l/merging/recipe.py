@@ -120,7 +120,7 @@ class Recipe:
             "keep": keep,
             "rescale": rescale,
         }
-        _check_variants(described, variants, weighted_signs)
+        check_variants(described, variants, weighted_signs)
         if not isinstance(dtype, str) or dtype not in DTYPES:
             raise UnknownNameError("dtype", str(dtype), DTYPES)
         values = _checked(described, {**hyper_parameters, **settings})
@@ -228,7 +228,12 @@ def _scaled_name(value: object) -> str:
     return "weights" if isinstance(value, list | tuple) else "scale"
 
 
-def _check_variants(method: Method, variants: Mapping[str, str], weighted_signs: bool) -> None:
+def check_variants(method: Method, variants: Mapping[str, str], weighted_signs: bool) -> None:
+    """Refuses values of VARIANTS, and `weighted_signs`, that are unknown or not the method's.
+
+    Raises:
+        MergeError, UnknownNameError: One is.
+    """
     for name, value in variants.items():
         choices = VARIANTS[name].choices
         if value not in choices:
@@ -237,7 +242,11 @@ def _check_variants(method: Method, variants: Mapping[str, str], weighted_signs:
             raise MergeError(f"{method.name} has no {name}")
     if weighted_signs and not method.elects:
         raise MergeError(f"{method.name} has no weighted_signs")
-    if weighted_signs and method.coefficients and variants["zero_sign"].startswith("majority"):
+    if (
+        weighted_signs
+        and method.coefficients
+        and variants.get("zero_sign", "").startswith("majority")
+    ):
         raise MergeError(
             f"{method.name} has no zero_sign {variants['zero_sign']} with weighted_signs: masses "
             "are weighted by what is computed of them"

@@ -103,7 +103,7 @@ class Section:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """A study's report.
+    """The report of a study, or of a search.
 
     Attributes:
         title: The page's title.
@@ -118,6 +118,7 @@ class Report:
         tables: The tables by file name.
         figures: The figures by file name.
         summary: A heading and a small table, for a terminal.
+        made: How the page was made; "" where that was by `m2l study`.
     """
 
     title: str
@@ -132,6 +133,7 @@ class Report:
     tables: Mapping[str, pd.DataFrame]
     figures: Mapping[str, Figure]
     summary: tuple[str, pd.DataFrame]
+    made: str = ""
 
 
 def svg(figure: Figure, name: str, label: str) -> markupsafe.Markup:

@@ -55,7 +55,14 @@ def write(out: Path, report: Report | None = None, publish: bool = False) -> Pat
         figures.write(figure, folder / "figures", name, formats[0])
     for name, frame in report.tables.items():
         tables.write(frame, folder / "tables", name, formats[1])
-    known = ("study.json", "config.gin", "records.json", "results.parquet", "results")
+    known = (
+        "study.json",
+        "config.gin",
+        "records.json",
+        "results.parquet",
+        "results",
+        "recipe.json",
+    )
     links = [name for name in known if (out / name).exists()]
     path = folder / "index.html"
     storage.write_atomic(path, render(report, links, formats))

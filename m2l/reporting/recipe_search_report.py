@@ -1,0 +1,239 @@
+"""The report of a search of recipes: the curve, the front, and the importance of each setting."""
+
+from collections.abc import Callable, Sequence
+
+import matplotlib
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from m2l.merging import Recipe
+from m2l.reporting import blocks, style
+from m2l.reporting.blocks import Drawing, Folded, Report, Section, Table, Text
+from m2l.studies.recipe_search import Candidate, SearchResult
+from m2l.typing import JsonObject
+from m2l.version import __version__
+
+_CAPTIONS = {
+    "curve": "The score of each candidate on the half that chooses, in the order in which they "
+    "were tried, and the best so far. Hollow: stopped early, with the score that was estimated.",
+    "front": "Both scores of each candidate on the half that chooses; the line is the front, of "
+    "which none is better in both, and the star the chosen one. Hollow: stopped early.",
+    "importance": "The share of the variance of the scores that each setting explains (fANOVA).",
+}
+
+
+def curve(result: SearchResult) -> Figure:
+    """Draws the score of each candidate and the best so far, a panel for each aim."""
+    with matplotlib.rc_context(style.RC):
+        count = len(result.aims)
+        figure = Figure(figsize=(4.8 * count, 3.2), layout="constrained")
+        axes = figure.subplots(1, count, squeeze=False)[0]
+        for aim, (axis, name) in enumerate(zip(axes, result.aims, strict=True)):
+            _points(axis, result, lambda each: each.number, lambda each, aim=aim: each.scores[aim])
+            best, line = float("-inf"), []
+            for candidate in result.candidates:
+                if candidate.stopped_by is None:
+                    best = max(best, candidate.scores[aim])
+                    line.append((candidate.number, best))
+            axis.step(*zip(*line, strict=True), where="post", color=style.VERMILLION, label="best")
+            axis.set_xlabel("candidate")
+            axis.set_ylabel(f"{name} (%)")
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+        return figure
+
+
+def front(result: SearchResult) -> Figure:
+    """Draws both scores of each candidate, and the front."""
+    with matplotlib.rc_context(style.RC):
+        figure = Figure(figsize=(4.8, 3.8), layout="constrained")
+        axis = figure.subplots()
+        _points(axis, result, lambda each: each.scores[0], lambda each: each.scores[1])
+        x, y = zip(*(candidate.scores for candidate in result.front), strict=True)
+        axis.step(x, y, where="post", color=style.VERMILLION, marker="o", label="front")
+        axis.plot(*result.chosen.scores, "*", color=style.BLACK, markersize=11, label="chosen")
+        axis.set_xlabel(f"{result.aims[0]} (%)")
+        axis.set_ylabel(f"{result.aims[1]} (%)")
+        figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=4)
+        return figure
+
+
+def _points(
+    axis: Axes,
+    result: SearchResult,
+    x: Callable[[Candidate], float],
+    y: Callable[[Candidate], float],
+) -> None:
+    look = {"linestyle": "", "marker": "o", "markersize": 4}
+    for label, stopped, face in (("scored", False, style.BLUE), ("stopped early", True, "none")):
+        members = [c for c in result.candidates if (c.stopped_by is not None) == stopped]
+        if members:
+            look |= {"color": style.BLUE, "markerfacecolor": face, "label": label}
+            axis.plot(list(map(x, members)), list(map(y, members)), **look)
+
+
+def importance(result: SearchResult) -> Figure:
+    """Draws the share of each setting as bars, a colour for each aim."""
+    frame = importances(result)
+    labels = list(dict.fromkeys(frame["setting"]))
+    height = 0.8 / len(result.aims)
+    with matplotlib.rc_context(style.RC):
+        figure = Figure(figsize=(4.8, 0.8 + 0.28 * len(labels)), layout="constrained")
+        axis = figure.subplots()
+        colours = (style.BLUE, style.VERMILLION)
+        for place, (aim, colour) in enumerate(zip(result.aims, colours, strict=False)):
+            shares = frame[frame["aim"] == aim].set_index("setting")["share"]
+            places = [labels.index(name) + height * place for name in shares.index]
+            axis.barh(places, shares, height, color=colour, label=aim)
+        middle = height * (len(result.aims) - 1) / 2
+        axis.set_yticks([place + middle for place in range(len(labels))], labels)
+        axis.invert_yaxis()
+        axis.set_xlim(0, 1)
+        axis.set_xlabel("share of the variance")
+        if len(result.aims) > 1:
+            figure.legend(loc="outside upper center", ncols=2)
+        return figure
+
+
+def importances(result: SearchResult) -> pd.DataFrame:
+    """Returns rows with among ("all", or the method), setting, aim and share."""
+    rows = [
+        (group, setting, aim, share)
+        for group, by_aim in result.importances.items()
+        for aim, shares in zip(result.aims, by_aim, strict=True)
+        for setting, share in shares.items()
+    ]
+    return pd.DataFrame(rows, columns=["among", "setting", "aim", "share"])
+
+
+def candidates(result: SearchResult) -> pd.DataFrame:
+    """Returns a row for each candidate: number, method, settings, scores, how much was scored."""
+    rows = [
+        {
+            "candidate": each.number,
+            "method": each.recipe["method"],
+            "settings": _spelled(each),
+            **dict(zip(result.aims, each.scores, strict=True)),
+            "examples": each.examples,
+            "stopped_by": "" if each.stopped_by is None else str(each.stopped_by),
+            "seconds": each.seconds,
+        }
+        for each in result.candidates
+    ]
+    return pd.DataFrame(rows)
+
+
+def judged(result: SearchResult) -> pd.DataFrame:
+    """Returns a row for each model on the half that judges, with its change from the average."""
+    rows = []
+    for model in result.judged:
+        row: dict[str, object] = {"model": model.name}
+        for place, aim in enumerate(result.aims):
+            low, high = model.intervals[place]
+            row |= {f"{aim} %": model.scores[place], f"{aim} 95 %": f"{low:.1f} to {high:.1f}"}
+            change = model.changes and model.changes[place]
+            row[f"{aim} from average"] = (
+                f"{change.value:+.2f} ({change.low:+.1f} to {change.high:+.1f})" if change else ""
+            )
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _spelled(candidate: Candidate) -> str:
+    """Returns a candidate's hyper-parameters as people read them."""
+    recipe = Recipe.from_dict(candidate.recipe)
+    chosen = {name.partition(".")[2].partition("[")[0] for name in candidate.settings}
+    values = {name: str(candidate.recipe[name]) for name in chosen & candidate.recipe.keys()}
+    values |= {name: recipe.spell(name) for name in chosen & recipe.hyper_parameters.keys()}
+    return ", ".join(f"{name} {value}" for name, value in sorted(values.items()))
+
+
+def answer(result: SearchResult) -> str:
+    """Returns one sentence: what was chosen, and what it is worth on the half that judges."""
+    (model,) = [each for each in result.judged if each.number == result.chosen.number]
+    worth = ", ".join(
+        f"{score:.2f} % on {aim} ({change.value:+.2f} from the average, 95 %: {change.low:+.2f} to "
+        f"{change.high:+.2f})"
+        for aim, score, change in zip(result.aims, model.scores, model.changes, strict=True)
+    )
+    name = style.method_name(result.chosen.recipe["method"])
+    return f"Candidate {result.chosen.number}, {name} with {_spelled(result.chosen)}: {worth}."
+
+
+def report(result: SearchResult, settings: JsonObject) -> Report:
+    """Returns the report of a search.
+
+    Args:
+        result: The search's.
+        settings: As JSON values, for the page's end.
+    """
+    drawn = {"curve": curve(result)}
+    if len(result.aims) > 1:
+        drawn["front"] = front(result)
+    tables = {"judged": judged(result), "candidates": candidates(result)}
+    if result.importances:
+        drawn["importance"] = importance(result)
+        tables["importances"] = importances(result)
+
+    def section(name: str, title: str, further: Sequence[blocks.Block] = ()) -> Section:
+        drawing = Drawing(name, _CAPTIONS[name], blocks.svg(drawn[name], name, _CAPTIONS[name]))
+        return Section(name, title, title, [drawing, *further])
+
+    every = Table("Every candidate", blocks.cells(tables["candidates"]), "candidates")
+    notes = [Text(f"Candidate {number} is no recipe: {text}", "note")
+             for number, text in result.refused.items()]  # fmt: skip
+    sections = [
+        Section(
+            "judged",
+            "By the half that judges",
+            "Judged",
+            [
+                Text(answer(result)),
+                Text(
+                    "On examples that nothing was chosen by, next to the experts' plain average; "
+                    "intervals and changes of 95 %, by a (paired) bootstrap over examples.",
+                    "note",
+                ),
+                Table("Judged", blocks.cells(tables["judged"]), "judged"),
+            ],
+        ),
+        *([section("front", "The front")] if "front" in drawn else []),
+        section(
+            "curve",
+            "The curve",
+            [Folded(f"{len(result.candidates)} candidates", [every, *notes], aside=True)],
+        ),
+        *([section("importance", "The importance of each setting")] if result.importances else []),
+    ]
+    return Report(
+        title="A search of merge recipes",
+        lead=f"Recipes of {', '.join(map(style.method_name, settings['methods']))}, scored on "
+        f"{' and '.join(result.aims)}. m2l {__version__}.",
+        headline=_headline(result),
+        claims="",
+        notes=[],
+        findings=[],
+        sections=sections,
+        settings=settings,
+        seconds=0.0,
+        tables=tables,
+        figures=drawn,
+        summary=("by the half that judges", tables["judged"]),
+        made="By m2l search, whose same command goes on, or writes the page again. Tables are in "
+        "tables/ and figures in figures/; recipe.json is the chosen recipe.",
+    )
+
+
+def _headline(result: SearchResult) -> list[tuple[str, str]]:
+    stopped = sum(each.stopped_by is not None for each in result.candidates)
+    scored = sum(each.examples for each in result.candidates)
+    share = scored / max(1, result.examples * len(result.candidates))
+    (model,) = [each for each in result.judged if each.number == result.chosen.number]
+    average = next(each for each in result.judged if each.name == "average")
+    numbers = [
+        (f"{score:.1f} %", f"on {aim}, by the half that judges; the average has {other:.1f} %")
+        for aim, score, other in zip(result.aims, model.scores, average.scores, strict=True)
+    ]
+    numbers.append((f"{len(result.candidates)}", f"candidates, of which {stopped} stopped early"))
+    numbers.append((f"{share:.0%}", "of the examples were scored that all in full would take"))
+    return numbers
