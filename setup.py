@@ -83,6 +83,7 @@ setup(
         "test": [
             # The four serve Google Cloud Storage and S3 in the tests' process, and let Orbax reach
             # the former there: TensorFlow's files, its default, know Google's own address alone.
+            "axe-core-python>=0.1",
             "flask>=3.0",
             "flask-cors>=5.0",
             "gcp-storage-emulator>=2024.8.3",

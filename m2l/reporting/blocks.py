@@ -107,6 +107,7 @@ class Report:
 
     Attributes:
         title: The page's title.
+        plain: What was done, what came out and what it means, in plain words.
         lead: A summary of the study in a few lines; may be markup.
         headline: A few numbers, each with its description.
         claims: The heading of the findings.
@@ -122,6 +123,7 @@ class Report:
     """
 
     title: str
+    plain: str
     lead: str
     headline: Sequence[tuple[str, str]]
     claims: str
@@ -137,19 +139,51 @@ class Report:
 
 
 def svg(figure: Figure, name: str, label: str) -> markupsafe.Markup:
-    """Returns the figure as an svg element whose ids begin with the figure's name.
+    """Returns the figure as two svg elements, of which a screen shows the one that fits it.
+
+    Points and bars have their values as titles, which browsers show under the pointer.
 
     Args:
-        figure: The figure.
-        name: Its name, unique on the page.
+        figure: The figure, not drawn yet.
+        name: Its name, unique on the page; ids begin with it.
         label: A description for screen readers.
     """
+    narrow = figures.narrowed(figure)
+    return markupsafe.Markup('<div class="wide">{}</div><div class="narrow">{}</div>').format(
+        _element(figure, name, label), _element(narrow, f"{name}_narrow", label)
+    )
+
+
+def _element(figure: Figure, name: str, label: str) -> markupsafe.Markup:
+    texts = figures.values(figure)
     text = figures.svg(figure)
+    for artist in figure.findobj(lambda artist: artist.get_gid() in texts):
+        artist.set_gid(None)  # The files of the figure have no use for it.
+    for gid, titles in texts.items():
+        text = _titled(text, gid, titles)
     element = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', text[text.index("<svg") :])
     element = re.sub(r'(xlink:href="|url\()#([^")]+)', rf"\1#{name}-\2", element)
     width = round(figure.get_figwidth() * 96)
     head = f'<svg role="img" aria-label="{markupsafe.escape(label)}" style="--width: {width}px"'
     return markupsafe.Markup(element.replace("<svg", head, 1))
+
+
+def _titled(text: str, gid: str, titles: Sequence[str]) -> str:
+    """Returns an svg document in which the points of a line, or a bar, have titles."""
+    start = text.find(f'<g id="{gid}">')
+    if start < 0:
+        return text
+    end = text.find('<g id="', start + 1)
+    group = text[start : end if end > 0 else len(text)]
+    escaped = [f"<title>{markupsafe.escape(title)}</title>" for title in titles]
+    if (points := re.findall(r"<use [^>]*/>", group)) and len(points) == len(escaped):
+        remaining = iter(escaped)
+        group = re.sub(
+            r"<use ([^>]*)/>", lambda use: f"<use {use[1]}>{next(remaining)}</use>", group
+        )
+    elif len(escaped) == 1 and not points:
+        group = group.replace(">", f">{escaped[0]}", 1)
+    return text[:start] + group + (text[end:] if end > 0 else "")
 
 
 def cells(frame: pd.DataFrame, digits: int = 2) -> JsonObject:
@@ -220,6 +254,23 @@ def _together(names: Sequence[str]) -> str:
         folder, _, last = name.rpartition("/")
         folders.setdefault(folder, []).append(last)
     return ", ".join(f"{folder}/{' + '.join(last)}" for folder, last in folders.items())
+
+
+def meaning(findings: Sequence[Finding]) -> str:
+    """Returns what the verdicts on a paper's findings mean, in plain words."""
+    verdicts = [finding.verdict for finding in findings]
+    counts = {verdict: verdicts.count(verdict) for verdict in dict.fromkeys(verdicts)}
+    parts = [
+        f"{count} {text}"
+        for verdict, text in (
+            ("supported", "hold here"),
+            ("contradicted", "do not, rather the contrary"),
+            ("undecided", "stay open: what is compared differs by less than its uncertainty"),
+            ("not tested", "are not tested by this study"),
+        )
+        if (count := counts.get(verdict))
+    ]
+    return f"Of the paper's {len(verdicts)} findings {', '.join(parts)}."
 
 
 def verdicts(findings: Sequence[Finding]) -> tuple[str, str]:

@@ -9,6 +9,7 @@ Source: Yadav et al., "What Matters for Model Merging at Scale?", figures 1 to 7
 """
 
 import io
+import pickle
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -17,7 +18,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.container import BarContainer
+from matplotlib.axis import Axis
+from matplotlib.container import BarContainer, ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -455,6 +457,113 @@ def _legend(figure: Figure, handles: Sequence[Artist]) -> None:
     """Adds a legend under the panels, in as many columns as fit."""
     columns = max(1, int(figure.get_figwidth() / 1.3))
     figure.legend(handles=handles, loc="outside lower center", ncols=min(columns, len(handles)))
+
+
+# --- for phones, and for pointers ---
+
+_PHONE_WIDTH = 3.8
+
+
+def narrowed(figure: Figure) -> Figure:
+    """Returns a copy for narrow screens: the same panels below each other, two in a row if many.
+
+    It is made of a figure that was not drawn yet, whose layout is still computed.
+    """
+    copy = pickle.loads(pickle.dumps(figure))
+    if all(axis.get_subplotspec() is not None for axis in copy.axes):
+        _refill(copy)
+    else:
+        _stack(copy)
+    for legend in list(copy.legends):
+        legend.remove()
+        names = [text.get_text() for text in legend.get_texts()]
+        with matplotlib.rc_context(style.RC):
+            options = {"loc": "outside lower center", "ncols": 2}
+            copy.legend(handles=legend.legend_handles, labels=names, **options)
+    return copy
+
+
+def _refill(figure: Figure) -> None:
+    """Puts the panels of a grid into one column or two, each with the labels that it shared."""
+    grid = figure.axes[0].get_gridspec()
+    height = figure.get_figheight() / grid.nrows
+    places = {
+        (axis.get_subplotspec().rowspan.start, axis.get_subplotspec().colspan.start): axis
+        for axis in figure.axes
+    }
+    columns = 1 if len(places) <= 5 else 2
+    for (row, column), axis in places.items():
+        bottom = max(r for r, c in places if c == column)
+        axis.set_title(axis.get_title() or places[0, column].get_title())
+        axis.set_xlabel(axis.get_xlabel() or places[bottom, column].get_xlabel())
+        left = [places[row, place].get_ylabel() for place in range(column + 1)]
+        axis.set_ylabel(next(filter(None, reversed(left)), ""))
+        axis.tick_params(labelleft=True, labelbottom=True)
+    rows = -(-len(places) // columns)
+    figure.set_size_inches(_PHONE_WIDTH, height * rows)
+    for place, axis in zip(figure.add_gridspec(rows, columns), figure.axes, strict=False):
+        axis.set_subplotspec(place)
+
+
+def _stack(figure: Figure) -> None:
+    """Puts panels of a row that were placed by hand below each other, with what is written."""
+    count = len(figure.axes)
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width / count, height * count)
+    for place, axis in enumerate(figure.axes):
+        left, bottom, wide, high = axis.get_position(original=True).bounds
+        row = count - 1 - place
+        axis.set_position(
+            (left * count - place, (bottom + row) / count, wide * count, high / count)
+        )
+    for text in figure.texts:
+        left, bottom = text.get_position()
+        place = int(left * count)
+        text.set_position((left * count - place, (bottom + count - 1 - place) / count))
+
+
+def values(figure: Figure) -> dict[str, list[str]]:
+    """Marks the points and bars of a figure; returns what each is, by the mark that is its id.
+
+    A line's texts are those of its points, in their order; a bar has one.
+    """
+    texts: dict[str, list[str]] = {}
+    for axis in figure.axes:
+        labels = {line: line.get_label() for line in axis.lines}
+        for container in axis.containers:
+            if isinstance(container, ErrorbarContainer):
+                line, caps, _ = container.lines
+                labels |= {line: container.get_label()} if line is not None else {}
+                labels = {each: label for each, label in labels.items() if each not in caps}
+        for line, label in labels.items():
+            if line.get_marker() in ("", "None", None):
+                continue
+            points = np.column_stack([np.asarray(xy, float) for xy in line.get_data()])
+            points = points[np.isfinite(points).all(axis=1)]
+            line.set_gid(f"value{len(texts)}")
+            texts[line.get_gid()] = [_value(axis.xaxis, label, x, y) for x, y in points]
+        for container in axis.containers:
+            for bar in container if isinstance(container, BarContainer) else ():
+                middle, length, along = bar.get_center()[0], bar.get_height(), axis.xaxis
+                if container.orientation == "horizontal":
+                    middle, length, along = bar.get_center()[1], bar.get_width(), axis.yaxis
+                if np.isfinite(length):
+                    bar.set_gid(f"value{len(texts)}")
+                    text = _value(along, container.get_label(), middle, length)
+                    texts[bar.get_gid()] = [text]
+    return texts
+
+
+def _value(axis: Axis, label: object, x: float, y: float) -> str:
+    """Returns "TIES, 4: 0.42"; where the axis' ticks are names, with the nearest one's."""
+    names = [tick.get_text() for tick in axis.get_ticklabels()]
+    ticks = axis.get_ticklocs()
+    place = f"{x:g}"
+    fixed = isinstance(axis.get_major_locator(), matplotlib.ticker.FixedLocator)
+    if fixed and len(names) == len(ticks) and any(names):
+        place = names[int(np.argmin(np.abs(np.asarray(ticks) - x)))].replace("\n", " ")
+    series = "" if str(label).startswith("_") else f"{label}, "
+    return f"{series}{place}: {y:.3g}"
 
 
 # --- files ---

@@ -163,7 +163,7 @@ def cost(frame: pd.DataFrame, papers: pd.DataFrame) -> Figure:
             axis.set_xscale("log")
             ticks = matplotlib.ticker
             axis.xaxis.set_major_locator(ticks.LogLocator(subs=(1, 3)))
-            axis.xaxis.set_major_formatter(lambda x, _: f"{x:.0e}".replace("e+", "e"))
+            axis.xaxis.set_major_formatter(_power)
             axis.xaxis.set_minor_formatter(ticks.NullFormatter())
             axis.set_title(skill.capitalize())
             axis.set_xlabel("FLOPs beyond\nthe general model")
@@ -171,6 +171,10 @@ def cost(frame: pd.DataFrame, papers: pd.DataFrame) -> Figure:
         _papers_bars(steps, papers)
         _legend(figure, [*map(_handle, (GENERAL, "ptm", "cft", "rt", MERGED))])
         return figure
+
+
+def _power(x: float, _: int) -> str:
+    return f"{x:.0e}".replace("e+", "e")
 
 
 def _papers_bars(axis: Axes, papers: pd.DataFrame) -> None:

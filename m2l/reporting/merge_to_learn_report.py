@@ -119,6 +119,7 @@ def report(material: SkillsContents) -> Report:
     shown["weights"] = [Folded("Every method's weights", shown["weights"])]
     return Report(
         title="Skills added to a general model: a study",
+        plain=_plain(material),
         lead=_lead(study),
         headline=_headline(material),
         claims="What the paper says, and what this study finds",
@@ -153,6 +154,34 @@ def _lead(study: SkillsStudy) -> markupsafe.Markup:
     return text.format(named, count, methods, study.source, __version__)
 
 
+def _plain(material: SkillsContents) -> str:
+    """Returns the study in plain words: what was done, what came out, what it means."""
+    before = material.models[material.models["regime"] == GENERAL].iloc[0]
+    scores = {
+        column: {way: _average(material, way, column) for way in ("cft", MERGED)}
+        for column in (GENERAL, "")
+    }
+    without = fmean(before[skill] for skill in material.study.skills)
+    return (
+        "A general model was taught a new skill in three ways: by training it further, by "
+        "training anew on all data, and by training the skill apart and merging it in. A merge "
+        f"brings the skill from {without:.0f} to {scores[''][MERGED]:.0f} percent and the general "
+        f"score from {before[GENERAL]:.0f} to {scores[GENERAL][MERGED]:.0f}; further training "
+        f"brings them to {scores['']['cft']:.0f} and {scores[GENERAL]['cft']:.0f}. "
+        f"{blocks.meaning(material.findings)}"
+    )
+
+
+def _average(material: SkillsContents, way: str, column: str) -> float:
+    """Returns the mean over skills of a column, or of the skill's own score, of a way's models."""
+    return fmean(
+        merge_to_learn_figures.regime(
+            merge_to_learn_figures.skill_models(material.models, skill), way
+        )[column or skill].iloc[0]
+        for skill in material.study.skills
+    )
+
+
 def _how_scored(study: SkillsStudy) -> str:
     free = (
         "by the task's metric on greedy decoding"
@@ -174,17 +203,8 @@ def _headline(material: SkillsContents) -> list[tuple[str, str]]:
     """Returns the page's first numbers, each with its description."""
     frame, skill_names = material.models, list(material.study.skills)
     numbers = [blocks.verdicts(material.findings)]
-
-    def average(way: str, column: str) -> float:
-        return fmean(
-            merge_to_learn_figures.regime(merge_to_learn_figures.skill_models(frame, skill), way)[
-                column or skill
-            ].iloc[0]
-            for skill in skill_names
-        )
-
     before = frame[frame["regime"] == GENERAL].iloc[0]
-    scores = {way: f"{average(way, GENERAL):.1f}" for way in ("cft", "rt", MERGED)}
+    scores = {way: f"{_average(material, way, GENERAL):.1f}" for way in ("cft", "rt", MERGED)}
     numbers.append(
         (
             scores[MERGED],
@@ -192,7 +212,7 @@ def _headline(material: SkillsContents) -> list[tuple[str, str]]:
             f"after continued fine-tuning, {scores['rt']} retrained",
         )
     )
-    scores = {way: f"{average(way, ''):.1f}" for way in ("cft", "rt", MERGED)}
+    scores = {way: f"{_average(material, way, ''):.1f}" for way in ("cft", "rt", MERGED)}
     without = fmean(before[skill] for skill in skill_names)
     numbers.append(
         (
@@ -201,7 +221,7 @@ def _headline(material: SkillsContents) -> list[tuple[str, str]]:
             f"continued fine-tuning, {scores['rt']} retrained",
         )
     )
-    share = 100 * average(MERGED, "flops") / average("rt", "flops")
+    share = 100 * _average(material, MERGED, "flops") / _average(material, "rt", "flops")
     numbers.append((f"{share:.0f} %", "of the arithmetic of retraining is what a merge takes"))
     merges = int((frame["regime"] == MERGED).sum())
     results = int(material.lineage["results"].sum())

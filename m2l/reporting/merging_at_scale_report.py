@@ -132,6 +132,7 @@ def report(material: ScalingContents) -> Report:
     pairs = _pairs(drawn)
     return Report(
         title="What matters for model merging at scale: a study",
+        plain=_plain(material),
         lead=_lead(material),
         headline=_headline(material),
         claims="The paper's five findings",
@@ -189,6 +190,33 @@ def _lead(material: ScalingContents) -> str:
         settings["source"],
         __version__,
     )
+
+
+def _plain(material: ScalingContents) -> str:
+    """Returns the study in plain words: what was done, what came out, what it means."""
+    settings, performance = material.settings, material.performance
+    largest, most = style.sizes(performance)[-1], style.counts(performance)[-1]
+    merged = performance[performance["method"] != style.MULTITASK]
+    merged = merged[(merged["size"] == largest) & (merged["experts"] == most)]
+    merges = int((material.cells["method"] != style.MULTITASK).sum())
+    text = (
+        f"Language models were trained to be experts, each on one of "
+        f"{len(settings['categories'])} kinds of task, and then merged into one model, "
+        f"{_number(merges, 'time')} in all. Every merge was asked the tasks that its experts were "
+        "trained for, and tasks that none of them had seen."
+    )
+    if merged["held_in"].notna().any():
+        text += (
+            f" With {most} experts the best merge of the largest models keeps "
+            f"{merged['held_in'].max():.0%} of what the experts themselves reach"
+        )
+        if merged["held_out"].notna().any():
+            text += (
+                f", and reaches {merged['held_out'].max():.0%} of the model that they came from on "
+                "the unseen tasks"
+            )
+        text += "."
+    return f"{text} {blocks.meaning(material.findings)}"
 
 
 def _pairs(drawn: Mapping[str, Figure]) -> dict[str, Drawing]:

@@ -207,6 +207,9 @@ def report(result: SearchResult, settings: JsonObject) -> Report:
     ]
     return Report(
         title="A search of merge recipes",
+        plain=f"Recipes for merging were tried by how well what they make does on one half of the "
+        f"examples, {len(result.candidates)} of them; the other half, by which nothing was chosen, "
+        f"judged the best. {answer(result)}",
         lead=f"Recipes of {', '.join(map(style.method_name, settings['methods']))}, scored on "
         f"{' and '.join(result.aims)}. m2l {__version__}.",
         headline=_headline(result),

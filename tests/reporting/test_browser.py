@@ -1,6 +1,7 @@
 """The page in a real browser; skipped where there is no Chromium (M2L_CHROMIUM names one)."""
 
 import html
+import importlib.resources
 import json
 import os
 import re
@@ -35,10 +36,13 @@ addEventListener("load", () => {
     return {seen, states, marked: table.querySelectorAll("[aria-sort]").length};
   };
   for (const one of document.querySelectorAll("details")) one.open = true;
-  found.figures = [...document.querySelectorAll("svg")].map((svg) => {
+  const sizes = (page, kind) => [...page.querySelectorAll(`.${kind} > svg`)].map((svg) => {
     const box = svg.getBoundingClientRect();
     return [svg.checkVisibility(), box.width, box.height];
   });
+  found.figures = sizes(document, "wide");
+  found.hidden = sizes(document, "narrow").filter(([visible]) => visible).length;
+  found.values = document.querySelectorAll(".wide > svg title").length;
   const tables = [...document.querySelectorAll("table")];
   found.numbers = sorted(tables[0], 1);
   found.words = sorted(tables[0], 0);
@@ -54,11 +58,17 @@ addEventListener("load", () => {
   found.closed = !before[0].open;
   before[0].open = true;
   const phone = document.createElement("iframe");
+  phone.title = "A phone";
   phone.style = "width: 360px; height: 800px; border: 0";
   phone.srcdoc = document.documentElement.outerHTML.replace(/<script[^]*?<\\/script>/g, "");
-  phone.addEventListener("load", () => {
+  phone.addEventListener("load", async () => {
     const page = phone.contentDocument.documentElement;
     found.phone = [page.clientWidth, page.scrollWidth];
+    found.narrow = sizes(phone.contentDocument, "narrow");
+    found.wide = sizes(phone.contentDocument, "wide").filter(([visible]) => visible).length;
+    const examined = await axe.run(document.querySelector("body"), {iframes: false});
+    found.axe = examined.violations.map((rule) => [rule.id, rule.nodes[0].html.slice(0, 300)]);
+    found.rules = examined.passes.map((rule) => rule.id);
     const result = document.createElement("pre");
     result.id = "found";
     result.textContent = JSON.stringify(found);
@@ -82,7 +92,9 @@ def browser(report, tmp_path_factory):
     folder = tmp_path_factory.mktemp("browser")
     text = report.page.read_text()
     checked = report.report / "checked.html"
-    checked.write_text(text.replace("<style>", CHECKS + "<style>", 1))
+    axe = (importlib.resources.files("axe_core_python") / "axe.min.js").read_text()
+    head = f"<script>{axe}</script>{CHECKS}<style>"
+    checked.write_text(text.replace("<style>", head, 1))
     command = [
         CHROMIUM,
         "--headless=new",
@@ -112,11 +124,22 @@ def test_the_page_loads_without_an_error_and_asks_for_nothing(browser):
     assert not re.findall(r".*\bCONSOLE\b.*", console)
 
 
-def test_every_figure_is_visible(browser, report):
-    figures = browser[0]["figures"]
-    assert len(figures) == report.page.read_text().count("<svg")
-    for visible, width, height in figures:
+def test_every_figure_is_visible_and_fits_the_screen(browser, report):
+    figures, narrow = browser[0]["figures"], browser[0]["narrow"]
+    assert len(figures) == len(narrow) == report.page.read_text().count("<svg") / 2
+    for visible, width, height in [*figures, *narrow]:
         assert visible and width > 200 and height > 100
+    assert all(width <= 360 for _, width, _ in narrow)
+    assert browser[0]["hidden"] == browser[0]["wide"] == 0
+
+
+def test_no_rule_of_accessibility_is_violated(browser):
+    assert browser[0]["axe"] == []
+    assert {"color-contrast", "svg-img-alt"} <= {*browser[0]["rules"]}
+
+
+def test_points_and_bars_show_their_values_under_the_pointer(browser):
+    assert browser[0]["values"] > 50
 
 
 def test_a_click_on_a_header_sorts_and_a_second_one_turns_round(browser):

@@ -1,3 +1,4 @@
+import itertools
 import xml.etree.ElementTree as ET
 
 import numpy as np
@@ -197,3 +198,30 @@ def test_the_same_frame_gives_the_same_bytes_in_every_format(banded, tmp_path):
         first, second = ((tmp_path / place / f"figure.{ending}").read_bytes() for place in "ab")
         assert first == second
     ET.parse(tmp_path / "a" / "figure.svg")
+
+
+def test_a_narrow_figure_has_all_panels_below_each_other_with_their_labels(banded):
+    figure = figures.more_experts(banded)
+    narrow = figures.narrowed(figure)
+    assert narrow.get_figwidth() < 4 < figure.get_figwidth()
+    narrow.draw_without_rendering()
+    boxes = [axis.get_position() for axis in narrow.axes]
+    assert all(below.y1 < above.y0 for above, below in itertools.pairwise(boxes))
+    wide = [axis.get_title() for axis in figure.axes]
+    assert [axis.get_title() for axis in narrow.axes] == wide
+    ends = ["1 = the task's expert"] * 2 + ["1 = the base model"] * 2
+    assert [axis.get_ylabel().splitlines()[-1] for axis in narrow.axes] == ends
+
+
+def test_values_of_points_and_bars_are_those_of_the_frame(banded):
+    base, largest = style.bases(banded)[-1], style.sizes(banded)[-1]
+    frame = banded[(banded["base"] == base) & (banded["size"] == largest)]
+    frame = frame[frame["method"] != style.MULTITASK]
+    texts = [
+        text for each in figures.values(figures.methods_at_scale(banded)).values() for text in each
+    ]
+    assert sorted(texts) == sorted(
+        f"{style.method_name(row.method)}, {row.experts}: {getattr(row, column):.3g}"
+        for row in frame.itertuples()
+        for column in ("held_in", "held_out")
+    )
