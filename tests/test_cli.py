@@ -190,6 +190,16 @@ def test_shells_complete_the_names_of_commands_methods_tasks_and_files():
     assert complete("merge --preset off") == ["official"]
 
 
+def test_the_help_has_every_command_in_a_line_of_its_own(run_m2l, capsys):
+    assert run_m2l("--help") == 0
+    lines = capsys.readouterr().out.splitlines()
+    named = [name for summaries in command.SUMMARIES.values() for name in summaries]
+    assert sorted(named) == sorted(command.cli.commands)
+    for name in named:
+        [line] = [line for line in lines if line.startswith(f"  {name} ")]
+        assert len(line) <= 80 and line.endswith((".", "?"))
+
+
 def test_every_flag_of_a_grouped_command_is_in_a_group():
     for each in command.cli.commands.values():
         if isinstance(each, GroupedCommand):

@@ -97,6 +97,22 @@ def test_the_commands_of_readme_run_one_after_the_other(folder, run_m2l, capsys)
     assert run_m2l(*shlex.split(printed[-1])[1:]) == 0
 
 
+def test_the_first_steps_run_one_after_the_other(road, run_m2l, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/base").symlink_to(road / "base")
+    for block in blocks("docs/first_steps.md", ""):
+        if program := re.search(r"^python - <<'END'\n(.*?)^END$", block, re.M | re.S):
+            exec(program[1], {})
+            block = block.replace(program[0], "")
+        for line in block.splitlines():
+            # The base is pretrained in minutes; 60 steps say no more than 2.
+            if line and "pretrain_microworld" not in line:
+                line = re.sub("(steps|max_examples) .0", r"\1 2", line)
+                assert run_m2l(*shlex.split(line)[1:]) == 0, line
+    assert (tmp_path / "runs/results/mine/jsonl.json").is_file()
+
+
 @pytest.mark.parametrize("page", ["README.md", "docs/python.md"])
 def test_the_python_of_a_page_runs_one_block_after_the_other(folder, run_m2l, page):
     assert run_m2l("convert", "BASE", "runs/base") == 0

@@ -30,14 +30,58 @@ from m2l.cli import (
 from m2l.errors import M2LError, Stopped, one_line
 from m2l.version import __version__
 
+# What `m2l --help` says of each command: its own help is longer than a line.
+SUMMARIES = {
+    "Merge": {
+        "merge": "Merge experts' checkpoints into one.",
+        "sweep": "Merge by many recipes; find the best on validation data.",
+        "search": "Search a space of recipes by one half of the examples.",
+        "adamerging": "Learn how much each expert counts, without labels.",
+        "statistics": "Gather what Fisher merging and RegMean need.",
+        "moe": "Make a mixture of experts of dense models.",
+        "extract": "Make a low-rank adapter of a model and its base.",
+        "verify": "Prove that a merge is what its recipe makes.",
+    },
+    "Train and evaluate": {
+        "train": "Train a model, or go on where a stopped run left off.",
+        "eval": "Evaluate a model by ranking and decoding.",
+        "lm_eval": "Evaluate a model on lm-evaluation-harness's tasks.",
+        "generate": "What a model writes; on a terminal, a chat.",
+        "skills": "Add a skill to a model without losing what it has.",
+        "tasks": "What there is to train on and to evaluate by.",
+    },
+    "Checkpoints": {
+        "inspect": "What is in a checkpoint and where it came from.",
+        "convert": "Hugging Face, T5X and GGUF, in and out.",
+        "push": "Upload a directory to the Hugging Face Hub.",
+    },
+    "Studies": {
+        "demo": "From nothing to a report in four minutes.",
+        "study": "Run a study: bases, experts, merges, evaluations.",
+        "report": "Tables, figures and the page of a study.",
+    },
+    "This machine": {"doctor": "Is this installation sound?"},
+}
+
+
+class _Commands(click.Group):
+    """A group whose help lists its commands by subject."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Writes a section for each subject."""
+        for subject, summaries in SUMMARIES.items():
+            with formatter.section(subject):
+                formatter.write_dl(list(summaries.items()))
+
 
 @click.group(
+    cls=_Commands,
     context_settings={
         "max_content_width": 100,
         "help_option_names": ["-h", "--help"],
         # `-` and `_` in flags are alike.
         "token_normalize_func": lambda name: name.replace("-", "_"),
-    }
+    },
 )
 @click.version_option(__version__, prog_name="m2l")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
@@ -56,26 +100,10 @@ _USER_ERRORS = {
 }
 
 for _command in (
-    studies.demo,
-    data.tasks,
-    models.train,
-    statistics.statistics,
-    adamerging.adamerging,
-    merge.merge,
-    verify.verify,
-    extract.extract,
-    moe.moe,
-    sweep.sweep,
-    search.search,
-    skills.skills,
-    models.evaluate,
-    models.lm_eval,
-    studies.study,
-    studies.report,
-    models.generate,
-    checkpoints.convert,
-    checkpoints.push,
-    checkpoints.inspect,
+    *(merge.merge, sweep.sweep, search.search, adamerging.adamerging, statistics.statistics),
+    *(moe.moe, extract.extract, verify.verify, models.train, models.evaluate, models.lm_eval),
+    *(models.generate, skills.skills, data.tasks, checkpoints.inspect, checkpoints.convert),
+    *(checkpoints.push, studies.demo, studies.study, studies.report),
 ):
     cli.add_command(_command)
 

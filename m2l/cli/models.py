@@ -158,7 +158,8 @@ def train(
     "eval",
     cls=GroupedCommand,
     groups={
-        "Model and data": "checkpoint mixture jsonl source split max_examples vocabulary",
+        "Model and data": "checkpoint mixture jsonl source vocabulary",
+        "Examples": "split max_examples shots shots_seed",
         "Scores": "generative_score max_truncated compare",
         "Decoding": "beams temperature top_k top_p samples seed",
         "Output": "out examples as_json",
