@@ -145,17 +145,22 @@ def test_what_a_search_cannot_do_is_refused_in_one_line(
 # --- searches with made-up scores ---
 
 
-@pytest.fixture
-def made_up(road, monkeypatch):
-    """Runs a search in which `score(recipe, random, example)` is an example's."""
+@pytest.fixture(scope="module")
+def loaded(road):
+    """A vocabulary and two tasks, with 20 examples in each half."""
     fingerprint = checkpoints.read_manifest(road / "base").vocabulary["fingerprint"]
-    tasks = ["imdb_good_or_bad", "ag_news_topic"]
-    vocabulary, loaded = api.evaluation_tasks(
-        *("+".join(tasks), None, "microworld", fingerprint, "microworld"),
+    return api.evaluation_tasks(
+        *("imdb_good_or_bad+ag_news_topic", None, "microworld", fingerprint, "microworld"),
         split="validation",
         lengths={"inputs": 32, "targets": 8},
         max_examples=40,
     )
+
+
+@pytest.fixture
+def made_up(road, loaded, monkeypatch):
+    """Runs a search in which `score(recipe, random, example)` is an example's."""
+    vocabulary, tasks = loaded
     merged = threading.local()
 
     def merge(base, experts, recipe, statistics):
@@ -176,7 +181,7 @@ def made_up(road, monkeypatch):
             }
 
         monkeypatch.setattr(Evaluator, "values", values)
-        groups = {"both": loaded} if aims == 1 else {t.info.name: [t] for t in loaded}
+        groups = {"both": tasks} if aims == 1 else {t.info.name: [t] for t in tasks}
         return recipe_search.search(
             recipe_search.RecipeSearch(**settings),
             recipe_search.ToMerge(road / "base", [road / "sentiment", road / "closed_book_qa"]),
@@ -208,6 +213,8 @@ def test_candidates_that_are_worse_stop_early_and_the_best_is_found(made_up, tmp
     result = made_up(tmp_path / "raced", near, **options)
     assert len(result.candidates) == 16
     assert abs(result.chosen.recipe["scale"] - 1.3) < 0.25
+    (shares,) = result.importances
+    assert shares["ties.scale"] > 0.6 and sum(shares.values()) == pytest.approx(1)
     by_number = {each.number: each for each in result.candidates}
     stopped = [each for each in result.candidates if each.stopped_by is not None]
     assert len(stopped) > 3
@@ -219,11 +226,49 @@ def test_candidates_that_are_worse_stop_early_and_the_best_is_found(made_up, tmp
         assert each.scores[0] - rival.scores[0] == pytest.approx(expected)
 
 
-def test_differences_that_examples_do_not_show_stop_nothing(made_up, tmp_path):
-    noise = np.random.default_rng(0)
-    score = lambda recipe, random, example: noise.normal(50, 10)  # noqa: E731
-    result = made_up(tmp_path, score, methods=SCALES, candidates=12)
-    assert sum(each.stopped_by is not None for each in result.candidates) < 3
+def test_what_methods_differ_by_is_the_importance_of_the_method(made_up, tmp_path):
+    space = {"ties": {"scale": (0.0, 1.0)}, "task_arithmetic": {"scale": (0.0, 1.0)}}
+    score = lambda recipe, *_: 40.0 if recipe.method == "ties" else 60.0 + recipe.scale  # noqa: E731
+    result = made_up(tmp_path, score, methods=space, candidates=8, racing=False)
+    scores = {name: [] for name in space}
+    for each in result.candidates:
+        scores[each.recipe["method"]].append(each.scores[0])
+    every = np.concatenate([*scores.values()])
+    within = sum(len(own) * np.var(own) for own in scores.values()) / (len(every) * np.var(every))
+    (shares,) = result.importances
+    assert shares["method"] == pytest.approx(1 - within)
+    assert shares["task_arithmetic.scale"] == pytest.approx(within) and not shares["ties.scale"]
+
+
+def test_a_race_is_lost_where_the_difference_is_larger_than_its_standard_error_allows(
+    loaded, monkeypatch
+):
+    monkeypatch.setattr(racing, "Evaluator", lambda *_, **__: None)
+    vocabulary, tasks = loaded
+    halved = [halves(task)[0] for task in tasks]
+    race = racing.ChoosingHalf([halved], None, vocabulary, 8, 0.9)
+    assert [sum(race.counts(n).values()) for n in range(1, 5)] == [6, 10, 20, 40]
+    random, names = np.random.default_rng(0), [task.info.name for task in halved]
+    outcomes = []
+    for blocks in (2, 3, 4):
+        for _ in range(20):
+            rival = {name: random.normal(60, 20, 20).tolist() for name in names}
+            counts, shift = race.counts(blocks), random.uniform(0, 12)
+            values = {
+                name: (np.array(rival[name][:count]) - random.normal(shift, 10, count)).tolist()
+                for name, count in counts.items()
+            }
+            pairs = [np.array(values[n]) - np.array(rival[n])[: counts[n]] for n in names]
+            difference = np.mean([pair.mean() for pair in pairs])
+            error = np.sqrt(sum(pair.var(ddof=1) / len(pair) for pair in pairs)) / len(pairs)
+            lost = race.lost(values, blocks, rival)
+            # Fewer than 20 examples show nothing; elsewhere as a normal distribution's 90 %.
+            z = difference / error if blocks > 2 else 0.0
+            if abs(z + 1.28) > 0.25:
+                assert (lost is not None) == (z < -1.28)
+                outcomes.append(lost is not None)
+            assert lost is None or lost == pytest.approx([difference])
+    assert 10 < sum(outcomes) < len(outcomes) - 10
 
 
 def test_two_aims_have_a_front(made_up, tmp_path, monkeypatch):

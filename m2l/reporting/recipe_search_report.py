@@ -19,7 +19,8 @@ _CAPTIONS = {
     "were tried, and the best so far. Hollow: stopped early, with the score that was estimated.",
     "front": "Both scores of each candidate on the half that chooses; the line is the front, of "
     "which none is better in both, and the star the chosen one. Hollow: stopped early.",
-    "importance": "The share of the variance of the scores that each setting explains (fANOVA).",
+    "importance": "The share of the scores' variance that is between methods, and that each "
+    "setting explains within its method (fANOVA).",
 }
 
 
@@ -29,7 +30,7 @@ def curve(result: SearchResult) -> Figure:
         count = len(result.aims)
         figure = Figure(figsize=(4.8 * count, 3.2), layout="constrained")
         axes = figure.subplots(1, count, squeeze=False)[0]
-        for aim, (axis, name) in enumerate(zip(axes, result.aims, strict=True)):
+        for aim, (axis, name) in enumerate(zip(axes, _labels(result), strict=True)):
             _points(axis, result, lambda each: each.number, lambda each, aim=aim: each.scores[aim])
             best, line = float("-inf"), []
             for candidate in result.candidates:
@@ -52,8 +53,8 @@ def front(result: SearchResult) -> Figure:
         x, y = zip(*(candidate.scores for candidate in result.front), strict=True)
         axis.step(x, y, where="post", color=style.VERMILLION, marker="o", label="front")
         axis.plot(*result.chosen.scores, "*", color=style.BLACK, markersize=11, label="chosen")
-        axis.set_xlabel(f"{result.aims[0]} (%)")
-        axis.set_ylabel(f"{result.aims[1]} (%)")
+        axis.set_xlabel(f"{_labels(result)[0]} (%)")
+        axis.set_ylabel(f"{_labels(result)[1]} (%)")
         figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=4)
         return figure
 
@@ -74,36 +75,41 @@ def _points(
 
 def importance(result: SearchResult) -> Figure:
     """Draws the share of each setting as bars, a colour for each aim."""
-    frame = importances(result)
-    labels = list(dict.fromkeys(frame["setting"]))
-    height = 0.8 / len(result.aims)
+    frame, labels = importances(result), _labels(result)
+    height = 0.8 / len(labels)
     with matplotlib.rc_context(style.RC):
-        figure = Figure(figsize=(4.8, 0.8 + 0.28 * len(labels)), layout="constrained")
+        figure = Figure(figsize=(4.8, 0.8 + 0.28 * len(frame)), layout="constrained")
         axis = figure.subplots()
         colours = (style.BLUE, style.VERMILLION)
-        for place, (aim, colour) in enumerate(zip(result.aims, colours, strict=False)):
-            shares = frame[frame["aim"] == aim].set_index("setting")["share"]
-            places = [labels.index(name) + height * place for name in shares.index]
-            axis.barh(places, shares, height, color=colour, label=aim)
-        middle = height * (len(result.aims) - 1) / 2
-        axis.set_yticks([place + middle for place in range(len(labels))], labels)
+        for place, (label, colour) in enumerate(zip(labels, colours, strict=False)):
+            places = frame.index + height * place
+            axis.barh(places, frame[label], height, color=colour, label=label)
+        axis.set_yticks(frame.index + height * (len(labels) - 1) / 2, frame["setting"])
         axis.invert_yaxis()
         axis.set_xlim(0, 1)
         axis.set_xlabel("share of the variance")
-        if len(result.aims) > 1:
+        if len(labels) > 1:
             figure.legend(loc="outside upper center", ncols=2)
         return figure
 
 
 def importances(result: SearchResult) -> pd.DataFrame:
-    """Returns rows with among ("all", or the method), setting, aim and share."""
-    rows = [
-        (group, setting, aim, share)
-        for group, by_aim in result.importances.items()
-        for aim, shares in zip(result.aims, by_aim, strict=True)
-        for setting, share in shares.items()
+    """Returns rows with setting, and for each aim its share."""
+    columns = {
+        label: pd.Series(dict(s))
+        for label, s in zip(_labels(result), result.importances, strict=True)
+    }
+    return pd.DataFrame(columns).rename_axis("setting").reset_index()
+
+
+def _labels(result: SearchResult) -> list[str]:
+    """Returns the aims' names for axes and columns: long ones are cut."""
+    if len(result.aims) == 1:
+        return ["score"]
+    return [
+        name if len(name) < 28 else f"{place}: {name[:24]}..."
+        for place, name in enumerate(result.aims, 1)
     ]
-    return pd.DataFrame(rows, columns=["among", "setting", "aim", "share"])
 
 
 def candidates(result: SearchResult) -> pd.DataFrame:
@@ -113,7 +119,7 @@ def candidates(result: SearchResult) -> pd.DataFrame:
             "candidate": each.number,
             "method": each.recipe["method"],
             "settings": _spelled(each),
-            **dict(zip(result.aims, each.scores, strict=True)),
+            **dict(zip(_labels(result), each.scores, strict=True)),
             "examples": each.examples,
             "stopped_by": "" if each.stopped_by is None else str(each.stopped_by),
             "seconds": each.seconds,
@@ -128,11 +134,11 @@ def judged(result: SearchResult) -> pd.DataFrame:
     rows = []
     for model in result.judged:
         row: dict[str, object] = {"model": model.name}
-        for place, aim in enumerate(result.aims):
+        for place, label in enumerate(_labels(result)):
             low, high = model.intervals[place]
-            row |= {f"{aim} %": model.scores[place], f"{aim} 95 %": f"{low:.1f} to {high:.1f}"}
+            row |= {f"{label} %": model.scores[place], f"{label} 95 %": f"{low:.1f} to {high:.1f}"}
             change = model.changes and model.changes[place]
-            row[f"{aim} from average"] = (
+            row[f"{label} from average"] = (
                 f"{change.value:+.2f} ({change.low:+.1f} to {change.high:+.1f})" if change else ""
             )
         rows.append(row)
@@ -167,13 +173,14 @@ def report(result: SearchResult, settings: JsonObject) -> Report:
         result: The search's.
         settings: As JSON values, for the page's end.
     """
-    drawn = {"curve": curve(result)}
+    drawn = {"curve": curve(result), "importance": importance(result)}
     if len(result.aims) > 1:
         drawn["front"] = front(result)
-    tables = {"judged": judged(result), "candidates": candidates(result)}
-    if result.importances:
-        drawn["importance"] = importance(result)
-        tables["importances"] = importances(result)
+    tables = {
+        "judged": judged(result),
+        "candidates": candidates(result),
+        "importances": importances(result),
+    }
 
     def section(name: str, title: str, further: Sequence[blocks.Block] = ()) -> Section:
         drawing = Drawing(name, _CAPTIONS[name], blocks.svg(drawn[name], name, _CAPTIONS[name]))
@@ -203,7 +210,7 @@ def report(result: SearchResult, settings: JsonObject) -> Report:
             "The curve",
             [Folded(f"{len(result.candidates)} candidates", [every, *notes], aside=True)],
         ),
-        *([section("importance", "The importance of each setting")] if result.importances else []),
+        section("importance", "The importance of each setting"),
     ]
     return Report(
         title="A search of merge recipes",

@@ -11,13 +11,11 @@ import numpy as np
 
 from m2l import models
 from m2l.data.vocabularies import Vocabulary
-from m2l.evaluation import bootstrap
-from m2l.evaluation.bootstrap import Statistic
 from m2l.evaluation.evaluator import Evaluator
 from m2l.evaluation.task_data import TaskData
 from m2l.typing import Params
 
-DRAWS = 200
+DRAWS = 500
 """How often a race draws examples."""
 LEAST_RACED = 20
 """Examples of an aim that have to be scored before a candidate can lose."""
@@ -32,6 +30,13 @@ class ChoosingHalf:
     """The half of the data that chooses, in blocks: a race scores one after the other.
 
     A block has a part of each task, scored in as few lists of examples as can be: full batches.
+
+    Args:
+        aims: The tasks of each aim.
+        config: The models' configuration.
+        vocabulary: The models'.
+        batch_size: Examples in a batch, at most.
+        confidence: How sure a race has to be, from 0 to 1; None: there is one block, and no race.
     """
 
     def __init__(
@@ -40,20 +45,21 @@ class ChoosingHalf:
         config: models.Config,
         vocabulary: Vocabulary,
         batch_size: int,
-        racing: bool,
+        confidence: float | None,
     ):
+        self._confidence = confidence
         self.aims = [[task.info.name for task in tasks] for tasks in aims]
         self._metrics = {task.info.name: task.metric for tasks in aims for task in tasks}
         self._pools: list[dict[str, list[tuple[str, int]]]] = []
         pools: list[TaskData] = []
-        for block in range(len(_PARTS) if racing else 1):
+        for block in range(1 if confidence is None else len(_PARTS)):
             alike: dict[tuple[object, ...], list[TaskData]] = {}
             for task in itertools.chain(*aims):
                 key = task.info.kind, task.metric, task.generative_score, task.max_length
                 alike.setdefault(key, []).append(task)
             members = {}
             for tasks in alike.values():
-                part = _PARTS[block] if racing else slice(None)
+                part = slice(None) if confidence is None else _PARTS[block]
                 examples = [example for task in tasks for example in task.examples[part]]
                 if examples:
                     name = f"block {block} {len(members)}"
@@ -86,55 +92,66 @@ class ChoosingHalf:
                 extended[name] += itertools.islice(parts, count)
         return extended
 
-    def _statistic(self, values: Values, tasks: Sequence[str]) -> Statistic:
-        """Returns the mean over tasks of their scores, of any of the tasks' examples together."""
-        parts_N = np.concatenate([values[name] for name in tasks])
-        task_N = np.repeat(np.arange(len(tasks)), [len(values[name]) for name in tasks])
-        likelihood_T = np.array([self._metrics[name] == "reference_likelihood" for name in tasks])
-
-        def mean(numbers: np.ndarray) -> float:
-            drawn_T = np.bincount(task_N[numbers], minlength=len(tasks))
-            sums_T = np.bincount(task_N[numbers], parts_N[numbers], minlength=len(tasks))
-            means_T = sums_T / np.maximum(drawn_T, 1)
-            means_T = np.where(likelihood_T, 100 * np.exp(means_T), means_T)
-            return float(means_T[drawn_T > 0].mean())
-
-        return mean
-
     def scores(self, values: Values) -> tuple[float, ...]:
         """Returns for each aim the mean score of its tasks, in percent."""
-        sizes = [sum(len(values[name]) for name in tasks) for tasks in self.aims]
-        pairs = zip(self.aims, sizes, strict=True)
-        return tuple(self._statistic(values, tasks)(np.arange(size)) for tasks, size in pairs)
+        return tuple(
+            self._mean(tasks, [float(np.mean(values[name])) for name in tasks])
+            for tasks in self.aims
+        )
+
+    def _mean(self, tasks: Sequence[str], means: Sequence[float]) -> float:
+        """Returns the mean over tasks of their scores, which follow from means over examples."""
+        is_likelihood = [self._metrics[name] == "reference_likelihood" for name in tasks]
+        means_T = np.asarray(means)
+        return float(np.where(is_likelihood, 100 * np.exp(means_T), means_T).mean())
 
     def lost(self, values: Values, blocks: int, rival: Values) -> list[float] | None:
         """Returns the differences from a rival if all are shown to be below 0, else None.
 
-        Examples of all tasks are drawn together: of those of each task, of which a first block has
-        one or two, the variance would be underestimated.
+        By a paired bootstrap: of the n examples of each task n - 1 are drawn, for the variance
+        would be too small otherwise (McCarthy and Snowden 1985); nothing is shown by tasks of which
+        one example was scored.
 
         Args:
             values: Of the candidate, of the first blocks.
             blocks: How many.
             rival: The rival's, of all blocks.
         """
-        counts = self.counts(blocks)
-        seen = {name: rival[name][:count] for name, count in counts.items()}
-        ahead = zip(self.scores(seen), self.scores(values), strict=True)
-        if any(own >= other for other, own in ahead):
-            return None
+        counts, rng = self.counts(blocks), np.random.default_rng(0)
         differences = []
         for tasks in self.aims:
-            tasks = [name for name in tasks if counts[name]]
-            size = sum(counts[name] for name in tasks)
-            if size < LEAST_RACED:
+            sizes_T = np.array([counts[name] for name in tasks])
+            if sizes_T.min() < 2 or sizes_T.sum() < LEAST_RACED:
                 return None
-            pair = ([self._statistic(each, tasks)] for each in (seen, values))
-            difference = bootstrap.paired(*pair, [size], draws=DRAWS)
-            if difference.high >= 0:
+            pair = [
+                np.concatenate([side[name][: counts[name]] for name in tasks])
+                for side in (values, rival)
+            ]
+            seen = self._difference(tasks, pair, np.arange(sizes_T.sum()), sizes_T)
+            if seen >= 0:
                 return None
-            differences.append(difference.value)
+            drawn_T, first_T = sizes_T - 1, np.cumsum(sizes_T) - sizes_T
+            size_D, first_D = np.repeat(sizes_T, drawn_T), np.repeat(first_T, drawn_T)
+            draws = [
+                self._difference(tasks, pair, first_D + rng.integers(0, size_D), drawn_T)
+                for _ in range(DRAWS)
+            ]
+            if np.quantile(draws, self._confidence) >= 0:
+                return None
+            differences.append(seen)
         return differences
+
+    def _difference(
+        self,
+        tasks: Sequence[str],
+        pair: Sequence[np.ndarray],
+        numbers: np.ndarray,
+        sizes_T: np.ndarray,
+    ) -> float:
+        """Returns how much more the first of a pair scores on examples that are sorted by task."""
+        first_T = np.cumsum(sizes_T) - sizes_T
+        means = [np.add.reduceat(values_N[numbers], first_T) / sizes_T for values_N in pair]
+        return self._mean(tasks, means[0]) - self._mean(tasks, means[1])
 
 
 def front_of(scores: Sequence[Sequence[float]]) -> list[int]:

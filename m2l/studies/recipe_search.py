@@ -54,6 +54,7 @@ class RecipeSearch:
             with two aims "nsga-ii".
         seed: Of the sampler.
         racing: Whether candidates that are shown to be worse stop early.
+        confidence: How sure that has to be, below 1.
     """
 
     methods: Mapping[str, Mapping[str, object]]
@@ -61,6 +62,7 @@ class RecipeSearch:
     sampler: str = ""
     seed: int = 0
     racing: bool = True
+    confidence: float = 0.9
 
     def __post_init__(self) -> None:
         if type(self.candidates) is not int or self.candidates < 1:
@@ -71,6 +73,10 @@ class RecipeSearch:
             raise ConfigError(f"Search.seed: expected 0 or a larger integer, found {self.seed!r}")
         if type(self.racing) is not bool:
             raise ConfigError(f"Search.racing: expected True or False, found {self.racing!r}")
+        if type(self.confidence) is not float or not 0.5 <= self.confidence < 1:
+            raise ConfigError(
+                f"Search.confidence: expected 0.5 or more, below 1, found {self.confidence!r}"
+            )
         if self.sampler and self.sampler not in SAMPLERS:
             raise UnknownNameError("sampler", str(self.sampler), SAMPLERS)
         dimensions = [d for method in self.space.methods for d in self.space.dimensions(method)]
@@ -88,6 +94,12 @@ class RecipeSearch:
     def space(self) -> SearchSpace:
         """The recipes."""
         return SearchSpace(self.methods)
+
+    @property
+    def startup(self) -> int:
+        """How many candidates are spread over the space, before scores tell where to look."""
+        least = max(len(self.methods), min(10, self.candidates // 2))
+        return 1 if self.sampler == "cma-es" else min(self.candidates, least)
 
     def sampler_of(self, aims: int) -> str:
         """Returns the name of the sampler for so many aims."""
@@ -195,7 +207,7 @@ class SearchResult:
             first; with one aim the best alone.
         chosen: Of the front, the one with the best mean.
         judged: The base, the experts' average, and the front.
-        importances: By "all" or method, for each aim, the share of each dimension.
+        importances: For each aim, the share of the scores' variance that each dimension explains.
         examples: How many examples a candidate is scored on that is not stopped.
         storage: Where it is stored, without a password.
     """
@@ -206,7 +218,7 @@ class SearchResult:
     front: tuple[Candidate, ...]
     chosen: Candidate
     judged: tuple[Judged, ...]
-    importances: Mapping[str, Sequence[Mapping[str, float]]]
+    importances: tuple[Mapping[str, float], ...]
     examples: int
     storage: str
 
@@ -251,6 +263,7 @@ class _Search:
     def run(self) -> None:
         """Scores candidates until there are as many as asked for."""
         wanted = self._settings.candidates
+        self._store.begin(self._first)
         with Progress("search", wanted, "candidates", first="compiling") as progress:
             while True:
                 trials = self._store.trials()
@@ -267,6 +280,44 @@ class _Search:
                 else:
                     time.sleep(1.0)  # Other workers score the last ones.
 
+    def _first(self) -> list[dict[str, Json]]:
+        """Returns candidates to begin with, those first that are the best of the first block.
+
+        Against these the others are soon seen to be worse.
+        """
+        space, scores = self._settings.space, []
+        points = space.spread(self._settings.startup)
+        if self._choosing.blocks == 1:
+            return points
+        with Progress("begin", len(points), "candidates", first="compiling") as progress:
+            for place, values in enumerate(points):
+                try:
+                    recipe = space.recipe(lambda dimension, values=values: values[dimension.name])
+                    known = self._known(recipe) or self._score(self.merge(recipe), recipe, 0, {})
+                    scores.append(fmean(self._choosing.scores(known)))
+                except (MergeError, EvaluationError):
+                    scores.append(float("-inf"))
+                progress.update(place + 1)
+        order = sorted(range(len(points)), key=lambda place: -scores[place])
+        return [points[place] for place in order]
+
+    def _file(self, recipe: Recipe) -> AnyPath:
+        return self._out / "scores" / f"{self.digest(recipe)[:32]}.json"
+
+    def _known(self, recipe: Recipe) -> Values:
+        """Returns what was scored already by a recipe, of an equal candidate or before a stop."""
+        file = self._file(recipe)
+        return files.read_record(file)["values"] if file.exists() else {}
+
+    def _score(self, params: Params, recipe: Recipe, block: int, values: Values) -> Values:
+        """Returns the values with those of a block, and writes them."""
+        with jax.set_mesh(self._mesh):
+            values = self._choosing.add(params, block, values)
+        file = self._file(recipe)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        files.write_record(file, {"values": values})
+        return values
+
     def _try(self, trial: "Trial") -> None:
         """Merges and scores a candidate, and stores what comes of it."""
         space = self._settings.space
@@ -282,11 +333,8 @@ class _Search:
     def _race(self, trial: "Trial", recipe: Recipe) -> tuple[float, ...]:
         """Returns a candidate's scores, as `Candidate` has them."""
         choosing = self._choosing
-        file = self._out / "scores" / f"{self.digest(recipe)[:32]}.json"
-        # Those of a file were scored when the database did not answer, or by an equal recipe.
-        known = [trial.user_attrs.get("values", {})]
-        if file.exists():
-            known.append(files.read_record(file)["values"])
+        # Other workers' values come with the candidate.
+        known = [trial.user_attrs.get("values", {}), self._known(recipe)]
         values = max(known, key=lambda each: sum(map(len, each.values())))
         seen = next(
             (n for n in range(1, choosing.blocks + 1) if choosing.counts(n) == _lengths(values)), 0
@@ -302,10 +350,7 @@ class _Search:
         for block in range(choosing.blocks):
             if block >= seen:
                 params = self.merge(recipe) if params is None else params
-                with jax.set_mesh(self._mesh):
-                    values = choosing.add(params, block, values if block else {})
-                file.parent.mkdir(parents=True, exist_ok=True)
-                files.write_record(file, {"values": values})
+                values = self._score(params, recipe, block, values if block else {})
                 self._store.record(trial, "values", values)
             if block + 1 == choosing.blocks or block + 1 < seen:
                 continue
@@ -406,12 +451,13 @@ def search(
             )
     parts = [[halves(task) for task in tasks] for tasks in aims.values()]
     sampler = settings.sampler_of(len(aims))
+    confidence = settings.confidence if settings.racing else None
     content = {
         # As text, where ranges are not lists.
         "methods": {name: repr(dict(values)) for name, values in settings.methods.items()},
         "sampler": sampler,
         "seed": settings.seed,
-        "racing": settings.racing,
+        "racing": confidence,
         "aims": {name: [task.digest for task in tasks] for name, tasks in aims.items()},
         "data": dict(data),
         **to_merge.digests,
@@ -420,7 +466,7 @@ def search(
     with contextlib.ExitStack() as exits:
         store = _open(settings, content, sampler, len(aims), out, url, study, notice, exits)
         half = [[choosing for choosing, _ in tasks] for tasks in parts]
-        choosing = ChoosingHalf(half, config, vocabulary, batch_size, settings.racing)
+        choosing = ChoosingHalf(half, config, vocabulary, batch_size, confidence)
         running = _Search(settings, to_merge, choosing, store, config, mesh, out)
         running.run()
         trials = store.trials()
@@ -476,19 +522,16 @@ def _open(
 
     if url is None:
         claim()
-    space, candidates = settings.space, settings.candidates
-    startup = min(candidates, max(len(space.methods), min(10, candidates // 2)))
-    population = min(50, max(4, candidates // 5))
+    population = min(50, max(4, settings.candidates // 5))
     store = search_storage.SearchStorage(
         url or f"sqlite:///{out.absolute() / 'study.db'}",
         study,
         content,
         aims=aims,
         sampler=search_storage.make_sampler(
-            sampler, settings.seed, startup=startup, population=population
+            sampler, settings.seed, startup=settings.startup, population=population
         ),
         worker=str(worker),
-        first=space.spread(1 if sampler == "cma-es" else startup),
         notice=notice,
     )
     if url is not None:
@@ -549,19 +592,35 @@ def _judge(
 
 def _importances(
     settings: RecipeSearch, trials: Sequence["FrozenTrial"], aims: int
-) -> dict[str, list[dict[str, float]]]:
-    """Returns the shares of what all candidates have, and those of each method's settings."""
+) -> tuple[dict[str, float], ...]:
+    """Returns for each aim the share of the scores' variance that each dimension explains.
+
+    The method's is that between the means of methods, and the shares of its settings, by fANOVA,
+    are of the variance within it.
+    """
     from m2l.studies import search_storage
 
-    complete, methods = _counted(trials), tuple(settings.methods)
-    groups: dict[str, tuple[list[FrozenTrial], list[str]]] = {}
-    if len(methods) > 1:
-        groups["all"] = (complete, [METHOD])
-    for method in methods:
-        own = [trial for trial in complete if trial.params.get(METHOD, method) == method]
-        groups[method] = (own, [each.name for each in settings.space.dimensions(method)])
-    return {
-        name: search_storage.importances(members, aims, dimensions)
-        for name, (members, dimensions) in groups.items()
-        if dimensions and len(members) > 3
+    space, complete = settings.space, _counted(trials)
+    members = {
+        method: [trial for trial in complete if trial.params.get(METHOD, method) == method]
+        for method in space.methods
     }
+    shares = []
+    for aim in range(aims):
+        scores = {method: [t.values[aim] for t in group] for method, group in members.items()}
+        every = [score for group in scores.values() for score in group]
+        squares = {
+            method: _squares(group, fmean(group)) for method, group in scores.items() if group
+        }
+        total = _squares(every, fmean(every)) or 1.0
+        share = {METHOD: 1 - sum(squares.values()) / total} if len(space.methods) > 1 else {}
+        for method, square in squares.items():
+            names = [dimension.name for dimension in space.dimensions(method)]
+            explained = search_storage.importances(members[method], aims, aim, names)
+            share |= {name: explained[name] * square / total for name in names}
+        shares.append(share)
+    return tuple(shares)
+
+
+def _squares(scores: Sequence[float], mean: float) -> float:
+    return sum((score - mean) ** 2 for score in scores)

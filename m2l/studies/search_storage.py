@@ -132,7 +132,6 @@ class SearchStorage:
         aims: How many scores a candidate has; more is better.
         sampler: Chooses candidates.
         worker: What identifies this worker, also after it was stopped and started again.
-        first: Candidates to begin with, each by dimension.
         notice: Is called with a line when the database does not answer.
 
     Raises:
@@ -148,7 +147,6 @@ class SearchStorage:
         aims: int,
         sampler: BaseSampler,
         worker: str,
-        first: Sequence[Mapping[str, Json]],
         notice: Callable[[str], None],
     ):
         _quiet()
@@ -164,7 +162,7 @@ class SearchStorage:
             ) from error
         for attempt in range(3):
             try:
-                self._open(parsed, name, content, aims, sampler, first)
+                self._open(parsed, name, content, aims, sampler)
                 return
             except (exc.IntegrityError, exc.ProgrammingError) as error:
                 # Another worker makes the tables at this moment.
@@ -186,7 +184,6 @@ class SearchStorage:
         content: Mapping[str, Json],
         aims: int,
         sampler: BaseSampler,
-        first: Sequence[Mapping[str, Json]],
     ) -> None:
         seconds = "timeout" if url.get_backend_name() == "sqlite" else "connect_timeout"
         self._storage = RDBStorage(
@@ -213,8 +210,6 @@ class SearchStorage:
                     "not make; choose another --study"
                 )
             self._study.set_user_attr(_CONTENT, content)
-            for values in first:
-                self._study.enqueue_trial(dict(values), skip_if_exists=True)
             return
         for key, value in content.items():
             if recorded.get(key) != value:
@@ -244,6 +239,15 @@ class SearchStorage:
                 self._storage.remove_session()
                 time.sleep(wait)
         raise AssertionError
+
+    def begin(self, first: Callable[[], Sequence[Mapping[str, Json]]]) -> None:
+        """Queues candidates, each by dimension, if the search has none yet."""
+        if self.trials():
+            return
+        for values in first():
+            self._patiently(
+                lambda values=values: self._study.enqueue_trial(dict(values), skip_if_exists=True)
+            )
 
     def trials(self) -> list[FrozenTrial]:
         """Returns all candidates, in the order of their numbers."""
@@ -335,33 +339,30 @@ def is_counted(trial: FrozenTrial) -> bool:
 
 
 def importances(
-    trials: Sequence[FrozenTrial], aims: int, dimensions: Sequence[str]
-) -> list[dict[str, float]]:
-    """Computes how much of the scores' variance each dimension explains: by fANOVA, for each aim.
+    trials: Sequence[FrozenTrial], aims: int, aim: int, dimensions: Sequence[str]
+) -> dict[str, float]:
+    """Computes how much of the variance of a score each dimension explains, by fANOVA.
 
     Hutter et al. 2014, "An Efficient Approach for Assessing Hyperparameter Importance".
 
     Args:
         trials: Candidates that have all of the dimensions.
         aims: How many scores they have.
+        aim: Which of them is explained.
         dimensions: Names.
 
     Returns:
-        By dimension its share; 0 of each where all scores are equal.
+        By dimension its share of all of them; 0 of each where there are too few candidates.
     """
-    study = optuna.create_study(directions=["maximize"] * aims)
-    study.add_trials(trials)
-    shares = []
-    for aim in range(aims):
-        scores = {trial.values[aim] for trial in trials}
-        varied = [n for n in dimensions if len({str(trial.params[n]) for trial in trials}) > 1]
-        share = dict.fromkeys(dimensions, 0.0)
-        if len(scores) > 1 and varied:
-            share |= optuna.importance.get_param_importances(
-                study,
-                evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0),
-                params=varied,
-                target=lambda trial, aim=aim: trial.values[aim],
-            )
-        shares.append(share)
+    shares = dict.fromkeys(dimensions, 0.0)
+    varied = [name for name in dimensions if len({str(t.params[name]) for t in trials}) > 1]
+    if len({trial.values[aim] for trial in trials}) > 1 and varied and len(trials) > 3:
+        study = optuna.create_study(directions=["maximize"] * aims)
+        study.add_trials(trials)
+        shares |= optuna.importance.get_param_importances(
+            study,
+            evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0),
+            params=varied,
+            target=lambda trial: trial.values[aim],
+        )
     return shares

@@ -139,9 +139,7 @@ def main() -> None:
             for seed in range(flags.seeds):
                 start = time.process_time()
                 result = recipe_search.search(
-                    recipe_search.RecipeSearch(
-                        ranges(grid), len(recipes) // QUARTER * 2, seed=seed
-                    ),
+                    recipe_search.RecipeSearch(ranges(grid), len(recipes), seed=seed),
                     recipe_search.ToMerge(base, experts),
                     {"all": tasks},
                     vocabulary,
