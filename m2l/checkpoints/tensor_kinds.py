@@ -205,6 +205,29 @@ def copies(tensors: Mapping[str, TensorSpec]) -> dict[str, str]:
     return result
 
 
+CONV1D = ("gpt2", "openai-gpt")
+"""Types of models whose kernels Hugging Face stores as [in, out]."""
+
+EMBEDDING = re.compile(
+    r"(.*\.)?(shared|embed_tokens|wte|wpe|word_embeddings|embed_in|tok_embeddings|embed_positions"
+    r"|relative_attention_bias|position_embeddings|token_type_embeddings)\.weight"
+)
+"""Names of tables in Hugging Face's models, whose rows are looked up."""
+
+
+def has_output_rows(name: str, native: bool, model: Mapping[str, Json]) -> bool:
+    """Returns whether the rows of a matrix are those of Hugging Face's: a kernel's outputs.
+
+    Args:
+        name: The parameter's.
+        native: Whether it is named and stored as Hugging Face does; otherwise as Flax does.
+        model: The description of the model.
+    """
+    if native:
+        return model.get("model_type") not in CONV1D or bool(EMBEDDING.fullmatch(name))
+    return name.rpartition("/")[2] in ("token_embedder", "embedding", "input_embedding")
+
+
 def is_input(name: str) -> bool:
     """Returns whether a tensor is a language model's embedding of tokens, by its name."""
     return _INPUT.fullmatch(name) is not None

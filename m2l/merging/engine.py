@@ -18,14 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from m2l import checkpoints, hub_models, storage
-from m2l.checkpoints import Manifest, digest, huggingface_directory, opening
+from m2l.checkpoints import Manifest, digest, huggingface_directory, opening, tensor_kinds
 from m2l.checkpoints.digest import WIDE
 from m2l.checkpoints.opening import HUGGINGFACE, ORBAX, Checkpoint
 from m2l.checkpoints.reading import KEY
 from m2l.checkpoints.spans import Span
 from m2l.distributed import Processes
 from m2l.errors import CheckpointError, MergeError
-from m2l.merging import kernel, outputs, randomness
+from m2l.merging import kernel, outputs, randomness, spectral
 from m2l.merging.in_memory import merge_params
 from m2l.merging.inputs import (
     InputDigests,
@@ -540,6 +540,8 @@ class _Merge:
         return block, [np.asarray(each) for each in digests]
 
     def _is_whole(self, name: str) -> bool:
+        if self.method.of_matrices:
+            return name in self.job.sizes and name not in self._copied
         return self.method.whole and name in self.job.statistics[0].parameters
 
     def _make_whole(self, task: Task) -> Outcome:
@@ -555,25 +557,34 @@ class _Merge:
         return self._digest_written(task, part), []
 
     def _merge_whole(self, span: Span) -> np.ndarray:
-        """Merges a span by a method that takes whole kernels; one expert at a time."""
+        """Merges a span by a method that takes whole parameters; one expert at a time."""
         job, name = self.job, span.name
-        refuse_nonfinite(job.experts, span)
+        refuse_nonfinite(job.used[: len(job.used) - len(job.statistics)], span)
 
-        def read(source: Checkpoint, span: Span, shape: tuple[int, ...]) -> np.ndarray:
+        def read(source: Checkpoint, shape: tuple[int, ...], span: Span = span) -> np.ndarray:
             stored = source.parameters[name]
             array = np.empty(span.size, stored.dtype)
             stored.read_span(span, array)
             return array.reshape(shape).astype(np.float32, copy=False)
 
-        shape, grams = (span.size,), None
+        shape = (span.size,)
         if self._is_whole(name):
             shape = tuple(job.reference.parameters[name].shape)
-            square = tuple(job.statistics[0].parameters[name].shape)
-            gram = Span(name, 0, math.prod(square))
-            grams = (read(source, gram, square) for source in job.statistics)
-        experts = (read(source, span, shape) for source in job.experts)
         values = job.needs.arguments(name, np.float64)
-        merged = self.method.function(name=name, experts=experts, grams=grams, **values)
+        if self.method.of_matrices:
+            native = job.reference.native
+            has_rows = tensor_kinds.has_output_rows(name, native, job.reference.model)
+            reads = [functools.partial(read, each, shape) for each in job.experts]
+            base = None if job.base is None else read(job.base, shape)
+            merged = spectral.merged(self.method, name, base, reads, has_rows, values)
+        else:
+            grams = None
+            if self._is_whole(name):
+                square = tuple(job.statistics[0].parameters[name].shape)
+                gram = Span(name, 0, math.prod(square))
+                grams = (read(source, square, gram) for source in job.statistics)
+            experts = (read(source, shape) for source in job.experts)
+            merged = self.method.function(name=name, experts=experts, grams=grams, **values)
         block = merged.astype(self.job.described[name][1]).reshape(-1)
         if not np.isfinite(block.astype(np.float32)).all():
             self._refuse(span, block)

@@ -20,10 +20,16 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from m2l.checkpoints import uint64
-from m2l.checkpoints.tensor_kinds import is_float
+from m2l.checkpoints.tensor_kinds import has_output_rows, is_float
 from m2l.errors import MergeError
-from m2l.merging import kernel, layerwise, randomness, thresholds
-from m2l.merging.inputs import array_kind, check_counts, differences, select_names
+from m2l.merging import kernel, layerwise, randomness, spectral, thresholds
+from m2l.merging.inputs import (
+    array_kind,
+    check_counts,
+    check_matrices,
+    differences,
+    select_names,
+)
 from m2l.merging.method_registry import METHODS, Method
 from m2l.merging.methods import Consensus, task_vectors
 from m2l.merging.recipe import TABLE, Array, Recipe, Requirements, host_counts, norm_rescale
@@ -56,8 +62,8 @@ def merge_params(
 
     But for methods of coefficients, as slerp, whose inner products are summed in float32 in an
     order of their own, and for rescale "norm". Differentiable in the parameters (thresholds and
-    masks count as constants), but for regmean, which is computed on the host. NaN and infinity are
-    not looked for.
+    masks count as constants), but for regmean and methods of matrices, which are computed on the
+    host. NaN and infinity are not looked for.
 
     A leaf is named by its keys, attributes and indices joined by "/": patterns of the recipe match
     these names, and random draws depend on them. Leaves that are no real numbers (integers,
@@ -211,15 +217,19 @@ def _unmerged(reference: Leaves, merged: Mapping[str, _Row], recipe: Recipe) -> 
 
 
 def _merge_on_host(rows: Mapping[str, _Row], needs: Requirements) -> Leaves:
-    merged = {}
+    merged, method = {}, needs.method
+    check_matrices(method, {name: np.shape(row.experts[0]) for name, row in rows.items()})
     for name, row in rows.items():
-        grams = [_whole(name, leaf) for leaf in row.statistics]
-        result = needs.method.function(
-            name=name,
-            experts=[_whole(name, leaf) for leaf in row.experts],
-            grams=grams or None,
-            **needs.arguments(name, np.float64),
-        )
+        values = needs.arguments(name, np.float64)
+        if method.of_matrices:
+            base = None if row.base is None else _float32_on_host(name, row.base)
+            reads = [functools.partial(_float32_on_host, name, leaf) for leaf in row.experts]
+            has_rows = has_output_rows(name, False, {})
+            result = spectral.merged(method, name, base, reads, has_rows, values)
+        else:
+            grams = [_whole(name, leaf) for leaf in row.statistics]
+            experts = [_whole(name, leaf) for leaf in row.experts]
+            result = method.function(name=name, experts=experts, grams=grams or None, **values)
         result = result.astype(jnp.dtype(needs.recipe.dtype))
         sharding = _sharding(row.experts)
         merged[name] = (
@@ -230,10 +240,16 @@ def _merge_on_host(rows: Mapping[str, _Row], needs: Requirements) -> Leaves:
     return merged
 
 
+def _float32_on_host(name: str, leaf: ArrayLike) -> np.ndarray:
+    return _whole(name, leaf).astype(np.float32, copy=False)
+
+
 def _whole(name: str, leaf: ArrayLike) -> np.ndarray:
     """Returns all of an array on this host, also where other processes store parts of it."""
     if isinstance(leaf, jax.core.Tracer):
-        raise MergeError(f"{name}: regmean is computed on the host, not inside jit, grad or vmap")
+        raise MergeError(
+            f"{name}: this method is computed on the host, not inside jit, grad or vmap"
+        )
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         return multihost_utils.process_allgather(leaf, tiled=True)
     return np.asarray(leaf)

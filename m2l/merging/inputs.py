@@ -391,6 +391,17 @@ def check_statistics(
                 )
 
 
+def check_matrices(method: Method, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Refuses parameters of more than two axes, of which a method of matrices cannot make one."""
+    stacked = [f"{name} {list(shape)}" for name, shape in shapes.items() if len(shape) > 2]
+    if method.of_matrices and stacked:
+        raise MergeError(
+            f"{method.name} merges matrices, and it is not known which axes are the inputs of "
+            f"{', '.join(stacked[:3])}{' ...' * (len(stacked) > 3)}: --exclude them, or merge "
+            "Hugging Face directories, which have a matrix for each"
+        )
+
+
 def warn_of_repetition(sources: Sequence[Checkpoint]) -> None:
     """Warns where two of the sources are the same model."""
     seen: dict[str, Path] = {}

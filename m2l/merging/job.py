@@ -25,11 +25,12 @@ from m2l.distributed import rank
 from m2l.errors import MergeError
 from m2l.merging import inputs, outputs
 from m2l.merging.inputs import Roles, memory_of
-from m2l.merging.method_registry import METHODS
+from m2l.merging.method_registry import METHODS, Method
 from m2l.merging.methods import regmean_bytes
 from m2l.merging.passes import BLOCK, LARGE_CHUNK, SHORT, cores, grid, run_length
 from m2l.merging.recipe import Recipe, Requirements
 from m2l.merging.slices import Slices
+from m2l.merging.spectral import matrix_bytes
 from m2l.typing import Json
 from m2l.version import __version__
 
@@ -130,9 +131,7 @@ class MergePlan:
         return "" if self.local == self.parameters else f", {self.local:,} of them here"
 
     def _at_once(self) -> str:
-        return f", {spell(self.whole)} of it for the largest kernel and its Grams" * bool(
-            self.whole
-        )
+        return f", {spell(self.whole)} of it for the largest parameter" * bool(self.whole)
 
     def _free(self) -> str:
         return "" if self.free is None else f" ({spell(self.free)} are free)"
@@ -237,7 +236,7 @@ def make_plan(
         raise MergeError(
             f"--memory {spell(memory)} is too little for this merge: {spell(least)} is the least "
             f"that works ({len(sources)} models at once, and {spell(fixed)} for all else"
-            + (f", {spell(whole)} of it for the largest kernel and its Grams)" if whole else ")")
+            + (f", {spell(whole)} of it for the largest parameter)" if whole else ")")
         )
     size, at_once, threads = fitting[0]
     size = min(size, max(largest, SHORT))
@@ -508,6 +507,7 @@ def prepare(
     own_files = None if united is None else united.files
     roles = inputs.assign_roles(models, len(experts), recipe, allow_differences, own_files)
     inputs.check_statistics(method, expert_checkpoints, statistic_checkpoints)
+    inputs.check_matrices(method, {n: reference.parameters[n].shape for n in roles.merged})
     if output_format == ORBAX and out is not None:
         # As the experts read it: the base may have been trained without their chat template.
         vocabulary = vocabulary or _vocabulary([*expert_checkpoints, reference])
@@ -551,7 +551,7 @@ def prepare(
             states=needs.nbytes,
             memory=memory,
             block=block,
-            whole=_whole(reference, statistic_checkpoints, roles.merged) if method.whole else 0,
+            whole=_whole(method, reference, statistic_checkpoints, roles.merged),
             in_chunks=output_format == ORBAX and out is not None,
             out=out,
             in_memory=in_memory,
@@ -565,17 +565,18 @@ def parameter_names(expert: Checkpoint, reference: Checkpoint) -> dict[str, tupl
     return {name: (expert.name_of(name)[0], name) for name in reference.parameters}
 
 
-def _whole(reference: Checkpoint, statistics: Sequence[Checkpoint], names: Sequence[str]) -> int:
-    """Returns the bytes of memory that the largest kernel takes with its Grams."""
+def _whole(
+    method: Method, reference: Checkpoint, statistics: Sequence[Checkpoint], names: Sequence[str]
+) -> int:
+    """Returns the bytes of memory that the largest parameter takes of those merged at once."""
+    shapes = {name: reference.parameters[name].shape for name in names}
+    if method.of_matrices:
+        return max(matrix_bytes(*each) for each in shapes.items())
+    if not method.whole:
+        return 0
     grams = statistics[0].parameters
-    return max(
-        (
-            regmean_bytes(reference.parameters[name].shape, grams[name].shape[0])
-            for name in names
-            if name in grams
-        ),
-        default=0,
-    )
+    sides = {name: grams[name].shape[0] for name in names if name in grams}
+    return max((regmean_bytes(shapes[name], side) for name, side in sides.items()), default=0)
 
 
 def _vocabulary(candidates: Sequence[Checkpoint]) -> Mapping[str, Json]:

@@ -10,7 +10,6 @@ import dataclasses
 import fnmatch
 import functools
 import math
-import re
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -23,7 +22,7 @@ from m2l.checkpoints.importing import float_dtype
 from m2l.checkpoints.opening import Checkpoint
 from m2l.checkpoints.reading import KEY, existing_result
 from m2l.checkpoints.spans import Span, TensorReader, read_whole, transposed_reader
-from m2l.checkpoints.tensor_kinds import is_buffer, is_float
+from m2l.checkpoints.tensor_kinds import CONV1D, EMBEDDING, is_buffer, is_float
 from m2l.errors import MergeError
 from m2l.files import checksum
 from m2l.merging import inputs
@@ -38,13 +37,6 @@ _EXACT = 1024
 """Of matrices with a side up to this the whole decomposition is computed."""
 
 _POWERS, _MORE = 4, 16
-
-_EMBEDDING = re.compile(
-    r"(.*\.)?(shared|embed_tokens|wte|wpe|word_embeddings|embed_in|tok_embeddings|embed_positions"
-    r"|relative_attention_bias|position_embeddings|token_type_embeddings)\.weight"
-)
-# Whose matrices are stored as [in, out].
-_CONV1D = ("gpt2", "openai-gpt")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,7 +193,7 @@ def _write(
                 f"{model.path}: {name} differs from {base.path}, and Hugging Face's models hold it "
                 "as a part of a tensor, or in several: convert both by m2l convert first"
             )
-    conv1d = base.model.get("model_type") in _CONV1D
+    conv1d = base.model.get("model_type") in CONV1D
     matrices: dict[str, _Matrix] = {}
     whole: dict[str, TensorReader] = {}
     with Progress("differences", len(names), "tensors") as progress:
@@ -212,13 +204,13 @@ def _write(
             excluded = any(fnmatch.fnmatchcase(theirs, p) for p in options["exclude"])
             if is_float(stored.dtype) and not excluded and not is_buffer(theirs, stored):
                 is_matrix = len(stored.shape) == 2 and theirs.endswith(".weight")
-                flipped = transposed != (conv1d and not _EMBEDDING.fullmatch(theirs))
+                flipped = transposed != (conv1d and not EMBEDDING.fullmatch(theirs))
                 difference = _difference(base, model, name, flipped and is_matrix)
                 if not difference.any():
                     continue
                 matrix = None
                 if is_matrix and name not in tied:
-                    matrix = _factorized(difference, options, bool(_EMBEDDING.fullmatch(theirs)))
+                    matrix = _factorized(difference, options, bool(EMBEDDING.fullmatch(theirs)))
                 if matrix is not None:
                     matrices[theirs] = matrix
                 else:
@@ -355,7 +347,7 @@ def _save(
     arrays: dict[str, np.ndarray | TensorReader] = {}
     for name, matrix in matrices.items():
         module = adapters.PREFIX + name.removesuffix(".weight")
-        kind = "lora_embedding_{}" if _EMBEDDING.fullmatch(name) else "lora_{}.weight"
+        kind = "lora_embedding_{}" if EMBEDDING.fullmatch(name) else "lora_{}.weight"
         arrays[f"{module}.{kind.format('A')}"] = matrix.down
         arrays[f"{module}.{kind.format('B')}"] = matrix.up
     modules = {name.removesuffix(".weight") for name in matrices}

@@ -31,7 +31,10 @@ from m2l.errors import MergeError
 from m2l.merging import layerwise
 from m2l.merging.layerwise import Value
 
-MODULES = ("m2l.merging.methods", "m2l.merging.spherical", "m2l.merging.selection")
+MODULES = (
+    *("m2l.merging.methods", "m2l.merging.spherical", "m2l.merging.selection"),
+    "m2l.merging.spectral",
+)
 """Those of m2l that define methods."""
 
 GROUP = "m2l.merge_methods"
@@ -57,7 +60,9 @@ INPUTS = {
     "fishers": "per expert, the diagonal of its Fisher information",
     "grams": "per expert, the Gram matrix of the inputs of a kernel; the method is called on the "
     "host, with whole parameters",
-    "name": "the parameter's name, with `grams`",
+    "matrix": "whether the parameter is a matrix, whose rows then are its outputs; the method is "
+    "called on the host, with whole parameters",
+    "name": "the parameter's name, with `grams` or `matrix`",
 }
 """What a method may ask for by the name of an argument."""
 
@@ -280,7 +285,12 @@ class Method:
     @property
     def whole(self) -> bool:
         """Whether it needs a whole parameter at once, in its shape: no block will do."""
-        return "grams" in self.inputs
+        return "grams" in self.inputs or self.of_matrices
+
+    @property
+    def of_matrices(self) -> bool:
+        """Whether it works on matrices, and on the host."""
+        return "matrix" in self.inputs
 
     def has_variant(self, name: str) -> bool:
         """Returns whether one of VARIANTS applies to it."""

@@ -295,6 +295,7 @@ class ShardedResult:
             for name, offset in layout.offsets.items()
         }
         self._hashed: dict[str, str] = {}
+        self._begun: set[Unit] = set()
         self.files = {
             name: number for number, layout in enumerate(self._layouts) for name in layout.offsets
         }
@@ -322,11 +323,8 @@ class ShardedResult:
     def tasks(self, units: Sequence[Unit], block: int, at_once: int) -> Iterator[Task]:
         """Makes the files of units, and cuts these into blocks, as `OrbaxResult.tasks` does."""
         for unit in units:
-            layout = self._layouts[unit.key[1]]
-            temporary = self._temporary(unit.key[1])
-            temporary.unlink(missing_ok=True)
-            reserve(temporary, layout.size, layout.header)
-            for name in layout.offsets:
+            self._begin(unit)
+            for name in self._layouts[unit.key[1]].offsets:
                 length = self._run_length(name, block)
                 for span in cut(name, self.described[name][0], None, length):
                     yield Task(name, (span,), (unit,))
@@ -334,7 +332,17 @@ class ShardedResult:
     def whole(self, units: Sequence[Unit], name: str) -> Task:
         """Returns the task of a tensor that is made at once."""
         unit = next(unit for unit in units if unit.key[1] == self.files[name])
+        self._begin(unit)
         return Task(name, (Span(name, 0, self._tensors[name].size),), (unit,))
+
+    def _begin(self, unit: Unit) -> None:
+        """Makes a unit's file, where this process has not yet."""
+        if unit in self._begun:
+            return
+        self._begun.add(unit)
+        layout, temporary = self._layouts[unit.key[1]], self._temporary(unit.key[1])
+        temporary.unlink(missing_ok=True)
+        reserve(temporary, layout.size, layout.header)
 
     def write(self, task: Task, part: np.ndarray) -> None:
         """Writes what a task has made."""

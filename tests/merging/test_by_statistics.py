@@ -96,7 +96,7 @@ def test_regmean_is_planned_with_its_largest_kernel_and_grams(paths, statistics)
     assert prepare(None, paths[1], Recipe("average"), "unused").plan.whole == 0
     told = dict(job.plan.rows())["memory"]
     assert told.startswith(f"{spell(job.plan.memory)} at most, {spell(job.plan.whole)}")
-    with pytest.raises(MergeError, match=r"is too little .* for the largest kernel and its Grams"):
+    with pytest.raises(MergeError, match=r"is too little .* for the largest parameter"):
         prepare(None, paths[1], Recipe("regmean"), "unused", statistics=beside, memory=1 << 20)
 
 

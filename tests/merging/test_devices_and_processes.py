@@ -56,6 +56,10 @@ RECIPES = {
     "model_stock": Recipe("model_stock"),
     "fisher": Recipe("fisher", weights=(1, 2)),
     "regmean": Recipe("regmean"),
+    "tsv_m": Recipe("tsv_m"),
+    "iso_c": Recipe("iso_c"),
+    "iso_cts": Recipe("iso_cts", common=0.5),
+    "wudi": Recipe("wudi", steps=3, step_size=0.01),
 }
 RECIPES |= {
     f"{name} {settings['method']}": Recipe(**preset(name, settings))
@@ -76,7 +80,7 @@ IN_MEMORY = (
     "weighted_sum",
     *("breadcrumbs_ties", "nearswap", "task_nuslerp", "task_multislerp", "karcher"),
     *("ram", "tall_masks", "consensus_ta", "ram_plus", "sce", "sce of the model", "emr"),
-    *("pcb", "pcb of each tensor"),
+    *("pcb", "pcb of each tensor", "tsv_m", "iso_c", "iso_cts", "wudi"),
 )
 
 START = """

@@ -467,6 +467,10 @@ def test_a_methods_signature_says_what_it_needs():
         "sce": (True, True, False),
         "emr": (True, False, False),
         "pcb": (True, True, False),
+        "tsv_m": (True, False, False),
+        "iso_c": (True, False, False),
+        "iso_cts": (True, False, False),
+        "wudi": (True, False, False),
     }
     for method in METHODS.values():
         assert method.summary

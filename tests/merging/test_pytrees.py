@@ -119,5 +119,7 @@ def test_statistics_that_lack_a_leaf_are_refused():
 
 
 def test_regmean_inside_jit_is_refused():
-    with pytest.raises(MergeError, match="value: regmean is computed on the host, not inside jit"):
+    with pytest.raises(
+        MergeError, match="value: this method is computed on the host, not inside jit"
+    ):
         jax.jit(lambda x: merge_params(None, [x], Recipe("regmean"), [{}]))(array(0))

@@ -31,6 +31,9 @@ RECIPES = [
     Recipe("model_stock"),
     Recipe("della", drop_rate=0.5, seed=1),
     Recipe("breadcrumbs", density=0.6, gamma=0.1),
+    Recipe("tsv_m"),
+    Recipe("iso_cts", common=0.5),
+    Recipe("wudi", steps=2, step_size=0.01),
 ]
 
 

@@ -1,0 +1,160 @@
+"""Methods of whole matrices, against float64 by other decompositions."""
+
+import tracemalloc
+
+import numpy as np
+import pytest
+import scipy.linalg
+
+from m2l import checkpoints
+from m2l.errors import MergeError
+from m2l.merging import METHODS, Recipe, merge, merge_params, prepare, spectral
+
+from .conftest import SHAPES, same_bits
+
+KERNEL = "decoder/layers_00/mlp/wi_0"
+
+
+def largest(matrix, rank):
+    """The largest singular directions of a matrix, by the eigenvectors of its Gram matrix."""
+    squares, right = np.linalg.eigh(matrix.T @ matrix)
+    right, values = right[:, ::-1][:, :rank], np.sqrt(squares[::-1][:rank])
+    return matrix @ right / values, values, right
+
+
+def polar(columns):
+    """U (U^T U)^(-1/2)."""
+    squares, vectors = np.linalg.eigh(columns.T @ columns)
+    return columns @ (vectors / np.sqrt(squares)) @ vectors.T
+
+
+def added(parts):
+    left = polar(np.concatenate([left for left, _, _ in parts], 1))
+    right = polar(np.concatenate([right for _, _, right in parts], 1))
+    return left, np.concatenate([values for _, values, _ in parts]), right
+
+
+def tsv_m(taus):
+    left, values, right = added([largest(tau, min(tau.shape) // len(taus)) for tau in taus])
+    return left @ np.diag(values) @ right.T
+
+
+def iso_c(taus):
+    total = sum(taus)
+    return scipy.linalg.polar(total)[0] * scipy.linalg.svdvals(total).mean()
+
+
+def iso_cts(taus, common=0.8):
+    full = min(taus[0].shape)
+    own = round((full - int(full * common)) / len(taus))
+    shared = largest(sum(taus), full - own * len(taus))
+    projector = np.eye(len(taus[0])) - shared[0] @ shared[0].T
+    left, values, right = added([*(largest(projector @ tau, own) for tau in taus), shared])
+    return values.mean() * left @ right.T
+
+
+def wudi(taus, steps=300, size=1e-5):
+    tau, first, second = sum(taus), 0.0, 0.0
+    for step in range(1, steps + 1):
+        gradient = sum(2 * (tau - each) @ each.T @ each / np.sum(each**2) for each in taus)
+        first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
+        update = np.sqrt(second / (1 - 0.999**step)) + 1e-8
+        tau = tau - size * first / (1 - 0.9**step) / update
+    return tau
+
+
+ORACLES = {
+    "tsv_m": (Recipe("tsv_m", scale=0.7), tsv_m),
+    "iso_c": (Recipe("iso_c", scale=0.7), iso_c),
+    "iso_cts": (Recipe("iso_cts", scale=0.7), iso_cts),
+    "iso_cts half": (Recipe("iso_cts", common=0.5, scale=0.7), lambda t: iso_cts(t, 0.5)),
+    "wudi": (Recipe("wudi", scale=0.7), wudi),
+    "wudi far": (
+        Recipe("wudi", steps=40, step_size=0.01, scale=0.7),
+        lambda taus: wudi(taus, 40, 0.01),
+    ),
+}
+
+
+def wide(tree):
+    return {n: np.asarray(a, np.float64) for n, a in checkpoints.flatten(tree).items()}
+
+
+@pytest.mark.parametrize(("recipe", "oracle"), ORACLES.values(), ids=list(ORACLES))
+def test_matrices_are_merged_by_the_papers_formulas(tmp_path, models, paths, recipe, oracle):
+    base, experts = wide(models[0]), [wide(expert) for expert in models[1]]
+    merged = merge_params(*models, recipe)
+    for name, array in checkpoints.flatten(merged).items():
+        taus = [expert[name] - base[name] for expert in experts]
+        if array.ndim != 2 or (recipe.method == "wudi" and name == "token_embedder"):
+            tau = sum(taus) / len(taus)
+        elif name == "token_embedder":
+            tau = oracle(taus)
+        else:  # Flax's kernels are [inputs, outputs].
+            tau = oracle([tau.T for tau in taus]).T
+        np.testing.assert_allclose(array, base[name] + 0.7 * tau, rtol=0, atol=2e-5)
+    merge(*paths, recipe, tmp_path / "out", progress=False)
+    from_disk = checkpoints.restore(tmp_path / "out")
+    same_bits(*(checkpoints.flatten(tree) for tree in (from_disk, merged)))
+
+
+@pytest.mark.parametrize("name", [name for name, each in METHODS.items() if each.of_matrices])
+def test_either_layout_gives_the_same_matrix_and_one_expert_alone_is_kept(name):
+    rng = np.random.default_rng(2)
+    base, *experts = rng.standard_normal((4, 6, 9)).astype(np.float32)
+    method = METHODS[name]
+    numbers = {each.name: each.default for each in method.hyper_parameters.values()}
+
+    def merged(base, experts, has_rows=True):
+        reads = [lambda e=expert: e for expert in experts]
+        return spectral.merged(method, "w", base, reads, has_rows, numbers)
+
+    rows = merged(base, experts)
+    columns = merged(base.T.copy(), [expert.T.copy() for expert in experts], False)
+    np.testing.assert_array_equal(rows, columns.T)
+    # Nothing to add, and directions that are nobody's.
+    np.testing.assert_array_equal(merged(base, [base, base]), base)
+    outer = np.outer(base[:, 0], base[0])
+    alone = merged(base, [base + outer])
+    np.testing.assert_allclose(alone, base + outer, atol=1e-5 if name != "wudi" else 1e-2)
+    assert np.isfinite(merged(base, [base, base + outer, base + outer])).all()
+
+
+def test_equal_experts_of_tsv_m_are_one():
+    rng = np.random.default_rng(3)
+    base = rng.standard_normal((8, 6)).astype(np.float32)
+    low = (rng.standard_normal((8, 2)) @ rng.standard_normal((2, 6))).astype(np.float32)
+    merged = spectral.tsv_m(base, [base + low] * 3, True)
+    np.testing.assert_allclose(merged, base + low, atol=1e-5)
+
+
+def test_what_is_no_matrix_and_what_cannot_be_read_as_one_is_refused():
+    stacked = {"w": np.zeros((2, 3, 4), np.float32), "b": np.zeros(3, np.float32)}
+    with pytest.raises(MergeError, match=r"tsv_m merges matrices.* of w \[2, 3, 4\]: --exclude"):
+        merge_params(stacked, [stacked], Recipe("tsv_m"))
+    merged = merge_params(stacked, [stacked], Recipe("tsv_m", exclude=("w",)))
+    assert merged["w"].shape == (2, 3, 4)
+    with pytest.raises(MergeError, match="steps must be a whole number"):
+        Recipe("wudi", steps=2.5)
+
+
+@pytest.mark.parametrize("name", [name for name, each in METHODS.items() if each.of_matrices])
+@pytest.mark.parametrize("shape", [(192, 640), (300, 300), (640, 192)])
+def test_a_matrix_takes_the_memory_that_is_planned(name, shape):
+    rng = np.random.default_rng(0)
+    base = rng.standard_normal(shape, np.float32)
+    numbers = {e.name: e.default for e in METHODS[name].hyper_parameters.values()}
+    reads = [lambda: base + rng.standard_normal(shape, np.float32)] * 7
+    numbers |= {"steps": 1.0} if "steps" in numbers else {}
+    arguments = (METHODS[name], "w", base, reads, True, numbers)
+    spectral.merged(*arguments)  # Compiles.
+    tracemalloc.start()
+    spectral.merged(*arguments)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most <= spectral.matrix_bytes("w", shape)
+
+
+def test_the_largest_matrix_is_in_the_plan(paths):
+    job = prepare(*paths, Recipe("iso_c"), "unused")
+    assert job.plan.whole == max(spectral.matrix_bytes(*each) for each in SHAPES.items())
