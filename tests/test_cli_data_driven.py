@@ -151,6 +151,20 @@ def test_adamerging_writes_a_recipe_and_says_how_to_merge_with_it(road, run_m2l,
     assert run_m2l(*adamerging(road, out, "--steps", 2)) == 2
 
 
+@pytest.mark.parametrize("loss", ["labels", "teacher"])
+def test_adamerging_learns_from_labels_and_from_the_experts(road, run_m2l, capsys, tmp_path, loss):
+    teacher = ("--teacher", f"imdb_good_or_bad={road / 'sentiment'}") * (loss == "teacher")
+    command = adamerging(road, tmp_path / "recipe.json", "--loss", loss, *teacher)
+    assert run_m2l(*command) == 0
+    made_by = json.loads((tmp_path / "recipe.json").read_text())["made_by"]
+    assert made_by["loss"] == loss and "entropies" not in made_by
+    assert made_by.get("teachers") == ({"imdb_good_or_bad": 0} if teacher else None)
+    assert len(made_by["losses"]) == 3 and made_by["losses"][-1] < made_by["losses"][0]
+    assert run_m2l(*command) == 0
+    assert "already there" in capsys.readouterr().out
+    assert run_m2l(*adamerging(road, tmp_path / "recipe.json")) == 2
+
+
 def test_what_cannot_be_learned_is_refused_in_one_line(road, gathered, refused, tmp_path):
     out = tmp_path / "recipe.json"
     given = adamerging(road, out)
@@ -158,6 +172,15 @@ def test_what_cannot_be_learned_is_refused_in_one_line(road, gathered, refused, 
     assert "language_modeling" in refused(*given, "--mixture", "language_modeling")
     assert "statistics" in refused(*given, "--expert", gathered / "fisher")
     assert "initial" in refused(*given, "--initial", 2)
+    assert "together" in refused(*given, "--loss", "teacher")
+    expert = f"={road / 'sentiment'}"
+    assert "together" in refused(*given, "--teacher", f"imdb_good_or_bad{expert}")
+    taught = (*given, "--loss", "teacher", "--teacher")
+    assert "with one of --expert" in refused(*taught, f"imdb_good_or_bad={road / 'base'}")
+    assert "with one of --expert" in refused(*taught, "imdb_good_or_bad")
+    assert "imdb_good_or_bad has 0 teachers" in refused(*taught, f"ag_news{expert}")
+    twice = refused(*taught, f"imdb{expert}", "--teacher", f"imdb_good_or_bad{expert}")
+    assert "imdb_good_or_bad has 2 teachers" in twice
     other = checkpoints.read_manifest(road / "base")
     checkpoints.save(
         tmp_path / "wider",

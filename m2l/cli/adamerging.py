@@ -37,12 +37,32 @@ if TYPE_CHECKING:
     from m2l.merging.search import Learned
 
 
+LOSSES = {"entropy": "entropy", "labels": "cross-entropy", "teacher": "divergence"}
+"""What --loss may be, and what is minimised."""
+# Under which name a recipe holds the values of other losses than entropy, and of this.
+_RECORDED = ("losses", "entropies")
+
+
 @click.command()
 @click.option("--base", type=MODEL, help="The checkpoint the experts were trained from.")
 @click.option("--expert", "experts", type=MODEL, multiple=True, help="Repeat for each.")
-@click.option("--mixture", help="The task or mixture to be sure of; its labels are not read.")
+@click.option("--mixture", help="The task or mixture to learn by.")
 @with_jsonl("validation=FILE: your own data, as the task `jsonl`.")
 @click.option("--out", type=DIRECTORY, required=True, help="The recipe: a JSON file.")
+@click.option(
+    "--loss",
+    type=click.Choice([*LOSSES]),
+    default="entropy",
+    show_default=True,
+    help="Of predictions: their entropy, which reads no labels; -log p(what is right); or their "
+    "divergence from those of a task's own expert, --teacher.",
+)
+@click.option(
+    "--teacher",
+    "teachers",
+    multiple=True,
+    help="MIXTURE=EXPERT: which of --expert teaches a part of --mixture; repeat for each.",
+)
 @click.option("--steps", type=COUNT, default=500, show_default=True)
 @click.option(
     "--per_layer/--per_expert",
@@ -63,6 +83,8 @@ def adamerging(
     mixture: str | None,
     jsonl: dict[str, AnyPath],
     out: Path,
+    loss: str,
+    teachers: tuple[str, ...],
     steps: int,
     per_layer: bool,
     learning_rate: float,
@@ -77,7 +99,7 @@ def adamerging(
     model: int,
     source: str,
 ) -> None:
-    """Learn how much each expert counts in a merge, from examples without labels.
+    """Learn how much each expert counts in a merge, from examples, by default without labels.
 
     Writes a recipe with the coefficients for m2l merge. Every step reads a batch of each task.
     """
@@ -90,6 +112,7 @@ def adamerging(
     paths = [checkpoints.resolve(path) for path in (base, *experts)]
     manifests = [checkpoints.read_manifest(path) for path in paths]
     _check_alike(dict(zip(paths, manifests, strict=True)))
+    taught = _taught(loss, teachers, paths[1:])
     settings = {
         "steps": steps,
         "per_layer": per_layer,
@@ -106,6 +129,9 @@ def adamerging(
         | {"input_length": input_length, "target_length": target_length},
         "data": api.record_origin(source, jsonl),
     }
+    # A recipe of a version that knew entropy alone says nothing of losses.
+    made_by |= {} if loss == "entropy" else {"loss": loss}
+    made_by |= {"teachers": taught} if taught else {}
     if out.exists():
         _check_finished(out, made_by)
         return
@@ -123,20 +149,56 @@ def adamerging(
     )
     mesh = partitioning.make_mesh(fsdp=fsdp, model=model)
     config = models.from_dict(manifests[0].model)
-    learned = _learn(paths, config, mesh, vocabulary, tasks, batch_size, settings)
+    numbers = _teacher_numbers(taught, tasks) if taught else []
+    learned = _learn(paths, config, mesh, vocabulary, tasks, batch_size, loss, numbers, settings)
     scales = [[pattern, row] for pattern, row in learned.coefficients.items()]
     record = {
         "recipe": {"method": "task_arithmetic", "scales": scales},
-        "made_by": made_by | {"entropies": learned.entropies},
+        "made_by": made_by | {_RECORDED[loss == "entropy"]: learned.losses},
     }
     _write(out, record)
     columns = ["parameters", *(path.name for path in experts)]
     rows = [(pattern, *row) for pattern, row in learned.coefficients.items()]
-    first, last = learned.entropies[0], learned.entropies[-1]
-    print_table(f"entropy {first:.4f} to {last:.4f} nats", columns, rows)
+    first, last = learned.losses[0], learned.losses[-1]
+    print_table(f"{LOSSES[loss]} {first:.4f} to {last:.4f} nats", columns, rows)
     flags = [part for path in experts for part in ("--expert", str(path))]
     command = ["m2l", "merge", "--recipe", str(out), "--base", str(base), *flags]
     click.echo(f"recipe: {out}\nmerge with it: {shlex.join(command)} --out DIR")
+
+
+def _taught(loss: str, teachers: Sequence[str], experts: Sequence[AnyPath]) -> dict[str, int]:
+    """Returns which expert, by its number, teaches each mixture that --teacher names."""
+    from m2l import checkpoints, storage
+
+    if (loss == "teacher") != bool(teachers):
+        raise ConfigError(
+            "m2l adamerging: expected --loss teacher and --teacher MIXTURE=EXPERT together"
+        )
+    taught = {}
+    for text in teachers:
+        mixture, equals, path = text.partition("=")
+        located = checkpoints.resolve(storage.path(path)) if equals else None
+        if located not in experts:
+            raise ConfigError(f"--teacher {text}: expected MIXTURE=EXPERT, with one of --expert")
+        taught[mixture] = [*experts].index(located)
+    return taught
+
+
+def _teacher_numbers(taught: Mapping[str, int], tasks: Sequence["TaskData"]) -> list[int]:
+    """Returns the number of the expert that teaches each task."""
+    from m2l import tasks as registry
+
+    members = {mixture: registry.tasks_in(mixture) for mixture in taught}
+    numbers = []
+    for task in tasks:
+        having = [number for name, number in taught.items() if task.info.name in members[name]]
+        if len(having) != 1:
+            raise ConfigError(
+                f"--teacher: {task.info.name} has {len(having)} teachers; expected one for each "
+                "task of the mixture"
+            )
+        numbers += having
+    return numbers
 
 
 def _check_finished(out: Path, made_by: Mapping[str, Json]) -> None:
@@ -148,7 +210,8 @@ def _check_finished(out: Path, made_by: Mapping[str, Json]) -> None:
     except DataError:
         recorded = None  # Whatever it is, it is not of this command.
     recorded = dict(recorded) if isinstance(recorded, Mapping) else {}
-    recorded.pop("entropies", None)
+    for name in _RECORDED:
+        recorded.pop(name, None)
     if recorded != json.loads(json.dumps(made_by)):
         raise ConfigError(f"{out} exists and is not of this command; choose another --out")
     click.echo(f"recipe: {out}, already there, learned by the same command")
@@ -174,10 +237,13 @@ def _learn(
     vocabulary: "Vocabulary",
     tasks: Sequence["TaskData"],
     batch_size: int,
+    loss: str,
+    teachers: Sequence[int],
     settings: Mapping[str, Json],
 ) -> "Learned":
     """Learns the coefficients on the mesh, with a progress bar."""
     import jax
+    import numpy as np
 
     from m2l import checkpoints, models, partitioning
     from m2l.data import layouts
@@ -188,16 +254,39 @@ def _learn(
     examples = [task.examples for task in tasks]
     shapes = batching.common_shapes(examples, batch_size, layout)
     task_batches = [
-        [batch for _, batch in batching.batches(task_examples, batch_size, layout, shapes)]
+        list(batching.batches(task_examples, batch_size, layout, shapes))
         for task_examples in examples
     ]
-
-    def step_batches() -> Iterator[list[PyTree]]:
-        for step in itertools.count():
-            yield [batches[step % len(batches)] for batches in task_batches]
-
     placed = partitioning.shardings(models.spec(config), mesh)
     base, *experts = (checkpoints.restore(path, shardings=placed) for path in paths)
+    predict = jax.jit(lambda params, batch: ranking.predictions(config, params, batch)[0])
+
+    def right_choices(task: int, part: Sequence[int]) -> np.ndarray:
+        right_B = np.zeros(batch_size, np.int32)
+        if tasks[task].info.kind == "rank":
+            right_B[: len(part)] = [examples[task][each].is_correct.index(True) for each in part]
+        return right_B
+
+    def read(task: int, part: Sequence[int], batch: batching.Batch) -> PyTree:
+        if loss == "labels":
+            return batch, right_choices(task, part)
+        if loss == "teacher":
+            return batch, predict(experts[teachers[task]], batch)
+        return batch
+
+    def step_batches() -> Iterator[Iterator[PyTree]]:
+        for step in itertools.count():
+            # Each when it is its turn: of the teachers' predictions one is in memory.
+            yield (
+                read(task, *batches[step % len(batches)])
+                for task, batches in enumerate(task_batches)
+            )
+
+    losses = {
+        "entropy": ranking.mean_entropy,
+        "labels": ranking.mean_cross_entropy,
+        "teacher": ranking.mean_divergence,
+    }
     with (
         Progress("adamerging", settings["steps"], first="compiling") as progress,
         jax.set_mesh(mesh),
@@ -205,9 +294,9 @@ def _learn(
         return learn_coefficients(
             base,
             experts,
-            functools.partial(ranking.mean_entropy, config),
+            functools.partial(losses[loss], config),
             step_batches(),
-            on_step=lambda step, value: progress.update(step, entropy=f"{value:.4f}"),
+            on_step=lambda step, value: progress.update(step, **{LOSSES[loss]: f"{value:.4f}"}),
             **settings,
         )
 

@@ -490,18 +490,14 @@ def reference_likelihood(
     return 100.0 * float(np.exp(np.mean(by_token)))
 
 
-def mean_entropy(
+def predictions(
     config: models.Config, params: Params, batch: Batch, *, dtype: str = "float32"
-) -> jax.Array:
-    """Computes the mean entropy of a model's predictions on a batch, in nats; differentiable.
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Computes what a model predicts on a batch, as log-probabilities; differentiable.
 
-    Of examples with answer choices: that of the softmax over the choices' scores, the summed
-    log-probabilities that rank classification compares, of which none is known to be right. Of
-    examples in free text, which have one choice, their target: that of the next
-    token at each of the target's positions, so the text decides what is read, though not what is
-    wanted. Rows without an example count for nothing.
-
-    Yang et al. 2024, arXiv:2310.02575, equation 5, for classes.
+    Of examples with answer choices, a prediction is the softmax over the choices' scores, the
+    summed log-probabilities that rank classification compares. Of examples in free text, which have
+    one choice, their target: the next token at each of the target's positions.
 
     Args:
         config: The model's configuration.
@@ -510,21 +506,88 @@ def mean_entropy(
         dtype: The dtype to compute in.
 
     Returns:
-        A float32 scalar.
+        log p, float32 [B, C] of choices or [B, 1, T, V] of tokens; what of it are options, bool of
+        that shape; and which predictions count, bool [B] or [B, 1, T]: those of no padding.
     """
     if batch.choices_BxCxT.shape[1] == 1:
         logits, is_counted = token_logits(config, params, batch, dtype)
-        entropies = _softmax_entropy(logits, jnp.ones_like(logits, bool))
+        is_option = jnp.ones_like(logits, bool)
     else:
-        is_choice_BxC = jnp.asarray(batch.sizes_BxC) > 0
-        entropies = _softmax_entropy(scorer(config, dtype)(params, batch), is_choice_BxC)
-        is_counted = is_choice_BxC[:, 0]
-    total = jnp.sum(jnp.where(is_counted, entropies, 0.0))
+        logits, is_option = scorer(config, dtype)(params, batch), jnp.asarray(batch.sizes_BxC) > 0
+        is_counted = is_option[:, 0]
+    return jax.nn.log_softmax(jnp.where(is_option, logits, -1e30), axis=-1), is_option, is_counted
+
+
+def _mean_counted(values: jax.Array, is_counted: jax.Array) -> jax.Array:
+    total = jnp.sum(jnp.where(is_counted, values, 0.0))
     return total / jnp.maximum(jnp.sum(is_counted), 1)
 
 
-def _softmax_entropy(logits: jax.Array, counts: jax.Array) -> jax.Array:
-    """Computes -sum p log p over the last axis of what counts; gradients are always finite."""
-    logits = jnp.where(counts, logits, -1e30)
-    log_p = jax.nn.log_softmax(logits, axis=-1)
-    return -jnp.sum(jnp.where(counts, jnp.exp(log_p) * log_p, 0.0), axis=-1)
+def mean_entropy(
+    config: models.Config, params: Params, batch: Batch, *, dtype: str = "float32"
+) -> jax.Array:
+    """Computes the mean entropy of a model's `predictions` on a batch, in nats; differentiable.
+
+    No answer is known to be right: of free text the target decides what is read, though not what is
+    wanted. Rows without an example count for nothing.
+
+    Yang et al. 2024, arXiv:2310.02575, equation 5, for classes.
+
+    Args:
+        config, params, batch, dtype: As for `predictions`.
+
+    Returns:
+        A float32 scalar.
+    """
+    log_p, is_option, is_counted = predictions(config, params, batch, dtype=dtype)
+    terms = jnp.where(is_option, jnp.exp(log_p) * log_p, 0.0)
+    return _mean_counted(-jnp.sum(terms, axis=-1), is_counted)
+
+
+def mean_cross_entropy(
+    config: models.Config,
+    params: Params,
+    labelled: tuple[Batch, np.ndarray],
+    *,
+    dtype: str = "float32",
+) -> jax.Array:
+    """Computes the mean of -log p(what is right), in nats, over a model's `predictions`.
+
+    Args:
+        config, params, dtype: As for `predictions`.
+        labelled: The batch, and int32 [B], the right choice of each example; of free text the
+            target's tokens are right, and it is not read.
+
+    Returns:
+        A float32 scalar.
+    """
+    batch, right_B = labelled
+    log_p, _, is_counted = predictions(config, params, batch, dtype=dtype)
+    labels = right_B if log_p.ndim == 2 else batch.choices_BxCxT
+    log_p_right = jnp.take_along_axis(log_p, jnp.asarray(labels)[..., None], axis=-1)[..., 0]
+    return _mean_counted(-log_p_right, is_counted)
+
+
+def mean_divergence(
+    config: models.Config,
+    params: Params,
+    taught: tuple[Batch, jax.Array],
+    *,
+    dtype: str = "float32",
+) -> jax.Array:
+    """Computes the mean KL divergence of a model's `predictions` from a teacher's, in nats.
+
+    KL(p_teacher || p_model), as Differentiable Adaptive Merging learns by (Gauthier-Caron et al.
+    2024, arXiv:2410.08371), where the teacher of a task is its expert.
+
+    Args:
+        config, params, dtype: As for `predictions`.
+        taught: The batch, and the teacher's log p on it, the first of its `predictions`.
+
+    Returns:
+        A float32 scalar.
+    """
+    batch, teacher_log_p = taught
+    log_p, is_option, is_counted = predictions(config, params, batch, dtype=dtype)
+    terms = jnp.where(is_option, jnp.exp(teacher_log_p) * (teacher_log_p - log_p), 0.0)
+    return _mean_counted(jnp.sum(terms, axis=-1), is_counted)

@@ -1,6 +1,6 @@
 """Recipes chosen by what their merges do: the best of many by a score, and AdaMerging.
 
-AdaMerging learns the coefficients of a merge from the entropy of its predictions.
+AdaMerging learns the coefficients of a merge from a loss of its predictions, such as their entropy.
 """
 
 import dataclasses
@@ -112,22 +112,22 @@ def best(points: Sequence[SweepPoint]) -> SweepPoint:
     return max(points, key=lambda point: point.score)
 
 
-Entropy = Callable[[Params, PyTree], jax.Array]
+Loss = Callable[[Params, PyTree], jax.Array]
 
 EVERYTHING = "*"
 
 
 class Learned(NamedTuple):
-    """What AdaMerging found.
+    """What AdaMerging learned.
 
     Attributes:
         coefficients: Per pattern of parameter names one number an expert, in the experts' order.
             Every parameter matches exactly one pattern.
-        entropies: The mean entropy before each step, in nats.
+        losses: The mean loss before each step, in nats.
     """
 
     coefficients: dict[str, list[float]]
-    entropies: list[float]
+    losses: list[float]
 
 
 def layer_patterns(names: Sequence[str]) -> dict[str, str]:
@@ -142,27 +142,28 @@ def layer_patterns(names: Sequence[str]) -> dict[str, str]:
 def learn_coefficients(
     base: Params,
     experts: Sequence[Params],
-    entropy: Entropy,
-    batches: Iterable[Sequence[PyTree]],
+    loss: Loss,
+    batches: Iterable[Iterable[PyTree]],
     *,
     per_layer: bool = True,
     steps: int = 500,
     learning_rate: float = 1e-3,
     initial: float = 0.3,
-    on_step: Callable[[int, float], None] = lambda step, entropy: None,
+    on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> Learned:
-    """Learns by how much each task vector counts: what makes predictions the surest.
+    """Learns by how much each task vector counts: what makes a loss of the predictions least.
 
     The merge is task arithmetic with a coefficient per expert, or per expert and layer,
 
         theta = theta_base + sum_i lambda_il (theta_i - theta_base),
 
-    and Adam (b1 0.9, b2 0.999) goes down the gradient of the mean entropy of its predictions. No
-    labels are needed. Every step ends with the coefficients brought back to [0, 1]. (The authors'
-    code clips them where it merges, so that one that has left has no gradient and stays outside.)
+    and Adam (b1 0.9, b2 0.999) goes down the gradient of the loss: in the paper the mean entropy of
+    its predictions, which needs no labels. Every step ends with the coefficients brought back to
+    [0, 1]. (The authors' code clips them where it merges, so that one that has left has no gradient
+    and stays outside.)
 
-    Base and experts stay on the devices that they are given on, sharded as they are, as do the
-    merge and its gradient in float32.
+    Base and experts stay on the devices that they are given on, sharded as they are. Besides them
+    there are the merge, whose arrays give way to its gradient's, in float32, and activations.
 
     Yang et al. 2024, arXiv:2310.02575, sections 3.2 and 3.3. Their layers are single parameters;
     here a layer is a block of the network, and a parameter outside of blocks is one by itself.
@@ -170,18 +171,18 @@ def learn_coefficients(
     Args:
         base: Nested dict of arrays, of any float dtypes.
         experts: The same for each expert.
-        entropy: (parameters, batch) -> the mean entropy of the predictions, a scalar; jittable and
+        loss: (parameters, batch) -> the mean loss of the predictions, a scalar; jittable and
             differentiable.
-        batches: For each step its batches, one of each task; their mean entropy is minimised.
+        batches: For each step its batches, one of each task; their mean loss is minimised.
         per_layer: Whether each layer has its own coefficients, or all the same.
         steps: Steps of Adam, 500 in the paper.
         learning_rate: Of Adam.
         initial: What every coefficient is at first, in [0, 1].
-        on_step: Called after each step with how many there were, and the entropy before it.
+        on_step: Called after each step with how many there were, and the loss before it.
 
     Raises:
         MergeError: no experts, not at least one step; a setting out of range; parameters that do
-            not fit; an entropy that is not finite; batches that end before the steps do.
+            not fit; a loss that is not finite; batches that end before the steps do.
     """
     import optax  # Which other merges do without.
 
@@ -206,46 +207,46 @@ def learn_coefficients(
     by_name = layer_patterns(list(flat_base)) if per_layer else dict.fromkeys(shapes, EVERYTHING)
     patterns = list(dict.fromkeys(by_name.values()))
     layers = tuple(patterns.index(pattern) for pattern in by_name.values())
-    gradient = jax.jit(functools.partial(entropy_gradient, entropy, layers))
+    gradient = jax.jit(functools.partial(loss_gradient, loss, layers))
     flat_base, flat_experts = jax.tree.map(jnp.asarray, (flat_base, flat_experts))
     adam = optax.adam(learning_rate)
     lambdas_LxE = jnp.full((len(patterns), len(experts)), initial, jnp.float32)
-    state, entropies, batches = adam.init(lambdas_LxE), [], iter(batches)
+    state, losses, batches = adam.init(lambdas_LxE), [], iter(batches)
     for step in range(steps):
         step_batches = next(batches, ())
-        if not step_batches:
-            raise MergeError(f"AdaMerging: there are batches for {step} of {steps} steps")
         parts = [gradient(lambdas_LxE, flat_base, flat_experts, batch) for batch in step_batches]
-        loss, slope = jax.tree.map(lambda *values: sum(values) / len(values), *parts)
-        entropies.append(float(loss))
-        if not math.isfinite(entropies[-1]):
+        if not parts:
+            raise MergeError(f"AdaMerging: there are batches for {step} of {steps} steps")
+        value, slope = jax.tree.map(lambda *values: sum(values) / len(values), *parts)
+        losses.append(float(value))
+        if not math.isfinite(losses[-1]):
             raise MergeError(
-                f"AdaMerging, step {step + 1}: the entropy is {entropies[-1]}; lower the learning "
-                "rate, or look at the experts"
+                f"AdaMerging, step {step + 1}: the loss is {losses[-1]}; lower the learning rate, "
+                "or look at the experts"
             )
         updates, state = adam.update(slope, state)
         lambdas_LxE = jnp.clip(optax.apply_updates(lambdas_LxE, updates), 0.0, 1.0)
-        on_step(step + 1, entropies[-1])
-    return Learned(dict(zip(patterns, lambdas_LxE.tolist(), strict=True)), entropies)
+        on_step(step + 1, losses[-1])
+    return Learned(dict(zip(patterns, lambdas_LxE.tolist(), strict=True)), losses)
 
 
-def entropy_gradient(
-    entropy: Entropy,
+def loss_gradient(
+    loss: Loss,
     layers: Sequence[int],
     lambdas_LxE: jax.Array,
     base: Mapping[str, jax.Array],
     experts: Sequence[Mapping[str, jax.Array]],
     batch: PyTree,
 ) -> tuple[jax.Array, jax.Array]:
-    """Computes the entropy of a merge, and its gradient in the coefficients.
+    """Computes the loss of a merge, and its gradient in the coefficients.
 
     Args:
-        entropy: As for `learn_coefficients`.
+        loss: As for `learn_coefficients`.
         layers: Of each parameter in the base's order, which row of coefficients is its own.
         lambdas_LxE: The coefficients, float32.
         base: Arrays by name.
         experts: The same for each expert.
-        batch: What `entropy` takes.
+        batch: What `loss` takes.
 
     Returns:
         A scalar and [L, E], float32.
@@ -255,17 +256,19 @@ def entropy_gradient(
         taus = _task_vectors(theta, [expert[name] for expert in experts])
         terms = [lam * tau for lam, tau in zip(lambdas_LxE[layer], taus, strict=True)]
         merged[name] = theta.astype(jnp.float32) + functools.reduce(jnp.add, terms)
-    loss, gradient = jax.value_and_grad(entropy)(checkpoints.unflatten(merged), batch)
+    value, gradient = jax.value_and_grad(loss)(checkpoints.unflatten(merged), batch)
     gradient = checkpoints.flatten(gradient)
     # By the chain rule: d/dlambda_i = <d/dtheta, tau_i>. Were the merge differentiated, or the
-    # barrier not there, XLA would keep every task vector from above for this sum.
+    # barrier not there, XLA would keep every task vector from above for this sum; of experts in
+    # bfloat16, their copies in float32, did the barrier not hold these back as well.
     slopes_LxE = jnp.zeros_like(lambdas_LxE)
     for layer, (name, theta) in zip(layers, base.items(), strict=True):
-        slope, theta = jax.lax.optimization_barrier((gradient[name], theta))
-        taus = _task_vectors(theta, [expert[name] for expert in experts])
+        arrays = gradient[name], theta, [expert[name] for expert in experts]
+        slope, theta, own = jax.lax.optimization_barrier(arrays)
+        taus = _task_vectors(theta, own)
         sums = jnp.stack([jnp.sum(slope * tau) for tau in taus])
         slopes_LxE = slopes_LxE.at[layer].add(sums)
-    return loss, slopes_LxE
+    return value, slopes_LxE
 
 
 def _task_vectors(theta: jax.Array, experts: Sequence[jax.Array]) -> list[jax.Array]:
