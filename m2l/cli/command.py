@@ -36,7 +36,7 @@ SUMMARIES = {
         "merge": "Merge experts' checkpoints into one.",
         "sweep": "Merge by many recipes; find the best on validation data.",
         "search": "Search a space of recipes by one half of the examples.",
-        "adamerging": "Learn how much each expert counts, without labels.",
+        "adamerging": "Learn how much each expert counts from examples.",
         "statistics": "Gather what Fisher merging and RegMean need.",
         "moe": "Make a mixture of experts of dense models.",
         "extract": "Make a low-rank adapter of a model and its base.",
