@@ -99,6 +99,7 @@ setup(
         ],
         "search": ["cmaes>=0.12", "optuna>=5.0", "psycopg[binary]>=3.2", "sqlalchemy>=2.0.40"],
         "slurm": ["submitit>=1.5"],
+        "ui": ["flask>=3.0"],
         "wandb": ["wandb>=0.19"],
     },
     packages=[

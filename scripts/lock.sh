@@ -12,7 +12,7 @@ fi
 # The requirements on standard input are what pip cannot be told in setup.py: t5 (pyproject.toml
 # drops what it drags in), the CPU build of TensorFlow in place of the other, and what builds m2l.
 uv pip compile setup.py - \
-    --extra docs --extra search --extra test \
+    --extra docs --extra search --extra test --extra ui \
     --override <(echo "tensorflow ; sys_platform == 'never'") \
     --python-version 3.11 \
     --custom-compile-command "bash scripts/lock.sh" \

@@ -93,7 +93,7 @@ def test_a_module_imports_only_from_the_rows_above_it(path):
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_what_a_file_imports_is_required_by_setup(path):
     # All but the first are extras, and their absence has a message.
-    extras = {"t5", "gguf", "lm-eval", "optuna", "sqlalchemy"}
+    extras = {"flask", "werkzeug", "t5", "gguf", "lm-eval", "optuna", "sqlalchemy"}
     assert third_party(path) - extras <= set(REQUIREMENTS)
 
 

@@ -104,6 +104,19 @@ class Manifest:
                 f"{base}+{run / 'adapter'}, where the run left it when it was finished"
             )
 
+    def origin(self) -> str:
+        """Returns what made the checkpoint, in a few words."""
+        match self.made_by:
+            case {"kind": "train", "settings": {"mixture": mixture}}:
+                return f"{self.step} steps on {mixture}"
+            case {"kind": "merge", "recipe": {"method": method}}:
+                return f"merged by {method}"
+            case {"kind": "convert", "from": source}:
+                return f"converted from {source}"
+            case {"kind": "statistics", "statistic": statistic, "examples": examples}:
+                return f"{statistic} of {examples} examples"
+        return f"made by {self.made_by.get('kind', 'hand')}"
+
     def to_json(self) -> JsonObject:
         """Returns the manifest as JSON values, with its digest and a checksum."""
         content = json.loads(json.dumps({"digest": self.digest} | dataclasses.asdict(self)))

@@ -318,7 +318,7 @@ def _lineage(title: str, manifest: "Manifest") -> "Tree":
 
     from m2l import checkpoints
 
-    tree = Tree(escape(f"{title}  {_origin(manifest)}, digest {manifest.digest[:16]}"))
+    tree = Tree(escape(f"{title}  {manifest.origin()}, digest {manifest.digest[:16]}"))
     for parent in manifest.parents:
         label = f"{parent['role']} {parent['path']}"
         try:
@@ -333,16 +333,3 @@ def _lineage(title: str, manifest: "Manifest") -> "Tree":
         else:
             tree.add(escape(f"{label}  digest {parent['digest'][:16]}, {problem}"))
     return tree
-
-
-def _origin(manifest: "Manifest") -> str:
-    match manifest.made_by:
-        case {"kind": "train", "settings": {"mixture": mixture}}:
-            return f"{manifest.step} steps on {mixture}"
-        case {"kind": "merge", "recipe": {"method": method}}:
-            return f"merged by {method}"
-        case {"kind": "convert", "from": source}:
-            return f"converted from {source}"
-        case {"kind": "statistics", "statistic": statistic, "examples": examples}:
-            return f"{statistic} of {examples} examples"
-    return f"made by {manifest.made_by.get('kind', 'hand')}"

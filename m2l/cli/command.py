@@ -17,6 +17,7 @@ from m2l.cli import (
     checkpoints,
     data,
     extract,
+    local_ui,
     merge,
     models,
     moe,
@@ -60,7 +61,10 @@ SUMMARIES = {
         "study": "Run a study: bases, experts, merges, evaluations.",
         "report": "Tables, figures and the page of a study.",
     },
-    "This machine": {"doctor": "Is this installation sound?"},
+    "This machine": {
+        "ui": "A page on a folder of runs, for a browser here.",
+        "doctor": "Is this installation sound?",
+    },
 }
 
 
@@ -103,7 +107,7 @@ for _command in (
     *(merge.merge, sweep.sweep, search.search, adamerging.adamerging, statistics.statistics),
     *(moe.moe, extract.extract, verify.verify, models.train, models.evaluate, models.lm_eval),
     *(models.generate, skills.skills, data.tasks, checkpoints.inspect, checkpoints.convert),
-    *(checkpoints.push, studies.demo, studies.study, studies.report),
+    *(checkpoints.push, studies.demo, studies.study, studies.report, local_ui.ui),
 ):
     cli.add_command(_command)
 

@@ -80,6 +80,27 @@ addEventListener("load", () => {
 """
 
 
+def chromium(folder, address):
+    """Loads a page without a window; returns the process, which printed the document."""
+    command = [
+        CHROMIUM,
+        "--headless=new",
+        "--hide-scrollbars",
+        "--disable-gpu",
+        f"--user-data-dir={folder}/profile",
+    ]
+    command += ["--no-first-run", "--disable-background-networking", "--disable-component-update"]
+    command += ["--enable-logging=stderr", "--window-size=1280,900", "--virtual-time-budget=20000"]
+    command += ["--no-sandbox"] if os.geteuid() == 0 else []
+    return subprocess.run(
+        [*command, "--dump-dom", address],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
 @pytest.fixture(scope="module", params=["written", "skills_written"])
 def report(request):
     """The folder of a report, of each kind of study."""
@@ -95,23 +116,7 @@ def browser(report, tmp_path_factory):
     axe = (importlib.resources.files("axe_core_python") / "axe.min.js").read_text()
     head = f"<script>{axe}</script>{CHECKS}<style>"
     checked.write_text(text.replace("<style>", head, 1))
-    command = [
-        CHROMIUM,
-        "--headless=new",
-        "--hide-scrollbars",
-        "--disable-gpu",
-        f"--user-data-dir={folder}/profile",
-    ]
-    command += ["--no-first-run", "--disable-background-networking", "--disable-component-update"]
-    command += ["--enable-logging=stderr", "--window-size=1280,900", "--virtual-time-budget=20000"]
-    command += ["--no-sandbox"] if os.geteuid() == 0 else []
-    ran = subprocess.run(
-        [*command, "--dump-dom", checked.as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    ran = chromium(folder, checked.as_uri())
     checked.unlink()
     left = re.search(r'<pre id="found">(.*?)</pre>', ran.stdout, re.S)
     assert left, f"the page's checks did not end: {ran.stderr[-2000:]}"
