@@ -1,6 +1,7 @@
 """Options of several subcommands, and the tables that they print."""
 
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -252,6 +253,20 @@ def join(
 def print_json(value: object) -> None:
     """Prints a value as one JSON document."""
     click.echo(json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def merge_command(
+    base: storage.AnyPath | None,
+    experts: Sequence[storage.AnyPath],
+    statistics: Sequence[storage.AnyPath],
+    out: storage.AnyPath,
+) -> str:
+    """Returns the command that merges by the recipe that is left in `out`."""
+    named = [] if base is None else ["--base", base]
+    for flag, paths in (("--expert", experts), ("--statistics", statistics)):
+        named += [word for path in paths for word in (flag, path)]
+    arguments = [*named, "--recipe", out / "recipe.json", "--out", f"{out}_merged"]
+    return shlex.join(["m2l", "merge", *map(str, arguments)])
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

@@ -13,6 +13,7 @@ from m2l.cli.options import (
     COUNT,
     DIRECTORY,
     MODEL,
+    merge_command,
     print_table,
     with_batches,
     with_generative_score,
@@ -106,7 +107,7 @@ def search(
         if importlib.util.find_spec(module) is None:
             raise ConfigError(f"m2l search: {module} is not installed: pip install 'm2l[search]'")
 
-    from m2l import configuration, partitioning
+    from m2l import configuration, merging, partitioning
     from m2l.reporting import page, recipe_search_report
     from m2l.studies import recipe_search
 
@@ -151,7 +152,8 @@ def search(
     title, frame = report.summary
     print_table(title, list(frame.columns), list(frame.itertuples(index=False, name=None)))
     click.echo(recipe_search_report.answer(result))
-    click.echo(f"page: {written}\nmerge with it: m2l merge --recipe {out}/recipe.json")
+    statistics = statistics if merging.METHODS[result.chosen.recipe["method"]].statistic else ()
+    click.echo(f"page: {written}; its merge:\n{merge_command(base, experts, statistics, out)}")
 
 
 def _write(result: "SearchResult", out: AnyPath) -> None:

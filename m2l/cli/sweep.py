@@ -1,7 +1,6 @@
 """`m2l sweep`."""
 
 import json
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +13,7 @@ from m2l.cli.options import (
     DIRECTORY,
     MIXTURE,
     MODEL,
+    merge_command,
     print_table,
     with_batches,
     with_jsonl,
@@ -173,13 +173,7 @@ def sweep(
     tied = sum(point.score == chosen.score for point in points) - 1
     ties = f", the first of {tied + 1} that tie" if tied else ""
     click.echo(f"best: {settings} ({chosen.score:.2f} %{ties}); its merge:")
-    named = [] if base is None else ["--base", base]
-    for path in experts:
-        named += ["--expert", path]
-    for path in statistics:
-        named += ["--statistics", path]
-    arguments = [*named, "--recipe", out / "recipe.json", "--out", f"{out}_merged"]
-    click.echo(shlex.join(["m2l", "merge", *map(str, arguments)]))
+    click.echo(merge_command(base, experts, statistics, out))
 
 
 def _merge_all(
