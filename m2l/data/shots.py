@@ -2,13 +2,14 @@
 
 import dataclasses
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
 from m2l.data.record_table import index_shuffle
 from m2l.data.text_tasks import TextTask, encode_few_shot
 from m2l.errors import ConfigError, DataError
+from m2l.typing import Json, JsonObject
 
 TRAINING = "train"
 """The split that shots are of."""
@@ -37,8 +38,18 @@ class Shots:
         if self.seed and not self.count:
             raise ConfigError("shots_seed: without shots none are drawn")
 
+    def settings(self) -> JsonObject:
+        """Returns what the settings of a study's stage say of shots: nothing without any."""
+        return {"shots": [self.count, self.seed]} if self.count else {}
+
 
 NONE = Shots()
+
+
+def without_idle(fields: Mapping[str, Json]) -> dict[str, Json]:
+    """Returns a study's settings without those of shots if there are none, as before these."""
+    idle = () if fields["shots"] else ("shots", "shots_seed")
+    return {name: value for name, value in fields.items() if name not in idle}
 
 
 class DrawnShots:

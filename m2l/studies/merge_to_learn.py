@@ -10,10 +10,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from m2l import models, tasks
 from m2l.data.prompts import GENERATIVE_SCORES
+from m2l.data.shots import Shots, without_idle
 from m2l.errors import ConfigError, UnknownNameError
 from m2l.merging import Recipe
 from m2l.merging.recipe import preset
-from m2l.models.fields import FRACTION, check_choice, check_fields
+from m2l.models.fields import FRACTION, NOT_NEGATIVE, check_choice, check_fields
 from m2l.studies import given_checkpoints, own_tasks
 from m2l.studies.graph import Graph, Stage
 from m2l.studies.own_tasks import OwnTask, OwnTasks
@@ -61,7 +62,7 @@ class SkillsStudy:
         vocabulary, source, split: As of a ScalingStudy.
         max_examples: Examples of each task at most.
         eval_batch_size: Examples in an evaluation batch.
-        generative_score: The score of a task in free text, as of a ScalingStudy.
+        generative_score, shots, shots_seed: As of a ScalingStudy.
         digests: As of a ScalingStudy; `resolved` sets it.
     """
 
@@ -87,6 +88,8 @@ class SkillsStudy:
     max_examples: int = 100
     eval_batch_size: int = 32
     generative_score: str = "decoding"
+    shots: int = dataclasses.field(default=0, metadata=NOT_NEGATIVE)
+    shots_seed: int = dataclasses.field(default=0, metadata=NOT_NEGATIVE)
     digests: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -120,6 +123,7 @@ class SkillsStudy:
         if "task_arithmetic" not in self.methods:
             raise ConfigError("SkillsStudy.methods: task_arithmetic is what findings are read from")
         check_choice(self, "generative_score", GENERATIVE_SCORES)
+        Shots(self.shots, self.shots_seed)
         if any(not 0 < weight <= 1 for weight in self.weights) or not self.weights:
             raise ConfigError(f"SkillsStudy.weights: {self.weights} are not all in (0, 1]")
         if any(not 0 < part < 100 for part in self.parts):
@@ -139,6 +143,7 @@ class SkillsStudy:
             "max_examples": self.max_examples,
             "batch_size": self.eval_batch_size,
             "generative_score": self.generative_score,
+            **Shots(self.shots, self.shots_seed).settings(),
             "lengths": self.finetune.lengths,
             "all_categories": measured,
             "categories": measured,
@@ -232,7 +237,7 @@ class SkillsStudy:
 
     def to_dict(self) -> JsonObject:
         """Returns the settings as JSON values."""
-        fields = dataclasses.asdict(self) | {"model": models.to_dict(self.model)}
+        fields = without_idle(dataclasses.asdict(self)) | {"model": models.to_dict(self.model)}
         return fields | {run: getattr(self, run).flat() for run in _RUNS if getattr(self, run)}
 
     @classmethod

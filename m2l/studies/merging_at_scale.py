@@ -10,6 +10,7 @@ import numpy as np
 
 from m2l import models, tasks
 from m2l.data.prompts import GENERATIVE_SCORES
+from m2l.data.shots import Shots, without_idle
 from m2l.errors import ConfigError, MergeError, UnknownNameError
 from m2l.merging import METHODS, Recipe, grid
 from m2l.models.fields import NOT_NEGATIVE, check_choice, check_fields
@@ -70,6 +71,8 @@ class ScalingStudy:
         eval_batch_size: Examples in an evaluation batch.
         generative_score: The score of a task in free text: "decoding" (its headline metric on the
             generated text) or "likelihood" (of the references; nothing is decoded).
+        shots: Examples of each task's training split that stand before each example.
+        shots_seed: Decides which.
         digests: The content of given checkpoints and own tasks, by their names; `resolved` sets it.
     """
 
@@ -99,6 +102,8 @@ class ScalingStudy:
     choosing_examples: int = 20
     eval_batch_size: int = 32
     generative_score: str = "decoding"
+    shots: int = dataclasses.field(default=0, metadata=NOT_NEGATIVE)
+    shots_seed: int = dataclasses.field(default=0, metadata=NOT_NEGATIVE)
     digests: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -118,6 +123,7 @@ class ScalingStudy:
             if len(set(value)) < len(value):
                 raise ConfigError(f"ScalingStudy.{name}: {value!r} has one of them twice")
         check_choice(self, "generative_score", GENERATIVE_SCORES)
+        Shots(self.shots, self.shots_seed)
         for count in self.expert_counts:
             if not 1 <= count <= len(self.categories):
                 raise ConfigError(
@@ -283,7 +289,7 @@ class ScalingStudy:
 
     def to_dict(self) -> JsonObject:
         """Returns the settings as JSON values."""
-        fields = dataclasses.asdict(self)
+        fields = without_idle(dataclasses.asdict(self))
         fields["models"] = {size: models.to_dict(config) for size, config in self.models.items()}
         fields["recipes"] = [recipe.to_dict() for recipe in self.recipes]
         for run in _RUNS:
@@ -423,6 +429,7 @@ def _evaluation_settings(study: ScalingStudy) -> JsonObject:
         "max_examples": study.max_examples,
         "batch_size": study.eval_batch_size,
         "generative_score": study.generative_score,
+        **Shots(study.shots, study.shots_seed).settings(),
         "lengths": expert.lengths,
         "all_categories": list(study.categories + study.held_out),
     }

@@ -13,6 +13,7 @@ import jax
 from m2l import checkpoints, files, merging, models, partitioning, storage, tasks
 from m2l.data import vocabularies
 from m2l.data.prompts import TaskInfo
+from m2l.data.shots import Shots
 from m2l.evaluation.evaluator import Evaluator
 from m2l.evaluation.results import Result, normalized
 from m2l.evaluation.task_data import TaskData, load_tasks
@@ -72,6 +73,7 @@ def _load_tasks(selection: str) -> tuple[list[TaskData], dict[str, list[str]]]:
             max_examples=count,
             skip=skip,
             generative_score=options["generative_score"],
+            shots=Shots(*options.get("shots", ())),
         )
     ]
     return loaded, {category: list(dealt) for category, dealt in shares.items()}
@@ -134,7 +136,7 @@ class StudyEvaluator:
     """
 
     def __init__(self, settings: Mapping[str, Json], model: Mapping[str, Json], choosing: bool):
-        names = ("data", "own", "original_only", "split", "lengths", "generative_score")
+        names = ("data", "own", "original_only", "split", "lengths", "generative_score", "shots")
         options = {name: settings[name] for name in names if name in settings}
         limit, examples, skip = settings["prompts"], settings["max_examples"], 0
         if choosing:

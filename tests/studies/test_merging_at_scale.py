@@ -5,9 +5,11 @@ import json
 import pytest
 
 from m2l import checkpoints, models
+from m2l.data.shots import Shots
 from m2l.errors import ConfigError, UnknownNameError
 from m2l.merging import Recipe
 from m2l.studies import merging_at_scale
+from m2l.studies.run import StudyEvaluator
 
 
 def kinds(plan):
@@ -63,7 +65,8 @@ def test_the_plan_reads_what_the_paper_compares(study):
 def test_settings_survive_the_disk(study):
     swept = dataclasses.replace(study, swept={"dare_ties": {"scale": (0.5, 1.0)}})
     for one in (study, swept):
-        assert merging_at_scale.ScalingStudy.from_dict(json.loads(json.dumps(one.to_dict()))) == one
+        described = json.loads(json.dumps(one.to_dict()))
+        assert merging_at_scale.ScalingStudy.from_dict(described) == one
 
 
 def test_what_is_swept_is_chosen_by_a_stage_that_the_merges_read(study):
@@ -156,10 +159,27 @@ def test_what_stands_for_free_text_is_known_and_decides_evaluations_alone(study)
         dataclasses.replace(study, generative_score="decode")
     assert study.generative_score == "decoding"
     before = study.stage_graph()
-    after = dataclasses.replace(study, generative_score="likelihood").stage_graph()
-    changed = {s.kind for s in after if after.digest(s.name) != before.digest(s.name)}
-    same = {s.kind for s in after if after.digest(s.name) == before.digest(s.name)}
-    assert (changed, same) == ({"evaluate", "merge"}, {"train"})
+    for settings in ({"generative_score": "likelihood"}, {"shots": 2}):
+        after = dataclasses.replace(study, **settings).stage_graph()
+        changed = {s.kind for s in after if after.digest(s.name) != before.digest(s.name)}
+        same = {s.kind for s in after if after.digest(s.name) == before.digest(s.name)}
+        assert (changed, same) == ({"evaluate", "merge"}, {"train"})
+
+
+@pytest.mark.filterwarnings("ignore:.*shots are left out")
+def test_shots_of_a_study_are_written_where_there_are_any_and_read_by_its_evaluations(study):
+    assert "shots" not in study.to_dict()
+    with_shots = dataclasses.replace(study, shots=2, shots_seed=1)
+    assert merging_at_scale.ScalingStudy.from_dict(with_shots.to_dict()) == with_shots
+    with pytest.raises(ConfigError, match="without shots none are drawn"):
+        dataclasses.replace(study, shots_seed=1)
+    graph = dataclasses.replace(with_shots, max_prompts=1, max_examples=2).stage_graph()
+    [stage, *_] = [stage for stage in graph if stage.kind == "evaluate"]
+    described = models.to_dict(study.models["0.1M"])
+    evaluator = StudyEvaluator(stage.settings, described, choosing=False)
+    loaded = evaluator._evaluator.tasks
+    assert {task.shots for task in loaded} == {Shots(2, 1)}
+    assert any(example.shots for task in loaded for example in task.examples)
 
 
 def test_names_are_looked_up_before_anything_is_trained(study):
