@@ -1,5 +1,7 @@
 """What `m2l train`, `m2l eval` and `m2l sweep` do, as functions of plain arguments."""
 
+from __future__ import annotations  # By which help() prints types as written.
+
 import hashlib
 import inspect
 from collections.abc import Mapping, Sequence
@@ -37,7 +39,7 @@ def train(
     *,
     steps: int,
     init: AnyPath | str | None = None,
-    config: "Config | None" = None,
+    config: Config | None = None,
     vocabulary: str | None = None,
     source: str = "microworld",
     jsonl: JsonlFiles | None = None,
@@ -85,17 +87,17 @@ def train(
 
 def run_training(
     out: AnyPath | str,
-    settings: "TrainSettings",
+    settings: TrainSettings,
     *,
     init: AnyPath | str | None = None,
-    config: "Config | None" = None,
+    config: Config | None = None,
     vocabulary: str | None = None,
     source: str = "microworld",
     jsonl: JsonlFiles | None = None,
     resolved_config: str | None = None,
     synthetic: bool = False,
     profile: bool = False,
-    log: "Log | None" = None,
+    log: Log | None = None,
 ) -> AnyPath:
     """Trains by settings that are validated; the arguments are those of `train` and `loop.train`.
 
@@ -136,7 +138,7 @@ def run_training(
 
 
 def evaluate(
-    model: "Model | AnyPath | str",
+    model: Model | AnyPath | str,
     mixture: str | None = None,
     *,
     jsonl: JsonlFiles | None = None,
@@ -157,10 +159,10 @@ def evaluate(
     top_p: float = 1.0,
     samples: int = 1,
     seed: int = 0,
-    mesh: "Mesh | None" = None,
+    mesh: Mesh | None = None,
     out: AnyPath | str | None = None,
     examples: bool = False,
-) -> dict[str, "Result"]:
+) -> dict[str, Result]:
     """Evaluates a model: rank classification where there are answer choices, else decoding.
 
     Args:
@@ -250,7 +252,7 @@ def sweep(
     target_length: int = 64,
     statistics: Sequence[AnyPath | str] = (),
     **settings: object,
-) -> "list[SweepPoint]":
+) -> list[SweepPoint]:
     """Merges models by many recipes in memory, and scores each merge.
 
     Args:
@@ -295,7 +297,7 @@ def sweep(
 
     evaluator = Evaluator(model.config, tasks, vocabulary, batch_size=batch_size)
 
-    def score(params: Params, recipe: "Recipe") -> float:
+    def score(params: Params, recipe: Recipe) -> float:
         scores = [result.score for result in evaluator.results(jax.device_put(params))]
         return sum(scores) / len(scores)
 
@@ -303,7 +305,7 @@ def sweep(
     return sorted(points, key=lambda point: -point.score)
 
 
-def save(model: "Model", out: AnyPath | str) -> AnyPath:
+def save(model: Model, out: AnyPath | str) -> AnyPath:
     """Writes a model as a checkpoint of m2l's, whole or not at all.
 
     Args:
@@ -378,10 +380,10 @@ def evaluation_tasks(
     lengths: Mapping[str, int],
     max_examples: int | None = None,
     generative_score: str = "decoding",
-    decoding: "Decoding | None" = None,
+    decoding: Decoding | None = None,
     max_truncated: float = 1.0,
-    shots: "Shots | None" = None,
-) -> "tuple[Vocabulary, list[TaskData]]":
+    shots: Shots | None = None,
+) -> tuple[Vocabulary, list[TaskData]]:
     """Reads and tokenises the tasks of a mixture that a model can be scored on.
 
     Args:

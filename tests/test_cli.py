@@ -379,6 +379,9 @@ def test_a_file_where_a_folder_goes_is_refused(refused, road, tmp_path):
         *("eval", "--mixture", "imdb", "--checkpoint", road / "base", "--out", tmp_path / "out")
     )
     assert "not a directory" in refused("demo", "--out", tmp_path / "out" / "demo")
+    models = ["--base", road / "base", "--expert", road / "sentiment", "--method", "ties"]
+    said = refused("merge", *models, "--out", tmp_path / "out" / "merged")
+    assert f"{tmp_path / 'out' / 'merged'}: cannot be made" in said
 
 
 def test_a_vocabulary_that_the_model_has_no_room_for_is_refused(refused, road, tmp_path):

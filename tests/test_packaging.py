@@ -2,6 +2,7 @@ import ast
 import contextlib
 import functools
 import importlib.metadata
+import pydoc
 import re
 import runpy
 import shutil
@@ -185,6 +186,12 @@ m2l.nothing
     assert done.stdout.splitlines()[0] == "average set()"
     assert len(done.stdout.splitlines()[1].split()) == 4
     assert done.stderr.splitlines()[-1].endswith("module 'm2l' has no attribute 'nothing'")
+
+
+def test_help_prints_the_types_of_public_functions_as_they_are_written():
+    for name in ("evaluate", "load", "merge", "save", "sweep", "train"):
+        text = pydoc.plain(pydoc.render_doc(getattr(m2l, name)))
+        assert "collections.abc." not in text and "typing." not in text, name
 
 
 def test_every_folder_of_python_is_a_package():

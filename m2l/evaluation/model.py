@@ -1,5 +1,7 @@
 """A model to evaluate: a checkpoint of m2l's, or a Hugging Face directory read as it is."""
 
+from __future__ import annotations  # By which help() prints types as written.
+
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
@@ -47,7 +49,7 @@ class Model:
         """The vocabulary itself, which encodes and decodes texts."""
         return vocabularies.load(self.vocabulary["name"])
 
-    def with_params(self, params: Params) -> "Model":
+    def with_params(self, params: Params) -> Model:
         """Returns the model with other parameters, such as those of a merge in memory."""
 
         def read(shardings: PyTree) -> Params:

@@ -1,5 +1,7 @@
 """Merges checkpoints of any size: blocks stream in, through one compiled kernel, and out."""
 
+from __future__ import annotations  # By which help() prints types as written.
+
 import contextlib
 import dataclasses
 import functools

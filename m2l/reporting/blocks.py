@@ -279,5 +279,5 @@ def verdicts(findings: Sequence[Finding]) -> tuple[str, str]:
     return (
         f"{verdicts.count('supported')} of {len(verdicts)}",
         "of the paper's findings are supported here, "
-        f"{verdicts.count('contradicted')} contradicted",
+        f"{verdicts.count('contradicted')} contradicted, {verdicts.count('undecided')} undecided",
     )
