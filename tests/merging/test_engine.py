@@ -13,7 +13,7 @@ from m2l import checkpoints
 from m2l.checkpoints import digest, huggingface_directory, safetensors, saving, zarr
 from m2l.checkpoints.spans import boxes
 from m2l.errors import CheckpointError, MergeError
-from m2l.merging import Recipe, merge, merge_params, passes
+from m2l.merging import METHODS, Recipe, merge, merge_params, passes
 
 from . import oracles
 from .conftest import (
@@ -36,8 +36,9 @@ def test_checkpoints_merge_to_the_bits_of_the_merge_in_memory(tmp_path, models, 
     manifest = merge(*paths, recipe, tmp_path / "out")
     found = checkpoints.flatten(checkpoints.restore(tmp_path / "out"))
     same_bits(found, checkpoints.flatten(merge_params(*models, recipe)))
-    jitted = jax.jit(lambda base, experts: merge_params(base, experts, recipe))
-    same_bits(found, checkpoints.flatten(jitted(*models)))
+    if not METHODS[recipe.method].whole:  # Whole matrices are merged on the host.
+        jitted = jax.jit(lambda base, experts: merge_params(base, experts, recipe))
+        same_bits(found, checkpoints.flatten(jitted(*models)))
     same_bits(found, checkpoints.flatten(merge(*paths, recipe, progress=False)))
     assert manifest.dtype == recipe.dtype
     assert Recipe.from_dict(manifest.made_by["recipe"]) == recipe
