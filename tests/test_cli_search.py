@@ -456,6 +456,18 @@ def test_workers_share_a_postgresql_that_may_go_away(made_up, postgresql, tmp_pa
     assert not (tmp_path / "third").exists()
 
 
+def test_what_two_workers_queue_at_once_is_scored_once(made_up, tmp_path, monkeypatch):
+    enqueue = optuna.Study.enqueue_trial
+
+    def twice(self, values, **options):
+        enqueue(self, values)
+        enqueue(self, values)
+
+    monkeypatch.setattr(optuna.Study, "enqueue_trial", twice)
+    result = made_up(tmp_path / "out", near, methods=SCALES, candidates=4)
+    assert len({each.recipe["scale"] for each in result.candidates}) == 4
+
+
 def test_what_a_dead_worker_leaves_another_scores(made_up, postgresql, tmp_path, monkeypatch):
     monkeypatch.setattr(search_storage, "HEARTBEAT", 1)
     monkeypatch.setattr(search_storage, "GRACE", 1)

@@ -172,10 +172,10 @@ class SearchStorage:
             except (*_FAILURES, exc.SQLAlchemyError, RuntimeError, ImportError) as error:
                 raise self._unusable(error) from error
 
-    def _unusable(self, error: Exception) -> ConfigError:
+    def _unusable(self, error: Exception, problem: str = "cannot be used") -> ConfigError:
         cause = error.__cause__ if isinstance(error, _FAILURES[0]) else error
         cause = getattr(cause, "orig", None) or cause
-        return ConfigError(f"the storage {self.label} cannot be used: {reason(cause)}")
+        return ConfigError(f"the storage {self.label} {problem}: {reason(cause)}")
 
     def _open(
         self,
@@ -229,7 +229,7 @@ class SearchStorage:
             try:
                 return call()
             except _FAILURES as error:
-                cause = self._unusable(error)
+                cause = self._unusable(error, "does not answer")
                 if wait is None:
                     raise DataError(
                         f"{cause}; what was scored is stored: run the same command again when the "
@@ -274,12 +274,24 @@ class SearchStorage:
                 return None
             trial = self._study.ask()
             trial.set_user_attr(_WORKER, self._worker)
-            if self._active().index(trial.number) >= candidates:  # Others were faster.
+            # Others were faster: there are enough, or they have queued the same to begin with.
+            if self._active().index(trial.number) >= candidates:
                 self._study.tell(trial, state=TrialState.FAIL)
                 return None
+            if self._is_queued_twice(trial.number):
+                self._study.tell(trial, state=TrialState.FAIL)
+                return ask()
             return trial
 
         return self._patiently(ask)
+
+    def _is_queued_twice(self, number: int) -> bool:
+        trials = self._study.get_trials(deepcopy=False)
+        queued = {t.number: t.system_attrs.get("fixed_params") for t in trials}
+        return queued[number] is not None and any(
+            trial.state != TrialState.FAIL and queued[trial.number] == queued[number]
+            for trial in trials[:number]
+        )
 
     def _active(self) -> list[int]:
         """Returns the numbers of candidates that are scored, or being scored."""
