@@ -167,8 +167,7 @@ class ObjectPath:
         end = f"{self.key}0" if self.key else ""  # "0" follows "/"
         with _one_line(self, "list"):
             listed = _bucket(self).list(ts.KvStore.KeyRange(prefix, end)).result()
-        # An emulator of Google's storage also lists keys like the directory's own.
-        keys = [key.decode() for key in listed if key.startswith(prefix.encode())]
+        keys = [key.decode() for key in listed]
         # Some tools leave an empty object that is called like the directory.
         return sorted(key.removeprefix(prefix) for key in keys if not key.endswith("/"))
 

@@ -96,7 +96,23 @@ def start_google() -> tuple[str, object]:
 
         return handle
 
+    def between(request, response, store):
+        """Honours startOffset and endOffset, by which TensorStore lists what begins alike."""
+        start, end = (request.query.get(name, [""])[0] for name in ("startOffset", "endOffset"))
+        answer = response.json
+
+        def cut(listed):
+            items = [
+                i for i in listed["items"] if start <= i["name"] and (not end or i["name"] < end)
+            ]
+            answer(listed | {"items": items})
+
+        response.json = cut
+        objects.ls(request, response, store)
+
     for _, methods in server.HANDLERS:
+        if methods.get(server.GET) is objects.ls:
+            methods[server.GET] = between
         if methods.get(server.POST) is objects.insert:
             methods[server.POST] = insert
         if methods.get(server.GET) in (objects.get, objects.download):

@@ -1,5 +1,6 @@
 """Hugging Face's models against ours, on golden outputs of tests/goldens/make_goldens.py."""
 
+import functools
 import importlib.util
 import json
 from pathlib import Path
@@ -50,6 +51,12 @@ class Case:
         start = self.settings.get("decoder_start_token_id")
         self.layout = PrefixLM(None) if self.config.decoder_only else EncoderDecoder(start)
 
+    @functools.cached_property
+    def logits(self):
+        """The logits of `batch_of` without packing."""
+        batch, _ = batch_of(self, pack=False)
+        return np.asarray(jax.jit(lambda p: models.apply(self.config, p, batch))(self.params))
+
 
 @pytest.fixture(scope="module", params=make_goldens.CASES)
 def case(request, tmp_path_factory):
@@ -74,12 +81,10 @@ def batch_of(case, pack):
 
 
 def test_logits_are_hugging_faces(case):
-    batch, _ = batch_of(case, pack=False)
-    logits = np.asarray(jax.jit(lambda p: models.apply(case.config, p, batch))(case.params))
     for i, target in enumerate(case.targets):
         expected = case.golden[f"logits_{i}"]
         first = len(case.inputs[i]) - 1 if case.config.decoder_only else 0
-        found = logits[i, first : first + len(target)]
+        found = case.logits[i, first : first + len(target)]
         # Of the largest logit: float32, summed in another order.
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
@@ -107,10 +112,9 @@ def test_packed_rows_have_the_loss_of_examples_alone(case):
     assert count > 3 or packed["decoder_target_tokens"].shape[0] < 3
     # Row 0 holds two examples or more; the weights tell which targets count.
     batch, _ = batch_of(case, pack=False)
-    alone = jax.jit(lambda p: models.apply(case.config, p, batch))(case.params)
     together = jax.jit(lambda p: models.apply(case.config, p, packed))(case.params)
     by_target = {}
-    for rows, logits in ((batch, alone), (packed, together)):
+    for rows, logits in ((batch, case.logits), (packed, together)):
         taken = np.asarray(logits)[np.asarray(rows["decoder_loss_weights"]) == 1]
         by_target[len(by_target)] = taken
     count = min(len(part) for part in by_target.values())
@@ -149,7 +153,7 @@ def test_rank_scores_are_the_summed_log_probabilities_of_hugging_faces_logits(ca
         RankingExample(inputs, (target, other), (True, False), "", ("a", "b"), False)
         for inputs, target in zip(case.inputs, case.targets, strict=True)
     ]
-    options = {"layout": case.layout, "batch_size": 2}
+    options = {"layout": case.layout, "batch_size": len(examples)}  # Of one shape.
     scores = continued(
         case, lambda: ranking.score_examples(case.config, case.params, examples, **options)
     )
