@@ -307,6 +307,7 @@ def test_a_checkpoint_that_is_missing_unfinished_or_damaged_is_refused(refused, 
         "statistics --mixture imdb --kind fisher --checkpoint PATH",
         "adamerging --mixture imdb --base PATH --expert PATH",
         "sweep --mixture imdb --method linear --t 0.5 --expert PATH",
+        "search --mixture imdb --base PATH --expert PATH",
         "skills --keep imdb --mixture imdb --general PATH",
     ],
 )

@@ -128,6 +128,11 @@ class ToMerge:
         Raises:
             M2LError: A model is missing or damaged, or does not fit the others or the method.
         """
+        # Other formats are refused first, with the command that converts them.
+        manifest, *_ = map(
+            checkpoints.read_manifest,
+            [*self.experts, *([] if self.base is None else [self.base])],
+        )
         recipes: dict[str, Recipe] = {}
         for values in space.spread(4 * len(space.methods)):
             with contextlib.suppress(MergeError):  # Candidates that are no recipes are refused.
@@ -136,7 +141,6 @@ class ToMerge:
         for recipe in recipes.values():
             statistics = self.statistics if METHODS[recipe.method].statistic else ()
             merging.prepare(self.base, self.experts, recipe, statistics=statistics)
-        manifest = checkpoints.read_manifest(self.experts[0])
         vocab_size = models.from_dict(manifest.model).vocab_size
         checkpoints.check_vocabulary(manifest.vocabulary, vocab_size, self.experts[0])
         return manifest
