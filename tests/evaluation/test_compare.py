@@ -116,4 +116,4 @@ def test_the_command_compares_two_models_and_reads_hugging_face_directories(
     assert ours.metrics == theirs.metrics and ours.model_digest != theirs.model_digest
     assert run_m2l("eval", "--compare", tmp_path / "a", tmp_path / "none") == 2
     assert run_m2l("eval", "--mixture", "imdb", "--out", tmp_path / "d") == 2
-    assert "--checkpoint is missing" in capsys.readouterr().err
+    assert "CHECKPOINT is missing" in capsys.readouterr().err
