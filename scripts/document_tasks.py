@@ -164,6 +164,7 @@ CHOICES = {
     "sce pcb ram": "entries weighed by how experts agree or compete",
     "tall_masks emr": "one model for each task, from one merged task vector and masks",
     "consensus_ta": "only what several tasks need",
+    "nearswap arcee_fusion": "one expert's entries alone: the least changed, or the weightiest",
     "tsv_m iso_c iso_cts wudi": "whole matrices: singular directions, or least disturbance",
     "fisher regmean": "you have examples of each task: `m2l statistics` first",
 }

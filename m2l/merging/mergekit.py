@@ -367,7 +367,7 @@ class _Resolver:
         method = self._kind.method
         count = len(self._ordered[tensor.part]) - _has_base(self._kind)
         match method:
-            case "model_stock":
+            case "model_stock" | "arcee_fusion":
                 return {}
             case "slerp":
                 return {"t": shared["t"] if len(self._ordered[tensor.part]) == 2 else 0.0}

@@ -70,6 +70,7 @@ KINDS = {
     "nearswap": Kind("nearswap", {"t": None}, {}),
     "ram": Kind("ram", {"epsilon": 1e-5}, {}),
     "ramplus_tl": Kind("ram_plus", {"r": 0.1, "alpha": 0.2, "epsilon": 1e-5}, {}),
+    "arcee_fusion": Kind("arcee_fusion", {}, {}),
     "sce": Kind("sce", {"int8_mask": 0.0, "select_topk": 1.0}, {}),
 }
 _WITH_BASE = {

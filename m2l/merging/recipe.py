@@ -375,7 +375,7 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Json]]] = {
         "sce": {"zero_sign": "positive"},
         "ram_plus": {"scope": "tensor"},
         "model_stock": {},
-        **{name: {} for name in ("slerp", "karcher", "nearswap", "ram")},
+        **{name: {} for name in ("slerp", "karcher", "nearswap", "ram", "arcee_fusion")},
         **{f"{each}{name}": {} for each in ("", "task_") for name in ("nuslerp", "multislerp")},
     },
 }

@@ -1,9 +1,10 @@
-"""Merge methods of whole matrices: by their singular value decompositions, or by least squares.
+"""Merge methods of whole matrices: singular values, least squares, the importance of rows.
 
 They are computed on the host, one parameter at a time, in float32. A matrix comes with its outputs
 as rows, as Hugging Face's models store a linear layer, so that a model merges alike in either
-layout; what is no matrix (norms, biases) gets the mean of its task vectors, as in the authors'
-code. LAPACK's last bits differ between machines: elsewhere `m2l verify` may find them different.
+layout; what is no matrix (norms, biases) gets the mean of its task vectors where a method says
+nothing of it, as in the authors' code. LAPACK's last bits differ between machines: elsewhere
+`m2l verify` may find them different.
 """
 
 import functools
@@ -246,3 +247,45 @@ def _descended(
 
     count = jnp.asarray(steps).astype(jnp.int32)
     return jax.lax.fori_loop(0, count, step, (tau, adam.init(tau)))[0]
+
+
+@method(experts=Interval(1, 1))
+def arcee_fusion(base: np.ndarray, experts: Matrices, matrix: bool) -> np.ndarray:
+    """Takes the entries of the expert that are far more important than most, and the base's else.
+
+    Important is what differs, in a row whose softmax differs: |tau| KL(softmax theta, softmax
+    theta_base), from the parameter's median and 1.5 times its interquartile range on; the quartiles
+    are exact, of all entries. mergekit's method of this name, whose quartiles are of a sample where
+    a parameter has more than a million.
+    """
+    expert, shape = np.atleast_1d(experts[0]), base.shape
+    base = np.atleast_1d(base)
+    tau = expert - base
+    importance = np.abs(tau) * _divergences(expert, base)
+    last = importance.size - 1
+    if last < 0:
+        return base.reshape(shape)
+    places = [int(share * last) for share in (0.25, 0.5, 0.75)]
+    low, median, high = np.partition(importance, places, axis=None)[places]
+    threshold = median + np.float32(1.5) * (high - low)
+    return (base + np.where(importance >= threshold, tau, 0)).reshape(shape)
+
+
+_ROWS = 1024
+
+
+def _divergences(theta: np.ndarray, base: np.ndarray) -> np.ndarray:
+    """Returns KL(softmax theta, softmax base) of each row, float32 [..., 1]."""
+    rows = [each.reshape(-1, each.shape[-1]) for each in (theta, base)]
+    parts = [np.zeros((0, 1))]
+    for start in range(0, len(rows[0]), _ROWS):
+        # Rows are much alike: their difference would be rounding in float32.
+        p, q = (_softmax(each[start : start + _ROWS].astype(np.float64)) for each in rows)
+        parts.append(np.sum(p * np.log(p / q), axis=-1, keepdims=True))
+    return np.concatenate(parts).reshape(*theta.shape[:-1], 1).astype(np.float32)
+
+
+def _softmax(rows: np.ndarray) -> np.ndarray:
+    """Returns the softmax over the last axis, and mergekit's 1e-8 more."""
+    powers = np.exp(rows - np.max(rows, axis=-1, keepdims=True, initial=-np.inf))
+    return powers / np.sum(powers, axis=-1, keepdims=True) + 1e-8

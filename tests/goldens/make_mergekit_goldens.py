@@ -21,7 +21,6 @@ import numpy as np
 
 DATA = Path(__file__).parent
 FILES, GOLDENS = DATA / "mergekit", DATA / "mergekit_goldens.npz"
-REFUSED = ("arcee_fusion",)
 LAYERS, WIDTH, INNER, WORDS = 40, 12, 16, 14
 MODELS = {
     "TheBloke/Llama-2-13B-fp16": None,
@@ -113,8 +112,6 @@ def main() -> None:
             save_file(draw(name), f"{name}/model.safetensors", {"format": "pt"})
             Path(name, "config.json").write_text(json.dumps(CONFIG))
         for file in sorted(FILES.glob("*.yml")):
-            if file.stem in REFUSED:
-                continue
             for dtype in ("", "float32"):
                 content = yaml.safe_load(file.read_text())
                 if dtype:

@@ -60,6 +60,7 @@ RECIPES = {
     "iso_c": Recipe("iso_c"),
     "iso_cts": Recipe("iso_cts", common=0.5),
     "wudi": Recipe("wudi", steps=3, step_size=0.01),
+    "arcee_fusion": Recipe("arcee_fusion"),
 }
 RECIPES |= {
     f"{name} {settings['method']}": Recipe(**preset(name, settings))
@@ -80,7 +81,7 @@ IN_MEMORY = (
     "weighted_sum",
     *("breadcrumbs_ties", "nearswap", "task_nuslerp", "task_multislerp", "karcher"),
     *("ram", "tall_masks", "consensus_ta", "ram_plus", "sce", "sce of the model", "emr"),
-    *("pcb", "pcb of each tensor", "tsv_m", "iso_c", "iso_cts", "wudi"),
+    *("pcb", "pcb of each tensor", "tsv_m", "iso_c", "iso_cts", "wudi", "arcee_fusion"),
 )
 
 START = """

@@ -49,7 +49,9 @@ def inside(root, monkeypatch):
 @pytest.fixture(scope="module")
 def arrays():
     with np.load(goldens.GOLDENS) as file:
-        return dict(file)
+        # NumPy reads bfloat16 as two bytes of no kind.
+        kinds = {"V": ml_dtypes.bfloat16}
+        return {n: a.view(kinds.get(a.dtype.kind, a.dtype)) for n, a in file.items()}
 
 
 def run(file, out):
@@ -60,7 +62,7 @@ def run(file, out):
 
 
 @pytest.mark.parametrize("dtype", ["as_is", "float32"])
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in goldens.REFUSED])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_file_gives_what_mergekit_makes_of_it(tmp_path, arrays, name, dtype):
     text = (goldens.FILES / f"{name}.yml").read_text()
     if dtype != "as_is":
@@ -78,6 +80,13 @@ def test_a_file_gives_what_mergekit_makes_of_it(tmp_path, arrays, name, dtype):
     # Both in float32, sums in other orders. As is, mergekit rounds to float16 after each step, up
     # to five times half a unit at numbers of up to 4, and we once at the end.
     tolerance = 2e-6 if dtype == "float32" or "float32" in text else 1e-2
+    if name == "arcee_fusion":
+        # Its importance of an entry is a small difference that mergekit rounds in the file's dtype:
+        # 1 of 3,444 entries is on the other side of the threshold in float32, 242 in bfloat16.
+        pairs = [(np.float64(tensors[n]), np.float64(array)) for n, array in wanted.items()]
+        differ = np.concatenate([np.abs(a - b).ravel() > tolerance for a, b in pairs])
+        assert differ.mean() < (1e-3 if dtype == "float32" else 0.1)
+        return
     for tensor, array in wanted.items():
         np.testing.assert_allclose(
             np.float64(tensors[tensor]), np.float64(array), rtol=0, atol=tolerance, err_msg=tensor
@@ -176,7 +185,6 @@ dtype: float32
         (FILE, "models:", "module:", "unknown key in .*: 'module'"),
         (FILE, "models:", "slices: []\nmodels:", None),
         (FILE, "base_model: TheBloke/Llama-2-13B-fp16", "", "base_model must be one of its models"),
-        (FILE, "task_arithmetic", "arcee_fusion", "unknown merge_method in .*: 'arcee_fusion'"),
         (FILE, "base_model:", "dtype: float8\nbase_model:", "unknown dtype in .*: 'float8'"),
         (
             FILE,

@@ -471,6 +471,7 @@ def test_a_methods_signature_says_what_it_needs():
         "iso_c": (True, False, False),
         "iso_cts": (True, False, False),
         "wudi": (True, False, False),
+        "arcee_fusion": (True, False, False),
     }
     for method in METHODS.values():
         assert method.summary
