@@ -11,6 +11,7 @@ import tempfile
 import urllib.request
 import uuid
 from http import HTTPStatus
+from http.server import HTTPServer
 from pathlib import Path
 
 # What a run compiles is kept for all of its processes, in a folder of its own: nothing comes from a
@@ -117,6 +118,8 @@ def start_google() -> tuple[str, object]:
             methods[server.POST] = insert
         if methods.get(server.GET) in (objects.get, objects.download):
             methods[server.GET] = with_generation(methods[server.GET])
+    # More connections at once than this are dropped, and tried again after 1 s, 3 s and 7 s.
+    HTTPServer.request_queue_size = 1024
     # What would let a server in memory be started again, written anew at every request.
     emulated.Storage._write_config_to_file = lambda self: None
     with socket.socket() as probe:
