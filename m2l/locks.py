@@ -1,5 +1,6 @@
 """Locks by which one process at a time works in a directory, local or in a bucket."""
 
+import contextlib
 import os
 import socket
 import threading
@@ -79,7 +80,8 @@ class Lock:
             seen, since = _seen.get(file, (None, now))
             if seen != current:
                 _seen[file] = current, now
-            if seen != current or now - since < EXPIRES:
+            is_new = seen != current or now - since < EXPIRES
+            if is_new and not _is_copy_of_released(file):
                 return False
             generation = storage.swap(file, self._content(), current)
         if generation is None:
@@ -124,6 +126,8 @@ class Lock:
     def release(self) -> None:
         """Releases the lock, if it is acquired."""
         if self._file_lock is not None:
+            with contextlib.suppress(OSError):  # Its directory may be gone.
+                os.truncate(self.file, 0)
             self._file_lock.release()
             self._file_lock = None
         if self._thread is not None:
@@ -138,3 +142,11 @@ class Lock:
 
     def __exit__(self, *_: object) -> None:
         self.release()
+
+
+def _is_copy_of_released(file: ObjectPath) -> bool:
+    """Returns whether a lock's file that nobody held was copied here, with the folder it is in."""
+    try:
+        return not file.read_bytes()
+    except FileNotFoundError:
+        return False

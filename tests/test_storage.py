@@ -304,6 +304,17 @@ def test_a_lock_in_a_bucket_expires_when_it_is_not_renewed(request, fixture, mon
         assert file.read_bytes() == content, "the lock of another process is left"
 
 
+def test_a_lock_that_was_copied_into_a_bucket_is_acquired_if_it_was_released(gcs_bucket, tmp_path):
+    with Lock(tmp_path / "lock") as lock:
+        assert lock.acquire()
+        storage.upload(tmp_path / "lock", gcs_bucket / "locked")
+    storage.upload(tmp_path / "lock", gcs_bucket / "released")
+    for name, expected in (("locked", False), ("released", True)):
+        with Lock(gcs_bucket / name) as copied, Lock(gcs_bucket / name) as second:
+            assert copied.acquire() == expected
+            assert not second.acquire()
+
+
 def test_a_lock_in_a_bucket_is_renewed_while_it_is_acquired(gcs_bucket, monkeypatch):
     monkeypatch.setattr(locks, "RENEWED", 0.01)
     with Lock(gcs_bucket / "lock") as lock:

@@ -258,14 +258,13 @@ def arcee_fusion(base: np.ndarray, experts: Matrices, matrix: bool) -> np.ndarra
     are exact, of all entries. mergekit's method of this name, whose quartiles are of a sample where
     a parameter has more than a million.
     """
+    if not base.size:
+        return base
     expert, shape = np.atleast_1d(experts[0]), base.shape
     base = np.atleast_1d(base)
     tau = expert - base
     importance = np.abs(tau) * _divergences(expert, base)
-    last = importance.size - 1
-    if last < 0:
-        return base.reshape(shape)
-    places = [int(share * last) for share in (0.25, 0.5, 0.75)]
+    places = [int(share * (importance.size - 1)) for share in (0.25, 0.5, 0.75)]
     low, median, high = np.partition(importance, places, axis=None)[places]
     threshold = median + np.float32(1.5) * (high - low)
     return (base + np.where(importance >= threshold, tau, 0)).reshape(shape)
@@ -277,7 +276,7 @@ _ROWS = 1024
 def _divergences(theta: np.ndarray, base: np.ndarray) -> np.ndarray:
     """Returns KL(softmax theta, softmax base) of each row, float32 [..., 1]."""
     rows = [each.reshape(-1, each.shape[-1]) for each in (theta, base)]
-    parts = [np.zeros((0, 1))]
+    parts = []
     for start in range(0, len(rows[0]), _ROWS):
         # Rows are much alike: their difference would be rounding in float32.
         p, q = (_softmax(each[start : start + _ROWS].astype(np.float64)) for each in rows)

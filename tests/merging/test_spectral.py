@@ -139,6 +139,14 @@ def test_arcee_fusion_takes_what_differs_most_in_rows_that_differ(models):
         assert 0 < np.mean(array != base[name]) < 0.5
 
 
+@pytest.mark.parametrize("name", [name for name, each in METHODS.items() if each.of_matrices])
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (0, 3), (3, 0), (1, 1)])
+def test_parameters_of_few_elements_or_none_keep_their_shape(name, shape):
+    base = np.ones(shape, np.float32)
+    merged = merge_params({"w": base}, [{"w": 2 * base}], Recipe(name))["w"]
+    np.testing.assert_allclose(merged, 2 * base, rtol=1e-5)
+
+
 def test_equal_experts_of_tsv_m_are_one():
     rng = np.random.default_rng(3)
     base = rng.standard_normal((8, 6)).astype(np.float32)
