@@ -34,6 +34,7 @@ RECIPES = [
     Recipe("ties", density=0.3, scope="tensor", keep="one_more"),
     Recipe("dare_ties", drop_rate=0.6, seed=4, density=0.5),
     Recipe("della", drop_rate=0.5, seed=4),
+    Recipe("tsv_m"),
 ]
 
 

@@ -35,7 +35,9 @@ def directories(tmp_path_factory):
     return base, experts
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: f"{recipe.method}-{recipe.dtype}")
+@pytest.mark.parametrize(
+    "recipe", [*RECIPES, Recipe("iso_cts")], ids=lambda recipe: f"{recipe.method}-{recipe.dtype}"
+)
 def test_a_checkpoint_is_what_its_recipe_gives(paths, recipe, tmp_path):
     out = made(paths, recipe, tmp_path / "out")
     result = verify(out, progress=False)
