@@ -266,15 +266,23 @@ class _TimeLeft:
         self._graph, self._estimates = graph, estimates
         # Of each kind, the seconds that its finished stages took, and those that were estimated.
         self._sums: dict[str, list[float]] = {}
+        self._spent = 0.0
 
-    def count(self, name: str, seconds: float) -> None:
-        """Counts a stage that was run."""
+    def count(self, name: str, seconds: float, now: bool = True) -> None:
+        """Counts a stage that was run: now, by any of the processes, or by an earlier call."""
         sums = self._sums.setdefault(self._graph[name].kind, [0.0, 0.0])
         sums[0] += seconds
         sums[1] += self._estimates.get(name, 0.0)
+        self._spent += seconds if now else 0.0
 
-    def describe(self, names: Iterable[str]) -> str:
-        """Returns ", about 2:10 left" for stages that are not finished; "" without estimates."""
+    def describe(self, names: Iterable[str], elapsed: float) -> str:
+        """Returns ", about 2:10 left" for stages that are not finished; "" without estimates.
+
+        Args:
+            names: The stages.
+            elapsed: Seconds since the call began. What was done in less time than it took was done
+                by several processes at once, and so will the rest be.
+        """
         if not self._estimates:
             return ""
         overall = self._factor(self._sums.values())
@@ -283,7 +291,8 @@ class _TimeLeft:
             sums = self._sums.get(self._graph[name].kind)
             factor = self._factor([sums]) if sums else overall
             left += factor * self._estimates.get(name, 0.0)
-        return f", about {clock(left)} left"
+        at_once = max(1.0, self._spent / elapsed) if elapsed > 0 else 1.0
+        return f", about {clock(left / at_once)} left"
 
     def _factor(self, sums: Iterable[Sequence[float]]) -> float:
         pairs = list(sums)
@@ -314,26 +323,32 @@ def execute(
         Stopped: SIGINT or SIGTERM was received; what was in progress is saved.
     """
     discard_damaged(graph, out)
-    outcome, left = Outcome(), _TimeLeft(graph, estimates or {})
-    waiting = {stage.name: number for number, stage in enumerate(graph, start=1)}
-    finished = {name for name in waiting if stage_state(graph, out, name) == "done"}
+    outcome, left, begin = Outcome(), _TimeLeft(graph, estimates or {}), time.monotonic()
+    numbers = {stage.name: number for number, stage in enumerate(graph, start=1)}
+    waiting = dict.fromkeys(numbers)
+    for name in numbers:
+        if stage_state(graph, out, name) == "done":
+            left.count(name, stage_seconds(out, name), now=False)
+            del waiting[name]
     while waiting:
         progress = False
         for name in list(waiting):
             inputs = set(graph[name].inputs.values())
             if inputs & {*outcome.failed, *outcome.blocked}:
                 outcome.blocked.append(name)
-            elif stage_state(graph, out, name) != "done":
-                if inputs & waiting.keys():
-                    continue
+            elif inputs & waiting.keys():
+                continue
+            elif stage_state(graph, out, name) == "done":  # by another process
+                left.count(name, stage_seconds(out, name))
+            else:
                 with _stage_lock(out, name) as acquired:
                     if not acquired:
                         continue
-                    about = name + left.describe(waiting.keys() - finished)
-                    print(f"[{waiting[name]}/{len(graph)}] {about}", file=sys.stderr, flush=True)
-                    start = time.monotonic()
+                    about = name + left.describe(waiting, time.monotonic() - begin)
+                    print(f"[{numbers[name]}/{len(graph)}] {about}", file=sys.stderr, flush=True)
                     _run_or_record(graph, out, name, runners, outcome)
-                    left.count(name, time.monotonic() - start)
+                if name not in outcome.failed:
+                    left.count(name, stage_seconds(out, name))
             del waiting[name]
             progress = True
         if not progress:  # other processes run the remaining stages

@@ -166,11 +166,26 @@ def test_a_stage_whose_output_is_gone_is_run_again(tmp_path):
 
 def test_time_left_is_estimated_and_corrected_by_what_stages_took():
     left = graph._TimeLeft(plan(), {"base": 30, "expert": 10, "merged": 60, "other": 5})
-    assert left.describe(["base", "expert", "merged", "other"]) == ", about 1:45 left"
+    assert left.describe(["base", "expert", "merged", "other"], 0) == ", about 1:45 left"
     # Twice as long as estimated: so are all others thought to take, until one of their kind ends.
     left.count("base", 60)
-    assert left.describe(["expert", "merged", "other"]) == ", about 2:30 left"
+    assert left.describe(["expert", "merged", "other"], 60) == ", about 2:30 left"
     left.count("expert", 20)
     left.count("merged", 30)
-    assert left.describe(["other"]) == ", about 0:10 left"
-    assert graph._TimeLeft(plan(), {}).describe(["base"]) == ""
+    assert left.describe(["other"], 110) == ", about 0:10 left"
+    assert left.describe(["other"], 55) == ", about 0:05 left"  # Two processes did it.
+    assert graph._TimeLeft(plan(), {}).describe(["base"], 1) == ""
+
+
+def test_time_left_is_estimated_by_what_an_earlier_call_did(tmp_path, capsys):
+    def slowly(stage, out, inputs):
+        out.mkdir()
+        time.sleep(0.6)
+
+    estimates = {"base": 0.001, "expert": 0.001, "merged": 0.001, "other": 0.001}
+    runners = {"train": slowly, "merge": slowly}
+    graph.execute(plan().needed_for("base"), tmp_path, runners, estimates)
+    assert capsys.readouterr().err == "[1/1] base, about 0:00 left\n"
+    graph.execute(plan(), tmp_path, runners, estimates)
+    first, *_ = capsys.readouterr().err.splitlines()
+    assert first == "[2/4] expert, about 0:02 left"
