@@ -239,7 +239,10 @@ GROUPS = {
 @click.option("--recipe", type=DIRECTORY, help="A JSON file of settings; flags override it.")
 @click.option("--config", type=DIRECTORY, help="A YAML file of mergekit's, with models and method.")
 @click.option(
-    "--statistics", type=DIRECTORY, multiple=True, help="Of each expert: fisher, regmean need them."
+    "--statistics",
+    type=DIRECTORY,
+    multiple=True,
+    help="Of each expert, in their order (gradient_matching: the base's may be first).",
 )
 @click.option("--subtree", help="Of pytrees that Orbax stored, the part to merge: params.")
 @click.option(

@@ -27,7 +27,7 @@ from m2l.storage import AnyPath
     "--kind",
     type=click.Choice(["fisher", "gram"]),
     required=True,
-    help="fisher, for Fisher averaging; gram, for RegMean.",
+    help="fisher, for fisher and gradient_matching; gram, for regmean and mats.",
 )
 @click.option("--examples", type=COUNT, default=256, show_default=True)
 @click.option("--out", type=DIRECTORY, required=True, help="The checkpoint of the statistic.")
@@ -47,7 +47,7 @@ def statistics(
     source: str,
     **options: int | str,
 ) -> None:
-    """Gather what Fisher merging or RegMean needs to know of an expert on its own data."""
+    """Gather what fisher, gradient_matching, regmean and mats need to know of an expert's data."""
     from m2l import checkpoints
 
     mixture = api.mixture_name(mixture, jsonl)

@@ -104,7 +104,7 @@ def merge(
         out: The checkpoint or directory to make; must not exist, unless the same merge made it:
             then nothing is done. None: the parameters are returned.
         statistics: Per expert a checkpoint that `m2l statistics` made, for the methods that need
-            one.
+            one; before them that of the base, if there is one.
         subtree: Of pytrees that Orbax stored, the part that is merged.
         output_format: "orbax" or "huggingface": whose names and layout the result has. By default
             those that all inputs have; of parameters that are returned, "orbax".
@@ -352,7 +352,9 @@ class _Merge:
         written = [name for name in dict.fromkeys(names) if name in job.sizes]
         total = job.plan.local * (job.plan.readings - 1) + sum(unit.size for unit in own)
         bar = Progress(f"merging {len(job.experts)} experts", total, "M parameters", scale=10**6)
-        inputs = [source.parameters for source in job.used]
+        # Grams are read whole.
+        read = job.used[: len(job.used) - len(job.statistics) * self.method.whole]
+        inputs = [source.parameters for source in read]
         with (
             bar if progress else contextlib.nullcontext() as self._bar,
             Pass(inputs, job.plan.threads, job.plan.block, job.plan.at_once) as self.stream,
@@ -586,6 +588,8 @@ class _Merge:
                 gram = Span(name, 0, math.prod(square))
                 grams = (read(source, square, gram) for source in job.statistics)
             experts = (read(source, shape) for source in job.experts)
+            if self.method.needs_base and job.base is not None:
+                values["base"] = read(job.base, shape)
             merged = self.method.function(name=name, experts=experts, grams=grams, **values)
         block = merged.astype(self.job.described[name][1]).reshape(-1)
         if not np.isfinite(block.astype(np.float32)).all():

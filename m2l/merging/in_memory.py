@@ -75,7 +75,8 @@ def merge_params(
         experts: The experts' parameters, in the order in which sums run. Containers of other types
             are accepted where the leaves have the same names.
         recipe: How to merge.
-        statistics: A statistic of each expert, for the methods that need them.
+        statistics: A statistic of each expert, for the methods that need them; before them that of
+            the base, if there is one.
 
     Returns:
         A pytree of the base's (without one, the first expert's) structure; arrays of the recipe's
@@ -229,6 +230,7 @@ def _merge_on_host(rows: Mapping[str, _Row], needs: Requirements) -> Leaves:
         else:
             grams = [_whole(name, leaf) for leaf in row.statistics]
             experts = [_whole(name, leaf) for leaf in row.experts]
+            values |= {} if row.base is None else {"base": _whole(name, row.base)}
             result = method.function(name=name, experts=experts, grams=grams or None, **values)
         result = result.astype(jnp.dtype(needs.recipe.dtype))
         sharding = _sharding(row.experts)

@@ -91,7 +91,7 @@ def check_counts(base: bool, experts: int, statistics: int, recipe: Recipe) -> N
     Args:
         base: Whether there is one.
         experts: How many.
-        statistics: How many statistics of experts.
+        statistics: How many statistics of experts, and of the base.
         recipe: How to merge.
     """
     method = METHODS[recipe.method]
@@ -117,11 +117,12 @@ def check_counts(base: bool, experts: int, statistics: int, recipe: Recipe) -> N
             )
     if method.statistic is None and statistics:
         raise MergeError(f"{recipe.method} takes no statistics")
-    if method.statistic is not None and statistics != experts:
+    numbers = (experts, experts + 1) if "base_fisher" in method.inputs else (experts,)
+    if method.statistic is not None and statistics not in numbers:
         raise MergeError(
             f"{recipe.method} needs the {method.statistic} statistics of each expert, in the same "
-            f"order: {statistics} given for {experts}; m2l statistics --kind {method.statistic} "
-            "gathers them"
+            f"order{', and may have those of the base, first' * (len(numbers) - 1)}: {statistics} "
+            f"given for {experts}; m2l statistics --kind {method.statistic} gathers them"
         )
 
 
@@ -364,10 +365,16 @@ def _check_vocabulary(problem: str, other: Checkpoint, first: Checkpoint) -> Non
 
 
 def check_statistics(
-    method: Method, experts: Sequence[Checkpoint], statistics: Sequence[Checkpoint]
+    method: Method, models: Sequence[Checkpoint], statistics: Sequence[Checkpoint]
 ) -> None:
-    """Refuses statistics of another kind, of another expert, or of other parameters."""
-    for expert, source in zip(experts, statistics, strict=False):
+    """Refuses statistics of another kind, of another model, or of other parameters.
+
+    Args:
+        method: The method.
+        models: The base, if there is one, and the experts.
+        statistics: Of the last of these.
+    """
+    for expert, source in zip(models[len(models) - len(statistics) :], statistics, strict=True):
         made_by = source.manifest.made_by if source.manifest else {}
         if made_by.get("statistic") != method.statistic:
             raise MergeError(
@@ -377,7 +384,7 @@ def check_statistics(
         if expert.manifest is not None and made_by.get("of") != expert.digest:
             raise MergeError(
                 f"{source.path}: statistics of another model than {expert.path}: give them in the "
-                "order of the experts"
+                "order of the experts, those of the base first"
             )
         for name, stored in expert.parameters.items():
             if method.whole:

@@ -26,7 +26,7 @@ from m2l.errors import MergeError
 from m2l.merging import inputs, outputs
 from m2l.merging.inputs import Roles, memory_of
 from m2l.merging.method_registry import METHODS, Method
-from m2l.merging.methods import regmean_bytes
+from m2l.merging.methods import gram_bytes
 from m2l.merging.passes import BLOCK, LARGE_CHUNK, SHORT, cores, grid, run_length
 from m2l.merging.recipe import Recipe, Requirements
 from m2l.merging.slices import Slices
@@ -317,7 +317,8 @@ class MergeJob:
         recipe: How to merge.
         base: The base; None without one.
         experts: The experts.
-        statistics: A statistic of each expert, if the method needs them.
+        statistics: A statistic of each expert, if the method needs them; before them that of the
+            base, if there is one.
         reference: Whose parameters are copied where they are not merged.
         roles: How each tensor of the result comes about.
         allowed: Fields that may differ between the models.
@@ -506,7 +507,7 @@ def prepare(
         inputs.check_destination(out, [path for s in opened for path in s.paths])
     own_files = None if united is None else united.files
     roles = inputs.assign_roles(models, len(experts), recipe, allow_differences, own_files)
-    inputs.check_statistics(method, expert_checkpoints, statistic_checkpoints)
+    inputs.check_statistics(method, models, statistic_checkpoints)
     inputs.check_matrices(method, {n: reference.parameters[n].shape for n in roles.merged})
     if output_format == ORBAX and out is not None:
         # As the experts read it: the base may have been trained without their chat template.
@@ -576,7 +577,10 @@ def _whole(
         return 0
     grams = statistics[0].parameters
     sides = {name: grams[name].shape[0] for name in names if name in grams}
-    return max((regmean_bytes(shapes[name], side) for name, side in sides.items()), default=0)
+    return max(
+        (gram_bytes(shapes[name], side, method.needs_base) for name, side in sides.items()),
+        default=0,
+    )
 
 
 def _vocabulary(candidates: Sequence[Checkpoint]) -> Mapping[str, Json]:

@@ -85,14 +85,20 @@ def merged(
         consensus: How signs are elected, if they are.
         base: The base's part, of any float dtype and shape.
         experts: The experts' parts, of the same shape.
-        statistics: The experts' statistics, of the same shape, if the method takes any.
+        statistics: The experts' statistics, of the same shape, if the method takes any; before them
+            the base's, if there are.
         inputs: What else it takes.
 
     Returns:
         float32, of the same shape.
     """
     experts = float32(experts)
-    arguments = {**inputs, "experts": experts, "consensus": consensus, "fishers": statistics}
+    first = len(statistics) - len(experts)
+    arguments = {**inputs, "experts": experts, "consensus": consensus}
+    arguments |= {
+        "fishers": statistics[first:],
+        "base_fisher": statistics[0] if first > 0 else None,
+    }
     if base is not None:
         arguments["base"] = base.astype(jnp.float32)
     if method.draws:

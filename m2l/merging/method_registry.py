@@ -58,6 +58,7 @@ INPUTS = {
     "coefficients": "what the method's `coefficients` computes for each parameter: of inner "
     "products of its task vectors (of its experts, without a base), or of the method's `sums`",
     "fishers": "per expert, the diagonal of its Fisher information",
+    "base_fisher": "that of the base, None where there are no statistics of it; with `fishers`",
     "grams": "per expert, the Gram matrix of the inputs of a kernel; the method is called on the "
     "host, with whole parameters",
     "matrix": "whether the parameter is a matrix, whose rows then are its outputs; the method is "
@@ -78,6 +79,7 @@ _NEEDED = {
     "highest": ("base", "lowest"),
     "masks": ("base", "drop_rate"),
     "rescale": ("masks",),
+    "base_fisher": ("base", "fishers"),
     "consensus": ("base", "zero_sign", "weights"),
     "zero_sign": ("consensus",),
 }

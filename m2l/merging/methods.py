@@ -12,7 +12,7 @@ import functools
 import math
 from collections.abc import Iterable, Sequence
 from types import ModuleType
-from typing import Annotated
+from typing import Annotated, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +67,16 @@ Floor = Annotated[
     float,
     Interval(0),
     "The least Fisher information that an entry counts with.",
+]
+Prior = Annotated[
+    float,
+    Interval(0),
+    "delta: the information on each entry that is not from data; 0 counts as 1e-30.",
+]
+BaseWeight = Annotated[
+    float,
+    Interval(0),
+    "w_0: the weight of the base's Fisher information.",
 ]
 NondiagonalScale = Annotated[
     float,
@@ -251,29 +261,11 @@ def regression_mean(
         MergeError: alpha is out of range; a Gram is not of the kernel's inputs, or is no Gram:
             negative on its diagonal, or not symmetric; an entry is not finite; no experts.
     """
-    if not 0 <= nondiagonal_scale <= 1:
-        raise MergeError(f"nondiagonal_scale must be in [0, 1], not {nondiagonal_scale!r}")
     import scipy.linalg  # Which takes as long to import as all else that merging needs.
 
-    count, grams, kernels, products = 0, 0.0, 0.0, 0.0
-    shape: tuple[int, ...] = ()
-    for kernel, gram in experts:
-        shape = shape or kernel.shape
-        _check_regression(f"{name} of expert {count}", shape, kernel, gram)
-        kernel = np.array(kernel, np.float64).reshape(shape[0], math.prod(shape[1:]))
-        scaled = np.array(gram, np.float64)
-        diagonal = np.diagonal(scaled).copy()
-        scaled *= nondiagonal_scale
-        np.fill_diagonal(scaled, diagonal)
-        count += 1
-        products += scaled @ kernel
-        grams += scaled
-        kernels += kernel
-        del kernel, gram, scaled
-    if not count:
-        raise MergeError(f"{name}: no experts to merge")
-    mean = kernels
-    mean /= count
+    regression = _Regression.of(name, experts, nondiagonal_scale)
+    shape, grams, products, mean = regression.shape, *regression.sums
+    del regression
     # The difference from the mean is solved for, each input in units of its size: what is to be
     # free is then 0, and the eigenvalues of a correlation matrix are at least 1 - alpha.
     sizes = np.sqrt(np.diagonal(grams))
@@ -296,14 +288,110 @@ def regression_mean(
     return mean.reshape(shape).astype(np.float32)
 
 
-def regmean_bytes(kernel: Sequence[int], inputs: int) -> int:
-    """Returns the bytes that `regression_mean` and its caller hold for a kernel, at most.
+def matched_kernel(
+    name: str,
+    base: np.ndarray,
+    experts: Iterable[tuple[np.ndarray, np.ndarray]],
+    steps: float,
+    initial_scale: float,
+    nondiagonal_scale: float = 1.0,
+) -> np.ndarray:
+    """Moves a kernel by conjugate gradients to where it does as each expert on its inputs.
+
+    From W_0 = theta_base + lambda sum_i tau_i towards a solution of (sum_i G_i) W = sum_i G_i W_i,
+    G_i as in `regression_mean`, with one step length for all columns. What G leaves free stays as
+    it is in W_0, and the directions in which the inputs are largest move first. In float64.
+
+    Tam et al. 2023, arXiv:2312.04339, who stop where the residual is 1e-5 of the right side.
+
+    Args:
+        name: The kernel's, for messages.
+        base: The base's kernel, [d_in, ...].
+        experts: As `regression_mean` takes them.
+        steps: The most steps, a whole number; 0 returns W_0.
+        initial_scale: lambda.
+        nondiagonal_scale: alpha, in [0, 1].
+
+    Returns:
+        float32, of a kernel's shape.
+
+    Raises:
+        MergeError: As `regression_mean`.
+    """
+    import scipy.sparse.linalg
+
+    regression = _Regression.of(name, experts, nondiagonal_scale)
+    grams, products, mean = regression.sums
+    initial = mean
+    initial *= regression.count * initial_scale
+    initial += (1 - regression.count * initial_scale) * np.float64(base).reshape(mean.shape)
+
+    def forward(kernel: np.ndarray) -> np.ndarray:
+        return (grams @ kernel.reshape(products.shape)).ravel()
+
+    operator = scipy.sparse.linalg.LinearOperator((products.size,) * 2, forward, dtype=np.float64)
+    solution = initial.ravel()
+    if steps and products.size:
+        solution, _ = scipy.sparse.linalg.cg(
+            operator, products.ravel(), solution, rtol=1e-5, atol=0.0, maxiter=int(steps)
+        )
+    return solution.reshape(regression.shape).astype(np.float32)
+
+
+class _Regression(NamedTuple):
+    """What least squares need of the experts.
+
+    Attributes:
+        count: The number of experts.
+        shape: Of a kernel.
+        sums: sum_i G_i, sum_i G_i W_i and the mean of the W_i, float64 [d_in, d_in] and twice
+            [d_in, d_out].
+    """
+
+    count: int
+    shape: tuple[int, ...]
+    sums: tuple[np.ndarray, np.ndarray, np.ndarray]
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        experts: Iterable[tuple[np.ndarray, np.ndarray]],
+        nondiagonal_scale: float,
+    ) -> Self:
+        """Adds up kernels and Grams; arguments and errors as of `regression_mean`."""
+        if not 0 <= nondiagonal_scale <= 1:
+            raise MergeError(f"nondiagonal_scale must be in [0, 1], not {nondiagonal_scale!r}")
+        count, grams, kernels, products = 0, 0.0, 0.0, 0.0
+        shape: tuple[int, ...] = ()
+        for kernel, gram in experts:
+            shape = shape or kernel.shape
+            _check_regression(f"{name} of expert {count}", shape, kernel, gram)
+            kernel = np.array(kernel, np.float64).reshape(shape[0], math.prod(shape[1:]))
+            scaled = np.array(gram, np.float64)
+            diagonal = np.diagonal(scaled).copy()
+            scaled *= nondiagonal_scale
+            np.fill_diagonal(scaled, diagonal)
+            count += 1
+            products += scaled @ kernel
+            grams += scaled
+            kernels += kernel
+            del kernel, gram, scaled
+        if not count:
+            raise MergeError(f"{name}: no experts to merge")
+        kernels /= count
+        return cls(count, shape, (grams, products, kernels))
+
+
+def gram_bytes(kernel: Sequence[int], inputs: int, has_base: bool) -> int:
+    """Returns the bytes that merging a kernel by Grams takes with its caller, at most.
 
     Args:
         kernel: Its shape.
         inputs: d_in, the length of its Gram's sides.
+        has_base: Whether by `matched_kernel`, and not by `regression_mean`.
     """
-    return 8 * (3 * inputs**2 + 5 * math.prod(kernel))
+    return 8 * (3 * inputs**2 + (9 if has_base else 5) * math.prod(kernel))
 
 
 def _check_regression(
@@ -574,6 +662,35 @@ def fisher(
 
 
 @method
+def gradient_matching(
+    base: jax.Array,
+    experts: Arrays,
+    fishers: Arrays,
+    base_fisher: jax.Array | None,
+    prior: Prior = 1e-12,
+    base_weight: BaseWeight = 1.0,
+    scale: Annotated[float, Interval(0), "alpha: the factor of the task vectors."] = 1.0,
+    weights: Annotated[Sequence[float], Interval(0, open_low=True), "One number an expert."] = (),
+) -> jax.Array:
+    """Adds the task vectors, each entry by how sure its expert is of it, next to the others.
+
+    theta_base + alpha sum_i (H_0 + w_i F_i) / (H_0 + alpha sum_j w_j F_j) tau_i, H_0 = w_0 F_0 +
+    delta: uncertainty-based gradient matching, Daheim et al. 2024, arXiv:2310.12808, whose w are
+    the numbers of examples of the data that the F are of. F_0 is the base's, the first of the
+    statistics if there is one more than experts, and otherwise 0. A large delta makes this task
+    arithmetic; a small one without F_0, with alpha 1, `fisher`.
+    """
+    prior = jnp.maximum(prior, 1e-30)
+    if base_fisher is not None:
+        prior = prior + base_weight * base_fisher
+    sure = scaled(weights, fishers)
+    total = prior + scale * add(sure)
+    shares = [(prior + each) / total for each in sure]
+    taus = task_vectors(base, experts)
+    return base + scale * add([share * tau for share, tau in zip(shares, taus, strict=True)])
+
+
+@method
 def regmean(
     name: str,
     experts: Iterable[np.ndarray],
@@ -585,9 +702,44 @@ def regmean(
     In least squares, Jin et al. 2023, arXiv:2212.09849.
     """
     if grams is None:
-        count, total = 0, np.float32(0)
-        for expert in experts:
-            count, total = count + 1, total + np.float32(expert)
-        return total / np.float32(count)
+        return _mean(experts)
     pairs = zip(experts, grams, strict=True)
     return regression_mean(name, pairs, nondiagonal_scale)
+
+
+def _mean(arrays: Iterable[np.ndarray]) -> np.ndarray:
+    count, total = 0, np.float32(0)
+    for array in arrays:
+        count, total = count + 1, total + np.float32(array)
+    return total / np.float32(count)
+
+
+def whole_steps(steps: float, **_: object) -> str:
+    """Returns the complaint about a number of steps that is none."""
+    return "" if float(steps).is_integer() else f"steps must be a whole number, not {steps!r}"
+
+
+@method(check=whole_steps)
+def mats(
+    name: str,
+    base: np.ndarray,
+    experts: Iterable[np.ndarray],
+    grams: Iterable[np.ndarray] | None,
+    steps: Annotated[
+        float, Interval(0, 100_000), "Steps of conjugate gradients, a whole number."
+    ] = 100,
+    initial_scale: Annotated[
+        float, Interval(), "lambda of the task arithmetic that the steps start from."
+    ] = 0.3,
+    nondiagonal_scale: NondiagonalScale = 1.0,
+) -> np.ndarray:
+    """Moves kernels from task arithmetic to where they do as each expert on its own inputs.
+
+    By conjugate gradients towards (sum_i G_i) W = sum_i G_i W_i, averages all else: MaTS, Tam et
+    al. 2023, arXiv:2312.04339, with RegMean's objective. Where inputs are small few steps leave
+    task arithmetic as it is; many make this `regmean`.
+    """
+    if grams is None:
+        return _mean(experts)
+    pairs = zip(experts, grams, strict=True)
+    return matched_kernel(name, base, pairs, steps, initial_scale, nondiagonal_scale)

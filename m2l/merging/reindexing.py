@@ -73,7 +73,8 @@ def reindexed(
 
     Args:
         models: The base, if there is one, and the experts.
-        statistics: Of each expert, if the method needs them: 0 for tokens that an expert lacks.
+        statistics: Of the last of the models, if the method needs them: 0 for tokens that these
+            lack.
         choice: Which tokenizer, and what its tokens' rows are.
         has_base: Whether the first is the base.
         described: Whether a checkpoint of m2l's is made, which describes its vocabulary.

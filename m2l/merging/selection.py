@@ -21,6 +21,7 @@ from m2l.merging.methods import (
     elect_and_merge,
     scaled,
     task_vectors,
+    trim,
     zero_weights,
 )
 
@@ -174,6 +175,24 @@ def consensus_ta(
     total = add(taus)
     needed = _count(_tall_masks(taus, total, mask_threshold))
     return base + scale * jnp.where(needed >= agreement, total, 0)
+
+
+@method
+def localize_and_stitch(
+    base: jax.Array,
+    experts: Arrays,
+    thresholds: jax.Array,
+    density: Density = 0.05,
+    scale: Scale = 1.0,
+) -> jax.Array:
+    """Keeps the few largest entries of each task vector, and averages these where they overlap.
+
+    theta_base + lambda sum_i m_i tau_i / max(1, sum_i m_i), m_i = 1 for the density-th largest
+    |tau_i| of the model, if above 0: He et al. 2024, arXiv:2408.13656, without data. They take 0.05
+    for language and 0.1 for vision, of layers alone (--exclude says what else stays the base's).
+    """
+    taus = trim(task_vectors(base, experts), thresholds)
+    return base + scale * add(taus) / jnp.maximum(_count([tau != 0 for tau in taus]), 1)
 
 
 def _spread(taus: Arrays) -> list[jax.Array]:

@@ -18,7 +18,7 @@ import numpy as np
 
 from m2l.checkpoints import tensor_kinds
 from m2l.merging.method_registry import Interval, Method, method
-from m2l.merging.methods import Scale
+from m2l.merging.methods import Scale, whole_steps
 
 Matrices = Sequence[np.ndarray]
 
@@ -194,11 +194,7 @@ def _mean_value(matrix: _Svd) -> np.float32:
     return np.float32(matrix.values.mean()) if matrix.values.size else np.float32(0)
 
 
-def _whole_steps(steps: float, **_: object) -> str:
-    return "" if float(steps).is_integer() else f"steps must be a whole number, not {steps!r}"
-
-
-@method(check=_whole_steps)
+@method(check=whole_steps)
 def wudi(
     name: str,
     base: np.ndarray,

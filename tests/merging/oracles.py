@@ -117,6 +117,21 @@ def pcb(base, experts, density, scale):
     return base + scale * merged
 
 
+def localize_and_stitch(base, experts, density, scale):
+    taus = np.stack([trim(tau, density) for tau in exact_task_vectors(base, experts)])
+    return base + scale * taus.sum(0) / np.maximum((taus != 0).sum(0), 1)
+
+
+def gradient_matching(base, experts, fishers, base_fisher, sizes, prior, scale):
+    """theta_0 + alpha sum_t H^-1 (H_0 + H_t) tau_t by inverting matrices, entry by entry one."""
+    first = np.diag(np.ravel(base_fisher) + prior)
+    hessians = [np.diag(size * np.ravel(f)) for size, f in zip(sizes, fishers, strict=True)]
+    inverse = np.linalg.inv(first + scale * sum(hessians))
+    taus = [tau.ravel() for tau in exact_task_vectors(base, experts)]
+    moved = sum(inverse @ (first + h) @ tau for h, tau in zip(hessians, taus, strict=True))
+    return base + scale * moved.reshape(np.shape(base))
+
+
 def spherical_mean(experts, weights):
     """The weighted mean of the directions, as long as the vectors are in the mean."""
     lengths = np.linalg.norm(experts, axis=1)

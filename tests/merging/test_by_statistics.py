@@ -10,7 +10,7 @@ from m2l import checkpoints
 from m2l.errors import MergeError
 from m2l.merging import Recipe, merge, merge_params, prepare
 from m2l.merging.job import spell
-from m2l.merging.methods import regmean_bytes, regression_mean
+from m2l.merging.methods import gram_bytes, matched_kernel, regression_mean
 
 from . import oracles
 from .conftest import SHAPES, same_bits, whole, write
@@ -18,15 +18,16 @@ from .conftest import SHAPES, same_bits, whole, write
 
 @pytest.fixture
 def statistics(tmp_path, models, paths):
-    """Writes statistics of the experts, as m2l statistics does; says where."""
+    """Writes statistics of the experts, or of all models, as m2l statistics does; says where."""
 
     def make(kind, trees):
         found = []
         for index, tree in enumerate(trees):
-            of = checkpoints.read_manifest(paths[1][index]).digest
+            model = [paths[0], *paths[1]][index - len(trees)]
+            of = checkpoints.read_manifest(model).digest
             about = {"kind": "statistics", "statistic": kind, "of": of}
-            write(tmp_path / f"{kind}_{index}", tree, made_by=about)
-            found.append(tmp_path / f"{kind}_{index}")
+            found.append(tmp_path / f"{kind}_{index}_of_{len(trees)}")
+            write(found[-1], tree, made_by=about)
         return found
 
     return make
@@ -52,6 +53,49 @@ def test_fisher_weighs_each_entry(tmp_path, models, paths, statistics):
     np.testing.assert_allclose(whole(found), wanted, atol=1e-5)
 
 
+@pytest.mark.parametrize("count", [3, 4])
+def test_gradient_matching_weighs_each_entry_by_the_hessians(
+    tmp_path, models, paths, statistics, count
+):
+    rng = np.random.default_rng(0)
+    # Over the many orders of magnitude that squares of gradients have.
+    fishers = [
+        jax.tree.map(lambda leaf: np.float32(10 ** rng.uniform(-9, 0, leaf.shape)), tree)
+        for tree in [models[0], *models[1]][-count:]
+    ]
+    settings = {"scale": 0.7, "weights": (1, 2, 0.5), "prior": 1e-6, "base_weight": 3}
+    recipe = Recipe("gradient_matching", settings)
+    beside = statistics("fisher", fishers)
+    merge(*paths, recipe, tmp_path / "out", statistics=beside, block=100, progress=False)
+    merged = checkpoints.flatten(checkpoints.restore(tmp_path / "out"))
+    same_bits(merged, checkpoints.flatten(merge_params(*models, recipe, fishers)))
+    flat = [checkpoints.flatten(tree) for tree in (models[0], *models[1], *fishers)]
+    for name, array in merged.items():
+        base, *experts = (tree[name] for tree in flat[:4])
+        base_fisher = 3 * np.float64(flat[4][name]) if count == 4 else 0 * base
+        own = [tree[name] for tree in flat[-3:]]
+        wanted = oracles.gradient_matching(base, experts, own, base_fisher, (1, 2, 0.5), 1e-6, 0.7)
+        np.testing.assert_allclose(array, wanted, rtol=0, atol=1e-5)
+
+
+def test_gradient_matching_lies_between_fisher_averages_and_task_arithmetic(models):
+    rng = np.random.default_rng(0)
+    fishers = [jax.tree.map(lambda leaf: rng.random(leaf.shape, np.float32), t) for t in models[1]]
+    alike = {
+        Recipe("gradient_matching", prior=0): merge_params(
+            None, models[1], Recipe("fisher", floor=0), fishers
+        ),
+        Recipe("gradient_matching", prior=1e30): merge_params(*models, Recipe("task_arithmetic")),
+    }
+    for recipe, wanted in alike.items():
+        merged = merge_params(*models, recipe, fishers)
+        np.testing.assert_allclose(whole(merged), whole(wanted), rtol=0, atol=1e-5)
+    # What no expert is sure of moves as in task arithmetic.
+    unsure = [jax.tree.map(np.zeros_like, tree) for tree in fishers]
+    merged = merge_params(*models, Recipe("gradient_matching", prior=0), unsure)
+    np.testing.assert_allclose(whole(merged), whole(wanted), rtol=0, atol=1e-5)
+
+
 def test_regmean_solves_for_kernels_and_averages_the_rest(tmp_path, models, paths, statistics):
     rng, name = np.random.default_rng(0), "decoder/layers_01/mlp/wi_0"
     inputs = [rng.standard_normal((50, 8)).astype(np.float32) for _ in range(3)]
@@ -74,6 +118,26 @@ def test_regmean_solves_for_kernels_and_averages_the_rest(tmp_path, models, path
     np.testing.assert_allclose(found[name], wanted, atol=1e-4)
 
 
+def test_mats_moves_kernels_and_averages_the_rest(tmp_path, models, paths, statistics):
+    rng, name = np.random.default_rng(0), "decoder/layers_01/mlp/wi_0"
+    inputs = [rng.standard_normal((50, 8)).astype(np.float32) for _ in range(3)]
+    grams = [checkpoints.unflatten({name: x.T @ x}) for x in inputs]
+    beside = statistics("gram", grams)
+    recipe = Recipe("mats", steps=2, initial_scale=0.5)
+    merge(*paths, recipe, tmp_path / "out", statistics=beside, block=100, progress=False)
+    merged = checkpoints.flatten(checkpoints.restore(tmp_path / "out"))
+    same_bits(merged, checkpoints.flatten(merge_params(*models, recipe, grams)))
+    base, *experts = (checkpoints.flatten(tree) for tree in (models[0], *models[1]))
+    pairs = [(expert[name], x.T @ x) for expert, x in zip(experts, inputs, strict=True)]
+    np.testing.assert_array_equal(merged[name], matched_kernel(name, base[name], pairs, 2, 0.5))
+    assert np.abs(merged[name] - oracles.average([e[name] for e in experts])).max() > 1e-3
+    for other in {*SHAPES} - {name}:
+        mean = oracles.average([expert[other] for expert in experts])
+        np.testing.assert_allclose(merged[other], mean, atol=1e-6)
+    with pytest.raises(MergeError, match="steps must be a whole number"):
+        Recipe("mats", steps=0.5)
+
+
 def test_statistics_must_be_the_experts_own(refused, paths, statistics, models):
     beside = statistics("fisher", models[1])
     for given, message in (
@@ -83,6 +147,13 @@ def test_statistics_must_be_the_experts_own(refused, paths, statistics, models):
     ):
         with pytest.raises(MergeError, match=message):
             merge(None, paths[1], Recipe("fisher"), "unused", statistics=given)
+    beside = statistics("fisher", [models[0], *models[1]])
+    for given, message in (
+        (beside[:2], "and may have those of the base, first: 2 given for 3"),
+        ([*beside[1:], beside[0]], "order of the experts, those of the base first"),
+    ):
+        with pytest.raises(MergeError, match=message):
+            merge(*paths, Recipe("gradient_matching"), "unused", statistics=given)
     with pytest.raises(MergeError, match="average takes no statistics"):
         merge(None, paths[1], Recipe("average"), "unused", statistics=beside)
 
@@ -92,7 +163,9 @@ def test_regmean_is_planned_with_its_largest_kernel_and_grams(paths, statistics)
     gram = checkpoints.unflatten({name: np.eye(side, dtype=np.float32)})
     beside = statistics("gram", [gram] * 3)
     job = prepare(None, paths[1], Recipe("regmean"), "unused", statistics=beside)
-    assert job.plan.whole == regmean_bytes(SHAPES[name], side)
+    assert job.plan.whole == gram_bytes(SHAPES[name], side, False)
+    job = prepare(*paths, Recipe("mats"), "unused", statistics=beside)
+    assert job.plan.whole == gram_bytes(SHAPES[name], side, True)
     assert prepare(None, paths[1], Recipe("average"), "unused").plan.whole == 0
     told = dict(job.plan.rows())["memory"]
     assert told.startswith(f"{spell(job.plan.memory)} at most, {spell(job.plan.whole)}")
@@ -101,17 +174,22 @@ def test_regmean_is_planned_with_its_largest_kernel_and_grams(paths, statistics)
 
 
 @pytest.mark.parametrize("shape", [(512, 64), (128, 4, 128), (32, 4096)])
-def test_regmean_holds_what_is_planned_whatever_the_number_of_experts(shape):
+@pytest.mark.parametrize("method", ["regmean", "mats"])
+def test_grams_take_what_is_planned_whatever_the_number_of_experts(method, shape):
     def experts(count):
         for index in range(count):
             rng = np.random.default_rng(index)
             kernel = rng.standard_normal(shape, np.float32)
             yield kernel, np.diag(rng.random(shape[0], np.float32))
 
-    planned = regmean_bytes(shape, shape[0])
+    planned = gram_bytes(shape, shape[0], method == "mats")
+    base = np.zeros(shape, np.float32)
     for count in (2, 6):
         tracemalloc.start()
-        regression_mean("w", experts(count))
+        if method == "regmean":
+            regression_mean("w", experts(count))
+        else:
+            matched_kernel("w", base, experts(count), 3, 0.3)
         _, most = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         assert planned / 2 < most <= planned

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from m2l.errors import MergeError
-from m2l.merging.methods import fisher_average, regression_mean
+from m2l.merging.methods import fisher_average, matched_kernel, regression_mean
 
 # Sums of three float32 numbers, and a division.
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}
@@ -169,3 +169,39 @@ def test_a_scale_out_of_range_and_no_experts_are_refused():
         regression_mean("w", [], 1.5)
     with pytest.raises(MergeError, match="no experts"):
         regression_mean("w", [])
+
+
+# --- MaTS ---
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_conjugate_gradients_find_the_best_of_their_krylov_space(rng, steps):
+    kernels, base = rng.normal(size=(3, 6, 4)), rng.normal(size=(6, 4))
+    grams = grams_of(rng.normal(size=(3, 40, 6)))
+    pairs = zip(kernels, grams, strict=True)
+    merged = matched_kernel("w", np.float32(base), pairs, steps, 0.3, 0.8)
+    assert merged.dtype == np.float32
+    scaled = [0.8 * gram + 0.2 * np.diag(np.diag(gram)) for gram in grams]
+    # Of the kernel as one vector.
+    matrix = np.kron(sum(scaled), np.eye(4))
+    right = sum(gram @ kernel for gram, kernel in zip(scaled, kernels, strict=True)).ravel()
+    start = (base + 0.3 * (kernels - base).sum(0)).ravel()
+    residual = right - matrix @ start
+    powers = (np.linalg.matrix_power(matrix, k) for k in range(max(steps, 1)))
+    space = np.stack([(steps > 0) * power @ residual for power in powers], 1)
+    best = np.linalg.lstsq(space.T @ matrix @ space, space.T @ residual, rcond=None)[0]
+    np.testing.assert_allclose(merged.ravel(), start + space @ best, rtol=1e-4, atol=1e-5)
+
+
+def test_many_steps_of_mats_are_regmean_but_for_directions_without_inputs(rng):
+    kernels, inputs = rng.normal(size=(3, 6, 2, 2)), rng.normal(size=(3, 40, 6))
+    inputs[:, :, 0] = 0
+    pairs = [*zip(kernels, grams_of(inputs), strict=True)]
+    base = rng.normal(size=(6, 2, 2))
+    merged = matched_kernel("w", base, pairs, 100, 0.3, 0.9)
+    wanted = regression_mean("w", pairs, 0.9)
+    wanted[0] = base[0] + 0.3 * (kernels[:, 0] - base[0]).sum(0)
+    # It stops where the residual is 1e-5 of the right side.
+    np.testing.assert_allclose(merged, wanted, rtol=0, atol=1e-3)
+    with pytest.raises(MergeError, match=r"w of expert 0: a kernel"):
+        matched_kernel("w", base, [(kernels[0], np.eye(5))], 1, 0.3)

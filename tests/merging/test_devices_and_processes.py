@@ -55,7 +55,10 @@ RECIPES = {
     "slerp": Recipe("slerp", t=0.3),
     "model_stock": Recipe("model_stock"),
     "fisher": Recipe("fisher", weights=(1, 2)),
+    "gradient_matching": Recipe("gradient_matching", weights=(1, 2)),
+    "localize_and_stitch": Recipe("localize_and_stitch", density=0.3),
     "regmean": Recipe("regmean"),
+    "mats": Recipe("mats", steps=3),
     "tsv_m": Recipe("tsv_m"),
     "iso_c": Recipe("iso_c"),
     "iso_cts": Recipe("iso_cts", common=0.5),
@@ -77,6 +80,7 @@ LAYOUTS = {"2 devices": (2, 1), "8 devices": (8, 1), "2 processes": (1, 2), "3 p
 IN_MEMORY = (
     *("average", "linear", "task_arithmetic", "ties", "ties of each tensor", "dare"),
     *("dare_ties trimmed", "breadcrumbs", "slerp", "model_stock", "fisher", "regmean"),
+    *("gradient_matching", "localize_and_stitch", "mats"),
     "mergekit dare_ties",
     "weighted_sum",
     *("breadcrumbs_ties", "nearswap", "task_nuslerp", "task_multislerp", "karcher"),

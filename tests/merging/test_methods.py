@@ -116,6 +116,10 @@ FORMULAS = {
         {"weights": (0, 0, 1, 0)},
         lambda base, experts: oracles.emr(base, experts, (0, 0, 1, 0)),
     ),
+    "localize_and_stitch": (
+        {"density": 0.1, "scale": 0.7},
+        lambda base, experts: oracles.localize_and_stitch(base, experts, 0.1, 0.7),
+    ),
     "multislerp": (
         {"weights": WEIGHTS},
         lambda base, experts: oracles.spherical_mean(experts, WEIGHTS),
@@ -415,7 +419,9 @@ LARGE_RECIPES = [
     *((Recipe("sce", density=0.1, scope=scope), 3) for scope in ("model", "tensor")),
     *((Recipe("pcb", scope=scope), 3) for scope in ("model", "tensor")),
     *((Recipe(n, scope=scope), 3) for n in ("emr", "ram_plus") for scope in ("model", "tensor")),
+    (Recipe("localize_and_stitch"), 3),
     (Recipe("fisher"), 2),
+    (Recipe("gradient_matching"), 2),
 ]
 
 
@@ -453,7 +459,9 @@ def test_a_methods_signature_says_what_it_needs():
         "nearswap": (True, False, False),
         "model_stock": (True, False, False),
         "fisher": (False, False, False),
+        "gradient_matching": (True, False, False),
         "regmean": (False, False, False),
+        "mats": (True, False, False),
         "slerp": (False, False, False),
         "nuslerp": (False, False, False),
         "task_nuslerp": (True, False, False),
@@ -464,6 +472,7 @@ def test_a_methods_signature_says_what_it_needs():
         "ram_plus": (True, False, False),
         "tall_masks": (True, False, False),
         "consensus_ta": (True, False, False),
+        "localize_and_stitch": (True, True, False),
         "sce": (True, True, False),
         "emr": (True, False, False),
         "pcb": (True, True, False),
