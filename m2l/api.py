@@ -159,6 +159,7 @@ def evaluate(
     top_p: float = 1.0,
     samples: int = 1,
     seed: int = 0,
+    dtype: str = "float32",
     mesh: Mesh | None = None,
     out: AnyPath | str | None = None,
     examples: bool = False,
@@ -186,6 +187,7 @@ def evaluate(
         top_p: From how much of the probability they are drawn.
         samples: Texts drawn for each example; scores are means over them, `pass@k` beside.
         seed: Of what is drawn.
+        dtype: The dtype to compute in: "float32", or "bfloat16" where the devices multiply it.
         mesh: Where the model is placed; by default every device has a copy of it.
         out: A directory for one JSON result a task; results that are there are not computed again.
         examples: Whether each example's scores and predictions are written to `out` as well.
@@ -225,7 +227,9 @@ def evaluate(
 
     mesh = mesh or partitioning.make_mesh()
     placed = partitioning.shardings(models.spec(model.config), mesh)
-    evaluator = Evaluator(model.config, tasks, loaded_vocabulary, batch_size=batch_size)
+    evaluator = Evaluator(
+        model.config, tasks, loaded_vocabulary, batch_size=batch_size, dtype=dtype
+    )
     with jax.set_mesh(mesh):
         params = model.read(placed)
         if out is None:

@@ -261,8 +261,8 @@ def load(name: str, files: Sequence[str], bindings: Sequence[str] = ()) -> tuple
     try:
         with _quiet(), _file_search():
             gin.parse_config_files_and_bindings(list(files), [], finalize_config=False)
-            _refuse_unknown_macros(bindings, _macros([gin.config_str()]))
             text = "\n".join(quoted(binding) for binding in bindings)
+            _refuse_unknown_macros(bindings, _macros([gin.config_str()]))
             _check_statements(text, "--gin.NAME=VALUE")
             gin.parse_config(text)
             built = gin.get_configurable(name)()

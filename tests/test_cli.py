@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from click.shell_completion import BashComplete
 
-from m2l import checkpoints
+from m2l import checkpoints, configuration
 from m2l.cli import command
 from m2l.cli.options import GroupedCommand
 
@@ -121,8 +122,24 @@ def test_inspect_and_lists_and_doctor_print_what_there_is(road, run_m2l, capsys)
     assert run_m2l("tasks", "show", "imdb") == 2
     assert run_m2l("merge", "--list") == 0
     assert "drop_rate" in capsys.readouterr().out
-    assert run_m2l("study", "--gin_file", "experiments/demo.gin", "--out", "x", "--dry_run") == 0
-    assert "experts/1M/instruct/sentiment" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("columns", [80, 64])
+def test_a_dry_run_fits_the_terminal_and_names_every_stage(run_m2l, capsys, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    file = "experiments/demo.gin"
+    assert run_m2l("study", "--gin_file", file, "--out", "x", "--dry_run") == 0
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= columns
+    plan = configuration.load("Study", [file])[0].of.resolved().stage_graph()
+    # Lines that are indented belong to the one before.
+    stages = re.split(r"\n(?=\S)", shown)[2:]
+    for stage, lines in zip(plan, stages, strict=False):
+        name, _, read = "".join(map(str.strip, lines.splitlines())).partition("<")
+        assert name.endswith(stage.name)
+        folders = re.findall(r"([^{, ]+)(?:{([^}]*)})?", read)
+        spelled = [folder + base for folder, bases in folders for base in bases.split(",")]
+        assert spelled == list(stage.inputs.values())
 
 
 def printed(capsys):
@@ -245,6 +262,31 @@ def test_wrong_flags_are_refused(refused, road, tmp_path):
     assert "--mixture" in refused("eval", "--checkpoint", road / "base", "--out", tmp_path / "o")
     assert "--method" in refused("merge", "--expert", road / "base", "--out", tmp_path / "o")
     assert "study.json" in refused("report", tmp_path)
+    assert "'--steps'" in refused(*trained, "--mixture", "imdb", "--steps", 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        # What a command that reads no gin is told by them: the user's own words, its own flags.
+        ("eval x --gin.Eval.batch_size=4", "no --gin.Eval.batch_size: did you mean --batch_size?"),
+        ("eval x --gin.X=..", "no --gin.X: its flags are --checkpoint, .*--dtype, .*--source"),
+        ("merge --gin.Merge.density=0.2", "did you mean --density?"),
+        ("tasks list --gin.X=1", "m2l tasks --help; those with gin .*skills, study, train"),
+        ("train --out x --gin.STEPS", "--gin.STEPS: expected --gin.NAME=VALUE"),
+        ("train --out x --ginfile f", "'--ginfile'.*Did you mean.*'--gin_file'"),
+    ],
+)
+def test_settings_of_gin_are_refused_by_the_users_own_flag(refused, arguments, words):
+    line = refused(*arguments.split())
+    assert all(word in line for word in words.split(".*")), line
+    assert "binding" not in line
+
+
+def test_what_follows_two_dashes_is_text(road, run_m2l, capsys):
+    capsys.readouterr()
+    assert run_m2l("generate", road / "base", "--max_length", 2, "--", "--gin.X=1") == 0
+    assert capsys.readouterr().out.splitlines()[0] == "--gin.X=1"
 
 
 def test_a_models_file_is_enough_to_train_from_scratch(run_m2l, tmp_path):

@@ -28,6 +28,7 @@ from m2l.cli import (
     sweep,
     verify,
 )
+from m2l.cli.options import GIN_BINDING, reads_gin
 from m2l.errors import M2LError, Stopped, one_line
 from m2l.version import __version__
 
@@ -69,7 +70,49 @@ SUMMARIES = {
 
 
 class _Commands(click.Group):
-    """A group whose help lists its commands by subject."""
+    """A group whose help lists its commands by subject, and which takes --gin.NAME=VALUE."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Returns the command and its arguments, T5X's --gin.NAME=VALUE as an option and its value.
+
+        Raises:
+            UsageError: The command reads no gin settings.
+        """
+        name, command, arguments = super().resolve_command(ctx, args)
+        # lm_eval's own command reads its arguments.
+        passes_on = command and command.context_settings.get("ignore_unknown_options")
+        if command is None or passes_on or ctx.resilient_parsing:
+            return name, command, arguments
+        end = arguments.index("--") if "--" in arguments else len(arguments)
+        expanded: list[str] = []
+        for argument in arguments[:end]:
+            if not argument.startswith("--gin."):
+                expanded.append(argument)
+            elif reads_gin(command):
+                expanded += [GIN_BINDING, argument.removeprefix("--gin.")]
+            else:
+                raise click.UsageError(self._refusal(name, command, argument))
+        return name, command, expanded + arguments[end:]
+
+    def _refusal(self, name: str | None, command: click.Command, argument: str) -> str:
+        """Says that a command has no gin settings: who does, and which flags it has itself."""
+        readers = ", ".join(
+            each for each in sorted(self.commands) if reads_gin(self.commands[each])
+        )
+        setting = argument.removeprefix("--gin.").partition("=")[0]
+        flag = f"--{setting.rpartition('.')[2].lower()}"
+        params = command.get_params(click.Context(command))
+        flags = [each.opts[-1] for each in params if isinstance(each, click.Option)]
+        meant = f"did you mean {flag}? " if flag in flags else ""
+        if isinstance(command, click.Group):
+            flags = [f"in m2l {name} --help"]
+        listed = f"its flags are {', '.join(flags)}"
+        return (
+            f"m2l {name} has no gin settings, and no --gin.{setting}: {meant}{listed}; those with "
+            f"gin settings are {readers}"
+        )
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Writes a section for each subject."""
@@ -150,20 +193,13 @@ def run(arguments: Sequence[str], *, stopped_code: int | None) -> None:
         arguments: The command's.
         stopped_code: The exit code of work that a signal stopped; None: 128 and its number.
     """
-    # T5X's way of setting gin: --gin.NAME=VALUE.
-    expanded = []
-    for argument in arguments:
-        if argument.startswith("--gin."):
-            expanded += ["--gin_binding", argument.removeprefix("--gin.")]
-        else:
-            expanded.append(argument)
-    debug = "--debug" in expanded
+    debug = "--debug" in arguments
     # A tenth of the start would go into looking for garbage among what imports make.
     gc.set_threshold(100_000, 50, 50)
     try:
-        if expanded and not {"-h", "--help", "--version"} & set(expanded):
+        if arguments and not {"-h", "--help", "--version"} & set(arguments):
             _prepare()
-        cli.main(expanded, prog_name="m2l", standalone_mode=False)
+        cli.main(list(arguments), prog_name="m2l", standalone_mode=False)
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
     except click.exceptions.NoArgsIsHelpError as error:

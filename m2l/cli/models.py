@@ -23,6 +23,7 @@ from m2l.cli.options import (
     print_table,
     with_batches,
     with_decoding,
+    with_dtype,
     with_generative_score,
     with_gin,
     with_json,
@@ -53,14 +54,14 @@ if TYPE_CHECKING:
 @click.option("--out", type=DIRECTORY, required=True, help="The run's folder.")
 @click.option("--init", type=DIRECTORY, help="The checkpoint to start from.")
 @click.option("--mixture", type=MIXTURE, help="The task or mixture to train on: m2l tasks list.")
-@click.option("--steps", type=int, help="Optimizer steps in all.")
+@click.option("--steps", type=COUNT, help="Optimizer steps in all.")
 @click.option("--batch_size", type=COUNT, help="Rows of a batch.  [default: 32]")
-@click.option("--learning_rate", type=float, help="The highest.  [default: 0.001]")
 @click.option(
-    "--dtype",
-    type=click.Choice(["float32", "bfloat16"]),
-    help="What the network computes in; parameters are float32.  [default: float32]",
+    "--learning_rate",
+    type=click.FloatRange(min=0, min_open=True),
+    help="The highest.  [default: 0.001]",
 )
+@with_dtype("What the network computes in; parameters are float32.  [default: float32]")
 @click.option("--lora", help="Train an adapter: r=16[,alpha=32][,targets=q_proj+v_proj].")
 @with_jsonl("train=FILE[,validation=FILE]: your own data, as the task `jsonl`.")
 @click.option("--vocabulary", help=VOCABULARY)
@@ -164,7 +165,7 @@ def train(
         "Decoding": "beams temperature top_k top_p samples seed",
         "Output": "out examples as_json",
         "Batches": "batch_size input_length target_length",
-        "Machine": "fsdp model distributed coordinator process",
+        "Machine": "dtype fsdp model distributed coordinator process",
     },
 )
 @click.argument("model_path", metavar="[CHECKPOINT]", type=MODEL, required=False)
@@ -195,6 +196,7 @@ def train(
 @click.option("--examples", is_flag=True, help="Write what became of each example as well.")
 @with_json
 @click.option("--vocabulary", help=f"{VOCABULARY} By default the checkpoint's own.")
+@with_dtype("What the network computes in.", default="float32")
 @with_mesh
 @with_processes
 @click.option(

@@ -145,13 +145,21 @@ def with_options(*options: Callable[[Command], Command]) -> Callable[[Command], 
     return decorate
 
 
-# --gin.NAME=VALUE arrives as the hidden one, as `m2l.cli.command.run` rewrites it.
+GIN_BINDING = "--gin."
+"""The hidden option as which --gin.NAME=VALUE arrives."""
 with_gin = with_options(
     click.option(
         "--gin_file", "gin_files", type=GIN_FILE, multiple=True, help="A gin file; repeatable."
     ),
-    click.option("--gin_binding", "bindings", multiple=True, hidden=True),
+    click.option(GIN_BINDING, "bindings", multiple=True, hidden=True),
 )
+
+
+def reads_gin(command: click.Command) -> bool:
+    """Returns whether a command has the options of `with_gin`."""
+    return any(param.name == "bindings" for param in command.params)
+
+
 with_mesh = with_options(
     click.option("--fsdp", type=COUNT, default=1, help="Devices to split models over."),
     click.option("--model", type=COUNT, default=1, help="Devices to split layers over."),
@@ -184,6 +192,17 @@ with_decoding = with_options(
 def with_jsonl(description: str) -> Callable[[Command], Command]:
     """Returns a decorator that adds --jsonl, the files of one's own data by split."""
     return click.option("--jsonl", type=_JsonlFiles(), default="", help=description)
+
+
+def with_dtype(description: str, default: str | None = None) -> Callable[[Command], Command]:
+    """Returns a decorator that adds --dtype, in which a network computes."""
+    return click.option(
+        "--dtype",
+        type=click.Choice(["float32", "bfloat16"]),
+        default=default,
+        show_default=default is not None,
+        help=description,
+    )
 
 
 def with_batches(

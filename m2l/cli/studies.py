@@ -1,5 +1,7 @@
 """`m2l demo`, `m2l study`, `m2l report`."""
 
+import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -160,15 +162,20 @@ def _print_plan(plan: "Graph", out: Path, peak: float | None) -> None:
     peak = peak or resources.peak_flops("float32") or 0.0
     if not peak:
         raise ConfigError("the devices of this machine are not known: say their --peak")
+    width = shutil.get_terminal_size().columns
+    columns = ("kind", "state", "time", "stage, and what it reads")
     rows = [
-        (
-            *(stage.name, stage.kind, states[stage.name]),
-            ", ".join(stage.inputs.values()),
-            _time(cost_seconds(costs[stage.name], peak)),
-        )
+        (stage.kind, states[stage.name], _time(cost_seconds(costs[stage.name], peak)), stage.name)
         for stage in plan
     ]
-    print_table(f"{len(plan)} stages", ["stage", "kind", "state", "reads", "time"], rows)
+    sizes = [max(len(row[place]) for row in (columns, *rows)) for place in range(3)]
+    click.echo(f"{len(plan)} stages")
+    reads = [_braced(list(stage.inputs.values())) for stage in plan]
+    for (kind, state, time, name), read in zip((columns, *rows), ("", *reads), strict=True):
+        start = f"{kind:<{sizes[0]}}  {state:<{sizes[1]}}  {time:>{sizes[2]}}"
+        fits = len(start) + 2 + len(name) <= width
+        lines = [f"{start}  {name}"] if fits else [start, *_folded(name, "    ", width)]
+        click.echo("\n".join(lines + _folded(read, "    < ", width)))
     kinds = []
     for kind in dict.fromkeys(stage.kind for stage in plan):
         names = [stage.name for stage in plan if stage.kind == kind]
@@ -179,11 +186,39 @@ def _print_plan(plan: "Graph", out: Path, peak: float | None) -> None:
     left = sum((costs[n] for n in states if states[n] != "done"), NO_COST)
     columns = ["kind", "stages", "done", "operations", "time", "disk"]
     print_table("in all", columns, kinds)
-    click.echo(
+    text = (
         f"left to do: {left.flops:.2g} operations, {_time(cost_seconds(left, peak))} at "
         f"{UTILISATION:.0%} of {peak:.3g} a second; {_bytes(left.disk)} of disk. "
         "Small models reach less, and compiling comes on top."
     )
+    click.echo("\n".join(_folded(text, "", width)))
+
+
+def _braced(names: Sequence[str]) -> str:
+    """Returns names with those in one folder together, as shells write them: a/{b,c}."""
+    folders: dict[str, list[str]] = {}
+    for name in names:
+        folder, slash, base = name.rpartition("/")
+        folders.setdefault(folder + slash, []).append(base)
+    return ", ".join(
+        folder + (bases[0] if len(bases) == 1 else f"{{{','.join(bases)}}}")
+        for folder, bases in folders.items()
+    )
+
+
+def _folded(text: str, indent: str, width: int) -> list[str]:
+    """Returns a text in lines; a word longer than one is broken after one of its "/", "+", ","."""
+    width = max(width - len(indent), 20)
+    lines = [""] if text else []
+    for word in text.split():
+        parts = re.findall(r"[^/+,]+[/+,]?|[/+,]", word) if len(word) > width else [word]
+        for place, part in enumerate(parts):
+            space = " " if lines[-1] and not place else ""
+            if lines[-1] and len(lines[-1]) + len(space) + len(part) > width:
+                lines.append(part)
+            else:
+                lines[-1] += space + part
+    return [(" " * len(indent) if place else indent) + line for place, line in enumerate(lines)]
 
 
 def _time(seconds: float) -> str:

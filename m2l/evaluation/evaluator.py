@@ -13,8 +13,9 @@ from m2l.data import layouts, vocabularies
 from m2l.data.vocabularies import Vocabulary
 from m2l.errors import ConfigError, EvaluationError, UnknownNameError
 from m2l.evaluation import batching, bootstrap, generation, metrics, ranking
-from m2l.evaluation.results import Result, finished, write_examples, write_result
+from m2l.evaluation.results import USUAL_DTYPE, Result, finished, write_examples, write_result
 from m2l.evaluation.task_data import TaskData
+from m2l.models.products import computed_in
 from m2l.progress import Progress
 from m2l.storage import AnyPath
 from m2l.typing import Json, Params
@@ -47,7 +48,10 @@ class Evaluator:
         tasks: What to evaluate on, from `load_tasks`.
         vocabulary: The vocabulary, to read what a model generates.
         batch_size: Examples in a batch, at most.
-        dtype: The dtype to compute in.
+        dtype: The dtype to compute in: "float32" or "bfloat16".
+
+    Raises:
+        ConfigError: Another dtype.
     """
 
     def __init__(
@@ -59,7 +63,9 @@ class Evaluator:
         batch_size: int = 32,
         dtype: str = "float32",
     ):
-        self.config, self.vocabulary, self.dtype = config, vocabulary, dtype
+        if dtype not in ("float32", "bfloat16"):
+            raise ConfigError(f"dtype {dtype!r}: expected 'float32' or 'bfloat16'")
+        self.config, self.vocabulary, self.dtype = config, vocabulary, computed_in(dtype).name
         self.tasks = tuple(tasks)
         layout = layouts.of(config, vocabulary)
         ranked = {
@@ -172,7 +178,9 @@ class Evaluator:
         selected = self._select(only)
         # All see what the first wrote before, and nothing that it writes while others still look.
         distributed.wait_for_all("m2l: what is written is there")
-        earlier = [finished(out, model_digest, ready.task, examples) for ready in selected]
+        earlier = [
+            finished(out, model_digest, ready.task, examples, self.dtype) for ready in selected
+        ]
         distributed.wait_for_all("m2l: which results are there")
         results = []
         total = sum(len(ready.task.examples) for ready in selected)
@@ -252,6 +260,8 @@ class Evaluator:
     def _settings(self, task: TaskData) -> dict[str, str]:
         """Returns what else than its examples decides a task's figures, where it is not usual."""
         settings = vocabularies.settings(self.vocabulary) | task.shots_settings()
+        if self.dtype != USUAL_DTYPE:
+            settings |= {"dtype": self.dtype}
         if task.decoded:
             references = [example.reference for example in task.examples]
             settings |= metrics.settings(task.info.metrics, references) | task.decoding.settings()

@@ -28,6 +28,8 @@ from m2l.version import __version__
 
 FORMAT_VERSION = 3
 _WITHOUT_CHECKSUM = (2,)
+USUAL_DTYPE = "float32"
+"""What results that name no dtype in their settings were computed in."""
 EXAMPLES = ".examples.jsonl.gz"
 _ROUNDING = 1e-6
 
@@ -50,9 +52,9 @@ class Result:
         padding: The share of padding in what it read.
         values: Each example's part of the score, where they were asked for: those of two models on
             the same examples can be paired. None for BLEU, which has none.
-        settings: What else decided the figures, where it is not usual: how metrics split
-            texts of other scripts, the date that a chat template has, whether a space is
-            between inputs and targets.
+        settings: What else decided the figures, where it is not usual: the dtype that the network
+            computed in, how metrics split texts of other scripts, the date that a chat template
+            has, whether a space is between inputs and targets.
     """
 
     task: str
@@ -192,15 +194,18 @@ def read_results(directory: Path) -> dict[str, Result]:
     return {result.task: result for result in results}
 
 
-def finished(out: Path, model_digest: str, task: TaskData, examples: bool) -> Result | None:
+def finished(
+    out: Path, model_digest: str, task: TaskData, examples: bool, dtype: str = USUAL_DTYPE
+) -> Result | None:
     """Returns the result already there, if it is of this model and these examples.
 
     Args:
         examples: Whether its examples have to be there as well.
+        dtype: What it was computed in.
 
     Raises:
-        EvaluationError: what is there is the result of another model, of other examples or by
-            another score, or none.
+        EvaluationError: what is there is the result of another model, of other examples, by
+            another score or in another dtype, or none.
     """
     path = result_path(out, task.info.name)
     if not path.exists():
@@ -215,6 +220,11 @@ def finished(out: Path, model_digest: str, task: TaskData, examples: bool) -> Re
         raise EvaluationError(
             f"{path} holds the score {result.metric}, not {task.metric}; evaluate with the same "
             "--generative_score, choose another --out, or delete it"
+        )
+    if (stored := result.settings.get("dtype", USUAL_DTYPE)) != dtype:
+        raise EvaluationError(
+            f"{path} was computed in {stored}, not {dtype}; evaluate with --dtype {stored}, choose "
+            "another --out, or delete it"
         )
     if result.task_digest != task.digest:
         raise EvaluationError(

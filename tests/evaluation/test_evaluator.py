@@ -15,6 +15,7 @@ from m2l.evaluation.decoding import Decoding
 from m2l.evaluation.evaluator import Evaluator
 from m2l.evaluation.results import read_result
 from m2l.evaluation.task_data import load_tasks
+from m2l.models import products
 
 FREE = [{"inputs": f"{n} plus one", "targets": f"it is {n + 1}"} for n in range(5)]
 CHOICES = [{**line, "answer_choices": [line["targets"], "nothing"]} for line in FREE]
@@ -101,6 +102,27 @@ def test_a_result_by_the_other_score_is_not_taken_for_a_finished_one(infos, eval
         says = f"holds the score {scores[score]}, not {scores[other]}; .* --generative_score"
         with pytest.raises(EvaluationError, match=says):
             evaluate(loaded[other], tmp_path / score)
+
+
+def test_the_dtype_is_in_the_result_and_another_is_not_taken_for_a_finished_one(
+    infos, tiny_config, tiny_params, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(products, "has_bfloat16", lambda: True)
+    task, scores, settings = load(infos["choices"]), {}, {}
+    for dtype in ("bfloat16", "float32"):
+        out = tmp_path / dtype
+        computed = Evaluator(tiny_config, [task], vocabularies.load("microworld"), dtype=dtype)
+        [result] = computed.run(tiny_params, out, model_digest="m", examples=True)
+        lines = results.read_examples(out, task.info.name)
+        scores[dtype] = np.array([line["scores"] for line in lines])
+        settings[dtype] = result.settings
+    assert settings == {"bfloat16": {"dtype": "bfloat16"}, "float32": {}}
+    # bfloat16 has 8 bits: log-probabilities of tens differ, by tenths.
+    assert 0 < np.abs(scores["bfloat16"] - scores["float32"]).max() < 0.5
+    with pytest.raises(EvaluationError, match="computed in bfloat16, not float32; evaluate with"):
+        computed.run(tiny_params, tmp_path / "bfloat16", model_digest="m")
+    with pytest.raises(ConfigError, match="expected 'float32' or 'bfloat16'"):
+        Evaluator(tiny_config, [task], vocabularies.load("microworld"), dtype="float16")
 
 
 def test_a_digest_covers_the_target_and_decoding_its_longest_answer(infos):
