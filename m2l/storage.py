@@ -304,6 +304,8 @@ def path(text: PathLike) -> AnyPath:
         scheme = match[1]
         if scheme in DRIVERS:
             raise M2LError(f"{text}: expected {scheme}://BUCKET/PATH")
+        if scheme.endswith(tuple(f"+{driver}" for driver in DRIVERS)):
+            return Path(text)  # BASE+ADAPTER, of which the base is local.
         raise M2LError(
             f"{text}: {scheme}:// is not supported: expected gs://BUCKET/PATH, s3://BUCKET/PATH or "
             "a path of a local or mounted file system"

@@ -229,3 +229,39 @@ def test_a_sweep_without_a_mixture_keeps_every_merge(road, run_m2l, tmp_path):
     digests = [checkpoints.verify(path).digest for path in (out / "scale=0.4", tmp_path / "single")]
     assert digests[0] == digests[1]
     assert run_m2l("sweep", *models(road), *flags) == 0
+
+
+def test_a_delta_is_stored_shown_evaluated_and_restored(road, run_m2l, capsys, tmp_path):
+    """Of a checkpoint whose base is a Hugging Face directory, too."""
+    base, expert = tmp_path / "hf", road / "sentiment"
+    assert run_m2l("convert", road / "base", base) == 0
+    assert run_m2l("compress", expert, "--base", base, "--out", tmp_path / "delta") == 0
+    assert "lossless" in capsys.readouterr().out
+    assert run_m2l("inspect", tmp_path / "delta") == 0
+    assert "stored as" in (shown := capsys.readouterr().out) and "difference" in shown
+    model = f"{base}+{tmp_path / 'delta'}"
+    assert run_m2l("inspect", model, "--verify") == 0
+    assert "every digest is right" in capsys.readouterr().out
+    assert run_m2l("convert", model, tmp_path / "restored") == 0
+    wanted = checkpoints.read_manifest(checkpoints.resolve(expert))
+    assert checkpoints.read_manifest(tmp_path / "restored").digest == wanted.digest
+    scores = []
+    for number, path in enumerate((expert, model)):
+        out = tmp_path / f"results_{number}"
+        flags = ("--mixture", "imdb_good_or_bad", "--max_examples", 4, "--out", out)
+        assert run_m2l("eval", path, *flags) == 0
+        (result,) = (json.loads(file.read_text()) for file in out.glob("imdb*.json"))
+        scores.append((result["model_digest"], result["score"]))
+    assert scores[0] == scores[1]
+
+
+def test_experts_are_stored_as_masks_of_one_task_vector(road, run_m2l, capsys, tmp_path):
+    experts = (road / "sentiment", road / "closed_book_qa")
+    flags = ("--base", road / "base", "--method", "emr", "--dtype", "bfloat16")
+    assert run_m2l("compress", *experts, *flags, "--out", tmp_path / "store") == 0
+    assert "shared task vector" in capsys.readouterr().out
+    model = f"{road / 'base'}+{tmp_path / 'store' / 'sentiment'}"
+    assert run_m2l("convert", model, tmp_path / "restored") == 0
+    assert read(tmp_path / "restored").keys() == read(road / "sentiment").keys()
+    assert run_m2l("compress", road / "base", *flags, "--out", tmp_path / "other") == 2
+    assert "two experts or more" in capsys.readouterr().err

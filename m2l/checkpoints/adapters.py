@@ -39,7 +39,7 @@ from m2l.checkpoints.spans import (
     run_indices,
     transposed_reader,
 )
-from m2l.checkpoints.tensor_kinds import ADAPTER_CONFIG, is_float
+from m2l.checkpoints.tensor_kinds import ADAPTER_CONFIG, DELTA_RECORD, is_float
 from m2l.errors import CheckpointError
 from m2l.storage import AnyPath
 from m2l.typing import Json, JsonObject
@@ -276,12 +276,12 @@ class Adapter:
 
 
 def split(path: AnyPath) -> tuple[AnyPath, AnyPath] | None:
-    """Splits BASE+ADAPTER into the two paths; None where a path is one of a single model.
+    """Splits BASE+ADAPTER or BASE+DELTA in two paths; None where a path is one of a single model.
 
     Of several adapters, BASE+ONE+TWO, the last is split off.
 
     Raises:
-        CheckpointError: There is a base, and no adapter.
+        CheckpointError: There is a base, and no adapter or delta.
     """
     text = str(path)
     if "+" not in text or path.exists():
@@ -290,12 +290,12 @@ def split(path: AnyPath) -> tuple[AnyPath, AnyPath] | None:
     for place in reversed(places):
         base = storage.path(text[:place])
         adapter = storage.path(re.sub(r"^(gs|s3):/+", r"\1://", text[place + 1 :]))
-        if (adapter / ADAPTER_CONFIG).is_file():
+        if any((adapter / name).is_file() for name in (ADAPTER_CONFIG, DELTA_RECORD)):
             return base, adapter.absolute()
         if base.exists():
             raise CheckpointError(
                 f"{adapter}: no adapter: {ADAPTER_CONFIG} is missing; BASE+ADAPTER names a "
-                "directory in PEFT's format after the +"
+                f"directory in PEFT's format after the +, and BASE+DELTA one with {DELTA_RECORD}"
             )
     return None
 

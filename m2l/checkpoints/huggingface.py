@@ -257,11 +257,21 @@ def open_model(path: Path) -> tuple[Layout, dict[str, StoredTensor]]:
             description and its tensors contradict each other.
     """
     tensors, _ = open_directory(path)
-    directory = path if path.is_dir() else path.parent
+    return checked_layout(path if path.is_dir() else path.parent, tensors, path), tensors
+
+
+def checked_layout(
+    directory: AnyPath, tensors: Mapping[str, StoredTensor], source: AnyPath
+) -> Layout:
+    """Returns what `read_layout` does, of tensors that are exactly those of the model.
+
+    Raises:
+        CheckpointError: As there; or a tensor is missing, or unknown.
+    """
     layout = read_layout(directory, tensors)
     shapes = parameter_shapes(layout.config)
-    check_origins(shapes, tensors, layout.origins, source=path, ignored=layout.ignored)
-    return layout, tensors
+    check_origins(shapes, tensors, layout.origins, source=source, ignored=layout.ignored)
+    return layout
 
 
 def import_checkpoint(

@@ -1,7 +1,8 @@
 """Opens whatever checkpoint is stored at a path: the one place that finds out what it is.
 
 m2l's own checkpoints and runs, any pytree that Orbax stored, Hugging Face directories and T5X
-checkpoints, and BASE+ADAPTER of any of these; nothing but headers and metadata is read.
+checkpoints, and BASE+ADAPTER and BASE+DELTA of any of these; nothing but headers and metadata is
+read.
 """
 
 import dataclasses
@@ -9,12 +10,15 @@ import functools
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from m2l import files, storage
 from m2l.checkpoints import (
     adapters,
+    deltas,
+    digest,
     huggingface_directory,
     model_fields,
     pytrees,
@@ -24,12 +28,16 @@ from m2l.checkpoints import (
     tokenizer,
 )
 from m2l.checkpoints.adapters import Adapter
+from m2l.checkpoints.deltas import Delta
 from m2l.checkpoints.manifest import Manifest, is_checkpoint
 from m2l.checkpoints.pytrees import Tree
-from m2l.checkpoints.spans import LazyTensor, TensorReader, cached_reader
+from m2l.checkpoints.spans import LazyTensor, TensorReader, cached_reader, read_whole
 from m2l.errors import CheckpointError, UnsupportedModelError
 from m2l.storage import AnyPath
 from m2l.typing import Json
+
+if TYPE_CHECKING:
+    from m2l.checkpoints import huggingface
 
 ORBAX, HUGGINGFACE, T5X = "orbax", "huggingface", "t5x"
 
@@ -51,7 +59,8 @@ class Checkpoint:
         tree: Orbax's description of the pytree, where it is one.
         strings: Its leaves that are texts, by name.
         rows: By what its rows of tokens were re-indexed, as a digest; empty where they were not.
-        adapted: The base and the adapter that make it together, where it is BASE+ADAPTER.
+        adapted: The base and the adapter or delta that make it together, where it is BASE+ADAPTER
+            or BASE+DELTA.
     """
 
     path: AnyPath
@@ -66,15 +75,17 @@ class Checkpoint:
     tree: Tree | None = None
     strings: Mapping[str, str] | None = None
     rows: str = ""
-    adapted: "tuple[Checkpoint, Adapter] | None" = None
+    adapted: "tuple[Checkpoint, Adapter | Delta] | None" = None
 
     @functools.cached_property
     def digest(self) -> str:
         """The SHA-256, in hex, that identifies it: its manifest's, or that of its files' content.
 
         Of what other programs stored through Orbax, that of Orbax's metadata, and of the names,
-        sizes and times of files, or the names of objects.
+        sizes and times of files, or the names of objects. A delta without loss has its expert's.
         """
+        if self.delta is not None and self.delta.is_lossless:
+            return self.delta.expert["digest"]
         if self.adapted is not None:
             return files.checksum([part.digest for part in self.adapted])
         if self.manifest is not None:
@@ -90,7 +101,25 @@ class Checkpoint:
     @property
     def directory(self) -> AnyPath:
         """Where the files are that belong to the model: of an adapted one its base's."""
+        if self.delta is not None and self.delta.native:
+            return self.delta.files
         return _directory(self.path) if self.adapted is None else self.adapted[0].directory
+
+    @property
+    def delta(self) -> Delta | None:
+        """The delta that makes it of its base; None where there is none."""
+        return self.adapted[1] if self.adapted and isinstance(self.adapted[1], Delta) else None
+
+    @functools.cached_property
+    def content_digest(self) -> str:
+        """Its digest, or where that depends on files' times, one of its parameters' elements."""
+        if self.adapted is not None or self.manifest is not None or self.format == HUGGINGFACE:
+            return self.digest
+        tensors = self.parameters.items()
+        words = [[name, digest.to_hex(digest.of_stored(tensor))] for name, tensor in tensors]
+        return files.checksum(
+            [*words, [[*tensor.shape, tensor.dtype.name] for _, tensor in tensors]]
+        )
 
     @property
     def paths(self) -> tuple[AnyPath, ...]:
@@ -165,6 +194,18 @@ def recorded_digest(tensor: TensorReader) -> str | None:
     return getattr(tensor, "digest", None)
 
 
+def read_checked(tensor: TensorReader) -> np.ndarray:
+    """Reads a tensor whole, and compares its digest where that is of 128 bits.
+
+    Raises:
+        CheckpointError: It is damaged.
+    """
+    array, recorded = read_whole(tensor), recorded_digest(tensor)
+    if recorded is not None and digest.is_digest(recorded):
+        tensor.check(digest.to_hex(digest.of_numpy(array)))
+    return array
+
+
 def kind(path: AnyPath) -> str:
     """Returns "orbax", "huggingface" or "t5x", by what is stored at a path.
 
@@ -173,7 +214,9 @@ def kind(path: AnyPath) -> str:
     """
     path = storage.path(path)
     if (parts := adapters.split(path)) is not None:
-        return kind(parts[0])
+        if not deltas.is_delta(parts[1]):
+            return kind(parts[0])
+        return HUGGINGFACE if deltas.read(parts[1]).native else ORBAX
     if has_manifest(path):
         return ORBAX
     if path.exists():
@@ -247,8 +290,8 @@ def open(
     Args:
         path: A local path, gs:// or s3://: a checkpoint of m2l's, a run or its directory of steps,
             of which the newest is meant; a pytree that Orbax stored, or a step, or a folder of
-            steps; a Hugging Face directory or file; a T5X checkpoint; BASE+ADAPTER, one of these
-            and an adapter's directory.
+            steps; a Hugging Face directory or file; a T5X checkpoint; BASE+ADAPTER or BASE+DELTA,
+            one of these and an adapter's or a delta's directory.
         subtree: Of a pytree, the part that is meant, as "params"; names do not have it.
         native: Whether a Hugging Face directory keeps its own names and layouts; else they are
             m2l's.
@@ -263,6 +306,8 @@ def open(
     path = storage.path(path).absolute()
     if (parts := adapters.split(path)) is not None:
         options = {"subtree": subtree, "native": native, "named": named, "allowed": allowed}
+        if deltas.is_delta(parts[1]):
+            return _restore(path, parts[0], deltas.read(parts[1]), options)
         return _adapt(path, open(parts[0], **options), adapters.read(parts[1]))
     stored_as = kind(path)
     if subtree is not None and stored_as != ORBAX:
@@ -321,6 +366,34 @@ def _adapt(path: AnyPath, base: Checkpoint, adapter: Adapter) -> Checkpoint:
     )
 
 
+def _restore(
+    path: AnyPath, base_path: AnyPath, delta: Delta, options: Mapping[str, Json]
+) -> Checkpoint:
+    """Returns the model that a base and a delta make."""
+    base = open(base_path, **{**options, "native": delta.native, "named": False})
+    delta.check_base(base.path, base.content_digest)
+    tensors = delta.apply(base.parameters)
+    common = {"tokenizer": delta.tokenizer, "manifest": None, "adapted": (base, delta)}
+    if not delta.native:
+        vocabulary = delta.vocabulary
+        if vocabulary is not None and common["tokenizer"] is not None:
+            name = tokenizer.name_in(vocabulary["name"], common["tokenizer"])
+            vocabulary = {**vocabulary, "name": name}
+        common |= {"format": ORBAX, "native": False, "ours": {}}
+        return dataclasses.replace(
+            base, path=path, parameters=tensors, model=delta.model, vocabulary=vocabulary, **common
+        )
+    if options["native"]:
+        ours = _m2l_names(delta.files, tensors) if options["named"] and delta.model else {}
+        return dataclasses.replace(
+            base, path=path, parameters=tensors, model=delta.model, ours=ours, **common
+        )
+    from m2l.checkpoints import huggingface
+
+    layout = huggingface.checked_layout(delta.files, tensors, path)
+    return dataclasses.replace(_converted(path, layout, tensors), **common)
+
+
 def _directory(path: AnyPath) -> AnyPath:
     return path if path.is_dir() else path.parent
 
@@ -367,10 +440,18 @@ def _tokenizer(path: AnyPath) -> Path | None:
 
 
 def _open_converted(path: AnyPath) -> Checkpoint:
-    from m2l import models
     from m2l.checkpoints import huggingface
 
-    layout, tensors = huggingface.open_model(path)
+    opened = _converted(path, *huggingface.open_model(path))
+    return dataclasses.replace(opened, tokenizer=_tokenizer(path))
+
+
+def _converted(
+    path: AnyPath, layout: "huggingface.Layout", tensors: Mapping[str, TensorReader]
+) -> Checkpoint:
+    """Returns a Hugging Face model under m2l's names and layouts."""
+    from m2l import models
+
     origins = layout.origins
     read = cached_reader(
         lambda name: np.ascontiguousarray(
@@ -384,7 +465,7 @@ def _open_converted(path: AnyPath) -> Checkpoint:
             shape = origin.shape(tensor.shape)
             parameters[name] = LazyTensor(name, shape, tensor.dtype, read, tensor.file)
     model = json.loads(json.dumps(models.to_dict(layout.config)))
-    return Checkpoint(path, HUGGINGFACE, parameters, {}, model, None, tokenizer=_tokenizer(path))
+    return Checkpoint(path, HUGGINGFACE, parameters, {}, model, None)
 
 
 def _open_t5x(path: AnyPath) -> Checkpoint:

@@ -307,6 +307,17 @@ def open_pytree(item: AnyPath, subtree: str | None = None) -> Pytree:
     )
 
 
+def open_arrays(item: AnyPath, folders: Mapping[str, str]) -> dict[str, StoredArray]:
+    """Opens arrays in zarr 3, name -> folder in `item`, every chunk of which is stored.
+
+    Raises:
+        CheckpointError: One is missing or damaged.
+    """
+    metadata = {"use_zarr3": True, "use_ocdbt": False, "store_array_data_equal_to_fill_value": True}
+    opened = {name: _open(item, name, place, metadata) for name, place in folders.items()}
+    return {name: _reader(item, name, metadata, future) for name, future in opened.items()}
+
+
 def _nodes(file: AnyPath, metadata: Mapping[str, Json]) -> dict[tuple[str, ...], JsonObject]:
     """Returns the nodes of an item's tree by their keys, each of them checked."""
     try:

@@ -266,7 +266,14 @@ class Writer:
         array.digest = digest.add(array.digest, digest.of_numpy(block, array.position))
         array.append(block)
 
-    def finish(self, **fields: Unpack[ManifestFields]) -> Manifest:
+    def finish(
+        self,
+        *,
+        step: int = 0,
+        tree: Tree | None = None,
+        strings: Mapping[str, str] | None = None,
+        **fields: Unpack[ManifestFields],
+    ) -> Manifest:
         """Writes the manifest and returns it; see `describe`.
 
         Raises:
@@ -277,7 +284,8 @@ class Writer:
             if array.position != size:
                 raise ValueError(f"{name}: {array.position} of {size} elements were written")
         digests = {name: digest.to_hex(array.digest) for name, array in self._arrays.items()}
-        manifest = describe(self._directory, self._parameters, digests, **fields)
+        options = {"step": step, "tree": tree, "strings": strings}
+        manifest = describe(self._directory, self._parameters, digests, **options, **fields)
         self.finished = True
         return manifest
 

@@ -229,6 +229,20 @@ def read_whole(tensor: TensorReader) -> np.ndarray:
     return array
 
 
+def read_box(tensor: TensorReader, box: tuple[slice, ...]) -> np.ndarray:
+    """Reads a box of an array in storage, in the box's shape."""
+    out = np.empty([axis.stop - axis.start for axis in box], tensor.dtype)
+    for span in cut_box(tensor.name, tuple(tensor.shape), box, max(1, out.size)):
+        if span.index is None:
+            tensor.read_span(span, out.reshape(-1))
+            continue
+        part = np.empty([axis.stop - axis.start for axis in span.index], tensor.dtype)
+        tensor.read_span(span, part.reshape(-1))
+        axes = zip(span.index, box, strict=True)
+        out[tuple(slice(a.start - b.start, a.stop - b.start) for a, b in axes)] = part
+    return out
+
+
 def run_indices(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[Index, int, int]]:
     """Cuts the row-major run [start, stop) into boxes: (index, first, last) position of each."""
     if start == stop:

@@ -18,6 +18,7 @@ from m2l.errors import CheckpointError
 from m2l.typing import Json
 
 ADAPTER_CONFIG = "adapter_config.json"
+DELTA_RECORD = "delta.json"
 
 _COMPARED = 4 << 20
 
@@ -91,9 +92,15 @@ def is_buffer(name: str, tensor: TensorSpec) -> bool:
 def check_no_adapter(path: Path, names: Iterable[str] = ()) -> None:
     """Refuses an adapter: a directory or file of one, or tensors named as an adapter's are.
 
+    And the directory of a delta.
+
     Raises:
         CheckpointError: It is one; the message says what to do.
     """
+    if (path / DELTA_RECORD).is_file():
+        raise CheckpointError(
+            f"{path}: a delta, which is a model together with its base: name BASE+{path}"
+        )
     directory = path if path.is_dir() else path.parent
     weights = sorted(directory.glob("adapter_model*.*")) if path.is_dir() else []
     alone = (directory / ADAPTER_CONFIG).is_file() and not any(path.glob("model*.safetensors*"))

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from m2l import models
     from m2l.checkpoints import opening
     from m2l.checkpoints.adapters import Adapter
+    from m2l.checkpoints.deltas import Delta
     from m2l.checkpoints.manifest import Manifest
 
 SHARD_GB = 5.0
@@ -62,8 +63,9 @@ def convert(
 ) -> None:
     """Make a checkpoint of a Hugging Face or T5X one, or one of these of a checkpoint.
 
-    Of BASE+ADAPTER it makes one model, by default of the base's format and dtype; of a GGUF file a
-    Hugging Face directory, in float32 unless --dtype says otherwise.
+    Of BASE+ADAPTER it makes one model, by default of the base's format and dtype, and of BASE+DELTA
+    the expert, to the bit if nothing was lost; of a GGUF file a Hugging Face directory, in float32
+    unless --dtype says otherwise.
     The settings of a T5X model are read off its shapes; --gin_file models/NAME.gin overrides them.
     """
     from m2l import checkpoints
@@ -144,7 +146,14 @@ def _convert_adapted(
     from m2l.checkpoints import opening, tensor_kinds
     from m2l.data import tokenizer_files
 
-    base, _ = opening.open(source, native=True, named=False).adapted
+    adapted = opening.open(source, native=True, named=False)
+    base, _ = adapted.adapted
+    if adapted.delta is not None and adapted.delta.is_lossless and not (dtype or vocabulary):
+        own = {True: "huggingface", False: "orbax"}[adapted.native]
+        if output_kind in (None, own):
+            manifest = merging.restore(source, out)
+            click.echo(f"checkpoint: {out}  digest {manifest.digest[:16]}  restored to the bit")
+            return
     if dtype is None:
         stored = [
             tensor.dtype
@@ -203,7 +212,7 @@ def inspect(
     from rich.console import Console
 
     from m2l import checkpoints, models, partitioning
-    from m2l.checkpoints import adapters, huggingface_directory, opening, tensor_kinds
+    from m2l.checkpoints import adapters, deltas, huggingface_directory, opening, tensor_kinds
 
     exported = (checkpoint / huggingface_directory.MANIFEST).is_file()
     if (checkpoint / tensor_kinds.ADAPTER_CONFIG).is_file() and not (
@@ -211,9 +220,17 @@ def inspect(
     ).is_file():
         _show_adapter(adapters.read(checkpoint), as_json)
         return
+    if deltas.is_delta(checkpoint):
+        _show_delta(deltas.read(checkpoint), as_json)
+        return
     if subtree is not None or not (exported or opening.has_manifest(checkpoint)):
         opened = opening.open(checkpoint, subtree=subtree, native=True, named=False)
+        if verify and opened.delta is not None:
+            for tensor in opened.parameters.values():
+                tensor.read_checked()
         _show_foreign(opened, as_json)
+        if verify and opened.delta is not None and not as_json:
+            click.echo("every digest is right")
         return
     directory = checkpoint if exported else checkpoints.resolve(checkpoint)
     module = huggingface_directory if exported else checkpoints
@@ -273,9 +290,10 @@ def _show_foreign(checkpoint: "opening.Checkpoint", as_json: bool) -> None:
     click.echo(str(checkpoint.path))
     click.echo(f"parameters: {count:,}  {size / 2**20:,.1f} MiB  {checkpoint.format}")
     if checkpoint.adapted is not None:
-        base, adapter = checkpoint.adapted
+        base, part = checkpoint.adapted
+        kind = "adapter" if checkpoint.delta is None else "delta"
         click.echo(f"base: {base.path}  digest {base.digest[:16]}")
-        click.echo(f"adapter: {adapter.path}  digest {adapter.digest[:16]}  {adapter.describe()}")
+        click.echo(f"{kind}: {part.path}  digest {part.digest[:16]}  {part.describe()}")
     else:
         click.echo("without a manifest of m2l's: nothing tells where it came from, or its digests")
     print_table("parameters", ["parameter", "shape", "dtype"], _shapes(tensors))
@@ -301,6 +319,26 @@ def _show_adapter(adapter: "Adapter", as_json: bool) -> None:
     print_table("matrices", columns, _shapes(factors))
     if replaced:
         print_table("stored whole", ["tensor", "shape", "dtype"], _shapes(replaced))
+
+
+def _show_delta(delta: "Delta", as_json: bool) -> None:
+    """Prints what is in a delta's directory."""
+    if as_json:
+        print_json({"path": str(delta.path), "digest": delta.digest, **delta.to_json()})
+        return
+    click.echo(f"{delta.path}\ndelta: {delta.describe()}  digest {delta.digest[:16]}")
+    click.echo(f"expert: {delta.expert['path']}  digest {delta.expert['digest'][:16]}")
+    click.echo(f"base: {delta.base['path']}  digest {delta.base['digest'][:16]}")
+    rows = [
+        (name, "x".join(map(str, record["shape"])), record["dtype"], *_kind_of(delta, name))
+        for name, record in delta.tensors.items()
+    ]
+    print_table("parameters", ["parameter", "shape", "dtype", "stored as"], rows)
+
+
+def _kind_of(delta: "Delta", name: str) -> tuple[str]:
+    original = delta.copies.get(name)
+    return (delta.kinds[name] if original is None else f"a copy of {original}",)
 
 
 def _shapes(tensors: Mapping[str, JsonObject]) -> list[tuple[object, ...]]:

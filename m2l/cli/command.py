@@ -15,6 +15,7 @@ from m2l import signals
 from m2l.cli import (
     adamerging,
     checkpoints,
+    compress,
     data,
     extract,
     local_ui,
@@ -42,6 +43,7 @@ SUMMARIES = {
         "statistics": "Gather what Fisher merging and RegMean need.",
         "moe": "Make a mixture of experts of dense models.",
         "extract": "Make a low-rank adapter of a model and its base.",
+        "compress": "Store experts as differences from their base.",
         "verify": "Prove that a merge is what its recipe makes.",
     },
     "Train and evaluate": {
@@ -148,7 +150,8 @@ _USER_ERRORS = {
 
 for _command in (
     *(merge.merge, sweep.sweep, search.search, adamerging.adamerging, statistics.statistics),
-    *(moe.moe, extract.extract, verify.verify, models.train, models.evaluate, models.lm_eval),
+    *(moe.moe, extract.extract, compress.compress, verify.verify),
+    *(models.train, models.evaluate, models.lm_eval),
     *(models.generate, skills.skills, data.tasks, checkpoints.inspect, checkpoints.convert),
     *(checkpoints.push, studies.demo, studies.study, studies.report, local_ui.ui),
 ):

@@ -137,7 +137,8 @@ def _load_adapted(path: AnyPath, vocabulary: str | None) -> Model:
     checkpoints.check_vocabulary(described, config.vocab_size, path)
 
     def read(shardings: PyTree) -> Params:
-        arrays = {name: read_whole(tensor) for name, tensor in opened.parameters.items()}
+        read_one = read_whole if opened.delta is None else opening.read_checked
+        arrays = {name: read_one(tensor) for name, tensor in opened.parameters.items()}
         return _placed(checkpoints.unflatten(arrays), shardings)
 
     return Model(path, config, described, opened.digest, read)

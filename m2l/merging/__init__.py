@@ -1,5 +1,6 @@
 """Merging in weight space: methods as pure functions, over checkpoints of any size or in memory."""
 
+from m2l.merging.compression import compress, restore
 from m2l.merging.engine import merge
 from m2l.merging.in_memory import merge_each, merge_params
 from m2l.merging.job import MergeJob, prepare
@@ -18,6 +19,7 @@ __all__ = [
     "Recipe",
     "SweepPoint",
     "best",
+    "compress",
     "extract",
     "grid",
     "merge",
@@ -27,6 +29,7 @@ __all__ = [
     "method",
     "prepare",
     "preset",
+    "restore",
     "sweep",
     "verify",
 ]

@@ -130,7 +130,8 @@ def check_destination(out: str | os.PathLike, inputs: Sequence[Path]) -> None:
     """Refuses an output that is inside an input."""
     out = storage.path(out).absolute()
     for path in inputs:
-        if out.resolve().is_relative_to(path.resolve()):
+        alike = isinstance(out, Path) == isinstance(path, Path)
+        if alike and out.resolve().is_relative_to(path.resolve()):
             raise MergeError(f"{out}: is inside an input, {path}: choose another place")
 
 
