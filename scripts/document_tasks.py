@@ -166,6 +166,8 @@ CHOICES = {
     "consensus_ta": "only what several tasks need",
     "nearswap arcee_fusion": "one expert's entries alone: the least changed, or the weightiest",
     "tsv_m iso_c iso_cts wudi": "whole matrices: singular directions, or least disturbance",
+    "knots_ties core_space": "adapters: TIES in bases that their matrices share",
+    "widen": "experts that moved far and little: columns by how much they changed for each",
     "localize_and_stitch": "experts whose skills lie in few entries: a twentieth of each is kept",
     "fisher regmean": "you have examples of each task: `m2l statistics` first",
     "gradient_matching mats": "the same, and a base: from task arithmetic to what data say",

@@ -232,7 +232,16 @@ def has_output_rows(name: str, native: bool, model: Mapping[str, Json]) -> bool:
     """
     if native:
         return model.get("model_type") not in CONV1D or bool(EMBEDDING.fullmatch(name))
-    return name.rpartition("/")[2] in ("token_embedder", "embedding", "input_embedding")
+    return name.rpartition("/")[2] in _TABLES
+
+
+_TABLES = ("token_embedder", "embedding", "input_embedding")
+
+
+def is_lookup(name: str) -> bool:
+    """Returns whether a matrix is a table that is looked up, and not multiplied, by its name."""
+    own = name.rpartition("/")[2] in (*_TABLES, "relpos_bias")
+    return own or EMBEDDING.fullmatch(name) is not None
 
 
 def is_input(name: str) -> bool:

@@ -572,7 +572,7 @@ def _whole(
     """Returns the bytes of memory that the largest parameter takes of those merged at once."""
     shapes = {name: reference.parameters[name].shape for name in names}
     if method.of_matrices:
-        return max(matrix_bytes(*each) for each in shapes.items())
+        return max(matrix_bytes(method, *each) for each in shapes.items())
     if not method.whole:
         return 0
     grams = statistics[0].parameters

@@ -303,14 +303,14 @@ class _Resolver:
         described = METHODS[method]
         if self._content.kind == "linear" and not flags["normalize"]:
             method = "weighted_sum"
+        if not flags.get("nuslerp_flatten", True):
+            method += "_columns" if flags["nuslerp_row_wise"] else "_rows"
         variants: dict[str, Json] = {"method": method}
         if described.elects:
             variants["consensus"] = "mean" if flags.get("normalize", True) else "sum"
         if described.draws:
             variants["rescale"] = "norm" if flags["rescale"] else "none"
         refused = "filter_wise" if flags.get("filter_wise") else None
-        if not flags.get("nuslerp_flatten", True):
-            refused = "nuslerp_flatten: false"
         if flags.get("rescale") and described.trims and not described.draws:
             refused = "rescale"
         if refused:

@@ -329,7 +329,7 @@ def matched_kernel(
     def forward(kernel: np.ndarray) -> np.ndarray:
         return (grams @ kernel.reshape(products.shape)).ravel()
 
-    operator = scipy.sparse.linalg.LinearOperator((products.size,) * 2, forward, dtype=np.float64)
+    operator = scipy.sparse.linalg.LinearOperator((products.size,) * 2, forward)
     solution = initial.ravel()
     if steps and products.size:
         solution, _ = scipy.sparse.linalg.cg(

@@ -376,7 +376,11 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Json]]] = {
         "ram_plus": {"scope": "tensor"},
         "model_stock": {},
         **{name: {} for name in ("slerp", "karcher", "nearswap", "ram", "arcee_fusion")},
-        **{f"{each}{name}": {} for each in ("", "task_") for name in ("nuslerp", "multislerp")},
+        **{
+            f"{each}{name}": {}
+            for each in ("", "task_")
+            for name in ("nuslerp", "nuslerp_rows", "nuslerp_columns", "multislerp")
+        },
     },
 }
 """Name -> method -> settings that differ from m2l's own, or are the codebase's defaults."""

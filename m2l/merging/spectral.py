@@ -1,4 +1,4 @@
-"""Merge methods of whole matrices: singular values, least squares, the importance of rows.
+"""Merge methods of whole matrices: singular values, least squares, the importance of columns.
 
 They are computed on the host, one parameter at a time, in float32. A matrix comes with its outputs
 as rows, as Hugging Face's models store a linear layer, so that a model merges alike in either
@@ -9,7 +9,7 @@ nothing of it, as in the authors' code. LAPACK's last bits differ between machin
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, NamedTuple
 
 import jax
@@ -18,7 +18,7 @@ import numpy as np
 
 from m2l.checkpoints import tensor_kinds
 from m2l.merging.method_registry import Interval, Method, method
-from m2l.merging.methods import Scale, whole_steps
+from m2l.merging.methods import Scale, Weights, whole_steps
 
 Matrices = Sequence[np.ndarray]
 
@@ -122,11 +122,12 @@ def merged(
     return result.T if flipped else result
 
 
-def matrix_bytes(name: str, shape: Sequence[int]) -> int:
+def matrix_bytes(method: Method, name: str, shape: Sequence[int]) -> int:
     """Returns the bytes that a method of this module and its caller hold for a matrix, at most."""
     shorter, longer = min(shape, default=0), max(shape, default=0)
-    gram = longer**2 * (len(shape) == 2 and not tensor_kinds.is_vocabulary(name))
-    return 4 * (12 * math.prod(shape) + 4 * shorter**2 + gram)
+    squares = 8 if method.name in ("knots_ties", "core_space") else 1
+    squares *= len(shape) == 2 and not tensor_kinds.is_vocabulary(name)
+    return 4 * (12 * math.prod(shape) + 4 * shorter**2 + squares * longer**2)
 
 
 @method
@@ -267,6 +268,7 @@ def arcee_fusion(base: np.ndarray, experts: Matrices, matrix: bool) -> np.ndarra
 
 
 _ROWS = 1024
+"""Of matrices so many rows at a time are in float64."""
 
 
 def _divergences(theta: np.ndarray, base: np.ndarray) -> np.ndarray:
@@ -284,3 +286,278 @@ def _softmax(rows: np.ndarray) -> np.ndarray:
     """Returns the softmax over the last axis, and mergekit's 1e-8 more."""
     powers = np.exp(rows - np.max(rows, axis=-1, keepdims=True, initial=-np.inf))
     return powers / np.sum(powers, axis=-1, keepdims=True) + 1e-8
+
+
+@method
+def widen(
+    name: str,
+    base: np.ndarray,
+    experts: Matrices,
+    matrix: bool,
+    above_average: Annotated[
+        float, Interval(0), "t: columns above t times the mean of their expert are important."
+    ] = 1.0,
+    calibration: Annotated[float, Interval(0), "s: the score of what is important."] = 1.0,
+    scale: Scale = 1.0,
+) -> np.ndarray:
+    """Scores each column of a task matrix by the ranks of how far its length and direction moved.
+
+    theta_base + lambda sum_i (a_i + b_i) / 2 tau_i, for each input; a_i and b_i are softmaxes over
+    the experts of the column's rank, from 0 to 1, among its expert's by ||theta_i| - |theta_base||
+    and by 1 - cos(theta_i, theta_base), and s where that is above t times the expert's mean. In
+    embeddings a column is a token's; entries of what is no matrix are scored by |tau_i| in place of
+    ranks. WIDEN, Yu et al. 2024, arXiv:2408.03092; with t = s = 1 as theirs.
+    """
+    scale = np.float32(scale)
+    if not matrix:
+        changes = np.stack([np.abs(np.float64(expert) - base) for expert in experts])
+        scores = _importances(changes, above_average, calibration)
+    else:
+        axis = int(tensor_kinds.is_lookup(name))
+        pairs = [_column_changes(base, expert - base, axis) for expert in experts]
+        kinds = [_ranks(np.stack(changes)) for changes in zip(*pairs, strict=True)]
+        halves = [_importances(ranks, above_average, calibration) / 2 for ranks in kinds]
+        scores = np.expand_dims(halves[0] + halves[1], 1 + axis)
+    total = np.zeros_like(base)
+    for expert, score in zip(experts, scores.astype(np.float32), strict=True):
+        total += score * (expert - base)
+    return base + scale * total
+
+
+def _column_changes(base: np.ndarray, tau: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns how far columns moved in length and in direction, 1 - cos; float64 each.
+
+    Args:
+        base: float32 [rows, columns].
+        tau: By how much they moved, likewise.
+        axis: Along which a column lies: 0; of a transposed matrix 1.
+    """
+    parts = []
+    for start in range(0, len(base), _ROWS):
+        one, moved = (each[start : start + _ROWS].astype(np.float64) for each in (base, tau))
+        pairs = ((one, one), (one, moved), (moved, moved))
+        parts.append([np.einsum("ij,ij->" + "ji"[axis], *pair) for pair in pairs])
+    parts = parts or [[np.zeros(base.shape[1 - axis])] * 3]
+    joined = [np.concatenate(each) if axis else sum(each) for each in zip(*parts, strict=True)]
+    squares, products, moved = joined
+    length = np.sqrt(squares)
+    other = np.sqrt(np.maximum(squares + 2 * products + moved, 0))
+    both = length + other
+    change = (2 * products + moved) / np.where(both > 0, both, 1)
+    # |tau|^2 = (|theta| - |theta_base|)^2 + 2 |theta| |theta_base| (1 - cos): the cosine of columns
+    # that hardly moved is 1 but for rounding.
+    double = 2 * length * other
+    turned = np.maximum(moved - change**2, 0) / np.where(double > 0, double, 1)
+    return np.abs(change), np.where(double > 0, turned, moved > 0)
+
+
+def _ranks(changes: np.ndarray) -> np.ndarray:
+    """Returns each entry's rank in its row as a share, the first of equal ones being the lower."""
+    ranks = np.empty_like(changes)
+    order = np.argsort(changes, axis=1, kind="stable")
+    count = max(1, changes.shape[1])
+    np.put_along_axis(ranks, order, np.arange(changes.shape[1])[None] / count, axis=1)
+    return ranks
+
+
+def _importances(changes: np.ndarray, above_average: float, calibration: float) -> np.ndarray:
+    """Returns softmaxes over the first axis, and the calibrated score of what is important."""
+    own = tuple(range(1, changes.ndim))
+    means = np.sum(changes, axis=own, keepdims=True) * (len(changes) / max(1, changes.size))
+    powers = np.exp(changes - np.max(changes, axis=0))
+    softmax = powers / np.sum(powers, axis=0)
+    return np.where(changes > above_average * means, calibration, softmax)
+
+
+@method(experts=Interval(2, 2))
+def nuslerp_rows(experts: Matrices, matrix: bool, weights: Weights = ()) -> np.ndarray:
+    """Follows the arc of two experts as `nuslerp`, row by row: the weights of each output.
+
+    mergekit's NuSLERP with nuslerp_flatten: false.
+    """
+    return _arcs(experts[0], experts[1], weights, axis=-1)
+
+
+@method(experts=Interval(2, 2))
+def nuslerp_columns(experts: Matrices, matrix: bool, weights: Weights = ()) -> np.ndarray:
+    """Follows the arc of two experts as `nuslerp`, column by column: the weights of each input.
+
+    mergekit's NuSLERP with nuslerp_flatten: false and nuslerp_row_wise: true.
+    """
+    return _arcs(experts[0], experts[1], weights, axis=0)
+
+
+@method(experts=Interval(2, 2))
+def task_nuslerp_rows(
+    base: np.ndarray, experts: Matrices, matrix: bool, scale: Scale = 1.0, weights: Weights = ()
+) -> np.ndarray:
+    """Follows the arcs of two task vectors' rows, and adds these to the base.
+
+    As `nuslerp_rows`, of mergekit's NuSLERP with a base.
+    """
+    arcs = _arcs(experts[0] - base, experts[1] - base, weights, axis=-1)
+    return base + np.float32(scale) * arcs
+
+
+@method(experts=Interval(2, 2))
+def task_nuslerp_columns(
+    base: np.ndarray, experts: Matrices, matrix: bool, scale: Scale = 1.0, weights: Weights = ()
+) -> np.ndarray:
+    """Follows the arcs of two task vectors' columns, and adds these to the base.
+
+    As `nuslerp_columns`, of mergekit's NuSLERP with a base.
+    """
+    arcs = _arcs(experts[0] - base, experts[1] - base, weights, axis=0)
+    return base + np.float32(scale) * arcs
+
+
+def _arcs(one: np.ndarray, other: np.ndarray, weights: Sequence[float], axis: int) -> np.ndarray:
+    """Returns the points at w_2 / (w_1 + w_2) of the arcs of vectors along an axis, float32."""
+    shape = one.shape
+    one, other = np.atleast_1d(one), np.atleast_1d(other)
+    first, second = weights
+    t = 0.5 if abs(first + second) < 1e-6 else second / (first + second)
+
+    def dots(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+        return np.sum(np.multiply(left, right, dtype=np.float64), axis=axis, keepdims=True)
+
+    lengths = np.sqrt(dots(one, one) * dots(other, other))
+    cosines = np.clip(dots(one, other) / np.where(lengths > 0, lengths, 1), -1, 1)
+    # There the arc is a line, or, of opposite vectors, any half of a circle.
+    line = 1 - cosines**2 <= 1e-12
+    angles = np.arccos(np.where(line, 0, cosines))
+    left = np.where(line, 1 - t, np.sin((1 - t) * angles) / np.sin(angles))
+    right = np.where(line, t, np.sin(t * angles) / np.sin(angles))
+    return (left.astype(np.float32) * one + right.astype(np.float32) * other).reshape(shape)
+
+
+MatrixDensity = Annotated[
+    float,
+    Interval(0, 1, open_low=True, hint="20 % is 0.2"),
+    "Share of each matrix's coordinates in the basis that is kept.",
+]
+
+
+@method
+def knots_ties(
+    name: str,
+    base: np.ndarray,
+    experts: Matrices,
+    matrix: bool,
+    density: MatrixDensity = 1.0,
+    scale: Scale = 1.0,
+) -> np.ndarray:
+    """Does as `ties` with the task matrices in a basis of outputs that they share.
+
+    theta_base + lambda U c: U are the left singular vectors of the task matrices side by side, c is
+    what TIES makes of the U^T tau_i, trimmed matrix by matrix. KnOTS, Stoica et al. 2025,
+    arXiv:2410.19735, who trim over the model, and for language models not at all. Vocabularies, and
+    what is no matrix, are merged in their own basis. Task arithmetic is the same in any basis.
+    """
+    taus = _Taus(base, experts)
+    if not matrix or tensor_kinds.is_vocabulary(name):
+        return base + np.float32(scale) * _ties(lambda: taus, density)
+    basis = _shared_basis(taus)
+    merged = _ties(lambda: (basis.T @ tau for tau in taus), density)
+    return base + np.float32(scale) * (basis @ merged)
+
+
+@method
+def core_space(
+    name: str,
+    base: np.ndarray,
+    experts: Matrices,
+    matrix: bool,
+    density: MatrixDensity = 1.0,
+    scale: Scale = 1.0,
+) -> np.ndarray:
+    """Does as `ties` with the task matrices in bases of outputs and of inputs that they share.
+
+    theta_base + lambda U c V^T: U as in `knots_ties`, V likewise of the task matrices one upon
+    another, c is what TIES makes of the U^T tau_i V. Panariello et al. 2025, arXiv:2509.17786, who
+    take bases of the adapters' factors, not of their products: the same spaces, turned. `tsv_m` and
+    `iso_c` are the same in any basis, and so as they are in the core space. Vocabularies as there.
+    """
+    taus = _Taus(base, experts)
+    if not matrix or tensor_kinds.is_vocabulary(name):
+        return base + np.float32(scale) * _ties(lambda: taus, density)
+    left, right = _shared_basis(taus), _shared_basis(_Taus(base, experts, turned=True))
+    merged = _ties(lambda: (left.T @ tau @ right for tau in taus), density)
+    return base + np.float32(scale) * (left @ merged @ right.T)
+
+
+class _Taus(Iterable[np.ndarray]):
+    """Task matrices, or their transposes, of which each is computed when it is its turn."""
+
+    def __init__(self, base: np.ndarray, experts: Matrices, turned: bool = False):
+        self._base, self._experts, self._turned = base, experts, turned
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for expert in self._experts:
+            tau = expert - self._base
+            yield tau.T if self._turned else tau
+
+    def expert_norms(self) -> Iterator[float]:
+        """Yields the Frobenius norms of the experts."""
+        return (math.sqrt(_squared_norm(expert)) for expert in self._experts)
+
+
+def _shared_basis(taus: _Taus) -> np.ndarray:
+    """Returns the left singular vectors of matrices side by side, orthonormal float32 [rows, r].
+
+    They are the eigenvectors of sum_i tau_i tau_i^T, in float64, but for those in which there is no
+    more than the experts' rounding to float32. Where a random subspace of an eighth of the rows has
+    all of the matrices but for that, as it does of adapters, they are looked for in it (Halko et
+    al. 2011, doi:10.1137/090771806).
+    """
+    roundings = [norm * 2**-24 for norm in taus.expert_norms()]
+    subspace = _subspace(taus, roundings)
+    total: np.ndarray | float = 0.0
+    for tau in taus:
+        part = tau.astype(np.float64) if subspace is None else subspace.T @ tau
+        total += part @ part.T
+    squares, vectors = np.linalg.eigh(total)
+    vectors = vectors[:, squares > np.sum(np.square(roundings))][:, ::-1]
+    vectors = vectors if subspace is None else subspace @ vectors
+    return np.ascontiguousarray(vectors, np.float32)
+
+
+def _subspace(taus: _Taus, roundings: Sequence[float]) -> np.ndarray | None:
+    """Returns orthonormal columns, float64 [rows, rows / 8], that span all matrices; or None.
+
+    Args:
+        taus: The matrices.
+        roundings: Of each the Frobenius norm of what may be missed.
+    """
+    rng, sketch = np.random.default_rng(0), None
+    for tau in taus:
+        draws = rng.standard_normal((tau.shape[1], len(tau) // 8), np.float32)
+        sketch = tau @ draws if sketch is None else sketch + tau @ draws
+    columns = np.linalg.qr(sketch.astype(np.float64))[0]
+    for tau, rounding in zip(taus, roundings, strict=True):
+        if _squared_norm(tau) - _squared_norm(columns.T @ tau) > rounding**2:
+            return None
+    return columns
+
+
+def _squared_norm(matrix: np.ndarray) -> float:
+    return float(np.einsum("ij,ij->", matrix, matrix, dtype=np.float64))
+
+
+def _ties(parts: Callable[[], Iterable[np.ndarray]], density: float) -> np.ndarray:
+    """Returns TIES's mean of arrays, each trimmed by itself; they are asked for twice."""
+    thresholds, mass = [], np.float32(0)
+    for part in parts():
+        count = int(part.size * density)
+        threshold = np.float32(np.inf)
+        if count:
+            magnitudes = np.abs(part).ravel()
+            threshold = np.partition(magnitudes, part.size - count)[part.size - count]
+        thresholds.append(threshold)
+        mass = mass + np.where(np.abs(part) >= threshold, part, 0)
+    total, count = np.zeros_like(mass), np.zeros_like(mass)
+    for part, threshold in zip(parts(), thresholds, strict=True):
+        agrees = (np.abs(part) >= threshold) & (part * mass > 0)
+        total += np.where(agrees, part, 0)
+        count += agrees
+    return total / np.maximum(count, 1)

@@ -64,6 +64,13 @@ RECIPES = {
     "iso_cts": Recipe("iso_cts", common=0.5),
     "wudi": Recipe("wudi", steps=3, step_size=0.01),
     "arcee_fusion": Recipe("arcee_fusion"),
+    "widen": Recipe("widen"),
+    "knots_ties": Recipe("knots_ties", density=0.5),
+    "core_space": Recipe("core_space", density=0.5),
+    **{
+        name: Recipe(name, weights=(1, 2))
+        for name in ("nuslerp_rows", "nuslerp_columns", "task_nuslerp_rows", "task_nuslerp_columns")
+    },
 }
 RECIPES |= {
     f"{name} {settings['method']}": Recipe(**preset(name, settings))
@@ -86,6 +93,7 @@ IN_MEMORY = (
     *("breadcrumbs_ties", "nearswap", "task_nuslerp", "task_multislerp", "karcher"),
     *("ram", "tall_masks", "consensus_ta", "ram_plus", "sce", "sce of the model", "emr"),
     *("pcb", "pcb of each tensor", "tsv_m", "iso_c", "iso_cts", "wudi", "arcee_fusion"),
+    *("widen", "knots_ties", "core_space", "nuslerp_rows", "task_nuslerp_columns"),
 )
 
 START = """

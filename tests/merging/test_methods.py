@@ -481,6 +481,13 @@ def test_a_methods_signature_says_what_it_needs():
         "iso_cts": (True, False, False),
         "wudi": (True, False, False),
         "arcee_fusion": (True, False, False),
+        "widen": (True, False, False),
+        "knots_ties": (True, False, False),
+        "core_space": (True, False, False),
+        "nuslerp_rows": (False, False, False),
+        "nuslerp_columns": (False, False, False),
+        "task_nuslerp_rows": (True, False, False),
+        "task_nuslerp_columns": (True, False, False),
     }
     for method in METHODS.values():
         assert method.summary

@@ -34,6 +34,9 @@ RECIPES = [
     Recipe("tsv_m"),
     Recipe("iso_cts", common=0.5),
     Recipe("wudi", steps=2, step_size=0.01),
+    Recipe("widen"),
+    Recipe("core_space", density=0.5),
+    Recipe("nuslerp_columns"),
 ]
 
 
