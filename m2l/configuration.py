@@ -238,7 +238,9 @@ def _quiet() -> Iterator[None]:
         logging.root.setLevel(level)
 
 
-def load(name: str, files: Sequence[str], bindings: Sequence[str] = ()) -> tuple[Any, str]:
+def load(
+    name: str, files: Sequence[str], bindings: Sequence[str] = (), mixture: str | None = None
+) -> tuple[Any, str]:
     """Builds one of `CONFIGURABLES` from gin files and bindings.
 
     Args:
@@ -247,6 +249,8 @@ def load(name: str, files: Sequence[str], bindings: Sequence[str] = ()) -> tuple
             then among the files that come with m2l ("experiments/demo.gin").
         bindings: NAME=VALUE, applied after all files, in order. NAME is a macro or Class.setting;
             a bare word as VALUE is a string.
+        mixture: What a run trains on, applied last: the files' MIXTURE, too, by which others of
+            their settings may go.
 
     Returns:
         The validated dataclass, and the gin text that makes it again.
@@ -262,7 +266,11 @@ def load(name: str, files: Sequence[str], bindings: Sequence[str] = ()) -> tuple
         with _quiet(), _file_search():
             gin.parse_config_files_and_bindings(list(files), [], finalize_config=False)
             text = "\n".join(quoted(binding) for binding in bindings)
-            _refuse_unknown_macros(bindings, _macros([gin.config_str()]))
+            macros = _macros([gin.config_str()])
+            _refuse_unknown_macros(bindings, macros)
+            if mixture is not None:
+                names = ["Train.mixture", *(["MIXTURE"] if "MIXTURE" in macros else [])]
+                text = "\n".join([text, *(f"{each} = {mixture!r}" for each in names)])
             _check_statements(text, "--gin.NAME=VALUE")
             gin.parse_config(text)
             built = gin.get_configurable(name)()

@@ -100,7 +100,6 @@ def train(
     mixture = api.mixture_name(mixture, jsonl)
     join(distributed, coordinator, process)
     values = {
-        "Train.mixture": mixture,
         "Train.steps": steps,
         "Train.batch_size": batch_size,
         "Train.learning_rate": learning_rate,
@@ -112,7 +111,7 @@ def train(
     flags = [f"{name}={value!r}" for name, value in values.items() if value not in (None, "")]
     # The settings' own file comes first, so that a model's file alone will do.
     gin_files = ("runs/train.gin", *gin_files)
-    run, resolved = configuration.load("Run", gin_files, [*bindings, *flags])
+    run, resolved = configuration.load("Run", gin_files, [*bindings, *flags], mixture)
     api.check_mixture(run.settings.mixture, run.source, jsonl)
 
     from m2l.training import processes

@@ -141,11 +141,11 @@ def skills(
     gin_files = ("runs/train.gin", *gin_files)
     # A row of several examples would make more passes of as many steps.
     before = [] if steps else ["Train.pack=False"]
-    flags = [f"Train.mixture={learn!r}", *([f"Run.source={source!r}"] if source else [])]
+    flags = [f"Run.source={source!r}"] if source else []
 
     def settings(steps: int) -> tuple[configuration.TrainingRun, str]:
         bound = [*before, *bindings, *flags, f"Train.steps={steps}"]
-        return configuration.load("Run", gin_files, bound)
+        return configuration.load("Run", gin_files, bound, learn)
 
     run, resolved = settings(steps or _MANY)
     if run.model is not None:

@@ -23,5 +23,8 @@ def test_a_run_of_the_papers_is_the_one_trainer_with_other_settings(run, binding
     assert settings.optimizer.name == "adafactor"
     if run in ("instruct", "expert", "multitask"):
         assert (settings.input_length, settings.target_length) == (2048, 512)
+    if run == "expert":  # What a command is told by --mixture is that of the validation, too.
+        files = ["runs/train.gin", "runs/expert.gin"]
+        assert configuration.load("Run", files, (), "sentiment")[0] == made
     if run in ("expert", "multitask"):
         assert settings.validation == settings.mixture
