@@ -78,6 +78,11 @@ BaseWeight = Annotated[
     Interval(0),
     "w_0: the weight of the base's Fisher information.",
 ]
+Steps = Annotated[
+    float,
+    Interval(0, 100_000),
+    "Steps of Adam (wudi) or of conjugate gradients (mats), a whole number.",
+]
 NondiagonalScale = Annotated[
     float,
     Interval(0, 1),
@@ -725,9 +730,7 @@ def mats(
     base: np.ndarray,
     experts: Iterable[np.ndarray],
     grams: Iterable[np.ndarray] | None,
-    steps: Annotated[
-        float, Interval(0, 100_000), "Steps of conjugate gradients, a whole number."
-    ] = 100,
+    steps: Steps = 100,
     initial_scale: Annotated[
         float, Interval(), "lambda of the task arithmetic that the steps start from."
     ] = 0.3,

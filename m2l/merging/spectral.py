@@ -18,7 +18,7 @@ import numpy as np
 
 from m2l.checkpoints import tensor_kinds
 from m2l.merging.method_registry import Interval, Method, method
-from m2l.merging.methods import Scale, Weights, whole_steps
+from m2l.merging.methods import Scale, Steps, Weights, whole_steps
 
 Matrices = Sequence[np.ndarray]
 
@@ -201,7 +201,7 @@ def wudi(
     base: np.ndarray,
     experts: Matrices,
     matrix: bool,
-    steps: Annotated[float, Interval(0, 100_000), "Steps of Adam, a whole number."] = 300,
+    steps: Steps = 300,
     step_size: Annotated[float, Interval(0, open_low=True), "Learning rate of Adam."] = 1e-5,
     scale: Scale = 1.0,
 ) -> np.ndarray:

@@ -38,8 +38,9 @@ RECIPES = [
     *(Recipe(name, scope=s) for name in ("ram_plus", "emr") for s in ("model", "tensor")),
     *(Recipe(n, density=0.5, scope=s) for n in ("sce", "pcb") for s in ("model", "tensor")),
     *(Recipe(name) for name in ("slerp", "task_nuslerp", "multislerp", "karcher", "model_stock")),
-    Recipe("fisher"),
-    Recipe("regmean"),
+    *(Recipe(name) for name in ("localize_and_stitch", "widen", "knots_ties", "core_space")),
+    Recipe("nuslerp_rows"),
+    *(Recipe(name) for name in ("gradient_matching", "mats", "fisher", "regmean")),
 ]
 
 
@@ -133,7 +134,7 @@ def test_a_tensor_of_no_elements_keeps_its_shape_and_changes_no_other(tmp_path, 
         same_bits(merged, alone)
 
 
-@pytest.mark.parametrize("recipe", RECIPES[:-2], ids=name_of)
+@pytest.mark.parametrize("recipe", RECIPES[:-4], ids=name_of)
 @pytest.mark.parametrize("kind", ["some", "only"])
 def test_safetensors_of_no_elements_are_merged_as_checkpoints_are(tmp_path, root, recipe, kind):
     base, experts, _ = inputs(root, kind, recipe, "hf_")
