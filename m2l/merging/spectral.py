@@ -311,13 +311,19 @@ def widen(
     scale = np.float32(scale)
     if not matrix:
         changes = np.stack([np.abs(np.float64(expert) - base) for expert in experts])
-        scores = _importances(changes, above_average, calibration)
+        own = tuple(range(1, changes.ndim))
+        means = np.sum(changes, axis=own, keepdims=True) * (len(changes) / max(1, changes.size))
+        scores = np.where(changes > above_average * means, calibration, _softmax_over(changes))
     else:
         axis = int(tensor_kinds.is_lookup(name))
         pairs = [_column_changes(base, expert - base, axis) for expert in experts]
-        kinds = [_ranks(np.stack(changes)) for changes in zip(*pairs, strict=True)]
-        halves = [_importances(ranks, above_average, calibration) / 2 for ranks in kinds]
-        scores = np.expand_dims(halves[0] + halves[1], 1 + axis)
+        scores = np.float64(0)
+        for changes in zip(*pairs, strict=True):
+            ranks, count = _ranks(np.stack(changes)), max(1, len(changes[0]))
+            # By whole numbers, of which one may be the mean.
+            is_important = 2 * ranks > above_average * (count - 1)
+            half = np.where(is_important, calibration, _softmax_over(ranks / count)) / 2
+            scores = scores + np.expand_dims(half, 1 + axis)
     total = np.zeros_like(base)
     for expert, score in zip(experts, scores.astype(np.float32), strict=True):
         total += score * (expert - base)
@@ -352,21 +358,17 @@ def _column_changes(base: np.ndarray, tau: np.ndarray, axis: int) -> tuple[np.nd
 
 
 def _ranks(changes: np.ndarray) -> np.ndarray:
-    """Returns each entry's rank in its row as a share, the first of equal ones being the lower."""
-    ranks = np.empty_like(changes)
+    """Returns each entry's rank in its row, from 0, the first of equal ones being the lower."""
     order = np.argsort(changes, axis=1, kind="stable")
-    count = max(1, changes.shape[1])
-    np.put_along_axis(ranks, order, np.arange(changes.shape[1])[None] / count, axis=1)
+    ranks = np.empty_like(order)
+    np.put_along_axis(ranks, order, np.arange(changes.shape[1])[None], axis=1)
     return ranks
 
 
-def _importances(changes: np.ndarray, above_average: float, calibration: float) -> np.ndarray:
-    """Returns softmaxes over the first axis, and the calibrated score of what is important."""
-    own = tuple(range(1, changes.ndim))
-    means = np.sum(changes, axis=own, keepdims=True) * (len(changes) / max(1, changes.size))
-    powers = np.exp(changes - np.max(changes, axis=0))
-    softmax = powers / np.sum(powers, axis=0)
-    return np.where(changes > above_average * means, calibration, softmax)
+def _softmax_over(experts: np.ndarray) -> np.ndarray:
+    """Returns the softmax over the first axis."""
+    powers = np.exp(experts - np.max(experts, axis=0))
+    return powers / np.sum(powers, axis=0)
 
 
 @method(experts=Interval(2, 2))

@@ -88,14 +88,15 @@ def widen(name, base, experts, ratio=1.0, calibration=1.0):
     if name == "token_embedder":
         return widen("", base.T, turned(experts), ratio, calibration).T
 
-    def importance(changes):
+    def importance(changes, slack=0.0):
         scores = scipy.special.softmax(changes, axis=0)
-        scores[changes > ratio * changes.mean(1, keepdims=True)] = calibration
+        scores[changes > ratio * changes.mean(1, keepdims=True) + slack] = calibration
         return scores
 
     def significance(changes):
         ranks = scipy.stats.rankdata(changes, axis=1, method="ordinal") - 1
-        return importance(ranks / changes.shape[1])
+        # Of an odd number of columns one is at the mean, but for rounding.
+        return importance(ranks / changes.shape[1], 1e-9)
 
     taus = np.stack(experts) - base
     if base.ndim == 1:
