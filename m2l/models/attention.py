@@ -202,7 +202,7 @@ def attend_parts(
     Returns:
         [B, H, Q, K], as `attend` does.
     """
-    scores = [_product("{q}k,{s}k->{qs}", query_BxHxQxK, key, jnp.float32) for key, _, _ in parts]
+    scores = [_product("agrk,agsk->agrs", query_BxHxQxK, key, jnp.float32) for key, _, _ in parts]
     scores = [score if scale == 1.0 else score * scale for score in scores]
     if softcap:
         scores = [softcap * jnp.tanh(score / softcap) for score in scores]
@@ -213,7 +213,7 @@ def attend_parts(
         weights_BxHxQxS = dropout(weights_BxHxQxS)
     ends = np.cumsum([score.shape[-1] for score in scores])
     read = [
-        _product("{qs},{s}k->{q}k", weights, value)
+        _product("agrs,agsk->agrk", weights, value)
         for weights, (_, value, _) in zip(
             jnp.split(weights_BxHxQxS, ends[:-1], axis=-1), parts, strict=True
         )
@@ -227,14 +227,12 @@ def _product(
     """Multiplies every row and head of queries with the keys or values that serve it."""
     (rows, heads), (keys, groups) = left_BxHxQxX.shape[:2], right_AxGxSxK.shape[:2]
     shared, repeats, (length, size) = rows // keys, heads // groups, left_BxHxQxX.shape[2:]
-    if shared == 1:  # neighbouring heads are contiguous: one larger matrix
-        left = left_BxHxQxX.reshape(rows, groups, repeats * length, size)
-        letters = {"q": "agq", "s": "ags", "qs": "agqs"}
-    else:
-        left = left_BxHxQxX.reshape(keys, shared, groups, repeats * length, size)
-        letters = {"q": "acgq", "s": "ags", "qs": "acgqs"}
-    result = product(equation.format(**letters), left, right_AxGxSxK, dtype)
-    return result.reshape(rows, heads, length, result.shape[-1])
+    # Neighbouring heads are contiguous, one larger matrix; rows that share keys are moved there.
+    left = left_BxHxQxX.reshape(keys, shared, groups, repeats * length, size)
+    left_AxGxRxX = left.swapaxes(1, 2).reshape(keys, groups, shared * repeats * length, size)
+    result = product(equation, left_AxGxRxX, right_AxGxSxK, dtype)
+    result = result.reshape(keys, groups, shared, repeats * length, result.shape[-1])
+    return result.swapaxes(1, 2).reshape(rows, heads, length, result.shape[-1])
 
 
 def _splash(

@@ -104,15 +104,30 @@ def test_a_result_by_the_other_score_is_not_taken_for_a_finished_one(infos, eval
             evaluate(loaded[other], tmp_path / score)
 
 
+# Of which choices share the keys of what stands before them, and heads keys of theirs.
+DECODER = models.LlamaConfig(
+    vocab_size=1152,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+)
+
+
+@pytest.mark.parametrize("family", ["t5", "llama"])
 def test_the_dtype_is_in_the_result_and_another_is_not_taken_for_a_finished_one(
-    infos, tiny_config, tiny_params, tmp_path, monkeypatch
+    family, infos, tiny_config, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(products, "has_bfloat16", lambda: True)
+    config = {"t5": tiny_config, "llama": DECODER}[family]
+    params = models.init(config, jax.random.key(0))
     task, scores, settings = load(infos["choices"]), {}, {}
     for dtype in ("bfloat16", "float32"):
         out = tmp_path / dtype
-        computed = Evaluator(tiny_config, [task], vocabularies.load("microworld"), dtype=dtype)
-        [result] = computed.run(tiny_params, out, model_digest="m", examples=True)
+        computed = Evaluator(config, [task], vocabularies.load("microworld"), dtype=dtype)
+        [result] = computed.run(params, out, model_digest="m", examples=True)
         lines = results.read_examples(out, task.info.name)
         scores[dtype] = np.array([line["scores"] for line in lines])
         settings[dtype] = result.settings
@@ -120,7 +135,7 @@ def test_the_dtype_is_in_the_result_and_another_is_not_taken_for_a_finished_one(
     # bfloat16 has 8 bits: log-probabilities of tens differ, by tenths.
     assert 0 < np.abs(scores["bfloat16"] - scores["float32"]).max() < 0.5
     with pytest.raises(EvaluationError, match="computed in bfloat16, not float32; evaluate with"):
-        computed.run(tiny_params, tmp_path / "bfloat16", model_digest="m")
+        computed.run(params, tmp_path / "bfloat16", model_digest="m")
     with pytest.raises(ConfigError, match="expected 'float32' or 'bfloat16'"):
         Evaluator(tiny_config, [task], vocabularies.load("microworld"), dtype="float16")
 
