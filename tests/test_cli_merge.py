@@ -265,3 +265,24 @@ def test_experts_are_stored_as_masks_of_one_task_vector(road, run_m2l, capsys, t
     assert read(tmp_path / "restored").keys() == read(road / "sentiment").keys()
     assert run_m2l("compress", road / "base", *flags, "--out", tmp_path / "other") == 2
     assert "two experts or more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("match", ["weights", "activations"])
+def test_an_expert_is_aligned_and_the_barrier_measured(road, run_m2l, capsys, tmp_path, match):
+    expert, out = road / "sentiment", tmp_path / "aligned"
+    flags = ("--to", road / "closed_book_qa", "--match", match, "--out", out)
+    data = ("--mixture", "imdb_good_or_bad", "--examples", 4, "--batch_size", 4, "--points", 3)
+    lengths = ("--input_length", 32, "--target_length", 8)
+    assert run_m2l("align", expert, *flags, *data, *lengths) == 0
+    shown = capsys.readouterr().out
+    assert "barrier: " in shown and "value features" in shown and "as it was" in shown
+    manifest = checkpoints.read_manifest(out)
+    assert [parent["role"] for parent in manifest.parents] == ["reference", "expert"]
+    for name, array in read(expert).items():
+        assert np.array_equal(np.sort(np.ravel(read(out)[name])), np.sort(np.ravel(array)))
+
+
+def test_activations_of_no_data_are_refused(road, run_m2l, capsys, tmp_path):
+    flags = ("--to", road / "base", "--match", "activations", "--out", tmp_path / "out")
+    assert run_m2l("align", road / "sentiment", *flags) == 2
+    assert "name a --mixture" in capsys.readouterr().err

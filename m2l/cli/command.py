@@ -14,6 +14,7 @@ import click
 from m2l import signals
 from m2l.cli import (
     adamerging,
+    align,
     checkpoints,
     compress,
     data,
@@ -43,6 +44,7 @@ SUMMARIES = {
         "statistics": "Gather what Fisher merging and RegMean need.",
         "moe": "Make a mixture of experts of dense models.",
         "extract": "Make a low-rank adapter of a model and its base.",
+        "align": "Exchange an expert's units to match another model's.",
         "compress": "Store experts as differences from their base.",
         "verify": "Prove that a merge is what its recipe makes.",
     },
@@ -150,7 +152,7 @@ _USER_ERRORS = {
 
 for _command in (
     *(merge.merge, sweep.sweep, search.search, adamerging.adamerging, statistics.statistics),
-    *(moe.moe, extract.extract, compress.compress, verify.verify),
+    *(moe.moe, extract.extract, align.align, compress.compress, verify.verify),
     *(models.train, models.evaluate, models.lm_eval),
     *(models.generate, skills.skills, data.tasks, checkpoints.inspect, checkpoints.convert),
     *(checkpoints.push, studies.demo, studies.study, studies.report, local_ui.ui),

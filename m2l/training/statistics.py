@@ -116,18 +116,59 @@ def _add_products(
     return jax.tree.map(jnp.add, total, _products(config, params, batch, counts_B))
 
 
-def _products(config: models.Config, params: Params, batch: Batch, counts_B: jax.Array) -> Products:
-    """Computes X^T X of each kernel, float32 [d_in, d_in], and the number of rows, float32."""
+def _products(
+    config: models.Config,
+    params: Params,
+    batch: Batch,
+    counts_B: jax.Array,
+    other: Params | None = None,
+) -> Products:
+    """Computes X^T Y of each kernel, float32 [d_in, d_in], and the number of rows, float32.
+
+    Y are the inputs of the other model's kernel; None: X.
+    """
     tokens = _tokens(config.decoder_only, batch)
 
     def product(name: str, x_BxLxD: jax.Array) -> tuple[jax.Array, jax.Array]:
         mask_BxL = tokens["encoder" if _reads_encoder(name) else "decoder"] & counts_B[:, None]
-        rows = jnp.where(mask_BxL[..., None], x_BxLxD, 0).reshape(-1, x_BxLxD.shape[-1])
-        gram_matrix = jnp.matmul(rows.T, rows, precision=jax.lax.Precision.HIGHEST)
+        rows, other_rows = (
+            jnp.where(mask_BxL[..., None], x.reshape(x_BxLxD.shape), 0).reshape(-1, x.shape[-1])
+            for x in (x_BxLxD, other_inputs[name])
+        )
+        gram_matrix = jnp.matmul(rows.T, other_rows, precision=jax.lax.Precision.HIGHEST)
         return gram_matrix, jnp.sum(mask_BxL, dtype=jnp.float32)
 
     inputs = models.kernel_inputs(config, params, batch)
+    other_inputs = inputs if other is None else models.kernel_inputs(config, other, batch)
     return {name: product(name, x_BxLxD) for name, x_BxLxD in inputs.items()}
+
+
+def cross_products(
+    config: models.Config,
+    reference: Params,
+    expert: Params,
+    batches: Iterator[Batch],
+    examples: int,
+) -> dict[str, np.ndarray]:
+    """Sums over tokens what the units of two models say together, for activation matching.
+
+    Ainsworth et al. 2022, arXiv:2209.04836, section 3.1.
+
+    Args:
+        config: Of both models.
+        reference: The parameters of the one.
+        expert: Those of the other.
+        batches, examples: As for `fisher`.
+
+    Returns:
+        By the kernel's name, sum of x_reference x_expert^T of its inputs, float32 [d_in, d_in].
+    """
+    totals: dict[str, np.ndarray] = {}
+    step = jax.jit(functools.partial(_products, config))
+    for batch, counts_B in _rows(batches, examples, "activations"):
+        for name, (product, _) in step(reference, batch, counts_B, expert).items():
+            totals[name] = totals.get(name, np.float32(0)) + np.asarray(product)
+    return totals
 
 
 def _tokens(decoder_only: bool, batch: Batch) -> dict[str, jax.Array]:
