@@ -72,6 +72,28 @@ def test_figures_of_readme_beside_mergekit_are_those_of_the_measurements():
     }
 
 
+def test_ranges_of_readme_are_those_of_the_measurements():
+    rows = [line.strip("| ").split(" | ") for line in text("docs/scale.md").splitlines()]
+    rows = [row for row in rows if re.fullmatch(r"\d+M x \d", row[0]) and len(row) == 10]
+    times = [float(row[9].removesuffix(" times")) for row in rows]
+    memory = [100 * mebibytes(row[4]) / mebibytes(row[8]) for row in rows]
+    written = (
+        f"{min(times)} to {max(times)} times as fast, in {min(memory):.0f} to {max(memory):.0f} %"
+    )
+    assert len(rows) == 16 and written in text("README.md")
+    ours, torchs = re.findall(
+        r"\| ([\d,]+ MiB) \| torch ([\d,]+ MiB) ", text("docs/performance.md")
+    )[0]
+    ratio = mebibytes(ours) / mebibytes(torchs)
+    speed = re.findall(r"\| (\d+) tokens/s \| torch (\d+) ", text("docs/performance.md"))[0]
+    written = f"{speed[0]} tokens/s, torch {speed[1]}, in {ratio:.2f} of its memory"
+    assert written in text("README.md")
+
+
+def mebibytes(written):
+    return float(written.removesuffix(" MiB").replace(",", ""))
+
+
 def test_the_citation_has_m2l_and_both_papers():
     citation = yaml.safe_load(text("CITATION.cff"))
     assert {"cff-version", "message", "title", "authors"} <= set(citation)

@@ -2,8 +2,9 @@
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import ClassVar
+from xml.etree import ElementTree
 
 import markupsafe
 import pandas as pd
@@ -145,7 +146,7 @@ def svg(figure: Figure, name: str, label: str) -> markupsafe.Markup:
 
     Args:
         figure: The figure, not drawn yet.
-        name: Its name, unique on the page; ids begin with it.
+        name: Its name, unique on the page; ids begin with it, until `with_shared_styles`.
         label: A description for screen readers.
     """
     narrow = figures.narrowed(figure)
@@ -161,11 +162,99 @@ def _element(figure: Figure, name: str, label: str) -> markupsafe.Markup:
         artist.set_gid(None)  # The files of the figure have no use for it.
     for gid, titles in texts.items():
         text = _titled(text, gid, titles)
-    element = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', text[text.index("<svg") :])
-    element = re.sub(r'(xlink:href="|url\()#([^")]+)', rf"\1#{name}-\2", element)
-    width = round(figure.get_figwidth() * 96)
-    head = f'<svg role="img" aria-label="{markupsafe.escape(label)}" style="--width: {width}px"'
+    element = _condensed(text)
+    element = re.sub(r' id="([^"]+)"', rf' id="{name}-\1"', element)
+    element = re.sub(r'(href="|url\()#([^")]+)', rf"\1#{name}-\2", element)
+    style = f"--width: {round(figure.get_figwidth() * 96)}px; {_INHERITED}"
+    head = f'<svg role="img" aria-label="{markupsafe.escape(label)}" style="{style}"'
     return markupsafe.Markup(element.replace("<svg", head, 1))
+
+
+# What matplotlib writes at every text, and in a sheet of each document that would be the page's.
+_INHERITED = (
+    "font-family: 'DejaVu Sans', Verdana, Arial, Helvetica, sans-serif; "
+    "stroke-linejoin: round; stroke-linecap: butt"
+)
+
+
+def _condensed(document: str) -> str:
+    """Returns an svg document as an element of a page, without what changes nothing in it.
+
+    Left out are ids that nothing refers to, groups without an attribute or a title, blanks, fonts
+    and the sheet of `_INHERITED`, and digits: coordinates have a tenth of a point, those of markers
+    and turned texts a hundredth.
+    """
+    document = re.sub(r' xmlns(:\w+)?="[^"]*"', "", document[document.index("<svg") :])
+    root = ElementTree.fromstring(document.replace("xlink:href", "href"))
+    used = set(re.findall(r'(?:href="|url\()#([^")]+)', document))
+    _condense(root, used, digits=1)
+    styles = {f"#{path.get('id')}": path.get("style") for path in root.iter("path")}
+    for use in root.iter("use"):
+        if use.get("style") == styles.get(use.get("href")):
+            use.attrib.pop("style", None)  # A marker's own style is what counts.
+    for name in ("version", "id"):
+        root.attrib.pop(name, None)
+    return ElementTree.tostring(root, encoding="unicode").replace(" />", "/>")
+
+
+def _condense(element: ElementTree.Element, used: Container[str], digits: int) -> None:
+    digits = 2 if element.tag == "defs" else digits
+    children: list[ElementTree.Element] = []
+    for child in list(element):
+        _condense(child, used, digits)
+        element.remove(child)
+        if not (child.tail or "").strip():
+            child.tail = None
+        if child.tag == "g" and not (child.attrib or child.findall("title")):
+            children += child
+        elif child.tag != "style" and (child.tag != "defs" or len(child)):
+            children.append(child)
+    element.extend(children)
+    if not (element.text or "").strip():
+        element.text = None
+    attributes = element.attrib
+    if attributes.get("id") not in used:
+        attributes.pop("id", None)
+    if attributes.get("transform", "").startswith("rotate(-0 "):
+        del attributes["transform"]
+    if style := attributes.get("style"):
+        attributes["style"] = re.sub(r"font-family: [^;]*(; |$)", "", style).strip("; ")
+    if element.tag == "image":
+        return
+    for name in {"x", "y", "width", "height", "d", "transform"} & attributes.keys():
+        places = 2 if name == "transform" else digits
+        text = re.sub(r"-?\d+\.\d+", lambda each, n=places: _rounded(each[0], n), attributes[name])
+        attributes[name] = re.sub(r"\s*([MLCQz])\s*|\s+", lambda each: each[1] or " ", text).strip()
+
+
+def _rounded(number: str, places: int) -> str:
+    text = f"{float(number):.{places}f}".rstrip("0").rstrip(".")
+    return "0" if text == "-0" else text
+
+
+def with_shared_styles(page: str) -> str:
+    """Returns a page in whose drawings styles are classes, in one sheet, and ids are short."""
+    classes: dict[str, str] = {}
+    ids: dict[str, str] = {}
+
+    def tag(match: re.Match[str]) -> str:
+        text = re.sub(
+            r' style="([^"]*)"',
+            lambda style: f' class="{classes.setdefault(style[1], f"d{len(classes)}")}"',
+            match[0],
+        )
+        return re.sub(
+            r'( id="|href="#|url\(#)([^")]+)',
+            lambda name: name[1] + ids.setdefault(name[2], f"d{len(ids)}"),
+            text,
+        )
+
+    def drawing(match: re.Match[str]) -> str:
+        return match[1] + re.sub(r"<[^>]+>", tag, match[2])
+
+    page = re.sub(r'(<svg role="img"[^>]*>)(.*?</svg>)', drawing, page, flags=re.S)
+    sheet = "".join(f"  .{name} {{ {style} }}\n" for style, name in classes.items())
+    return page.replace("</style>", f"{sheet}</style>", 1)
 
 
 def _titled(text: str, gid: str, titles: Sequence[str]) -> str:

@@ -7,7 +7,13 @@ from pathlib import Path
 import jinja2
 
 from m2l import storage
-from m2l.reporting import figures, merge_to_learn_report, merging_at_scale_report, tables
+from m2l.reporting import (
+    blocks,
+    figures,
+    merge_to_learn_report,
+    merging_at_scale_report,
+    tables,
+)
 from m2l.reporting.blocks import Report
 from m2l.studies import study_results
 from m2l.studies.merging_at_scale import ScalingStudy
@@ -101,4 +107,4 @@ def render(
         table_formats=formats[1],
         hours=report.seconds / 3600,
     )
-    return page + "\n"
+    return blocks.with_shared_styles(page) + "\n"

@@ -1,11 +1,12 @@
 import itertools
+import re
 import xml.etree.ElementTree as ET
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from m2l.reporting import figures, merging_at_scale_report, style
+from m2l.reporting import blocks, figures, merging_at_scale_report, style
 
 SIZES, COUNTS = ["1B", "8B", "24B", "64B"], [2, 4, 6, 8]
 METHODS = ["average", "task_arithmetic", "dare_ties", "ties"]
@@ -225,3 +226,38 @@ def test_values_of_points_and_bars_are_those_of_the_frame(banded):
         for row in frame.itertuples()
         for column in ("held_in", "held_out")
     )
+
+
+def drawn(document, sheet):
+    """(tag, text, style, coordinates) of all that an svg document draws, in its order."""
+    rows, styles = [], {}
+    for element in ET.fromstring(re.sub(r' xmlns(:\w+)?="[^"]*"|xlink:', "", document)).iter():
+        text = element.get("style") or sheet.get(element.get("class"), "")
+        style = dict(part.split(": ", 1) for part in text.split("; ") if part)
+        style.pop("font-family", None)
+        styles[f"#{element.get('id')}"] = style
+        if element.tag in ("path", "use", "text"):
+            # What is used has its own style first.
+            style = style | styles.get(element.get("href"), {})
+            places = " ".join(element.get(name, "") for name in ("d", "x", "y"))
+            numbers = [float(number) for number in re.findall(r"-?\d+\.?\d*", places)]
+            rows.append(((element.tag, (element.text or "").strip(), style), numbers))
+    return rows
+
+
+def test_a_figure_on_a_page_draws_what_matplotlib_drew_in_fewer_bytes(banded):
+    element = blocks.svg(figures.by_size(banded), "by_size", "sizes")
+    page = blocks.with_shared_styles(f"<style>\n</style>{element}")
+    sheet = dict(re.findall(r"^  \.(\w+) { (.*) }$", page, re.M))
+    whole = figures.svg(figures.by_size(banded))
+    wide, narrow = re.findall(r"<svg.*?</svg>", page, re.S)
+    assert len(wide) < 0.45 * len(whole)
+    assert not re.search(r" style=|font-family", wide.partition(">")[2])
+    ids = re.findall(r' id="(\w+)"', wide + narrow)
+    assert len(ids) == len(set(ids)) and set(re.findall(r"#(\w+)", wide)) <= {*ids}
+    for (one, numbers), (other, rounded) in zip(
+        drawn(whole[whole.index("<svg") :], {}), drawn(wide, sheet), strict=True
+    ):
+        assert one == other
+        # Of points: screens have about one pixel in each.
+        np.testing.assert_allclose(rounded, numbers, atol=0.0501)
