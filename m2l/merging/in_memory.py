@@ -32,7 +32,8 @@ from m2l.merging.inputs import (
 )
 from m2l.merging.method_registry import METHODS, Method
 from m2l.merging.methods import Consensus, task_vectors
-from m2l.merging.recipe import TABLE, Array, Recipe, Requirements, host_counts, norm_rescale
+from m2l.merging.recipe import Recipe
+from m2l.merging.requirements import TABLE, Array, Requirements, host_counts, norm_rescale
 from m2l.typing import PyTree
 
 Leaves = dict[str, PyTree]

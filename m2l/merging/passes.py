@@ -12,7 +12,6 @@ import functools
 import itertools
 import mmap
 import os
-import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,11 +26,11 @@ from m2l.checkpoints.digest import WIDE
 from m2l.checkpoints.opening import Checkpoint
 from m2l.checkpoints.spans import Span, TensorReader, cut, is_one
 from m2l.distributed import Processes
-from m2l.merging import kernel, layerwise, randomness, thresholds
+from m2l.merging import diagnostics, kernel, randomness, thresholds
 from m2l.merging.inputs import refuse_nonfinite
 from m2l.merging.method_registry import Method
 from m2l.merging.methods import Consensus
-from m2l.merging.recipe import TABLE, Requirements, Scope, norm_rescale
+from m2l.merging.requirements import TABLE, Requirements, Scope, norm_rescale
 from m2l.merging.thresholds import BitRange, Counts, ThresholdCache, Trimming
 from m2l.typing import Json
 
@@ -242,81 +241,6 @@ class Pass:
             yield item, future.result()
 
 
-Sums = dict[str, dict[str, np.ndarray]]
-"""Of each parameter what was summed over it."""
-
-
-def summary(
-    sums: Sums, sizes: Mapping[str, int], densities: Sequence[float] | None
-) -> dict[str, Json]:
-    """Returns the measures of the whole model and of each of its layers, as JSON-like data.
-
-    Args:
-        sums: Of the parameters that were measured; sums of a part are scaled up to the whole.
-        sizes: Name -> elements, of all parameters.
-        densities: The share of each expert's entries that trimming keeps, where it is known.
-    """
-    groups: dict[str, dict[str, Json]] = {}
-    for name, parameter_sums in sums.items():
-        factor = sizes[name] / float(parameter_sums["entries"])
-        for group in ("", group_of(name)):
-            totals = groups.setdefault(group, {"parameters": 0})
-            totals["parameters"] += sizes[name]
-            for kind, array in parameter_sums.items():
-                if kind != "entries":
-                    totals[kind] = totals.get(kind, 0.0) + array * factor
-    sampled = sum(float(each["entries"]) for each in sums.values())
-    whole = groups.pop("")
-    # As if the parameters that were not looked at were like the others.
-    factor = sum(sizes.values()) / whole["parameters"]
-    model = _described({kind: array * factor for kind, array in whole.items()})
-    model["parameters"] = sum(sizes.values())
-    if densities is not None:
-        model["density"] = list(densities)
-    return model | {
-        "share": sampled / sum(sizes.values()),
-        "groups": {group: _described(totals) for group, totals in groups.items()},
-    }
-
-
-def _described(totals: Mapping[str, Json]) -> dict[str, Json]:
-    norms = np.sqrt(np.diagonal(totals["products"]))
-    cosines = totals["products"] / np.maximum(np.outer(norms, norms), 1e-30)
-    measures = {
-        "parameters": totals["parameters"],
-        "norms": [float(f"{norm:.6g}") for norm in norms],
-        "cosines": np.clip(cosines, -1, 1).round(6).tolist(),
-    }
-    if "kept" in totals:
-        measures |= {
-            "density": (totals["kept"] / totals["parameters"]).round(6).tolist(),
-            "sign_conflicts": round(float(totals["conflicts"] / max(1.0, totals["touched"])), 6),
-        }
-    return measures
-
-
-def group_of(name: str) -> str:
-    """Returns the layer that a parameter belongs to, or the part of the model that has none."""
-    if layer := layerwise.LAYER.match(name):
-        return layer[1] + layer[2]
-    return name.split("/")[0] if "/" in name else re.sub(r"\.(weight|bias)$", "", name)
-
-
-def flat(sums: Sums) -> dict[str, np.ndarray]:
-    """Returns sums of every parameter as an array of each kind, to be gathered."""
-    kinds = next(iter(sums.values()), {})
-    stacked = {kind: np.stack([each[kind] for each in sums.values()]) for kind in kinds}
-    return stacked | {"": np.array(list(sums), dtype=np.str_)}
-
-
-def nested(part: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
-    """Returns the sums that `flat` returned arrays of."""
-    names, kinds = part[""], [kind for kind in part if kind]
-    return {
-        str(name): {kind: part[kind][place] for kind in kinds} for place, name in enumerate(names)
-    }
-
-
 RUNS, RUN = 2048, 512
 """A sample for thresholds: so many runs of so many consecutive entries."""
 
@@ -396,7 +320,7 @@ class Analysis:
         self._size = sum(sizes.values())
         self._serial, self._stage = itertools.count(), stage
         self._counted: dict[str, dict[str, np.ndarray | np.floating]] = {n: {} for n in sizes}
-        self.sums: Sums = {}
+        self.sums: diagnostics.Sums = {}
         self.densities: list[float] | None = None
 
     def inputs(self, piece: Segment) -> dict[str, np.ndarray | np.floating]:
@@ -709,17 +633,17 @@ class Analysis:
 
     # Sums
 
-    def _sum_all(self, tag: str, program: Callable[..., dict[str, jax.Array]]) -> Sums:
+    def _sum_all(self, tag: str, program: Callable[..., dict[str, jax.Array]]) -> diagnostics.Sums:
         """Sums over every parameter, exact to float32's rounding."""
         cells = self._stream.spans(self._local, _WHOLE_CELL)
         return self._gathered(tag, self._sum(program, cells, _WHOLE_CELL))
 
-    def _gathered(self, tag: str, sums: Sums) -> Sums:
+    def _gathered(self, tag: str, sums: diagnostics.Sums) -> diagnostics.Sums:
         """Returns the sums of all processes."""
-        parts = self._gather(tag, flat(sums))
-        return {k: v for part in parts for k, v in nested(part).items()}
+        parts = self._gather(tag, diagnostics.flat(sums))
+        return {k: v for part in parts for k, v in diagnostics.nested(part).items()}
 
-    def _sample(self) -> Sums:
+    def _sample(self) -> diagnostics.Sums:
         """Sums over cells at even distances through each parameter that is not a small part."""
         share, cells = min(1.0, SAMPLED / self._size), []
         in_chunks = share < 1 and self._in_chunks(self._sizes)
@@ -738,8 +662,8 @@ class Analysis:
 
     def _sum(
         self, program: Callable[..., dict[str, jax.Array]], cells: Sequence[Span], cell: int
-    ) -> Sums:
-        totals: Sums = {}
+    ) -> diagnostics.Sums:
+        totals: diagnostics.Sums = {}
 
         def act(piece: Segment, arrays: list) -> dict[str, np.ndarray]:
             base, experts = (None, arrays) if self._base is None else (arrays[0], arrays[1:])
@@ -760,4 +684,4 @@ class Analysis:
 
     def diagnostics(self) -> dict[str, Json]:
         """Returns norms and cosines of the task vectors, realised densities, conflicts."""
-        return summary(self.sums, self._sizes, self.densities)
+        return diagnostics.summary(self.sums, self._sizes, self.densities)

@@ -12,7 +12,7 @@ from m2l import checkpoints
 from m2l.errors import MergeError
 from m2l.merging import METHODS, Interval, Recipe, grid, layerwise, merge, merge_each, method
 from m2l.merging.method_registry import Method
-from m2l.merging.recipe import Requirements
+from m2l.merging.requirements import Requirements
 
 from . import oracles
 from .conftest import SHAPES, same_bits

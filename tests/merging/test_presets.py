@@ -11,7 +11,7 @@ from m2l.checkpoints import safetensors
 from m2l.errors import UnknownNameError
 from m2l.merging import METHODS, PRESETS, Recipe, merge, preset
 from m2l.merging.methods import Consensus, drop, elect_and_merge, trim
-from m2l.merging.recipe import Requirements
+from m2l.merging.requirements import Requirements
 
 DATA = Path(__file__).parents[1] / "goldens"
 NAMES = ["embed.weight", "up.weight", "down.weight", "norm.weight", "gate", "odd"]
