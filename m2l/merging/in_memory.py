@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from m2l.checkpoints import uint64
@@ -34,6 +34,13 @@ from m2l.merging.method_registry import METHODS, Method
 from m2l.merging.methods import Consensus, task_vectors
 from m2l.merging.recipe import Recipe
 from m2l.merging.requirements import TABLE, Array, Requirements, host_counts, norm_rescale
+from m2l.merging.shards import (
+    constrained,
+    per_shard,
+    placed_on,
+    replicated,
+    widest_sharding,
+)
 from m2l.typing import PyTree
 
 Leaves = dict[str, PyTree]
@@ -234,7 +241,7 @@ def _merge_on_host(rows: Mapping[str, _Row], needs: Requirements) -> Leaves:
             values |= {} if row.base is None else {"base": _whole(name, row.base)}
             result = method.function(name=name, experts=experts, grams=grams or None, **values)
         result = result.astype(jnp.dtype(needs.recipe.dtype))
-        sharding = _sharding(row.experts)
+        sharding = widest_sharding(row.experts)
         merged[name] = (
             jnp.asarray(result)
             if sharding is None
@@ -256,16 +263,6 @@ def _whole(name: str, leaf: ArrayLike) -> np.ndarray:
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         return multihost_utils.process_allgather(leaf, tiled=True)
     return np.asarray(leaf)
-
-
-def _sharding(arrays: Sequence[ArrayLike]) -> jax.sharding.Sharding | None:
-    """Returns the sharding of the array on the most devices; None where no array has one."""
-    shardings = [
-        array.sharding
-        for array in arrays
-        if isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer)
-    ]
-    return max(shardings, key=lambda each: len(each.device_set), default=None)
 
 
 class _Program(NamedTuple):
@@ -293,8 +290,8 @@ def _merge_on_devices(rows: Mapping[str, _Row], needs: Sequence[Requirements]) -
     traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(dict(rows)))
     method, programs, placed = METHODS[recipe.method], {}, {}
     for name, row in rows.items():
-        sharding = None if traced else _sharding(jax.tree.leaves(row))
-        put = jnp.asarray if sharding is None else functools.partial(_placed, sharding=sharding)
+        sharding = None if traced else widest_sharding(jax.tree.leaves(row))
+        put = jnp.asarray if sharding is None else functools.partial(placed_on, sharding=sharding)
         placed[name] = jax.tree.map(put, row)
         sharding = sharding if isinstance(sharding, NamedSharding) else None
         programs[name] = _Program(method, recipe.election, recipe.dtype, sharding)
@@ -461,11 +458,6 @@ def _on_host(
     return function(*map(np.asarray, arrays))
 
 
-def _placed(array: ArrayLike, sharding: jax.sharding.Sharding) -> jax.Array:
-    same = isinstance(array, jax.Array) and array.sharding == sharding
-    return array if same else jax.device_put(array, sharding)
-
-
 def _replicated_once(
     inputs: Mapping[str, Array], program: _Program, copies: dict[object, jax.Array]
 ) -> dict[str, Array]:
@@ -474,7 +466,7 @@ def _replicated_once(
         return dict(inputs)
     sharding = NamedSharding(program.sharding.mesh, PartitionSpec())
 
-    def replicated(value: Array) -> jax.Array:
+    def copied(value: Array) -> jax.Array:
         if isinstance(value, jax.Array):
             return value
         key = (sharding, value.dtype, value.shape, value.tobytes())
@@ -482,7 +474,7 @@ def _replicated_once(
             copies[key] = jax.device_put(value, sharding)
         return copies[key]
 
-    return jax.tree.map(replicated, dict(inputs))
+    return jax.tree.map(copied, dict(inputs))
 
 
 @functools.partial(jax.jit, static_argnames="program")
@@ -501,52 +493,7 @@ def _merged(row: _Row, inputs: Mapping[str, Array], program: _Program) -> jax.Ar
         values = {name: inputs[name] for name in method.hyper_parameters}
         inputs["coefficients"] = method.coefficients(inputs.pop("products"), **values, xp=jnp)
     block = kernel.merged(method, program.election, *row, inputs)
-    return _constrained(block.astype(program.dtype), program.sharding)
-
-
-def _constrained(array: jax.Array, sharding: NamedSharding | None) -> jax.Array:
-    # The axes of an Explicit mesh follow from the types of the operands.
-    if sharding is None or AxisType.Explicit in sharding.mesh.axis_types:
-        return array
-    return jax.lax.with_sharding_constraint(array, sharding)
-
-
-def _per_shard(
-    function: Callable[..., PyTree],
-    sharding: NamedSharding | None,
-    arrays: Sequence[jax.Array],
-    *operands: jax.Array,
-    stacked: bool = False,
-) -> PyTree:
-    """Computes sums over each shard of arrays, without any communication.
-
-    Args:
-        function: Sums of (arrays, *operands).
-        sharding: Of each parameter; None: one shard.
-        arrays: Of one shape.
-        operands: Replicated.
-        stacked: Whether the first axis of the arrays is one of parameters.
-
-    Returns:
-        The function's results, with a leading axis of shards.
-    """
-
-    def sums(*operands: PyTree) -> PyTree:
-        return jax.tree.map(lambda array: array[None], function(*operands))
-
-    spec = () if sharding is None else sharding.spec
-    axes = [axis for entry in spec if entry is not None for axis in np.atleast_1d(entry).tolist()]
-    if not axes or not arrays[0].size:
-        return sums(arrays, *operands)
-    return jax.shard_map(
-        sums,
-        mesh=sharding.mesh,
-        in_specs=(
-            PartitionSpec(*(None,) * stacked, *spec),
-            *(PartitionSpec(),) * len(operands),
-        ),
-        out_specs=PartitionSpec(tuple(axes)),
-    )(arrays, *operands)
+    return constrained(block.astype(program.dtype), program.sharding)
 
 
 @functools.partial(jax.jit, static_argnames="program")
@@ -562,13 +509,13 @@ def _sums(row: _Row, inputs: Mapping[str, Array], program: _Program) -> dict[str
     if method.sums is not None:
         named = kernel.named(method.sums, inputs)
         summed = functools.partial(_by_name, method.sums, tuple(named))
-        return {"products": _per_shard(summed, program.sharding, vectors, *named.values())}
+        return {"products": per_shard(summed, program.sharding, vectors, *named.values())}
     if method.coefficients is not None:
-        return {"products": _per_shard(_products, program.sharding, vectors)}
+        return {"products": per_shard(_products, program.sharding, vectors)}
     magnitudes = kernel.magnitudes(method, row.base, row.experts, inputs)
     return {
-        "l1": _per_shard(_norms, program.sharding, vectors),
-        "l1_kept": _per_shard(_norms, program.sharding, magnitudes),
+        "l1": per_shard(_norms, program.sharding, vectors),
+        "l1_kept": per_shard(_norms, program.sharding, magnitudes),
     }
 
 
@@ -593,22 +540,18 @@ def _norms(vectors: Sequence[jax.Array]) -> jax.Array:
 def _totals(
     parts: Sequence[dict[str, jax.Array]], shardings: Sequence[NamedSharding | None]
 ) -> list[dict[str, jax.Array]]:
-    """Adds up, for each parameter, what `_sums` returned for its shards."""
+    """Adds up, for each parameter, what `_sums` returned for its"""
     return [
-        {name: _replicated(array.sum(0), sharding) for name, array in sums.items()}
+        {name: replicated(array.sum(0), sharding) for name, array in sums.items()}
         for sums, sharding in zip(parts, shardings, strict=True)
     ]
-
-
-def _replicated(array: jax.Array, sharding: NamedSharding | None) -> jax.Array:
-    return _constrained(array, sharding and NamedSharding(sharding.mesh, PartitionSpec()))
 
 
 @functools.partial(jax.jit, static_argnames="program")
 def _histogram(row: _Row, program: _Program) -> jax.Array:
     """Counts the entries with each upper 16 bits: words, uint32 [2, experts, TABLE]."""
     bits = [kernel.bits(tau) for tau in task_vectors(*_float32(row))]
-    return _total_words(_per_shard(_bins, program.sharding, bits), program)
+    return _total_words(per_shard(_bins, program.sharding, bits), program)
 
 
 def _bins(bits: Sequence[jax.Array]) -> jax.Array:
@@ -629,7 +572,7 @@ def _signs(row: _Row, inputs: Mapping[str, Array], program: _Program) -> jax.Arr
     mass = kernel.mass(program.method, program.election, row.base, row.experts, inputs)
     signs = [(mask.astype(jnp.uint32))[None] for mask in (mass > 0, mass < 0)]
     ones = jnp.ones((1, 2, 1), jnp.uint32)
-    counts = _per_shard(thresholds.count_at_least, program.sharding, signs, ones, stacked=True)
+    counts = per_shard(thresholds.count_at_least, program.sharding, signs, ones, stacked=True)
     return _total_words(counts.reshape(len(counts), 2, 2), program)
 
 
@@ -639,7 +582,7 @@ def _float32(row: _Row) -> tuple[jax.Array, list[jax.Array]]:
 
 def _total_words(words: jax.Array, program: _Program) -> jax.Array:
     """Adds up words, uint32 [shards, 2, ...]."""
-    return _replicated(jnp.stack(uint64.sum_leading(words)), program.sharding)
+    return replicated(jnp.stack(uint64.sum_leading(words)), program.sharding)
 
 
 _Source = list[jax.Array] | tuple[_Row, Mapping[str, Array]]
@@ -803,7 +746,7 @@ def _counts(source: _Source, candidates: jax.Array, program: _Program) -> jax.Ar
     bits = source
     if not isinstance(source, list):
         bits = [array[None] for array in _bits(*source, program)]
-    return _per_shard(thresholds.count_at_least, program.sharding, bits, candidates, stacked=True)
+    return per_shard(thresholds.count_at_least, program.sharding, bits, candidates, stacked=True)
 
 
 @functools.partial(jax.jit, static_argnames="shardings")
@@ -819,7 +762,7 @@ def _next_prefixes(
     pairs = zip(shardings, counts, strict=True)
     for sharding, group in itertools.groupby(pairs, key=lambda pair: pair[0]):
         shards = jnp.concatenate([part for _, part in group], axis=2)
-        words.append(_replicated(jnp.stack(uint64.sum_leading(shards)), sharding))
+        words.append(replicated(jnp.stack(uint64.sum_leading(shards)), sharding))
     totals = jnp.concatenate(words, axis=1)
     if len(ranks) == 1:
         totals = jnp.stack(uint64.sum_leading(totals.swapaxes(0, 1)))[:, None]
