@@ -345,17 +345,25 @@ def _together(names: Sequence[str]) -> str:
     return ", ".join(f"{folder}/{' + '.join(last)}" for folder, last in folders.items())
 
 
+_UNDECIDED = "what is compared differs by less than its uncertainty"
+
+
+def data_source(source: str) -> str:
+    """Returns what a study's source of records is called: "none" is that of own tasks."""
+    return "tasks of its own" if source == "none" else source
+
+
 def meaning(findings: Sequence[Finding]) -> str:
     """Returns what the verdicts on a paper's findings mean, in plain words."""
     verdicts = [finding.verdict for finding in findings]
     counts = {verdict: verdicts.count(verdict) for verdict in dict.fromkeys(verdicts)}
     parts = [
-        f"{count} {text}"
-        for verdict, text in (
-            ("supported", "hold here"),
-            ("contradicted", "do not, rather the contrary"),
-            ("undecided", "stay open: what is compared differs by less than its uncertainty"),
-            ("not tested", "are not tested by this study"),
+        f"{count} {verb if count == 1 else plural}{text}"
+        for verdict, verb, plural, text in (
+            ("supported", "holds", "hold", " here"),
+            ("contradicted", "does", "do", " not, rather the contrary"),
+            ("undecided", "stays", "stay", f" open: {_UNDECIDED}"),
+            ("not tested", "is", "are", " not tested by this study"),
         )
         if (count := counts.get(verdict))
     ]
@@ -365,8 +373,10 @@ def meaning(findings: Sequence[Finding]) -> str:
 def verdicts(findings: Sequence[Finding]) -> tuple[str, str]:
     """Returns how many of the paper's findings are supported, as an entry of the headline."""
     verdicts = [finding.verdict for finding in findings]
+    counts = [f"{verdicts.count(name)} {name}" for name in ("contradicted", "undecided")]
+    if untested := verdicts.count("not tested"):
+        counts.append(f"{untested} not tested")
     return (
         f"{verdicts.count('supported')} of {len(verdicts)}",
-        "of the paper's findings are supported here, "
-        f"{verdicts.count('contradicted')} contradicted, {verdicts.count('undecided')} undecided",
+        f"of the paper's findings are supported here, {', '.join(counts)}",
     )

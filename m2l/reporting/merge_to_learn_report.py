@@ -151,7 +151,7 @@ def _lead(study: SkillsStudy) -> markupsafe.Markup:
     )
     count = models.parameters(study.model)
     named = f"{len(study.skills)} skill{'' if len(study.skills) == 1 else 's'} ({skills_named})"
-    return text.format(named, count, methods, study.source, __version__)
+    return text.format(named, count, methods, blocks.data_source(study.source), __version__)
 
 
 def _plain(material: SkillsContents) -> str:

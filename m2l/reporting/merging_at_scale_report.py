@@ -187,7 +187,7 @@ def _lead(material: ScalingContents) -> str:
         len(settings["categories"]),
         len(settings["held_out"]),
         _number(len(settings["seeds"]), "draw"),
-        settings["source"],
+        blocks.data_source(settings["source"]),
         __version__,
     )
 
