@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -143,7 +144,7 @@ class OrbaxResult:
         if isinstance(self.directory, Path):
             self.directory.mkdir(parents=True, exist_ok=True)
             for unfinished in self.directory.rglob(f".*{zarr.TEMPORARY}"):
-                unfinished.unlink()
+                unfinished.unlink(missing_ok=True)
         for writer in self._writers.values():
             writer.create()
 
@@ -610,9 +611,15 @@ def discard(out: AnyPath, key: str) -> None:
         shutil.rmtree(_folder(out, key), ignore_errors=True)
 
 
-def used_bytes(directory: AnyPath) -> int:
-    """Returns the bytes that a directory takes on a local disk."""
-    return sum(f.stat().st_blocks * 512 for f in directory.rglob("*") if f.is_file())
+def used_bytes(directory: Path) -> int:
+    """Returns the bytes that a local directory's files take on the disk."""
+    used = 0
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            # Other processes write there, by temporary files that they rename.
+            with contextlib.suppress(FileNotFoundError):
+                used += os.lstat(os.path.join(folder, name)).st_blocks * 512
+    return used
 
 
 def _folder(out: Path, key: str) -> Path:

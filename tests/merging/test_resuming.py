@@ -266,3 +266,11 @@ def test_thresholds_that_were_found_once_are_not_counted_again(root, monkeypatch
     merge(base, experts, Recipe("ties", density=0.4), root / "denser", progress=False)
     merge(experts[0], experts[1:], Recipe("ties", density=0.3), root / "other", progress=False)
     assert len(counted) >= 2
+
+
+def test_files_that_another_process_renames_meanwhile_do_not_stop_the_count(tmp_path, monkeypatch):
+    (tmp_path / "chunk").write_bytes(bytes(10_000))
+    blocks = (tmp_path / "chunk").stat().st_blocks * 512
+    names = ["chunk", ".chunk.1.tmp"]
+    monkeypatch.setattr(os, "walk", lambda folder: [(folder, [], names)])
+    assert outputs.used_bytes(tmp_path) == blocks > 0
