@@ -419,9 +419,11 @@ class _Merge:
             if task.name not in wholes
         )
         unwritten = {name: math.prod(shape) for name, (shape, _) in self.job.described.items()}
+        unmade = set(wholes)  # Those of no elements are made as well.
 
         def note(task: Task, outcome: Outcome) -> None:
             origin = self.job.origin(task.name)
+            unmade.discard(task.name)
             if outcome[0] is not None:
                 words[task.name] = digest.add(words.get(task.name, digest.NOTHING), outcome[0])
             if task.name not in job.roles.repeated:
@@ -431,7 +433,7 @@ class _Merge:
             if isinstance(result, ShardedResult) and not unwritten[task.name]:
                 sha256[task.name] = self.stream.pool.submit(result.sha256, task.name, False)
                 (unit,) = task.units
-                if not any(unwritten[name] for name in result.tensors(unit)):
+                if not any(unwritten[n] or n in unmade for n in result.tensors(unit)):
                     self._finish_file(unit, sha256)
             self._advance(task.size)
             self.processes.check()
