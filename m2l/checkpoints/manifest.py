@@ -165,7 +165,8 @@ class Manifest:
         manifest = cls(**content | {"parents": tuple(content["parents"])})
         if manifest.tokenizer is None:
             return manifest
-        copy = tokenizer.local_copy(file.parent, manifest.tokenizer)
+        in_checkpoint = file.name in (FILE_NAME, ORBAX_METADATA)
+        copy = tokenizer.local_copy(file.parent, manifest.tokenizer, in_checkpoint)
         name = tokenizer.name_in(manifest.vocabulary["name"], copy)
         return dataclasses.replace(manifest, vocabulary={**manifest.vocabulary, "name": name})
 

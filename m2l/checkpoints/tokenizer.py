@@ -72,7 +72,9 @@ def digests(content: Mapping[str, bytes]) -> dict[str, str]:
     return {name: hashlib.sha256(data).hexdigest() for name, data in content.items()}
 
 
-def local_copy(checkpoint: AnyPath, recorded: Mapping[str, str]) -> Path:
+def local_copy(
+    checkpoint: AnyPath, recorded: Mapping[str, str], in_checkpoint: bool = True
+) -> Path:
     """Returns a local directory with the tokenizer that a checkpoint carries.
 
     Libraries read tokenizers from files alone; the copy is in m2l's cache, by its content.
@@ -80,26 +82,29 @@ def local_copy(checkpoint: AnyPath, recorded: Mapping[str, str]) -> Path:
     Args:
         checkpoint: The checkpoint's directory.
         recorded: SHA-256 by name, as the manifest has them.
+        in_checkpoint: False for a Hugging Face directory, whose files stand beside the weights: a
+            local one is returned itself.
 
     Raises:
         CheckpointError: A file is missing or damaged.
     """
-    directory = checkpoint / DIRECTORY
+    if not in_checkpoint and isinstance(checkpoint, Path):
+        return checkpoint.absolute()
+    directory = checkpoint / DIRECTORY if in_checkpoint else checkpoint
     if isinstance(directory, Path) and directory.is_dir() and not (directory / METADATA).is_file():
         return directory.absolute()  # Of a checkpoint in format 2.
     copy = cache_directory() / "tokenizers" / checksum(dict(recorded))
     if all((copy / name).is_file() for name in recorded):
         return copy
-    content = _carried(checkpoint, recorded)
+    content = _carried(directory, recorded)
     copy.mkdir(parents=True, exist_ok=True)
     for name, data in content.items():
         write_atomic(copy / name, data)
     return copy
 
 
-def _carried(checkpoint: AnyPath, recorded: Mapping[str, str]) -> dict[str, bytes]:
-    """Reads and checks the tokenizer's files of a checkpoint."""
-    directory = checkpoint / DIRECTORY
+def _carried(directory: AnyPath, recorded: Mapping[str, str]) -> dict[str, bytes]:
+    """Reads and checks the tokenizer's files in a directory."""
     if (directory / METADATA).is_file():
         arrays = open_pytree(directory).arrays
         content = {n: arrays[n].read().tobytes() for n in recorded if n in arrays}
@@ -183,7 +188,7 @@ def _unigram_json(file: Path, extra_ids: int) -> str:
 
 def verify(checkpoint: AnyPath, recorded: Mapping[str, str]) -> None:
     """Raises CheckpointError if a tokenizer's file is missing, or not what the manifest records."""
-    _carried(checkpoint, recorded)
+    _carried(checkpoint / DIRECTORY, recorded)
 
 
 def _sources(name: str) -> dict[str, Path]:

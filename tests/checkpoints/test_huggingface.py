@@ -11,7 +11,7 @@ import pytest
 from safetensors import numpy as official
 
 from m2l import checkpoints, models
-from m2l.checkpoints import huggingface, huggingface_config
+from m2l.checkpoints import huggingface, huggingface_config, huggingface_directory
 from m2l.errors import CheckpointError, UnknownNameError
 from m2l.models import LlamaConfig
 
@@ -470,7 +470,7 @@ def test_results_of_another_model_are_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_tokenizers_files_go_along_and_name_the_special_tokens(tmp_path):
+def test_the_tokenizers_files_go_along_and_name_the_special_tokens(tmp_path, monkeypatch):
     tokenizer = tmp_path / "tokenizer"
     tokenizer.mkdir()
     added = [{"id": 11, "content": "<s>"}, {"id": 12, "content": "</s>"}]
@@ -493,3 +493,11 @@ def test_the_tokenizers_files_go_along_and_name_the_special_tokens(tmp_path):
     config = json.loads((out / "config.json").read_text())
     ids = [config[f"{token}_token_id"] for token in ("bos", "eos", "pad")]
     assert ids == [11, [12, 14], 13]
+
+    # On another machine, where no copy of the tokenizer is.
+    out = out.rename(tmp_path / "moved")
+    monkeypatch.setenv("M2L_CACHE", str(tmp_path / "empty"))
+    manifest = huggingface_directory.read_manifest(out)
+    assert manifest.vocabulary["name"] == str(out)
+    opened = checkpoints.open(out)
+    assert opened.tokenizer == out and opened.digest == manifest.digest
