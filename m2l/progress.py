@@ -61,9 +61,10 @@ class Progress:
         self._pause = _REDRAWN if self._terminal else _FIRST_LINE
         self._start = self._shown = time.monotonic()
 
-    def update(self, done: int | None = None, **figures: str) -> None:
-        """Sets how many units are finished (None: unchanged) and figures to show."""
+    def update(self, done: int | None = None, total: int | None = None, **figures: str) -> None:
+        """Sets how many units are finished and there are (None: unchanged), and figures to show."""
         self._done = self._done if done is None else done
+        self._total = self._total if total is None else total
         self._figures.update(figures)
         if self._counted is None and self._done > self._before:
             self._counted = self._done, time.monotonic()

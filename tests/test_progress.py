@@ -95,3 +95,9 @@ def test_little_of_a_large_unit_has_decimals(clock, capsys):
         with progress.Progress("export", total, "MB", scale=10**6) as bar:
             bar.update(total)
         assert said in capsys.readouterr().err
+
+
+def test_work_that_grows_is_never_more_than_all_of_it(capsys):
+    with progress.Progress("merging", 2, "parts") as bar:
+        bar.update(3, 4)
+    assert capsys.readouterr().err.startswith("merging:  75%  3/4 parts")

@@ -313,7 +313,8 @@ class _Merge:
         self.job, self.processes, self.result = job, processes, result
         self.method = METHODS[job.recipe.method]
         self._bar: Progress | None = None
-        self._done = 0
+        # Elements: what was read and written, all that is to be, and what is to be written.
+        self._done = self._total = self._ahead = 0
         merged = [(source, list(job.sizes)) for source in job.used]
         copied: dict[int, tuple[Checkpoint, list[str]]] = {}
         for name, source in job.roles.copied.items():
@@ -332,8 +333,10 @@ class _Merge:
 
     def _advance(self, elements: int) -> None:
         self._done += elements
+        # Where a sample has misled, thresholds take one reading more than was planned.
+        self._total = max(self._total, self._done + self._ahead)
         if self._bar is not None:
-            self._bar.update(self._done)
+            self._bar.update(self._done, self._total)
 
     def run(self, progress: bool) -> Manifest | PyTree | None:
         """Computes the merge; returns the manifest, in the first process, or the parameters."""
@@ -350,8 +353,11 @@ class _Merge:
         own = [units[number] for number in shares(sizes, job.process[1])[job.process[0]]]
         names = [self.job.origin(name) for unit in own for name in self._names(unit)]
         written = [name for name in dict.fromkeys(names) if name in job.sizes]
-        total = job.plan.local * (job.plan.readings - 1) + sum(unit.size for unit in own)
-        bar = Progress(f"merging {len(job.experts)} experts", total, "M parameters", scale=10**6)
+        self._ahead = sum(unit.size for unit in own)
+        self._total = job.plan.local * (job.plan.readings - 1) + self._ahead
+        bar = Progress(
+            f"merging {len(job.experts)} experts", self._total, "M parameters", scale=10**6
+        )
         # Grams are read whole.
         read = job.used[: len(job.used) - len(job.statistics) * self.method.whole]
         inputs = [source.parameters for source in read]
@@ -372,6 +378,7 @@ class _Merge:
             )
             self.analysis.run(job.diagnostics)
             self._create()
+            self._ahead = 0
             stored = self._write(own)
             self._verify()
             if isinstance(self.result, MemoryResult):
