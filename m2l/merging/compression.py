@@ -204,7 +204,8 @@ class _Writer:
         """Yields the blocks of parameters of an expert, in order; shows progress."""
         sizes = {name: expert.parameters[name].size for name in names}
         done, silent = 0, not self._progress
-        with Progress(title, sum(sizes.values()), "elements", silent=silent) as bar:
+        total = sum(sizes.values())
+        with Progress(title, total, "M parameters", silent=silent, scale=10**6) as bar:
             for name, size in sizes.items():
                 shape = tuple(expert.parameters[name].shape)
                 for box in boxes(shape, self._chunk(name, expert)):
