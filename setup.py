@@ -113,6 +113,7 @@ setup(
         "m2l.gin_configs": ["**/*.gin"],
         "m2l.tasks": ["**/*.model", "*.csv"],
         "m2l.reporting": ["*.jinja", "*.csv"],
+        "m2l.studies": ["*.json"],
     },
     entry_points={"console_scripts": ["m2l = m2l.cli:main"]},
     zip_safe=False,

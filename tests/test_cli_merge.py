@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from m2l import checkpoints
+from m2l.merging import Recipe, interference
+from m2l.studies import retention
 
 
 def models(road):
@@ -108,6 +110,62 @@ def test_inspect_shows_and_draws_what_a_merge_measured(road, run_m2l, capsys, tm
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert run_m2l("inspect", road / "base", "--cosines", picture) == 2
     assert "no cosines were measured" in capsys.readouterr().err
+
+
+def test_inspect_predicts_what_a_merge_keeps(road, run_m2l, capsys, tmp_path):
+    assert run_m2l("inspect", *models(road), "--predict") == 0
+    shown, warned = capsys.readouterr()
+    for words in (
+        "2 experts of",
+        "signs conflict at",
+        "ties, density",
+        "it was off by",
+        "not eval",
+    ):
+        assert words in shown
+    # This base is nothing like one of the studies.
+    assert warned.count("norm is") == 1 and "the prediction is a guess" in warned
+
+    fitted, paths = retention.Retention.read(), [road / "sentiment", road / "closed_book_qa"]
+    recipe = Recipe("task_arithmetic", scale=0.3)
+    [measures] = interference.measure(road / "base", paths, [recipe], progress=False)
+    flags = ("--predict", "--method", "task_arithmetic", "--scale", 0.3)
+    assert run_m2l("inspect", *models(road), *flags, "--json") == 0
+    named = json.loads(capsys.readouterr().out)
+    [prediction] = named["predictions"]
+    assert prediction["recipe"] == recipe.to_dict()
+    assert prediction["measures"] == pytest.approx(measures._asdict())
+    expected = fitted.predict(measures)
+    assert [prediction[name] for name in ("share", "low", "high")] == pytest.approx(expected)
+    assert named["error"]["error"] == fitted.errors[fitted.left_out].error
+
+    # A merge names its base, its experts and its recipe itself.
+    out, own = tmp_path / "out", tmp_path / "own.json"
+    assert run_m2l("merge", *models(road), *flags[1:], "--out", out) == 0
+    fitted.write(own)
+    capsys.readouterr()
+    assert run_m2l("inspect", out, "--predict", own, "--json") == 0
+    assert json.loads(capsys.readouterr().out) == named
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--predict", "--expert", "ONE", "--expert", "TWO"), "found no base and 2"),
+        (("--predict", "--base", "BASE", "--expert", "ONE"), "found a base and 1"),
+        (("ONE", "--predict"), "expected a merge of a base's experts"),
+        (("ONE", "--predict", "--base", "BASE"), "leave it out, or --base"),
+        (("ONE", "--base", "BASE"), "--base: without effect without --predict"),
+        (("--predict", "RECIPE", "ONE"), "expected what scripts/fit_retention.py writes"),
+        ((), "CHECKPOINT is missing"),
+    ],
+)
+def test_inspect_says_what_a_prediction_needs(road, run_m2l, capsys, tmp_path, flags, message):
+    (tmp_path / "recipe.json").write_text('{"method": "ties"}')
+    places = {"BASE": road / "base", "ONE": road / "sentiment", "TWO": road / "closed_book_qa"}
+    places |= {"RECIPE": tmp_path / "recipe.json"}
+    assert run_m2l("inspect", *(places.get(flag, flag) for flag in flags)) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

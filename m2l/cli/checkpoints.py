@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import click
 
 from m2l import storage
-from m2l.cli import diagnostics
+from m2l.cli import diagnostics, prediction
+from m2l.cli.merge import METHOD
 from m2l.cli.options import (
     DIRECTORY,
     MODEL,
@@ -191,22 +192,51 @@ def push(directory: Path, name: str, private: bool) -> None:
 
 
 @click.command()
-@click.argument("checkpoint", type=MODEL)
+@click.argument("checkpoint", type=MODEL, required=False)
 @click.option("--verify", is_flag=True, help="Compute every digest anew.")
 @click.option("--subtree", help="Of a pytree that Orbax stored, the part to show: params.")
 @with_mesh
 @with_json
 @click.option("--cosines", type=DIRECTORY, help="Draw a merge's task vectors: a .png, .svg, .pdf.")
+@click.option(
+    "--predict",
+    is_flag=False,
+    flag_value="",
+    metavar="[FILE]",
+    help="Predict what a merge keeps of its experts' performance: of CHECKPOINT, a merge, or of "
+    "--base and --expert. FILE: of scripts/fit_retention.py, in place of m2l's own.",
+)
+@click.option("--base", type=MODEL, help="With --predict: the experts' base.")
+@click.option("--expert", "experts", type=MODEL, multiple=True, help="... repeat for each.")
+@click.option("--method", type=METHOD, help="... this one alone.  [default: those of the studies]")
+@click.option("--scale", type=float, help="... by this.  [default: as the studies chose it]")
+@click.option("--recipe", type=DIRECTORY, help="... a JSON file of settings.")
 def inspect(
-    checkpoint: Path,
+    checkpoint: Path | None,
     verify: bool,
     subtree: str | None,
     fsdp: int,
     model: int,
     as_json: bool,
     cosines: Path | None,
+    predict: str | None,
+    base: Path | None,
+    experts: tuple[Path, ...],
+    method: str | None,
+    scale: float | None,
+    recipe: Path | None,
 ) -> None:
     """What is in a checkpoint and where it came from: its parameters come last."""
+    settings = {"method": method, "scale": scale}
+    if predict is not None:
+        options = {"subtree": subtree, "as_json": as_json}
+        prediction.show(predict, checkpoint, base, experts, recipe, settings, **options)
+        return
+    named = {"--base": base, "--expert": experts, "--recipe": recipe, "--method": method}
+    if flags := [flag for flag, value in (named | {"--scale": scale}).items() if value]:
+        raise ConfigError(f"m2l inspect: {', '.join(flags)}: without effect without --predict")
+    if checkpoint is None:
+        raise ConfigError("m2l inspect: CHECKPOINT is missing")
     from jax import numpy as jnp
     from jax.sharding import AbstractMesh
     from rich.console import Console

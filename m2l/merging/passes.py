@@ -369,7 +369,7 @@ class Analysis:
             for counted in self._counted.values():
                 counted["zero_sign"] = sign
         if diagnose:
-            self.sums = self.sums or self._sample()
+            self.sums = self.sums or self.sample(_sums(method, self.recipe.election))
 
     def _bounds(self, needs: Requirements) -> dict[str, dict[str, np.ndarray | np.floating]]:
         """Returns the limits of the task vectors that have to be known before the method's own."""
@@ -643,7 +643,7 @@ class Analysis:
         parts = self._gather(tag, diagnostics.flat(sums))
         return {k: v for part in parts for k, v in diagnostics.nested(part).items()}
 
-    def _sample(self) -> diagnostics.Sums:
+    def sample(self, program: Callable[..., dict[str, jax.Array]]) -> diagnostics.Sums:
         """Sums over cells at even distances through each parameter that is not a small part."""
         share, cells = min(1.0, SAMPLED / self._size), []
         in_chunks = share < 1 and self._in_chunks(self._sizes)
@@ -656,7 +656,6 @@ class Analysis:
             cells += [whole[place] for place in places]
         if in_chunks:
             cells = self._some_chunks()
-        program = _sums(self.method, self.recipe.election)
         cell = _WHOLE_CELL if in_chunks else _CELL
         return self._gathered("diagnostics", self._sum(program, cells, cell))
 
