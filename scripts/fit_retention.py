@@ -2,8 +2,9 @@
 
     python scripts/fit_retention.py RUN [RUN ...] --out m2l/studies/retention.json
 
-RUN is the folder of a study over numbers of experts, with its checkpoints. --table keeps what was
-measured of each merge, for one's own regressions.
+RUN is the folder of a study over numbers of experts, with its checkpoints. Of the scales that
+studies chose, those of the first are the default of `--predict`. --table keeps what was measured of
+each merge, for one's own regressions.
 """
 
 import argparse

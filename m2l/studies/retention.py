@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 
 from m2l import files, storage
 from m2l.errors import ConfigError, DataError, EvaluationError
@@ -25,11 +26,18 @@ from m2l.typing import JsonObject
 FITTED = Path(__file__).with_name("retention.json")
 """What m2l's own studies give."""
 
-FEATURES: Mapping[str, Callable[[Measures], float]] = {
-    "projection": lambda m: m.projection,
-    "projection_log2_experts": lambda m: m.projection * float(np.log2(m.experts)),
-    "interference": lambda m: m.interference,
+Ranges = Mapping[str, tuple[float, float]]
+Columns = Mapping[str, ArrayLike]
+"""Measures by name: numbers, or columns of them."""
+
+FEATURES: Mapping[str, Callable[[Columns], np.ndarray]] = {
+    "projection": lambda m: np.asarray(m["projection"]),
+    "projection_log2_experts": lambda m: m["projection"] * np.log2(m["experts"]),
+    "interference_norm": lambda m: m["interference"] * m["norm"],
+    "log10_norm": lambda m: np.log10(m["norm"]),
 }
+"""The last two: what disturbs an expert, and how far experts are from it, in units of the base."""
+
 RIDGE = 1e-3
 """The penalty on coefficients of standardised features, where the loss is the mean square."""
 
@@ -160,7 +168,7 @@ class Retention:
 
     intercept: float
     coefficients: Mapping[str, float]
-    ranges: Mapping[str, tuple[float, float]]
+    ranges: Ranges
     errors: Mapping[str, HeldOutError]
     merges: Mapping[str, int]
     recipes: Mapping[str, Mapping[str, JsonObject]]
@@ -174,11 +182,10 @@ class Retention:
     def predict(self, measures: Measures) -> tuple[float, float, float]:
         """Returns the share that is kept, and the interval that has nine of ten merges.
 
-        The share is between the least and the largest of what was fitted.
+        Measures, and the share, are cut to between the least and the largest of what was fitted.
         """
-        share = self.intercept + sum(
-            weight * FEATURES[name](measures) for name, weight in self.coefficients.items()
-        )
+        weights = np.array([self.coefficients[name] for name in FEATURES])
+        share = self.intercept + _design(measures._asdict(), self.ranges) @ weights
         share = float(np.clip(share, *self.ranges["held_in"]))
         within = self.errors[self.left_out].within
         return share, max(0.0, share - within), share + within
@@ -233,7 +240,7 @@ class Retention:
 def fit(
     examples: pd.DataFrame, recipes: Mapping[str, Mapping[str, JsonObject]] | None = None
 ) -> Retention:
-    """Fits what merges kept to what was measured of them.
+    """Fits what merges kept to what was measured of them; each study counts the same.
 
     Args:
         examples: Rows as `collect` returns them, of one or more studies.
@@ -242,66 +249,82 @@ def fit(
     Raises:
         EvaluationError: All merges are of one set of experts, so that none can be left out.
     """
-    features = np.array([_features(row) for row in examples.itertuples()])
-    held_in = examples["held_in"].to_numpy(float)
     errors = {}
     for name, columns in GROUPS.items():
         labels = examples.groupby(columns, sort=False).ngroup().to_numpy()
         if labels.max() > 0:
-            errors[name] = _held_out_error(features, held_in, labels)
+            errors[name] = _held_out_error(examples, labels)
     if not errors:
         raise EvaluationError("one set of experts: nothing could be left out to measure an error")
-    intercept, coefficients = ridge(features, held_in)
-    columns = [*Measures._fields, "held_in"]
+    intercept, coefficients, ranges = _fitted(examples)
     return Retention(
         intercept=intercept,
         coefficients=dict(zip(FEATURES, coefficients.tolist(), strict=True)),
-        ranges={n: (float(examples[n].min()), float(examples[n].max())) for n in columns},
+        ranges=ranges,
         errors=errors,
         merges={str(study): int(n) for study, n in examples["study"].value_counts().items()},
         recipes=recipes or {},
     )
 
 
-def _features(row: Measures) -> list[float]:
-    return [feature(row) for feature in FEATURES.values()]
+def _design(measures: Columns, ranges: Ranges) -> np.ndarray:
+    """Returns FEATURES of measures that are cut to their ranges, float64 [..., features]."""
+    cut = {name: np.clip(measures[name], *ranges[name]) for name in Measures._fields}
+    return np.stack([feature(cut) for feature in FEATURES.values()], axis=-1)
 
 
-def ridge(features: np.ndarray, targets: np.ndarray) -> tuple[float, np.ndarray]:
-    """Computes a ridge regression in closed form, of standardised features.
+def _fitted(examples: pd.DataFrame) -> tuple[float, np.ndarray, Ranges]:
+    columns = [*Measures._fields, "held_in"]
+    ranges = {n: (float(examples[n].min()), float(examples[n].max())) for n in columns}
+    targets, weights = examples["held_in"].to_numpy(), _weights(examples)
+    return *ridge(_design(examples, ranges), targets, weights), ranges
 
-    Minimises mean (y - a - z w)^2 + RIDGE |w|^2 with z the features less their mean, over their
-    standard deviation (one that is constant has no weight).
+
+def _weights(examples: pd.DataFrame) -> np.ndarray:
+    """Returns weights of a sum of 1, by which each study counts the same."""
+    weights = 1 / examples["study"].map(examples["study"].value_counts()).to_numpy(float)
+    return weights / weights.sum()
+
+
+def ridge(
+    features: np.ndarray, targets: np.ndarray, weights: np.ndarray
+) -> tuple[float, np.ndarray]:
+    """Computes a weighted ridge regression in closed form, of standardised features.
+
+    Minimises sum_i v_i (y_i - a - z_i w)^2 + RIDGE |w|^2 with z the features less their mean, over
+    their standard deviation (one that is constant has no coefficient).
 
     Args:
         features: float64 [rows, features].
         targets: float64 [rows], y.
+        weights: float64 [rows], v, of a sum of 1.
 
     Returns:
         The intercept, and the coefficients of the features as they are, float64 [features].
     """
-    centre, spread = features.mean(0), features.std(0)
-    spread = np.where(spread > 0, spread, 1.0)
+    centre, middle = weights @ features, weights @ targets
+    spread = np.sqrt(weights @ (features - centre) ** 2)
+    spread = np.where(spread > 1e-12 * np.abs(centre), spread, 1.0)
     scaled = (features - centre) / spread
-    products = scaled.T @ scaled / len(scaled) + RIDGE * np.eye(features.shape[1])
-    weights = np.linalg.solve(products, scaled.T @ (targets - targets.mean()) / len(scaled))
-    coefficients = weights / spread
-    return float(targets.mean() - centre @ coefficients), coefficients
+    products = scaled.T @ (weights[:, None] * scaled) + RIDGE * np.eye(features.shape[1])
+    coefficients = np.linalg.solve(products, scaled.T @ (weights * (targets - middle))) / spread
+    return float(middle - centre @ coefficients), coefficients
 
 
-def _held_out_error(features: np.ndarray, targets: np.ndarray, labels: np.ndarray) -> HeldOutError:
-    residuals, mean_residuals = np.empty_like(targets), np.empty_like(targets)
+def _held_out_error(examples: pd.DataFrame, labels: np.ndarray) -> HeldOutError:
+    held_in, weights = examples["held_in"].to_numpy(), _weights(examples)
+    residuals, mean_residuals = np.empty_like(held_in), np.empty_like(held_in)
     for label in np.unique(labels):
         out = labels == label
-        intercept, coefficients = ridge(features[~out], targets[~out])
-        predicted = np.clip(
-            intercept + features[out] @ coefficients, targets[~out].min(), targets[~out].max()
-        )
-        residuals[out] = np.abs(targets[out] - predicted)
-        mean_residuals[out] = np.abs(targets[out] - targets[~out].mean())
+        remaining = examples[~out]
+        intercept, coefficients, ranges = _fitted(remaining)
+        predicted = intercept + _design(examples[out], ranges) @ coefficients
+        residuals[out] = np.abs(held_in[out] - np.clip(predicted, *ranges["held_in"]))
+        mean_residuals[out] = np.abs(held_in[out] - _weights(remaining) @ held_in[~out])
+    within = np.quantile(residuals, _COVERAGE, weights=weights, method="inverted_cdf")
     return HeldOutError(
         groups=int(labels.max()) + 1,
-        error=float(residuals.mean()),
-        error_of_mean=float(mean_residuals.mean()),
-        within=float(np.quantile(residuals, _COVERAGE)),
+        error=float(weights @ residuals),
+        error_of_mean=float(weights @ mean_residuals),
+        within=float(within),
     )

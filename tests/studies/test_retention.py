@@ -1,5 +1,6 @@
 """The prediction of what merges keep, against least squares and made-up studies."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -15,16 +16,16 @@ from m2l.studies.retention import Retention
 
 def law(measures):
     loss = 0.1 * np.log2(measures.experts)
-    return 0.4 + (0.6 - loss) * measures.projection - 0.02 * measures.interference
+    return 0.4 + (0.6 - loss) * measures.projection - 2 * measures.interference * measures.norm
 
 
 def drawn(count=60, noise=0.0, sets=6):
-    """Merges that a law made, of sets of experts of two studies."""
+    """Merges that a law made, of sets of experts of two bases."""
     rng = np.random.default_rng(0)
     rows = []
     for number in range(count):
-        measures = Measures(2.0 + number % sets, 0.01, 0.2, 0.5, *rng.uniform(0, 1, 2))
-        place = {"study": f"study_{number % 2}", "base": "1M/instruct", "method": "ties"}
+        measures = Measures(2.0 + 2 * (number % 3), 0.01, 0.2, 0.5, *rng.uniform(0, 1, 2))
+        place = {"study": "one", "base": f"{2 * number // count}M/instruct", "method": "ties"}
         row = place | {"constituents": str(number % sets), **measures._asdict()}
         rows.append(row | {"held_in": law(measures) + noise * rng.standard_normal()})
     return pd.DataFrame(rows)
@@ -33,58 +34,83 @@ def drawn(count=60, noise=0.0, sets=6):
 def test_ridge_is_least_squares_with_a_row_for_each_penalty():
     rng = np.random.default_rng(1)
     features, targets = rng.normal(2, [1, 5, 0], (40, 3)), rng.normal(size=40)
-    intercept, coefficients = retention.ridge(features, targets)
-    scaled = (features - features.mean(0)) / np.array([*features[:, :2].std(0), 1.0])
-    rows = np.concatenate([scaled, np.sqrt(40 * retention.RIDGE) * np.eye(3)])
-    wanted = np.concatenate([targets - targets.mean(), np.zeros(3)])
-    weights = np.linalg.lstsq(rows, wanted, rcond=None)[0]
-    np.testing.assert_allclose(
-        intercept + features @ coefficients, scaled @ weights + targets.mean(), atol=1e-12
-    )
-    assert coefficients[2] == 0  # It is constant.
+    weights = rng.uniform(1, 3, 40)
+    weights /= weights.sum()
+    intercept, coefficients = retention.ridge(features, targets, weights)
+    # NumPy's own weighted mean and covariance; the last column is constant.
+    centre = np.average(features, axis=0, weights=weights)
+    spread = np.sqrt(np.diagonal(np.cov(features.T, aweights=weights, ddof=0)))
+    scaled = (features - centre) / np.array([*spread[:2], 1.0])
+    middle, root = np.average(targets, weights=weights), np.sqrt(weights)
+    rows = np.concatenate([root[:, None] * scaled, np.sqrt(retention.RIDGE) * np.eye(3)])
+    wanted = np.concatenate([root * (targets - middle), np.zeros(3)])
+    solved = np.linalg.lstsq(rows, wanted, rcond=None)[0]
+    fitted = intercept + features @ coefficients
+    np.testing.assert_allclose(fitted, scaled @ solved + middle, atol=1e-12)
+    assert coefficients[2] == pytest.approx(0, abs=1e-12)
 
 
-def test_a_law_is_recovered_and_its_error_is_that_of_what_was_left_out():
-    fitted = retention.fit(drawn())
+def test_a_law_is_recovered_and_its_error_is_that_of_what_was_left_out(monkeypatch):
+    monkeypatch.setattr(retention, "RIDGE", 1e-12)
     measures = Measures(4.0, 0.01, 0.2, 0.5, 0.5, 0.5)
-    share, low, high = fitted.predict(measures)
-    # The penalty shrinks coefficients by about a thousandth.
-    assert share == pytest.approx(law(measures), abs=2e-3)
-    assert low <= share <= high and high - low < 0.01
+    share, low, high = retention.fit(drawn()).predict(measures)
+    assert share == pytest.approx(law(measures), abs=1e-6)
+    assert low <= share <= high and high - low < 0.1
 
     frame = drawn(noise=0.05)
     fitted = retention.fit(frame)
-    features = np.array([retention._features(row) for row in frame.itertuples()])
-    errors, of_mean = [], []
-    for label in frame["constituents"].unique():
-        out = (frame["constituents"] == label).to_numpy()
-        rest = frame["held_in"][~out]
-        design = np.column_stack([features, np.ones(len(frame))])
-        weights = np.linalg.lstsq(design[~out], rest, rcond=None)[0]
-        errors += list(np.abs(frame["held_in"][out] - design[out] @ weights))
-        of_mean += list(np.abs(frame["held_in"][out] - rest.mean()))
+    errors, mean_errors = [], []
+    for _, left_out in frame.groupby(["base", "constituents"]):
+        out = frame.index.isin(left_out.index)
+        least, most = frame[~out].min(numeric_only=True), frame[~out].max(numeric_only=True)
+        m = frame.select_dtypes("number").clip(least, most, axis=1)
+        columns = [m.projection, m.projection * np.log2(m.experts), m.interference]
+        design = np.column_stack([*columns, np.ones(len(m))])
+        weights = np.linalg.lstsq(design[~out], frame["held_in"][~out], rcond=None)[0]
+        predicted = np.clip(design[out] @ weights, least["held_in"], most["held_in"])
+        errors += list(np.abs(frame["held_in"][out] - predicted))
+        mean_errors += list(np.abs(frame["held_in"][out] - frame["held_in"][~out].mean()))
     error = fitted.errors["experts"]
-    assert error.error == pytest.approx(np.mean(errors), rel=0.01)
-    assert error.error_of_mean == pytest.approx(np.mean(of_mean), rel=1e-9)
-    assert error.within == pytest.approx(np.quantile(errors, 0.9), rel=0.02)
+    assert error.error == pytest.approx(np.mean(errors), rel=1e-6)
+    assert error.error_of_mean == pytest.approx(np.mean(mean_errors), rel=1e-9)
+    # Of 60 the 54th, or by rounding of weights the 55th.
+    assert any(error.within == pytest.approx(value) for value in sorted(errors)[53:55])
     assert error.error < error.error_of_mean
-    # Two bases and two studies are too few to take their error for the one to expect.
-    assert {n: e.groups for n, e in fitted.errors.items()} == {"experts": 6, "base": 2, "study": 2}
+    # Two bases are too few to take their error for the one to expect.
+    assert {name: each.groups for name, each in fitted.errors.items()} == {"experts": 12, "base": 2}
     assert fitted.left_out == "experts"
 
 
+def test_each_study_counts_the_same_however_many_merges_it_has():
+    frame = drawn(noise=0.05)
+    frame["study"] = frame["base"]
+    twice = pd.concat([frame, frame[frame["base"] == "1M/instruct"]], ignore_index=True)
+    once, again = retention.fit(frame), retention.fit(twice)
+    assert again.coefficients == pytest.approx(once.coefficients)
+    for name, error in once.errors.items():
+        assert again.errors[name].error == pytest.approx(error.error)
+        assert again.errors[name].error_of_mean == pytest.approx(error.error_of_mean)
+
+
 def test_a_prediction_keeps_to_what_was_fitted_and_says_what_lies_outside():
-    fitted = retention.fit(drawn())
-    measures = Measures(40.0, 0.01, 0.2, 0.5, 1.0, 30.0)
-    share, low, _ = fitted.predict(measures)
-    assert share == drawn()["held_in"].min() and low >= 0
-    outside = fitted.outside(measures)
-    assert set(outside) == {"experts", "projection", "interference"}
-    assert outside["experts"] == (40.0, 2.0, 7.0)
+    frame = drawn()
+    fitted = retention.fit(frame)
+    far = Measures(40.0, 0.01, 0.2, 0.5, frame["projection"].max(), 30.0)
+    near = far._replace(experts=6.0, interference=frame["interference"].max())
+    assert fitted.predict(far) == fitted.predict(near)
+    assert fitted.outside(far) == {
+        "experts": (40.0, 2.0, 6.0),
+        "interference": (30.0, frame["interference"].min(), frame["interference"].max()),
+    }
+    # By less than a tenth nothing is said.
+    assert fitted.outside(near._replace(experts=6.5)) == {}
+    # No merge that was fitted has kept so little.
+    least = near._replace(projection=0.0, experts=2.0)
+    assert law(least) < frame["held_in"].min() == fitted.predict(least)[0]
 
 
 def test_merges_of_one_set_of_experts_are_refused():
-    frame = drawn(sets=1).assign(study="one")
+    frame = drawn(sets=1).assign(base="1M/instruct")
     with pytest.raises(EvaluationError, match="nothing could be left out"):
         retention.fit(frame)
 
@@ -96,7 +122,7 @@ def test_a_study_gives_each_merge_what_it_kept_and_the_recipe_it_was_made_by(
 
     def measure(base, experts, recipes):
         measured.append((base.relative_to(finished_study).as_posix(), len(experts)))
-        return [Measures(len(experts), 0, 0, 0, len(recipe.method), 0) for recipe in recipes]
+        return [Measures(len(experts), 0.1, 0, 0, len(r.method), 0) for r in recipes]
 
     monkeypatch.setattr(retention, "measure", measure)
     frame, chosen = retention.collect(finished_study)
@@ -126,8 +152,6 @@ def test_settings_that_were_chosen_from_count_by_what_each_set_kept(study, finis
     points = [{"by_set": [0.3], "score": 0.3}, {"by_set": [0.7], "score": 0.7}]
     names = next(iter(retention._scored(loaded)[0]))
     record = {"dare_ties": {"points": points, "sets": [list(names[2])]}}
-    import dataclasses
-
     changed = dataclasses.replace(
         loaded,
         study=dataclasses.replace(study, swept=swept),
