@@ -21,7 +21,7 @@ from m2l.merging import Recipe
 from m2l.studies import given_checkpoints, own_tasks
 from m2l.studies.graph import Graph, Runner, Stage
 from m2l.training import resources
-from m2l.training.loop import train
+from m2l.training.loop import RunPart, train
 from m2l.training.settings import from_flat
 from m2l.typing import Json, Params, PyTree
 
@@ -33,12 +33,14 @@ def run_train(stage: Stage, out: Path, inputs: Mapping[str, Path]) -> None:
     vocabulary_name, source = stage.settings["data"]
     own_tasks.declare(stage.settings)
     vocabulary = vocabularies.load(vocabulary_name)
+    part = stage.settings.get("part")
     train(
         out,
         config=models.from_dict(stage.settings["model"]),
         vocabulary=vocabularies.describe(vocabulary, vocabulary_name),
         settings=from_flat(**stage.settings["settings"]),
         init=inputs.get("init"),
+        part=part and RunPart(previous=inputs.get("previous"), **part),
         data={"source": source, "stage": stage.name},
     )
 

@@ -26,6 +26,22 @@ from m2l.training.settings import TrainSettings
 from m2l.training.validation import EarlyStopping, Validation
 
 
+@dataclasses.dataclass(frozen=True)
+class RunPart:
+    """A part of a run whose parameters are exchanged, for a merge, between its parts.
+
+    Attributes:
+        last_step: The step that it ends with; the schedule is that of all steps of the settings.
+        previous: The run of the part before, whose step, positions in the data and, unless
+            `reset_optimizer`, optimizer state go on; None: it is the first part.
+        reset_optimizer: Whether the optimizer begins anew.
+    """
+
+    last_step: int
+    previous: AnyPath | None = None
+    reset_optimizer: bool = False
+
+
 def train(
     out: AnyPath,
     *,
@@ -34,6 +50,7 @@ def train(
     settings: TrainSettings,
     data: Mapping[str, object],
     init: AnyPath | None = None,
+    part: RunPart | None = None,
     resolved_config: str | None = None,
     synthetic: bool = False,
     profile: bool = False,
@@ -51,6 +68,7 @@ def train(
         data: Where the records come from, as plain JSON values: {"source": "microworld"}. Part of
             what the run is, and of the checkpoint's manifest.
         init: The checkpoint to start from; None starts from a random model.
+        part: Which part of the steps this run is, from the parameters of `init`; None: all.
         resolved_config: The gin text of the run, written to config.gin.
         synthetic: Whether one batch of random tokens is fed instead of the mixture.
         profile: Whether steps 5 to 10 are traced, to out/profile.
@@ -93,6 +111,14 @@ def train(
         "data": data,
         "init": parents[0]["digest"] if parents else None,
     }
+    last_step, previous = settings.steps, None
+    if part is not None:
+        last_step, digest = part.last_step, None
+        if part.previous is not None:
+            previous = checkpoints.resolve(part.previous)
+            digest = checkpoints.read_manifest(previous).digest
+            parents.append({"role": "previous", "path": str(previous), "digest": digest})
+        run["part"] = {**dataclasses.asdict(part), "previous": digest}
     files.check_claim(out, "run.json", run, kind="run")
 
     # --- mesh, model, optimizer ---
@@ -134,12 +160,17 @@ def train(
         if resumed is not None:
             newest, current, batches, stopping = resumed
             over = stopping.is_over(settings.patience)
-            if over or int(current.step) >= settings.steps:
+            if over or int(current.step) >= last_step:
                 cut = processes.sum_over_shares(batches.cut, share)
                 return _finish(saves, newest, config, settings, stopping, out, cut)
         else:
-            newest, batches, stopping = None, open_feed(None), EarlyStopping()
+            positions = previous and checkpoints.restore_data_state(previous)
+            newest, batches, stopping = None, open_feed(positions), EarlyStopping()
             current = _first_state(config, settings, init, mesh)
+            if previous is not None:
+                current = run_directory.continued(
+                    current, previous, config, settings, shardings, part.reset_optimizer
+                )
         first = int(current.step)
         # Of an adapter the base, which is an argument of each step and stays as it is.
         frozen = () if lora is None else (_base(config, init, mesh),)
@@ -223,7 +254,7 @@ def train(
         progress = exits.enter_context(
             Progress(
                 f"train {settings.mixture}",
-                settings.steps,
+                last_step,
                 done=first,
                 silent=not processes.is_first(),
                 first="compiling",
@@ -233,7 +264,7 @@ def train(
         pending: tuple[int, state.Metrics] | None = None
         anchor = first, batches.positions()
         last_saved, stopped, over = newest, False, False
-        for step in range(first, settings.steps):
+        for step in range(first, last_step):
             if profile and step == first + 4:
                 tracing.enter_context(_trace(out / "profile"))
             if profile and step == first + 10:
@@ -251,7 +282,7 @@ def train(
             if pending is not None:
                 read(*pending)
             pending = (done, metrics)
-            is_last = done == settings.steps
+            is_last = done == last_step
             stopped = stop_requested(done)
 
             if done % settings.log_every == 0 or is_last:
@@ -307,7 +338,7 @@ def train(
                 draw_curve(out, f"{settings.mixture}: loss per target token")
         if stopped and not (is_last or over):
             raise Stopped(
-                f"stopped at step {done} of {settings.steps}; saved in {last_saved}; the same "
+                f"stopped at step {done} of {last_step}; saved in {last_saved}; the same "
                 "command goes on"
             )
         progress.update(done)

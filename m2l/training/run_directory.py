@@ -25,7 +25,7 @@ from m2l.training.lora import Lora
 from m2l.training.resources import MemoryNeed
 from m2l.training.settings import TrainSettings
 from m2l.training.validation import EarlyStopping
-from m2l.typing import Params
+from m2l.typing import Params, PyTree
 
 # --- checkpoints ---
 
@@ -146,17 +146,49 @@ def _restored(
     settings: TrainSettings,
     shardings: state.TrainState,
 ) -> state.TrainState:
+    return state.TrainState(
+        _step_array(step, shardings),
+        checkpoints.restore(directory, shardings=shardings.params),
+        _restored_opt_state(directory, config, settings, shardings),
+    )
+
+
+def _step_array(step: int, shardings: state.TrainState) -> jax.Array:
+    count = np.asarray(step, np.int32)
+    return jax.make_array_from_callback((), shardings.step, lambda index: count[index])
+
+
+def _restored_opt_state(
+    directory: AnyPath,
+    config: models.Config,
+    settings: TrainSettings,
+    shardings: state.TrainState,
+) -> PyTree:
     opt_state = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         state.abstract(config, settings.optimizer, settings.adapter).opt_state,
         shardings.opt_state,
     )
-    count = np.asarray(step, np.int32)
-    return state.TrainState(
-        jax.make_array_from_callback((), shardings.step, lambda index: count[index]),
-        checkpoints.restore(directory, shardings=shardings.params),
-        checkpoints.restore_opt_state(directory, opt_state),
-    )
+    return checkpoints.restore_opt_state(directory, opt_state)
+
+
+def continued(
+    first: state.TrainState,
+    previous: AnyPath,
+    config: models.Config,
+    settings: TrainSettings,
+    shardings: state.TrainState,
+    reset_optimizer: bool,
+) -> state.TrainState:
+    """Returns a first state with the step and the optimizer's state of the checkpoint `previous`.
+
+    With `reset_optimizer` the optimizer's state is the first one.
+    """
+    step = _step_array(checkpoints.read_manifest(previous).step, shardings)
+    if reset_optimizer:
+        return first._replace(step=step)
+    opt_state = _restored_opt_state(previous, config, settings, shardings)
+    return first._replace(step=step, opt_state=opt_state)
 
 
 def export(

@@ -17,6 +17,7 @@ from m2l import checkpoints
 from m2l.checkpoints import publishing
 from m2l.errors import CheckpointError, ConfigError, M2LError, Stopped
 from m2l.locks import Lock
+from m2l.training.loop import RunPart
 
 from .conftest import SETTINGS
 from .test_loop import at_step
@@ -83,6 +84,19 @@ def test_kills_around_saves_end_in_the_same_bits(forge, train, whole, tmp_path):
         for run in (out, whole.parents[1])
     ]
     assert losses[0] == losses[1]
+
+
+def test_parts_whose_parameters_are_not_exchanged_end_in_the_same_bits(train, whole, tmp_path):
+    first = train(tmp_path / "first", part=RunPart(2))
+    assert first.name == "2"
+    assert digest(first) != digest(whole)
+    again = {"init": first, "part": RunPart(6, tmp_path / "first")}
+    assert digest(train(tmp_path / "second", **again)) == digest(whole)
+    reset = dataclasses.replace(again["part"], reset_optimizer=True)
+    last = train(tmp_path / "reset", **(again | {"part": reset}))
+    assert digest(last) != digest(whole)
+    with pytest.raises(ConfigError, match="holds another run: its part is"):
+        train(tmp_path / "second", **(again | {"part": reset}))
 
 
 def test_a_damaged_newest_checkpoint_is_left_for_the_one_before(train, whole, unfinished, capsys):
