@@ -25,6 +25,7 @@ from m2l.models import Config, LlamaConfig, T5Config
 from m2l.studies.merge_to_learn import SkillsStudy
 from m2l.studies.merging_at_scale import ScalingStudy
 from m2l.studies.recipe_search import RecipeSearch
+from m2l.studies.rounds import Rounds
 from m2l.training.settings import TrainSettings, from_flat
 
 
@@ -64,6 +65,7 @@ CONFIGURABLES = {
     "SkillsStudy": SkillsStudy,
     "Study": AnyStudy,
     "Search": RecipeSearch,
+    "Rounds": Rounds,
 }
 
 

@@ -24,7 +24,8 @@ def test_every_shipped_experiment_can_be_read():
             sizes = ("small", "base", "large", "xl", "xxl", "1B", "3B", "8B", "70B")
             bases = {f"bases/{size}/pretrained": "DIR" for size in sizes}
             needed.append(f"ScalingStudy.given={bases}")
-        configuration.load("Study" if name in studies or large else "Run", [name], needed)
+        kind = "Rounds" if "Rounds.merge" in text_of(name) else "Run"
+        configuration.load("Study" if name in studies or large else kind, [name], needed)
 
 
 def text_of(name):

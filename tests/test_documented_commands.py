@@ -51,7 +51,7 @@ def commands(page):
 
 
 # What reads settings or makes recipes before it reads a model.
-RESOLVING = ("train", "study", "demo", "search", "skills", "merge", "sweep")
+RESOLVING = ("train", "rounds", "study", "demo", "search", "skills", "merge", "sweep")
 
 
 class _Resolved(Exception):

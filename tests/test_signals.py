@@ -26,6 +26,7 @@ COMMANDS = {
     "search": "--expert {road}/sentiment --mixture sentiment --out {out}",
     "inspect": "{road}/base",
     "doctor": "",
+    "rounds": "--gin_file experiments/rounds.gin --init {road}/base --out {out}",
 }
 
 # Sends itself a signal when it comes to import a module, and tells who goes on after that.
@@ -77,7 +78,7 @@ def test_a_signal_during_imports_ends_every_command_with_one_line(
 ):
     arguments = COMMANDS[command].format(road=road, out=tmp_path / "out").split()
     done = run(AT_IMPORT, module, int(number), command, *arguments)
-    resumable = command in ("train", "demo", "study", "search")
+    resumable = command in ("train", "rounds", "demo", "study", "search")
     assert done.returncode == (0 if resumable else 128 + number), done.stderr
     assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("m2l: stopped")
     assert not list(tmp_path.iterdir())

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from m2l import signals
 
-RESUMABLE = ("train", "demo", "study", "search")
+RESUMABLE = ("train", "rounds", "demo", "study", "search")
 """The commands that go on from what they saved: stopped, they exit with 0."""
 
 

@@ -23,6 +23,7 @@ from m2l.cli import (
     merge,
     models,
     moe,
+    rounds,
     search,
     skills,
     statistics,
@@ -50,6 +51,7 @@ SUMMARIES = {
     },
     "Train and evaluate": {
         "train": "Train a model, or go on where a stopped run left off.",
+        "rounds": "Train experts that are merged every so many steps.",
         "eval": "Evaluate a model by ranking and decoding.",
         "lm_eval": "Evaluate a model on lm-evaluation-harness's tasks.",
         "generate": "What a model writes; on a terminal, a chat.",
@@ -153,7 +155,7 @@ _USER_ERRORS = {
 for _command in (
     *(merge.merge, sweep.sweep, search.search, adamerging.adamerging, statistics.statistics),
     *(moe.moe, extract.extract, align.align, compress.compress, verify.verify),
-    *(models.train, models.evaluate, models.lm_eval),
+    *(models.train, rounds.rounds, models.evaluate, models.lm_eval),
     *(models.generate, skills.skills, data.tasks, checkpoints.inspect, checkpoints.convert),
     *(checkpoints.push, studies.demo, studies.study, studies.report, local_ui.ui),
 ):

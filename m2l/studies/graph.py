@@ -11,7 +11,7 @@ import json
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -207,10 +207,13 @@ def check_results(graph: Graph, out: Path, name: str) -> None:
             raise DataError(f"{output / path}: {problem}; {_ADVICE}")
 
 
-def discard_damaged(graph: Graph, out: Path) -> None:
-    """Discards the results of finished stages whose digests differ, each with a line on stderr."""
+def discard_damaged(graph: Graph, out: Path, checked: Collection[str] = ()) -> None:
+    """Discards the results of finished stages whose digests differ, each with a line on stderr.
+
+    Those that are named in `checked` are not looked at.
+    """
     for stage in graph:
-        if stage_state(graph, out, stage.name) != "done":
+        if stage.name in checked or stage_state(graph, out, stage.name) != "done":
             continue
         with _stage_lock(out, stage.name) as acquired:
             try:
@@ -305,6 +308,7 @@ def execute(
     out: Path,
     runners: Mapping[str, Runner],
     estimates: Mapping[str, float] | None = None,
+    checked: Collection[str] = (),
 ) -> Outcome:
     """Runs every stage of the graph to its end, each after its inputs.
 
@@ -318,16 +322,19 @@ def execute(
         runners: The function for each kind of stage, called with the stage, its output directory
             and its inputs' output directories by role.
         estimates: How many seconds stages take, by name; to say how long all of them will.
+        checked: The stages that an earlier call of this process has seen to be done.
 
     Raises:
         Stopped: SIGINT or SIGTERM was received; what was in progress is saved.
     """
-    discard_damaged(graph, out)
+    discard_damaged(graph, out, checked)
     outcome, left, begin = Outcome(), _TimeLeft(graph, estimates or {}), time.monotonic()
     numbers = {stage.name: number for number, stage in enumerate(graph, start=1)}
     waiting = dict.fromkeys(numbers)
     for name in numbers:
-        if stage_state(graph, out, name) == "done":
+        if name in checked:
+            del waiting[name]
+        elif stage_state(graph, out, name) == "done":
             left.count(name, stage_seconds(out, name), now=False)
             del waiting[name]
     while waiting:

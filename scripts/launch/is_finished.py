@@ -1,8 +1,9 @@
 """Says by its exit code whether the work of a command of m2l that ended with 0 is finished.
 
 0: it is; 75: it is not, and the same command goes on; any other: that could not be found out.
-`m2l train` ends with 0 also where it has saved to go on; its run is finished if its folder, local
-or in a bucket, has a finished.json. Other commands are finished when they end with 0.
+`m2l train` and `m2l rounds` end with 0 also where they have saved to go on; their work is finished
+if its folder, local or in a bucket, has a finished.json. Other commands are finished when they end
+with 0.
 """
 
 import sys
@@ -19,11 +20,12 @@ def is_finished(arguments: Sequence[str]) -> bool:
     Args:
         arguments: Those of `m2l`, which accepted them.
     """
-    if next((argument for argument in arguments if not argument.startswith("-")), None) != "train":
+    name = next((argument for argument in arguments if not argument.startswith("-")), None)
+    if name not in ("train", "rounds"):
         return True
     options = {"ignore_unknown_options": True, "allow_extra_args": True}
-    parser = click.Command("train", params=[click.Option(["--out"])], context_settings=options)
-    out = parser.make_context("train", list(arguments)).params["out"]
+    parser = click.Command(name, params=[click.Option(["--out"])], context_settings=options)
+    out = parser.make_context(name, list(arguments)).params["out"]
     if "://" not in out:
         return (Path(out) / "finished.json").exists()
     run = ts.KvStore.open(out.rstrip("/") + "/").result()
