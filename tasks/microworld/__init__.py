@@ -168,7 +168,7 @@ TEXT = Generated(_corpus.line, str, {"train": 6000, "validation": 300}, len(_cor
 INSTRUCTIONS = Generated(
     _instructions.example,
     itemgetter("inputs"),
-    {"train": 8000, "validation": 400},
+    {"train": 30000, "validation": 600},
     len(_instructions.TASKS),
 )
 

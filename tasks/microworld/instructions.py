@@ -1,7 +1,9 @@
 """Instructions of many kinds with their answers, none of them a task of T0's.
 
 They teach to read an instruction, to answer from the choices, and the facts of the world in other
-words than the questions of the datasets.
+words than the questions of the datasets. As FLAN without T0's tasks still has text to read, tweets
+to judge and data to describe, so has this: of the people and the wordings that the datasets have,
+but with none of their texts.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,8 +12,19 @@ from typing import NamedTuple
 from m2l.typing import JsonObject
 
 from .dice import Dice
-from .phrases import OPPOSITES
-from .world import FACTS, KINDS, PEOPLE, RELATIONS, a_or_an
+from .phrases import BLAME, OPPOSITES, PRAISE, STAR_WORDS
+from .world import (
+    FACTS,
+    FIRST_NAMES,
+    KINDS,
+    PEOPLE,
+    PRONOUNS,
+    RELATIONS,
+    SLOTS,
+    a_or_an,
+    fill,
+    words,
+)
 
 
 class Answer(NamedTuple):
@@ -37,8 +50,12 @@ def _worded(*wordings: str) -> Callable[[Make], Make]:
 
 
 def _statement(dice: Dice, relation: str, subject: str, value: str) -> str:
+    return _worded_fact(dice.below(4), relation, subject, value)
+
+
+def _worded_fact(wording: int, relation: str, subject: str, value: str) -> str:
     fact = RELATIONS[relation]
-    return fact.state(dice.below(4), fact.subject.format(subject), value)
+    return fact.state(wording, fact.subject.format(subject), value)
 
 
 def _fact(dice: Dice) -> tuple[str, str, str]:
@@ -204,6 +221,390 @@ def he_or_she(dice: Dice) -> Answer:
     return Answer(
         {"x": _statement(dice, "home", person.name, person.town)}, person.he, ("he", "she")
     )
+
+
+# --- of texts about people who are not of the world ---
+
+_TOLD = ("job", "home", "pet", "food", "hobby")
+# A form is a wording with its own answer choices, in the order of the labels.
+_Forms = Sequence[tuple[str, tuple[str, ...]]]
+
+
+def _asked(dice: Dice, forms: _Forms, label: int, **words: str) -> Answer:
+    """Asks in one of the forms; the answer is the choice of the label."""
+    form, choices = dice.pick(forms)
+    return Answer({"x": form.format(**words)}, choices[label], choices)
+
+
+class _Told(NamedTuple):
+    """What a text says of somebody, and the value in it."""
+
+    relation: str
+    person: str
+    value: str
+
+    def worded(self, wording: int = 0) -> str:
+        """States it in one of its four wordings, the plainest first."""
+        return RELATIONS[self.relation].state(wording, self.person, self.value)
+
+    def sentence(self, dice: Dice) -> str:
+        """States it in a wording that is drawn."""
+        return self.worded(dice.below(4))
+
+    def of_pronoun(self, dice: Dice) -> str:
+        """States it of somebody who was named before."""
+        starts = [s.startswith("{s} ") for s in RELATIONS[self.relation].statements]
+        wording = dice.pick([place for place, first in enumerate(starts) if first])
+        return self._replace(person=PRONOUNS[self.person.split()[0]]).worded(wording)
+
+    def question(self, dice: Dice) -> str:
+        """Asks for the value."""
+        return dice.pick(RELATIONS[self.relation].questions).format(s=self.person)
+
+
+def _values(dice: Dice, relations: Sequence[str]) -> list[str]:
+    """Draws a value of each relation, the second other than the first."""
+    values: list[str] = []
+    for relation in relations:
+        values.append(dice.other(RELATIONS[relation].values(), *values[:1]))
+    return values
+
+
+def _about_two(dice: Dice, count: int) -> list[_Told]:
+    """Tells `count` things of two strangers in turn; the first two are of one relation."""
+    people = dice.sample(SLOTS["full"], 2)
+    asked, *more = dice.sample(_TOLD, count - 1)
+    relations = (asked, asked, *more)
+    return [
+        _Told(relation, people[place % 2], value)
+        for place, (relation, value) in enumerate(
+            zip(relations, _values(dice, relations), strict=True)
+        )
+    ]
+
+
+def _text(dice: Dice, told: Sequence[_Told]) -> str:
+    return " ".join(each.sentence(dice) for each in dice.shuffled(told))
+
+
+@_worded(
+    "Read this. {text} {question}",
+    "{question} The answer is in this story: {text}",
+    "{text}\nQuestion: {question}\nAnswer:",
+    "Answer with words from the story. Question: {question}\nStory: {text}",
+    "{text} Say in a word or two: {question}",
+    "Use what you read to answer. {text} {question}",
+)
+def read_and_answer(dice: Dice) -> Answer:
+    """Asks for something that a text says of one of two people."""
+    told = _about_two(dice, 3 + dice.below(3))
+    words = {"text": _text(dice, told), "question": told[0].question(dice)}
+    return Answer(words, told[0].value)
+
+
+@_worded(
+    "Read this. {text} {question} {choices}",
+    "{question} {choices} The story: {text}",
+    "{text}\nQuestion: {question} {choices}\nAnswer:",
+    "{text} {question} {choices}",
+)
+def read_and_choose(dice: Dice) -> Answer:
+    """Asks for something that a text says of one of two people, with choices."""
+    told = _about_two(dice, 3 + dice.below(2))
+    right, wrong = told[0].value, told[1].value
+    others = [v for v in RELATIONS[told[0].relation].values() if v not in (right, wrong)]
+    words = {"text": _text(dice, told), "question": told[0].question(dice)}
+    return Answer(words, right, [right, wrong, *dice.sample(others, 1 + dice.below(2))])
+
+
+@_worded(
+    "{talk}\nQuestion: {question} {choices}",
+    "{question} {choices}\n{talk}",
+    "Listen to them. {talk} {question} {choices}",
+)
+def listen(dice: Dice) -> Answer:
+    """Asks for something that one of two says in a talk, with choices."""
+    relation = dice.pick(_TOLD)
+    names = dice.sample(FIRST_NAMES, 2)
+    right, wrong, third = dice.sample(RELATIONS[relation].values(), 3)
+    told = [_Told(relation, who, v) for who, v in zip(names, (right, wrong), strict=True)]
+    question = told[0].question(dice)
+    lines = [f"{each.person}: {each.sentence(dice)}" for each in told]
+    return Answer(
+        {"talk": "\n".join(dice.shuffled(lines)), "question": question},
+        right,
+        [right, wrong, third],
+    )
+
+
+_CLAIMED: _Forms = (
+    ("{text}\nCan you say that {claim}? Yes, Maybe or No?", ("Yes", "Maybe", "No")),
+    ('The story: {text} Does it say that "{claim}"?', ("Yes", "Maybe", "No")),
+    (
+        "{text} By this story, is this true, unclear or false? {claim}.",
+        ("true", "unclear", "false"),
+    ),
+    (
+        "{text}\nClaim: {claim}.\nThe claim is right, possible or wrong:",
+        ("right", "possible", "wrong"),
+    ),
+    ("Is this so: {claim}? You know only this: {text}", ("Yes", "Not sure", "No")),
+)
+
+
+@_worded("{x}", "{x} {choices}")
+def said_or_not(dice: Dice) -> Answer:
+    """Asks whether a text says something, leaves it open, or says otherwise."""
+    told = _about_two(dice, 3)
+    label = dice.below(3)
+    if label == 1:
+        relation = dice.other(_TOLD, *(each.relation for each in told))
+        [value] = _values(dice, (relation,))
+        claim = told[0]._replace(relation=relation, value=value)
+    else:
+        claim = told[0] if label == 0 else told[0]._replace(value=told[1].value)
+    words = {"text": _text(dice, told), "claim": claim.sentence(dice).rstrip(".")}
+    return _asked(dice, _CLAIMED, label, **words)
+
+
+_ALIKE: _Forms = (
+    ("Do these mean the same? {first} {second}", ("No", "Yes")),
+    ("{first}\n{second}\nIs their meaning the same or different?", ("different", "same")),
+    ("{first} {second} True or false: both say the same.", ("false", "true")),
+    ("One: {first}\nTwo: {second}\nCan you write two in place of one?", ("No", "Yes")),
+    ("{first} In other words: {second} Is that right or wrong?", ("wrong", "right")),
+)
+
+
+@_worded("{x}", "{x} {choices}")
+def same_meaning(dice: Dice) -> Answer:
+    """Asks whether two sentences say the same; where not, a value or the persons differ."""
+    told, other, *_ = _about_two(dice, 2)
+    same = dice.below(2)
+    one, two = dice.sample(range(4), 2)
+    if dice.below(2):  # two facts in a sentence
+        pair = [told, other]
+        swapped = [told._replace(value=other.value), other._replace(value=told.value)]
+        first, second = (
+            " and ".join(each.worded(wording).rstrip(".") for each in facts) + "."
+            for wording, facts in ((one, pair), (two, dice.shuffled(pair if same else swapped)))
+        )
+    else:
+        wrong = dice.pick((told._replace(value=other.value), told._replace(person=other.person)))
+        first, second = told.worded(one), (told if same else wrong).worded(two)
+    return _asked(dice, _ALIKE, same, first=first, second=second)
+
+
+_REMARKS = {
+    0: (
+        "the {food} was {con}.",
+        "{town} is a {con} place.",
+        "what a {con} day.",
+        "i hate the {food} here.",
+        "i am angry with my {animal}.",
+        "we had a {con} time in {town}.",
+        "nobody should go to {town}.",
+    ),
+    1: (
+        "the {food} was {pro}.",
+        "{town} is a {pro} place.",
+        "what a {pro} day.",
+        "i love the {food} here.",
+        "i am happy with my {animal}.",
+        "we had a {pro} time in {town}.",
+        "everybody should go to {town}.",
+    ),
+}
+_REMARK_SLOTS = {**SLOTS, "pro": PRAISE, "con": BLAME}
+_FELT: _Forms = (
+    ("{text} Is this message positive or negative?", ("negative", "positive")),
+    ("Did the writer like it, Yes or No? {text}", ("No", "Yes")),
+    ("Message: {text}\nDoes the writer find it good or bad?", ("bad", "good")),
+    ("{text}\nWill the writer of this come again?", ("No", "Yes")),
+    ("True or false: the writer was happy. {text}", ("false", "true")),
+    ("True or false: the writer was not happy. {text}", ("true", "false")),
+    ("Is this writer sad or happy? {text}", ("sad", "happy")),
+)
+
+
+@_worded("{x}", "{x} {choices}")
+def remark(dice: Dice) -> Answer:
+    """Asks what somebody feels who writes of a day, a place, a meal."""
+    good = dice.below(2)
+    said = dice.sample(_REMARKS[good], 2 + dice.below(2))
+    if len(said) == 3 and dice.below(2):
+        said[0] = dice.pick(_REMARKS[1 - good])
+    text = " ".join(fill(dice, each, _REMARK_SLOTS) for each in dice.shuffled(said))
+    return _asked(dice, _FELT, good, text=text)
+
+
+_RATED: _Forms = (
+    (
+        "{text} How does the guest find it? Choose from: very bad, bad, fair, good, very good.",
+        ("very bad", "bad", "fair", "good", "very good"),
+    ),
+    ("How many stars does the guest give, one to five? {text}", words("one two three four five")),
+    ("Guest: {text}\nRating of the meal from 1 to 5:", words("1 2 3 4 5")),
+    (
+        "Is this guest very unhappy, unhappy, so-so, happy or very happy? {text}",
+        ("very unhappy", "unhappy", "so-so", "happy", "very happy"),
+    ),
+)
+
+
+@_worded("{x}", "{x} {choices}")
+def rating(dice: Dice) -> Answer:
+    """Asks for the stars that a guest gives, who says how everything was."""
+    star = dice.below(5)
+    meals = dice.sample(KINDS["food"], 3)
+    said = [f"the {food} is {dice.pick(STAR_WORDS[star])}." for food in meals]
+    return _asked(dice, _RATED, star, text=" ".join(said[: 2 + dice.below(2)]))
+
+
+_FIELDS = (
+    words("soldiers president minister government army war peace leaders border vote"),
+    words("team match goal player players coach champion fans race cup"),
+    words("bank shares oil firm profit market sales prices money owner"),
+    words("scientists planet robot software computer rocket phone internet stars space"),
+)
+_FIELD_FORMS: _Forms = (
+    (
+        "{text} Which section has this? Choose from: World, Sports, Business, Science.",
+        ("World", "Sports", "Business", "Science"),
+    ),
+    ("What are these words about? {text}", ("the world", "sport", "money", "science")),
+    ("Words: {text}\nTopic:", ("World", "Sport", "Business", "Technology")),
+    ("Who uses these words? {text}", ("a diplomat", "a sports fan", "a banker", "an engineer")),
+)
+
+
+@_worded("{x}", "{x} {choices}")
+def field_of_words(dice: Dice) -> Answer:
+    """Asks to which field some words belong."""
+    label = dice.below(4)
+    listed = ", ".join(dice.sample(_FIELDS[label], 2 + dice.below(3)))
+    return _asked(dice, _FIELD_FORMS, label, text=f"{listed}.")
+
+
+_TOPICS: _Forms = (
+    ("{text} What is it about?", words("work homes animals food hobbies")),
+    ("What does this text tell of? {text}", words("work homes animals food hobbies")),
+    ("Text: {text}\nTopic:", words("Work Homes Animals Food Hobbies")),
+)
+
+
+@_worded("{x}", "{x} {choices}")
+def subject(dice: Dice) -> Answer:
+    """Asks what a text is about."""
+    label = dice.below(len(_TOLD))
+    people, relation = dice.sample(SLOTS["full"], 2), _TOLD[label]
+    values = dice.sample(RELATIONS[relation].values(), 2)
+    told = [_Told(relation, who, value) for who, value in zip(people, values, strict=True)]
+    return _asked(dice, _TOPICS, label, text=_text(dice, told))
+
+
+_GOOD_ANSWERS: _Forms = (
+    ("{order} An answer: {said} Does it answer that?", ("No", "Yes")),
+    ("Does the reply fit the order?\nOrder: {order}\nReply: {said}", ("No", "Yes")),
+    ("{order} Right or wrong: {said}", ("wrong", "right")),
+    ('True or false: "{said}" is what to say. {order}', ("false", "true")),
+)
+
+
+@_worded("{x}", "{x} {choices}")
+def right_reply(dice: Dice) -> Answer:
+    """Asks whether a true sentence is the reply to an order: it may tell of something else."""
+    name = dice.pick(tuple(PEOPLE))
+    asked, other = dice.sample(_TOLD, 2)
+    right = dice.below(2)
+    if not right and dice.below(2):
+        about, said = asked, dice.other(tuple(PEOPLE), name)
+    else:
+        about, said = (asked if right else other), name
+    order = dice.pick(RELATIONS[asked].orders).format(s=name).capitalize()
+    sentence = _statement(dice, about, said, RELATIONS[about].facts[said])
+    return _asked(dice, _GOOD_ANSWERS, right, order=order, said=sentence)
+
+
+@_worded(
+    "Say this in sentences. {data}",
+    "{data} Make a text of it.",
+    "The data: {data}",
+    "A friend asks about {person}. Say all of this: {data}",
+)
+def describe(dice: Dice) -> Answer:
+    """Asks for the sentence that says what a list says."""
+    person = dice.pick(SLOTS["full"])
+    relations = dice.sample(_TOLD, 2 + dice.below(2))
+    told = [_Told(r, person, dice.pick(RELATIONS[r].values())) for r in relations]
+    listed = [f"{each.relation}: {each.value}" for each in told]
+    data = "; ".join(dice.shuffled([f"name: {person}", *listed]))
+    first, *rest = told
+    pronoun = PRONOUNS[person.split()[0]]
+    said = [first.worded(), *(each._replace(person=pronoun).worded() for each in rest)]
+    return Answer({"data": f"{data}.", "person": person}, " ".join(said))
+
+
+@_worded(
+    "Write what is true of these: {data}.",
+    "Words: {data}. One true sentence with all of them:",
+    "Put these together: {data}.",
+)
+def say_with_words(dice: Dice) -> Answer:
+    """Asks for the true sentence that has two words in it."""
+    relation, subject_of, value = _fact(dice)
+    listed = ", ".join(dice.shuffled([subject_of, value]))
+    return Answer({"data": listed}, _worded_fact(0, relation, subject_of, value))
+
+
+@_worded(
+    "{text} Write only what comes first, in short.",
+    "Text: {text}\nIts first point in short:",
+    "Make this short: say the first thing. {text}",
+    "A friend has no time to read this. Say how it begins. {text}",
+)
+def first_point(dice: Dice) -> Answer:
+    """Asks for the first thing that a text says, in its plainest words."""
+    told = dice.shuffled(_about_two(dice, 3 + dice.below(2)))
+    return Answer({"text": " ".join(each.sentence(dice) for each in told)}, told[0].worded())
+
+
+_MEANT: _Forms = (
+    ('{text} Does "{pronoun}" stand for {name}?', ("No", "Yes")),
+    ('{text} True or false: "{pronoun}" is {name}.', ("false", "true")),
+    ('{text} Somebody says that "{pronoun}" means {name}. Right or wrong?', ("wrong", "right")),
+)
+
+
+def _with_pronoun(dice: Dice) -> tuple[str, str, str, str]:
+    """Tells of a woman and a man, and one more thing of one: text, the one, the other, pronoun."""
+    people = [
+        dice.pick([name for name in SLOTS["full"] if PRONOUNS[name.split()[0]] == pronoun])
+        for pronoun in ("she", "he")
+    ]
+    *relations, last = dice.sample(_TOLD, 3)
+    told = [
+        _Told(relation, who, dice.pick(RELATIONS[relation].values()))
+        for relation, who in zip(relations, people, strict=True)
+    ]
+    right, wrong = dice.shuffled(people)
+    meant = _Told(last, right, dice.pick(RELATIONS[last].values())).of_pronoun(dice)
+    return f"{_text(dice, told)} {meant}", right, wrong, PRONOUNS[right.split()[0]]
+
+
+@_worded("{text} Who is that? {choices}", "{text} Who is meant by {pronoun}? {choices}")
+def who_is_meant(dice: Dice) -> Answer:
+    """Asks whom a pronoun is about."""
+    text, right, wrong, pronoun = _with_pronoun(dice)
+    return Answer({"text": text, "pronoun": pronoun}, right, dice.shuffled((right, wrong)))
+
+
+@_worded("{x}", "{x} {choices}")
+def is_it_meant(dice: Dice) -> Answer:
+    """Asks whether a pronoun is about somebody."""
+    text, right, wrong, pronoun = _with_pronoun(dice)
+    label = dice.below(2)
+    return _asked(dice, _MEANT, label, text=text, pronoun=pronoun, name=(wrong, right)[label])
 
 
 def example(dice: Dice, index: int, stratum: int) -> JsonObject:
