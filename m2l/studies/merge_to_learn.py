@@ -6,7 +6,7 @@ Merging" (2024), sections 2 and 3.
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from m2l import models, tasks
 from m2l.data.prompts import GENERATIVE_SCORES
@@ -154,7 +154,7 @@ class SkillsStudy:
                 path = self.given[name]
                 digest = self.digests.get(name) or given_checkpoints.digest_of(path)
                 return given_checkpoints.stage_of(name, path, digest, self.vocabulary, described)
-            mixtures = {*settings.mixture.split("+"), *settings.validation.split("+")}
+            mixtures = (*settings.mixture.split("+"), *settings.validation.split("+"))
             decided_by = {"model": described, "settings": settings.flat()}
             return Stage(name, "train", _data_settings(self, mixtures) | decided_by, inputs)
 
@@ -256,7 +256,7 @@ def _mixtures(study: SkillsStudy) -> list[str]:
     return [part for mixture in used for part in mixture.split("+")]
 
 
-def _data_settings(study: SkillsStudy, mixtures: Iterable[str] | None = None) -> JsonObject:
+def _data_settings(study: SkillsStudy, mixtures: Sequence[str] | None = None) -> JsonObject:
     """Returns the data of a stage of these mixtures; None: of all."""
     used = _mixtures(study) if mixtures is None else mixtures
     used = [part for mixture in used for part in mixture.split("+")]

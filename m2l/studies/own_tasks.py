@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from m2l import files, storage, tasks
 from m2l.errors import ConfigError, DataError
@@ -131,7 +131,7 @@ def _described(value: object, label: str) -> Mapping[str, str]:
 
 def settings_of(
     own: Mapping[str, OwnTask],
-    mixtures: Iterable[str],
+    mixtures: Sequence[str],
     digests: Mapping[str, str],
     *,
     held_out: Iterable[str] = (),
@@ -141,7 +141,8 @@ def settings_of(
 
     Args:
         own: The study's own tasks.
-        mixtures: The names of the stage's mixtures, tasks or categories.
+        mixtures: The names of the stage's mixtures, tasks or categories; a stage's digest depends
+            on their order, so that a set, whose order differs by process, must not get here.
         digests: Of the tasks' files, by the tasks' names.
         held_out: The held-out categories.
         percents: Mixtures that are so many percent of an own task's: name -> (task, percent).

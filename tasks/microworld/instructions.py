@@ -225,7 +225,7 @@ def he_or_she(dice: Dice) -> Answer:
 
 # --- of texts about people who are not of the world ---
 
-_TOLD = ("job", "home", "pet", "food", "hobby")
+_STATED = ("job", "home", "pet", "food", "hobby")
 # A form is a wording with its own answer choices, in the order of the labels.
 _Forms = Sequence[tuple[str, tuple[str, ...]]]
 
@@ -236,7 +236,7 @@ def _asked(dice: Dice, forms: _Forms, label: int, **words: str) -> Answer:
     return Answer({"x": form.format(**words)}, choices[label], choices)
 
 
-class _Told(NamedTuple):
+class _Statement(NamedTuple):
     """What a text says of somebody, and the value in it."""
 
     relation: str
@@ -270,21 +270,21 @@ def _values(dice: Dice, relations: Sequence[str]) -> list[str]:
     return values
 
 
-def _about_two(dice: Dice, count: int) -> list[_Told]:
+def _about_two(dice: Dice, count: int) -> list[_Statement]:
     """Tells `count` things of two strangers in turn; the first two are of one relation."""
     people = dice.sample(SLOTS["full"], 2)
-    asked, *more = dice.sample(_TOLD, count - 1)
+    asked, *more = dice.sample(_STATED, count - 1)
     relations = (asked, asked, *more)
     return [
-        _Told(relation, people[place % 2], value)
+        _Statement(relation, people[place % 2], value)
         for place, (relation, value) in enumerate(
             zip(relations, _values(dice, relations), strict=True)
         )
     ]
 
 
-def _text(dice: Dice, told: Sequence[_Told]) -> str:
-    return " ".join(each.sentence(dice) for each in dice.shuffled(told))
+def _text(dice: Dice, facts: Sequence[_Statement]) -> str:
+    return " ".join(each.sentence(dice) for each in dice.shuffled(facts))
 
 
 @_worded(
@@ -297,9 +297,9 @@ def _text(dice: Dice, told: Sequence[_Told]) -> str:
 )
 def read_and_answer(dice: Dice) -> Answer:
     """Asks for something that a text says of one of two people."""
-    told = _about_two(dice, 3 + dice.below(3))
-    words = {"text": _text(dice, told), "question": told[0].question(dice)}
-    return Answer(words, told[0].value)
+    facts = _about_two(dice, 3 + dice.below(3))
+    words = {"text": _text(dice, facts), "question": facts[0].question(dice)}
+    return Answer(words, facts[0].value)
 
 
 @_worded(
@@ -310,11 +310,11 @@ def read_and_answer(dice: Dice) -> Answer:
 )
 def read_and_choose(dice: Dice) -> Answer:
     """Asks for something that a text says of one of two people, with choices."""
-    told = _about_two(dice, 3 + dice.below(2))
-    right, wrong = told[0].value, told[1].value
-    others = [v for v in RELATIONS[told[0].relation].values() if v not in (right, wrong)]
-    words = {"text": _text(dice, told), "question": told[0].question(dice)}
-    return Answer(words, right, [right, wrong, *dice.sample(others, 1 + dice.below(2))])
+    facts = _about_two(dice, 3 + dice.below(2))
+    right, wrong = facts[0].value, facts[1].value
+    strangers = [v for v in RELATIONS[facts[0].relation].values() if v not in (right, wrong)]
+    words = {"text": _text(dice, facts), "question": facts[0].question(dice)}
+    return Answer(words, right, [right, wrong, *dice.sample(strangers, 1 + dice.below(2))])
 
 
 @_worded(
@@ -324,12 +324,12 @@ def read_and_choose(dice: Dice) -> Answer:
 )
 def listen(dice: Dice) -> Answer:
     """Asks for something that one of two says in a talk, with choices."""
-    relation = dice.pick(_TOLD)
+    relation = dice.pick(_STATED)
     names = dice.sample(FIRST_NAMES, 2)
     right, wrong, third = dice.sample(RELATIONS[relation].values(), 3)
-    told = [_Told(relation, who, v) for who, v in zip(names, (right, wrong), strict=True)]
-    question = told[0].question(dice)
-    lines = [f"{each.person}: {each.sentence(dice)}" for each in told]
+    facts = [_Statement(relation, who, v) for who, v in zip(names, (right, wrong), strict=True)]
+    question = facts[0].question(dice)
+    lines = [f"{each.person}: {each.sentence(dice)}" for each in facts]
     return Answer(
         {"talk": "\n".join(dice.shuffled(lines)), "question": question},
         right,
@@ -355,15 +355,15 @@ _CLAIMED: _Forms = (
 @_worded("{x}", "{x} {choices}")
 def said_or_not(dice: Dice) -> Answer:
     """Asks whether a text says something, leaves it open, or says otherwise."""
-    told = _about_two(dice, 3)
+    facts = _about_two(dice, 3)
     label = dice.below(3)
     if label == 1:
-        relation = dice.other(_TOLD, *(each.relation for each in told))
+        relation = dice.other(_STATED, *(each.relation for each in facts))
         [value] = _values(dice, (relation,))
-        claim = told[0]._replace(relation=relation, value=value)
+        claim = facts[0]._replace(relation=relation, value=value)
     else:
-        claim = told[0] if label == 0 else told[0]._replace(value=told[1].value)
-    words = {"text": _text(dice, told), "claim": claim.sentence(dice).rstrip(".")}
+        claim = facts[0] if label == 0 else facts[0]._replace(value=facts[1].value)
+    words = {"text": _text(dice, facts), "claim": claim.sentence(dice).rstrip(".")}
     return _asked(dice, _CLAIMED, label, **words)
 
 
@@ -379,19 +379,19 @@ _ALIKE: _Forms = (
 @_worded("{x}", "{x} {choices}")
 def same_meaning(dice: Dice) -> Answer:
     """Asks whether two sentences say the same; where not, a value or the persons differ."""
-    told, other, *_ = _about_two(dice, 2)
+    facts, other, *_ = _about_two(dice, 2)
     same = dice.below(2)
     one, two = dice.sample(range(4), 2)
     if dice.below(2):  # two facts in a sentence
-        pair = [told, other]
-        swapped = [told._replace(value=other.value), other._replace(value=told.value)]
+        pair = [facts, other]
+        swapped = [facts._replace(value=other.value), other._replace(value=facts.value)]
         first, second = (
             " and ".join(each.worded(wording).rstrip(".") for each in facts) + "."
             for wording, facts in ((one, pair), (two, dice.shuffled(pair if same else swapped)))
         )
     else:
-        wrong = dice.pick((told._replace(value=other.value), told._replace(person=other.person)))
-        first, second = told.worded(one), (told if same else wrong).worded(two)
+        wrong = dice.pick((facts._replace(value=other.value), facts._replace(person=other.person)))
+        first, second = facts.worded(one), (facts if same else wrong).worded(two)
     return _asked(dice, _ALIKE, same, first=first, second=second)
 
 
@@ -496,11 +496,11 @@ _TOPICS: _Forms = (
 @_worded("{x}", "{x} {choices}")
 def subject(dice: Dice) -> Answer:
     """Asks what a text is about."""
-    label = dice.below(len(_TOLD))
-    people, relation = dice.sample(SLOTS["full"], 2), _TOLD[label]
+    label = dice.below(len(_STATED))
+    people, relation = dice.sample(SLOTS["full"], 2), _STATED[label]
     values = dice.sample(RELATIONS[relation].values(), 2)
-    told = [_Told(relation, who, value) for who, value in zip(people, values, strict=True)]
-    return _asked(dice, _TOPICS, label, text=_text(dice, told))
+    facts = [_Statement(relation, who, value) for who, value in zip(people, values, strict=True)]
+    return _asked(dice, _TOPICS, label, text=_text(dice, facts))
 
 
 _GOOD_ANSWERS: _Forms = (
@@ -515,7 +515,7 @@ _GOOD_ANSWERS: _Forms = (
 def right_reply(dice: Dice) -> Answer:
     """Asks whether a true sentence is the reply to an order: it may tell of something else."""
     name = dice.pick(tuple(PEOPLE))
-    asked, other = dice.sample(_TOLD, 2)
+    asked, other = dice.sample(_STATED, 2)
     right = dice.below(2)
     if not right and dice.below(2):
         about, said = asked, dice.other(tuple(PEOPLE), name)
@@ -535,13 +535,13 @@ def right_reply(dice: Dice) -> Answer:
 def describe(dice: Dice) -> Answer:
     """Asks for the sentence that says what a list says."""
     person = dice.pick(SLOTS["full"])
-    relations = dice.sample(_TOLD, 2 + dice.below(2))
-    told = [_Told(r, person, dice.pick(RELATIONS[r].values())) for r in relations]
-    listed = [f"{each.relation}: {each.value}" for each in told]
+    relations = dice.sample(_STATED, 2 + dice.below(2))
+    facts = [_Statement(r, person, dice.pick(RELATIONS[r].values())) for r in relations]
+    listed = [f"{each.relation}: {each.value}" for each in facts]
     data = "; ".join(dice.shuffled([f"name: {person}", *listed]))
-    first, *rest = told
+    first, *later = facts
     pronoun = PRONOUNS[person.split()[0]]
-    said = [first.worded(), *(each._replace(person=pronoun).worded() for each in rest)]
+    said = [first.worded(), *(each._replace(person=pronoun).worded() for each in later)]
     return Answer({"data": f"{data}.", "person": person}, " ".join(said))
 
 
@@ -565,8 +565,8 @@ def say_with_words(dice: Dice) -> Answer:
 )
 def first_point(dice: Dice) -> Answer:
     """Asks for the first thing that a text says, in its plainest words."""
-    told = dice.shuffled(_about_two(dice, 3 + dice.below(2)))
-    return Answer({"text": " ".join(each.sentence(dice) for each in told)}, told[0].worded())
+    facts = dice.shuffled(_about_two(dice, 3 + dice.below(2)))
+    return Answer({"text": " ".join(each.sentence(dice) for each in facts)}, facts[0].worded())
 
 
 _MEANT: _Forms = (
@@ -582,14 +582,14 @@ def _with_pronoun(dice: Dice) -> tuple[str, str, str, str]:
         dice.pick([name for name in SLOTS["full"] if PRONOUNS[name.split()[0]] == pronoun])
         for pronoun in ("she", "he")
     ]
-    *relations, last = dice.sample(_TOLD, 3)
-    told = [
-        _Told(relation, who, dice.pick(RELATIONS[relation].values()))
+    *relations, last = dice.sample(_STATED, 3)
+    facts = [
+        _Statement(relation, who, dice.pick(RELATIONS[relation].values()))
         for relation, who in zip(relations, people, strict=True)
     ]
     right, wrong = dice.shuffled(people)
-    meant = _Told(last, right, dice.pick(RELATIONS[last].values())).of_pronoun(dice)
-    return f"{_text(dice, told)} {meant}", right, wrong, PRONOUNS[right.split()[0]]
+    meant = _Statement(last, right, dice.pick(RELATIONS[last].values())).of_pronoun(dice)
+    return f"{_text(dice, facts)} {meant}", right, wrong, PRONOUNS[right.split()[0]]
 
 
 @_worded("{text} Who is that? {choices}", "{text} Who is meant by {pronoun}? {choices}")

@@ -242,6 +242,13 @@ def test_skills_of_json_lines_are_added_to_a_directorys_model(tmp_path, data, hu
     settings = stages["models/ptm/fruit_50pct"].settings["settings"]
     assert (settings["mixture"], settings["validation"]) == ("fruit_50pct", "fruit")
     assert (settings["steps"], settings["warmup_steps"]) == (3, 2)
+    # In the order of the mixture and not of a set, which another process would have otherwise.
+    for name, order in {
+        "rt/fruit": ["colour", "fruit"],
+        "ptm/fruit_50pct": ["fruit_50pct", "fruit"],
+        "cft/fruit_50pct": ["fruit_50pct", "fruit"],
+    }.items():
+        assert [task["name"] for task in stages[f"models/{name}"].settings["own"]] == order
     assert all(len(results) == 3 for results in loaded.results.values())
     # Every example's value is there, and differences pair them.
     result = loaded.results["models/general"]["fruit"]
