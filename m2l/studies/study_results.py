@@ -195,7 +195,10 @@ _JSON_COLUMNS = ("metrics", "settings")
 
 
 def publish(study_results: StudyResults, out: Path) -> None:
-    """Writes a study's settings, results, recipes and choices as three small files for `load`."""
+    """Writes a study's settings, results, recipes and choices as three small files for `load`.
+
+    The values of single examples are left out, but for a SkillsStudy's, whose differences pair them.
+    """
     out.mkdir(parents=True, exist_ok=True)
     files.write_record(out / "study.json", describe(study_results.study))
     rows = [
@@ -204,6 +207,8 @@ def publish(study_results: StudyResults, out: Path) -> None:
         for result in results.values()
     ]
     frame = pd.DataFrame(rows)
+    if isinstance(study_results.study, ScalingStudy):
+        frame["values"] = None  # Its findings are of scores; of a whole grid they take megabytes.
     for column in _JSON_COLUMNS:
         frame[column] = frame[column].map(json.dumps)
     packed = frame.to_parquet(None, compression="zstd", index=False)
