@@ -197,7 +197,7 @@ _JSON_COLUMNS = ("metrics", "settings")
 def publish(study_results: StudyResults, out: Path) -> None:
     """Writes a study's settings, results, recipes and choices as three small files for `load`.
 
-    The values of single examples are left out, but for a SkillsStudy's, whose differences pair them.
+    Values of single examples are left out, but for a SkillsStudy's, whose differences pair them.
     """
     out.mkdir(parents=True, exist_ok=True)
     files.write_record(out / "study.json", describe(study_results.study))

@@ -1,8 +1,13 @@
 """Paper 2's study in the small, by the command: trained, merged, evaluated and reported."""
 
 import json
+import runpy
+import shutil
+from pathlib import Path
 
 import pytest
+
+from m2l.studies.graph import Stage
 
 SMALL = [
     "T5.d_model=16",
@@ -61,3 +66,20 @@ def test_it_is_not_run_again_and_its_report_tells_each_way(finished, run_m2l, ca
     assert run_m2l("report", finished) == 0
     assert "Retraining" in capfd.readouterr().out
     assert 'id="figure-tradeoff"' in (finished / "report/index.html").read_text()
+
+
+def test_stages_done_again_are_compared_by_all_but_their_seconds(finished, tmp_path):
+    rerun = runpy.run_path(str(Path(__file__).parents[2] / "scripts/rerun_study.py"))
+    stage = Stage("results/models/general", "evaluate", {}, {})
+    results = finished / "results/models/general"
+    for name, changed in {
+        "again": {"seconds": 9.0, "checksum": "of other seconds"},
+        "other": {"score": 9.0},
+    }.items():
+        shutil.copytree(results, tmp_path / name)
+        for path in (tmp_path / name).glob("*.json"):
+            path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    expected = rerun["content"](stage, results)
+    assert len(expected) == 2
+    assert rerun["content"](stage, tmp_path / "again") == expected
+    assert rerun["content"](stage, tmp_path / "other") != expected
