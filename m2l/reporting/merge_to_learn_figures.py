@@ -161,12 +161,15 @@ def cost(frame: pd.DataFrame, papers: pd.DataFrame) -> Figure:
                 error = np.hypot(rows[f"{GENERAL}_error"], rows[f"{skill}_error"]) / 2
                 _line(axis, rows["flops"], both, error, name)
             axis.set_xscale("log")
-            ticks = matplotlib.ticker
-            axis.xaxis.set_major_locator(ticks.LogLocator(subs=(1, 3)))
-            axis.xaxis.set_major_formatter(_power)
-            axis.xaxis.set_minor_formatter(ticks.NullFormatter())
             axis.set_title(skill.capitalize())
             axis.set_xlabel("FLOPs beyond\nthe general model")
+        ticks, (low, high) = matplotlib.ticker, scores[0].get_xlim()
+        for axis in scores:
+            # Within a decade there are too few of 1 and 3.
+            locator = ticks.LogLocator(subs=(1, 3)) if high > 10 * low else ticks.MaxNLocator(4)
+            axis.xaxis.set_major_locator(locator)
+            axis.xaxis.set_major_formatter(_power)
+            axis.xaxis.set_minor_formatter(ticks.NullFormatter())
         scores[0].set_ylabel("mean of general and skill score, %")
         _papers_bars(steps, papers)
         _legend(figure, [*map(_handle, (GENERAL, "ptm", "cft", "rt", MERGED))])
@@ -174,7 +177,7 @@ def cost(frame: pd.DataFrame, papers: pd.DataFrame) -> Figure:
 
 
 def _power(x: float, _: int) -> str:
-    return f"{x:.0e}".replace("e+", "e")
+    return f"{x:.2g}".replace("e+", "e")
 
 
 def _papers_bars(axis: Axes, papers: pd.DataFrame) -> None:

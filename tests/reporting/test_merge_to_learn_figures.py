@@ -75,6 +75,21 @@ def test_cost_is_on_a_logarithmic_axis_beside_the_papers_own(frame, skills_mater
     assert heights == [*papers["ptm"], *papers["cft"], *papers["rt"]]
 
 
+@pytest.mark.parametrize("spread", [1.2, 2.1, 9, 500])
+def test_a_cost_axis_has_some_ticks_that_differ_whatever_it_spans(frame, skills_material, spread):
+    costs = frame["flops"].rank(pct=True)
+    frame = frame.assign(flops=3.7e13 * spread**costs)
+    figure = merge_to_learn_figures.cost(frame, skills_material.papers_steps)
+    figure.draw_without_rendering()
+    axis, (low, high) = figure.axes[0], figure.axes[0].get_xlim()
+    labels = [
+        label.get_text()
+        for label, place in zip(axis.get_xticklabels(), axis.get_xticks(), strict=True)
+        if low <= place <= high
+    ]
+    assert 2 <= len(set(labels)) == len(labels) <= 6
+
+
 def test_data_curves_have_a_point_for_each_part_that_was_trained(frame):
     figure = merge_to_learn_figures.data_curves(frame)
     first = {line.get_label(): list(line.get_xdata()) for line in figure.axes[0].get_lines()}
