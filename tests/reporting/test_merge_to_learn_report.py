@@ -84,8 +84,8 @@ def test_the_best_weight_is_that_of_the_best_mean_of_both_scores(skills_written,
 
 
 def test_a_way_is_ahead_only_if_the_difference_is_beyond_its_error(skills_records):
-    """General scores have an error of 8 / 3.92 / 4: a difference counts from 1.42 on."""
-    for ahead, winner in ((1.5, "retraining"), (1.3, "none")):
+    """General scores have an error of 8 / 3.92 / sqrt(31): a difference counts from 1.02 on."""
+    for ahead, winner in ((1.1, "retraining"), (0.9, "none")):
 
         def change(model, name, score, ahead=ahead):
             if name != "general":

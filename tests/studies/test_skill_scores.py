@@ -119,8 +119,8 @@ def test_the_frame_has_every_model_once_as_it_was_published(frame, skills_study,
 def test_scores_are_those_of_the_evaluations_tasks(frame):
     general = frame[frame["regime"] == "general"].iloc[0]
     assert (general["general"], general["science"], general["coding"]) == (60, 25, 5)
-    # Sixteen tasks, each a dataset, of error 8 / 3.92; and one alone.
-    assert general["general_error"] == pytest.approx(8 / 3.92 / 4)
+    # Thirty-one tasks, each a dataset, of error 8 / 3.92; and one alone.
+    assert general["general_error"] == pytest.approx(8 / 3.92 / math.sqrt(31))
     assert general["coding_error"] == pytest.approx(8 / 3.92)
 
 
@@ -175,8 +175,8 @@ def test_the_statistic_of_forgetting_is_a_mean_of_differences(skills_records):
     study, frame = changed(skills_records, **arithmetic, **{"models/cft": {"general": 38}})
     first = findings.skills_findings(study, frame)[0]
     assert first.value == 12
-    # A score's error is 8 / 3.92 / 4; a difference has two, a mean over skills three of them.
-    half = 1.96 * (8 / 3.92 / 4) * math.sqrt(2) / math.sqrt(3)
+    # A score has an error of 8 / 3.92 / sqrt(31), a difference two, their mean over skills three.
+    half = 1.96 * (8 / 3.92 / math.sqrt(31)) * math.sqrt(2) / math.sqrt(3)
     assert first.interval == pytest.approx((12 - half, 12 + half))
 
 
