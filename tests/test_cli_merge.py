@@ -152,6 +152,7 @@ def test_inspect_predicts_what_a_merge_keeps(road, run_m2l, capsys, tmp_path):
         (("ONE", "--predict"), "expected a merge of a base's experts"),
         (("ONE", "--predict", "--base", "BASE"), "leave it out, or --base"),
         (("ONE", "--base", "BASE"), "--base: without effect without --predict"),
+        (("ONE", "--scale", "0"), "--scale: without effect without --predict"),
         (("--predict", "RECIPE", "ONE"), "expected what scripts/fit_retention.py writes"),
         ((), "CHECKPOINT is missing"),
     ],

@@ -232,8 +232,9 @@ def inspect(
         options = {"subtree": subtree, "as_json": as_json}
         prediction.show(predict, checkpoint, base, experts, recipe, settings, **options)
         return
-    named = {"--base": base, "--expert": experts, "--recipe": recipe, "--method": method}
-    if flags := [flag for flag, value in (named | {"--scale": scale}).items() if value]:
+    named = {"--base": base, "--expert": experts or None, "--recipe": recipe, "--method": method}
+    named["--scale"] = scale
+    if flags := [flag for flag, value in named.items() if value is not None]:
         raise ConfigError(f"m2l inspect: {', '.join(flags)}: without effect without --predict")
     if checkpoint is None:
         raise ConfigError("m2l inspect: CHECKPOINT is missing")
