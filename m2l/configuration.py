@@ -24,6 +24,7 @@ from m2l.merging import Recipe
 from m2l.models import Config, LlamaConfig, T5Config
 from m2l.studies.merge_to_learn import SkillsStudy
 from m2l.studies.merging_at_scale import ScalingStudy
+from m2l.studies.method_comparison import MethodComparison
 from m2l.studies.recipe_search import RecipeSearch
 from m2l.studies.rounds import Rounds
 from m2l.training.settings import TrainSettings, from_flat
@@ -46,12 +47,13 @@ class TrainingRun:
 class AnyStudy:
     """What `m2l study` runs."""
 
-    of: ScalingStudy | SkillsStudy
+    of: ScalingStudy | SkillsStudy | MethodComparison
 
     def __post_init__(self) -> None:
-        if not isinstance(self.of, ScalingStudy | SkillsStudy):
+        if not isinstance(self.of, ScalingStudy | SkillsStudy | MethodComparison):
             raise ConfigError(
-                f"Study.of: expected @ScalingStudy() or @SkillsStudy(), found {self.of!r}"
+                "Study.of: expected @ScalingStudy(), @SkillsStudy() or @MethodComparison(), found "
+                f"{self.of!r}"
             )
 
 
@@ -63,6 +65,7 @@ CONFIGURABLES = {
     "Merge": Recipe,
     "ScalingStudy": ScalingStudy,
     "SkillsStudy": SkillsStudy,
+    "MethodComparison": MethodComparison,
     "Study": AnyStudy,
     "Search": RecipeSearch,
     "Rounds": Rounds,

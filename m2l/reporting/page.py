@@ -12,15 +12,23 @@ from m2l.reporting import (
     figures,
     merge_to_learn_report,
     merging_at_scale_report,
+    method_comparison_report,
     tables,
 )
 from m2l.reporting.blocks import Report
 from m2l.studies import study_results
+from m2l.studies.merge_to_learn import SkillsStudy
 from m2l.studies.merging_at_scale import ScalingStudy
+from m2l.studies.method_comparison import MethodComparison
 from m2l.version import __version__
 
 # The file formats of figures and of tables: of a study's own report, and of one in a repository.
 _FORMATS = (("svg", "pdf", "png"), ("csv", "md", "tex"))
+_REPORTS = {
+    ScalingStudy: merging_at_scale_report,
+    SkillsStudy: merge_to_learn_report,
+    MethodComparison: method_comparison_report,
+}
 _PUBLISHED_FORMATS = (("svg",), ("csv",))
 
 
@@ -32,8 +40,7 @@ def collect(out: Path) -> Report:
         EvaluationError: Results cannot be compared.
     """
     results = study_results.load(storage.path(out))
-    scaling = isinstance(results.study, ScalingStudy)
-    module = merging_at_scale_report if scaling else merge_to_learn_report
+    module = _REPORTS[type(results.study)]
     return module.report(module.collect(results))
 
 

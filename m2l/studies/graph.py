@@ -92,7 +92,7 @@ Runner = Callable[[Stage, Path, Mapping[str, Path]], None]
 
 _POLL_SECONDS = 0.5
 # Stages whose output is small files of numbers; their record has digests of these files.
-_RESULT_KINDS = ("evaluate", "choose", "merge")
+_RESULT_KINDS = ("evaluate", "choose", "merge", "search", "compare")
 _ADVICE = "`m2l study` runs the stage again"
 
 

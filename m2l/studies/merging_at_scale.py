@@ -212,7 +212,7 @@ class ScalingStudy:
                 own_tasks.check_part(own, category, part, label)
         for category in self.categories + self.held_out:
             own_tasks.check_part(own, category, "report", label)
-        own_tasks.declare(_data_settings(self))
+        own_tasks.declare(data_settings(self))
         for name, stage in stages.items():
             if name.startswith("bases/") and stage.kind == "train":
                 tasks.tasks_in(stage.settings["settings"]["mixture"])
@@ -256,18 +256,8 @@ class ScalingStudy:
         A stage of kind "merge" makes all merges of one set of experts and evaluates them, so that
         the experts are read once; "choose" does it for one number of experts.
         """
-        evaluated_on = _evaluation_settings(self)
-        everything = self.categories + self.held_out
-        stages = list(_train_stages(self))
-        for stage in list(stages):
-            kind, _, base, *category = stage.name.split("/")
-            if base not in self.bases:
-                continue  # Only what another base is trained from.
-            categories = category if kind == "experts" else everything
-            settings = {**evaluated_on, "categories": list(categories)}
-            stages.append(
-                Stage(f"results/{stage.name}", "evaluate", settings, {"model": stage.name})
-            )
+        evaluated_on = evaluation_settings(self)
+        stages = model_stages(self)
         stages += _choice_stages(self, evaluated_on)
         groups: dict[str, list[MergeCell]] = {}
         for merge in merges(self):
@@ -281,7 +271,7 @@ class ScalingStudy:
                 "recipes": recipes,
                 "keep": self.keep_merges,
             }
-            inputs = _merge_inputs(first.size, first.base, first.categories)
+            inputs = merge_inputs(first.size, first.base, first.categories)
             if self.swept:
                 inputs["choice"] = f"choices/{first.size}/{first.base}/{first.count}"
             stages.append(Stage(name, "merge", settings, inputs))
@@ -377,11 +367,25 @@ def _own_tasks(study: ScalingStudy) -> dict[str, OwnTask]:
     return own_tasks.read(study.own_tasks, "ScalingStudy.own_tasks")
 
 
-def _data_settings(study: ScalingStudy, mixtures: Iterable[str] | None = None) -> JsonObject:
+def data_settings(study: ScalingStudy, mixtures: Iterable[str] | None = None) -> JsonObject:
     """Returns the data of a stage of these mixtures; None: of all."""
     used = (*study.categories, *study.held_out) if mixtures is None else mixtures
     own = own_tasks.settings_of(_own_tasks(study), used, study.digests, held_out=study.held_out)
     return {"data": [study.vocabulary, study.source], "m2l": __version__, **own}
+
+
+def model_stages(study: ScalingStudy) -> list[Stage]:
+    """Returns the stages that make bases, experts and multitask models, and evaluate them."""
+    evaluated_on, everything = evaluation_settings(study), study.categories + study.held_out
+    stages = list(_train_stages(study))
+    for stage in list(stages):
+        kind, _, base, *category = stage.name.split("/")
+        if base not in study.bases:
+            continue  # Only what another base is trained from.
+        categories = category if kind == "experts" else everything
+        settings = {**evaluated_on, "categories": list(categories)}
+        stages.append(Stage(f"results/{stage.name}", "evaluate", settings, {"model": stage.name}))
+    return stages
 
 
 def _train_stages(study: ScalingStudy) -> Iterator[Stage]:
@@ -401,7 +405,7 @@ def _train_stages(study: ScalingStudy) -> Iterator[Stage]:
                 steps = study.expert_steps.get(mixture, settings.steps)
                 settings = with_steps(settings, steps)
             decided_by = {
-                **_data_settings(study, settings.mixture.split("+")),
+                **data_settings(study, settings.mixture.split("+")),
                 "model": described,  # noqa: B023
                 "settings": settings.flat(),
             }
@@ -419,10 +423,11 @@ def _train_stages(study: ScalingStudy) -> Iterator[Stage]:
             yield train(f"multitask/{size}/{base}", "multitask", every, base_name)
 
 
-def _evaluation_settings(study: ScalingStudy) -> JsonObject:
+def evaluation_settings(study: ScalingStudy) -> JsonObject:
+    """Returns what decides the evaluation of a model of the study, as JSON values."""
     expert = study.training("expert", next(iter(study.models)))
     return {
-        **_data_settings(study),
+        **data_settings(study),
         "split": study.split,
         "original_only": study.original_only,
         "prompts": study.max_prompts,
@@ -435,7 +440,8 @@ def _evaluation_settings(study: ScalingStudy) -> JsonObject:
     }
 
 
-def _merge_inputs(size: str, base: str, categories: tuple[str, ...]) -> dict[str, str]:
+def merge_inputs(size: str, base: str, categories: tuple[str, ...]) -> dict[str, str]:
+    """Returns the stages that a merge of these categories' experts reads, by role."""
     inputs = {"base": f"bases/{size}/{base}"}
     for category in categories:
         inputs[f"expert/{category}"] = f"experts/{size}/{base}/{category}"
@@ -463,5 +469,5 @@ def _choice_stages(study: ScalingStudy, evaluated_on: Mapping[str, Json]) -> Ite
                     },
                     "swept": {method: list(values) for method, values in study.swept.items()},
                 }
-                inputs = _merge_inputs(size, base, involved)
+                inputs = merge_inputs(size, base, involved)
                 yield Stage(f"choices/{size}/{base}/{count}", "choose", settings, inputs)

@@ -148,12 +148,12 @@ class Replicates:
         self._index = (slice(None), *codes)
         seed_index, seeds = pd.factorize(grid.cells["seed"])
         # A cell counts as often as its seed.
-        self._counts = _draw_counts(rng, len(seeds))[:, seed_index].astype(float)
+        self._counts = draw_counts(rng, len(seeds))[:, seed_index].astype(float)
         self.held_in = self._means(grid.held_in, rng)
         self.held_out = self._means(grid.held_out, rng)
 
     def _means(self, units: Units, rng: np.random.Generator) -> np.ndarray:
-        values = units.performance(_draw_counts(rng, units.weights.size))
+        values = units.performance(draw_counts(rng, units.weights.size))
         counts = np.where(np.isinf(values), 0.0, self._counts)
         values = np.where(np.isinf(values), 0.0, values)
         shape = (len(values), *(len(names) for names in self.axes.values()))
@@ -164,7 +164,7 @@ class Replicates:
             return sums / totals
 
 
-def _draw_counts(rng: np.random.Generator, size: int) -> np.ndarray:
+def draw_counts(rng: np.random.Generator, size: int) -> np.ndarray:
     """Returns how often each of `size` items is drawn, [1 + REPLICATES, size]; first, once each."""
     drawn = rng.multinomial(size, np.full(size, 1 / size), REPLICATES)
     return np.concatenate([np.ones((1, size)), drawn])

@@ -1,8 +1,12 @@
 """The functions that run the stages that compute, each kind its own, and what they cost."""
 
+import ast
 import dataclasses
 import functools
 import json
+import os
+import subprocess
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,22 +14,25 @@ from statistics import fmean
 
 import jax
 
-from m2l import checkpoints, files, merging, models, partitioning, storage, tasks
+from m2l import checkpoints, files, merging, models, partitioning, signals, storage, tasks
 from m2l.data import vocabularies
 from m2l.data.prompts import TaskInfo
 from m2l.data.shots import Shots
+from m2l.errors import MergeError
 from m2l.evaluation.evaluator import Evaluator
 from m2l.evaluation.results import Result, normalized
 from m2l.evaluation.task_data import TaskData, load_tasks
 from m2l.merging import Recipe
+from m2l.merging.search_space import Draw, SearchSpace
 from m2l.studies import given_checkpoints, own_tasks
 from m2l.studies.graph import Graph, Runner, Stage
-from m2l.training import resources
+from m2l.studies.method_comparison import DEFAULT, SEARCHED
+from m2l.training import resources, statistics
 from m2l.training.loop import RunPart, train
 from m2l.training.settings import from_flat
-from m2l.typing import Json, Params, PyTree
+from m2l.typing import Json, JsonObject, Params, PyTree
 
-RECIPES = "recipes.json"
+RECIPES, COSTS = "recipes.json", "costs.json"
 
 
 def run_train(stage: Stage, out: Path, inputs: Mapping[str, Path]) -> None:
@@ -208,12 +215,20 @@ class _Experts:
             name: checkpoints.restore(path, shardings=shardings)
             for name, path in self.paths.items()
         }
+        self._statistics = {
+            role.removeprefix("statistic/"): checkpoints.restore(path)
+            for role, path in inputs.items()
+            if role.startswith("statistic/")
+        }
 
     def merge(self, recipe: Recipe, categories: Sequence[str]) -> tuple[Params, str]:
         """Returns the merge of these categories' experts, and its digest."""
         base = "base" if merging.METHODS[recipe.method].needs_base else None
         params = merging.merge_params(
-            base and self.params[base], [self.params[c] for c in categories], recipe
+            base and self.params[base],
+            [self.params[category] for category in categories],
+            recipe,
+            [self._statistics[category] for category in categories if self._statistics],
         )
         digests = [self._digests[c] for c in categories]
         return params, recipe.identity(base and self._digests[base], digests)
@@ -297,12 +312,160 @@ def _as_chosen(recipe: Recipe, choice: Path | None) -> Recipe:
     return Recipe.from_dict(recipe.to_dict() | files.read_record(file)["chosen"])
 
 
+# --- a comparison of methods ---
+
+
+def run_statistics(stage: Stage, out: Path, inputs: Mapping[str, Path]) -> None:
+    """Gathers a statistic of an expert over its training data; the output is its checkpoint."""
+    settings = stage.settings
+    vocabulary_name, source = settings["data"]
+    own_tasks.declare(settings)
+    statistics.gather(
+        inputs["expert"],
+        out,
+        kind=settings["statistic"],
+        mixture=settings["mixture"],
+        examples=settings["examples"],
+        vocabulary=vocabularies.describe(vocabularies.load(vocabulary_name), vocabulary_name),
+        data={"source": source, "stage": stage.name},
+        input_length=settings["lengths"]["inputs"],
+        target_length=settings["lengths"]["targets"],
+    )
+
+
+def run_search(stage: Stage, out: Path, inputs: Mapping[str, Path]) -> None:
+    """Searches a method's hyper-parameters by TPE; the output is METHOD.json, as of `run_choose`.
+
+    Scores are those of `run_choose`, of one set of constituents. The defaults are tried first.
+    """
+    from m2l.studies import search_storage  # Optuna is an extra.
+
+    settings = stage.settings
+    default = Recipe.from_dict(settings["default"])
+    space = SearchSpace({default.method: ast.literal_eval(settings["space"])})
+    experts, categories = _Experts(inputs), settings["choosing_categories"]
+    evaluator = StudyEvaluator(settings, experts.model, choosing=True)
+    points: dict[str, JsonObject] = {}
+
+    def score(recipe: Recipe) -> float:
+        key = json.dumps(recipe.to_dict(), sort_keys=True)
+        if key not in points:
+            results = evaluator.results(experts.merge(recipe, categories)[0], categories)
+            values = recipe.to_dict()
+            searched = {name: values[name] for name in space.methods[recipe.method]}
+            points[key] = {"settings": searched, "score": normalized(results, references)}
+        return points[key]["score"]
+
+    def draw_and_score(draw: Draw) -> float | None:
+        try:
+            recipe = space.recipe(draw)
+        except MergeError:  # Values that do not go together.
+            return None
+        return score(dataclasses.replace(recipe, seed=default.seed))
+
+    with jax.set_mesh(experts.mesh):
+        references = {
+            result.task: result
+            for category in categories
+            for result in evaluator.results(experts.params[category], [category])
+        }
+        score(default)
+        candidates = settings["candidates"]
+        first = space.spread(min(candidates, max(4, candidates // 2)))
+        search_storage.maximize(draw_and_score, first, candidates, settings["seed"])
+    best = max(points.values(), key=lambda point: point["score"])
+    out.mkdir(parents=True, exist_ok=True)
+    record = {"points": list(points.values()), "chosen": best["settings"], "sets": [categories]}
+    files.write_record(out / f"{default.method}.json", record)
+
+
+def run_compare(stage: Stage, out: Path, inputs: Mapping[str, Path]) -> None:
+    """Merges by a method's defaults and, if these are others, by the settings that were chosen.
+
+    The output is a folder of results for each, recipes.json, and costs.json: what the first merge
+    took.
+    """
+    categories = [role.removeprefix("expert/") for role in inputs if role.startswith("expert/")]
+    default = Recipe.from_dict(stage.settings["recipes"][DEFAULT])
+    chosen = _as_chosen(default, inputs.get("choice"))
+    out.mkdir(parents=True, exist_ok=True)
+    merged = out / ".merged"
+    storage.remove_tree(merged)
+    costs = _write_and_measure(default, inputs, merged, stage.settings["memory"])
+    manifest = checkpoints.read_manifest(merged)
+    evaluator = StudyEvaluator(stage.settings, manifest.model, choosing=False)
+    mesh, shardings = model_shardings(manifest.model)
+
+    def evaluate(name: str, params: Params, digest: str) -> None:
+        evaluator.write(params, stage.settings["categories"], out / name, digest)
+
+    recipes = {DEFAULT: default}
+    with jax.set_mesh(mesh):
+        evaluate(DEFAULT, checkpoints.restore(merged, shardings=shardings), manifest.digest)
+        storage.remove_tree(merged)
+        if chosen != default:
+            recipes[SEARCHED] = chosen
+            evaluate(SEARCHED, *_Experts(inputs).merge(chosen, categories))
+    files.write_record(out / COSTS, costs)
+    text = json.dumps({name: recipe.to_dict() for name, recipe in recipes.items()}, indent=1)
+    storage.write_atomic(out / RECIPES, text + "\n")
+
+
+def _write_and_measure(
+    recipe: Recipe, inputs: Mapping[str, Path], out: Path, memory: str
+) -> dict[str, Json]:
+    """Writes a merge by a process of its own; returns its CPU seconds, and its bytes.
+
+    The seconds are of the whole command, on all cores: its start and compilation are among them.
+    """
+
+    def paths(prefix: str) -> list[str]:
+        return [str(checkpoints.resolve(inputs[role])) for role in inputs if role.startswith(prefix)]
+
+    base = paths("base") if merging.METHODS[recipe.method].needs_base else []
+    described = out.with_name(".recipe.json")
+    storage.write_atomic(described, json.dumps(recipe.to_dict()))
+    command = [sys.executable, "-m", "m2l", "merge", "--recipe", str(described), "--no-diagnostics"]
+    for option, values in (
+        ("--base", base), ("--expert", paths("expert/")), ("--statistics", paths("statistic/"))
+    ):  # fmt: skip
+        command += [part for value in values for part in (option, value)]
+    process = subprocess.Popen(
+        [*command, "--memory", memory, "--out", str(out)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        process_group=0,
+    )
+    with signals.killed_at_end(process.pid):
+        said = process.stderr.read()
+        _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise MergeError(f"{recipe.method}: {said.strip().splitlines()[-1]}")
+    plan = merging.prepare(
+        base[0] if base else None,
+        paths("expert/"),
+        recipe,
+        statistics=paths("statistic/"),
+        diagnostics=False,
+    ).plan
+    return {
+        "cpu_seconds": usage.ru_utime + usage.ru_stime,
+        "read": plan.read,
+        "written": plan.write,
+    }
+
+
 RUNNERS: Mapping[str, Runner] = {
     "train": run_train,
     "given": given_checkpoints.run,
     "evaluate": run_evaluate,
     "choose": run_choose,
     "merge": run_merge,
+    "statistics": run_statistics,
+    "search": run_search,
+    "compare": run_compare,
 }
 
 
@@ -348,14 +511,21 @@ def stage_cost(stage: Stage, graph: Graph) -> Cost:
         return Cost(resources.step_flops(config, *rows) * training["steps"], disk)
     config = models.from_dict(graph[next(iter(stage.inputs.values()))].settings["model"])
     lengths = settings["lengths"]["inputs"], settings["lengths"]["targets"]
+    if stage.kind == "statistics":
+        return Cost(resources.step_flops(config, settings["examples"], *lengths), 0.0)
     per_example = resources.evaluation_flops(config, 1, *lengths, choices=_CHOICES)
     if stage.kind == "choose":
         limit, examples = settings["choosing"]
         candidates = sum(map(len, settings["candidates"].values()))
         count = sum(_task_count(names, settings, limit) for names in settings["sets"])
         return Cost(per_example * count * candidates * examples, 0.0)
+    if stage.kind == "search":
+        limit, examples = settings["choosing"]
+        count = _task_count(settings["choosing_categories"], settings, limit)
+        # Beside the candidates the defaults, and each expert on its own tasks.
+        return Cost(per_example * count * (settings["candidates"] + 2) * examples, 0.0)
     count = _task_count(settings["categories"], settings, settings["prompts"])
-    merges = len(settings.get("recipes", {"": None}))
+    merges = len(settings.get("recipes", {"": None})) + ("choice" in stage.inputs)
     disk = merges * _RESULT_BYTES * count
     if settings.get("keep"):
         disk += merges * 4.0 * models.parameters(config)

@@ -345,6 +345,31 @@ class SearchStorage:
         self._patiently(tell)
 
 
+def maximize(
+    score: Callable[[Callable[[Dimension], Json]], float | None],
+    first: Sequence[Mapping[str, Json]],
+    candidates: int,
+    seed: int,
+) -> None:
+    """Searches by TPE, without a storage.
+
+    Args:
+        score: Called with what draws a candidate's value of a dimension; returns its score, the
+            higher the better, or None for what cannot be scored.
+        first: Candidates to begin with, each by dimension.
+        candidates: How many are drawn, these included.
+        seed: Of the sampler.
+    """
+    sampler = make_sampler("tpe", seed, startup=len(first), population=1)
+    study = optuna.create_study(direction="maximize", sampler=sampler)
+    for values in first:
+        study.enqueue_trial(dict(values))
+    for _ in range(candidates):
+        trial = study.ask()
+        value = score(lambda dimension, trial=trial: suggest(trial, dimension))
+        study.tell(trial, value, state=TrialState.FAIL if value is None else TrialState.COMPLETE)
+
+
 def is_counted(trial: FrozenTrial) -> bool:
     """Returns whether a candidate was scored, or refused for good."""
     return trial.state == TrialState.COMPLETE or "refused" in trial.user_attrs

@@ -15,15 +15,20 @@ from m2l.evaluation.results import Result, checked_result, read_result
 from m2l.studies import graph
 from m2l.studies.merge_to_learn import SkillsStudy
 from m2l.studies.merging_at_scale import ScalingStudy
-from m2l.studies.run import RECIPES
+from m2l.studies.method_comparison import MethodComparison
+from m2l.studies.run import COSTS, RECIPES
 from m2l.typing import JsonObject
 
 RESULTS = "results.parquet"
 RECORDS = "records.json"
-_RECORDED = ("recipes", "choices", "seconds")
+_RECORDED = ("recipes", "choices", "seconds", "costs")
 _ADVICE = "publish the study again: m2l report --publish"
-Study = ScalingStudy | SkillsStudy
-_KINDS: dict[str, type[Study]] = {"scaling": ScalingStudy, "skills": SkillsStudy}
+Study = ScalingStudy | SkillsStudy | MethodComparison
+_KINDS: dict[str, type[Study]] = {
+    "scaling": ScalingStudy,
+    "skills": SkillsStudy,
+    "methods": MethodComparison,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +41,7 @@ class StudyResults:
         recipes: The recipes, as chosen, by the name of a merged model.
         choices: The points of the sweep and the chosen one, by stage and by method.
         seconds: The durations of stages.
+        costs: What a merge took, by stage, of a comparison of methods.
     """
 
     study: Study
@@ -43,6 +49,7 @@ class StudyResults:
     recipes: Mapping[str, JsonObject]
     choices: Mapping[str, JsonObject]
     seconds: Mapping[str, float]
+    costs: Mapping[str, JsonObject] = dataclasses.field(default_factory=dict)
 
     def of(self, model: str, categories: Iterable[str] | None = None) -> list[Result]:
         """Returns a model's results, on the tasks of these categories only.
@@ -140,24 +147,26 @@ def _read_folder(study: Study, out: Path) -> StudyResults:
             "first; `m2l study` goes on with them"
         )
     results: dict[str, dict[str, Result]] = {}
-    recipes, choices = {}, {}
+    recipes, choices, costs = {}, {}, {}
     for stage in stages:
         graph.check_results(stages, out, stage.name)
         folder = graph.stage_folder(out, stage.name)
         model = stage.name.removeprefix("results/")
         if stage.kind == "evaluate":
             results[model] = _read_results(folder)
-        elif stage.kind == "merge":
+        elif stage.kind in ("merge", "compare"):
+            if stage.kind == "compare":
+                costs[model] = files.read_record(folder / COSTS)
             for name, recipe in files.read_json(folder / RECIPES, kind=dict).items():
                 results[f"{model}/{name}"] = _read_results(folder / name)
                 recipes[f"{model}/{name}"] = recipe
-        elif stage.kind == "choose":
+        elif stage.kind in ("choose", "search"):
             choices[stage.name] = {
                 path.stem: files.read_record(path, required=False)
                 for path in sorted(folder.glob("*.json"))
             }
     seconds = {stage.name: graph.stage_seconds(out, stage.name) for stage in stages}
-    return StudyResults(study, results, recipes, choices, seconds)
+    return StudyResults(study, results, recipes, choices, seconds, costs)
 
 
 def _read_results(folder: Path) -> dict[str, Result]:
@@ -182,11 +191,12 @@ def lineage(study_results: StudyResults) -> pd.DataFrame:
         if stage.kind == "evaluate":
             producer = stages[stage.inputs["model"]]
             add(producer.name, producer.kind, list(producer.inputs.values()), None)
-        elif stage.kind == "merge":
+        elif stage.kind in ("merge", "compare"):
             inputs = [name for role, name in stage.inputs.items() if role != "choice"]
-            for name in stage.settings["recipes"]:
-                model = f"{stage.name.removeprefix('results/')}/{name}"
-                add(model, "merge", inputs, study_results.recipes[model])
+            prefix = f"{stage.name.removeprefix('results/')}/"
+            for model, recipe in study_results.recipes.items():
+                if model.startswith(prefix):
+                    add(model, "merge", inputs, recipe)
     return pd.DataFrame(rows)
 
 
@@ -207,7 +217,7 @@ def publish(study_results: StudyResults, out: Path) -> None:
         for result in results.values()
     ]
     frame = pd.DataFrame(rows)
-    if isinstance(study_results.study, ScalingStudy):
+    if not isinstance(study_results.study, SkillsStudy):
         frame["values"] = None  # Its findings are of scores; of a whole grid they take megabytes.
     for column in _JSON_COLUMNS:
         frame[column] = frame[column].map(json.dumps)
@@ -223,6 +233,7 @@ def _read_published(study: Study, out: Path) -> StudyResults:
     # Older versions recorded no checksum, and no digest of the results.
     recorded = files.read_record(out / RECORDS, required=False, finite=True, advice=_ADVICE)
     digest = recorded.pop("results", None)
+    recorded.setdefault("costs", {})  # Older versions had none.
     if set(recorded) != set(_RECORDED) or not all(isinstance(v, dict) for v in recorded.values()):
         raise DataError(f"{out / RECORDS}: damaged, it has not {', '.join(_RECORDED)}; {_ADVICE}")
     if any(type(seconds) not in (int, float) for seconds in recorded["seconds"].values()):

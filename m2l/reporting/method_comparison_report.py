@@ -1,0 +1,366 @@
+"""The report of a comparison of methods: the table, what is noise in it, and what merges cost."""
+
+import dataclasses
+
+import markupsafe
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from m2l import models
+from m2l.merging import METHODS
+from m2l.reporting import blocks, style
+from m2l.reporting.blocks import Drawing, Folded, Report, Section, Table, Text
+from m2l.studies import method_scores, study_results
+from m2l.studies.method_comparison import DEFAULT, SEARCHED, MethodComparison
+from m2l.studies.method_scores import BASE, MULTITASK, MethodScores
+from m2l.studies.study_results import StudyResults
+from m2l.version import __version__
+
+_NAMES = {"held_in": "held-in", "held_out": "held-out"}
+_UNITS = {"held_in": "1 = the task's expert", "held_out": "1 = the base"}
+_CAPTIONS = {
+    "methods": "Normalised performance of each method's merge of all experts, by its defaults "
+    "(hollow) and by the settings that the search chose (filled), from the best down. Bars: 95 %. "
+    "Dashed: the multitask model; dotted: the base.",
+    "cost": "Held-in performance after the search over the CPU seconds of a merge by the defaults, "
+    "all cores together, from the start of the command to its end.",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ComparisonContents:
+    """The data of a report.
+
+    Attributes:
+        study: The comparison's settings.
+        scores: Every model's scores.
+        costs: What merges took, see `method_scores.costs`.
+        searches: Every candidate, see `method_scores.searches`.
+        lineage: The origin of every model, see `study_results.lineage`.
+        seconds: The duration of all stages together.
+    """
+
+    study: MethodComparison
+    scores: MethodScores
+    costs: pd.DataFrame
+    searches: pd.DataFrame
+    lineage: pd.DataFrame
+    seconds: float
+
+
+def collect(results: StudyResults) -> ComparisonContents:
+    """Computes the data of a finished comparison's report."""
+    return ComparisonContents(
+        study=results.study,
+        scores=method_scores.scores(results),
+        costs=method_scores.costs(results),
+        searches=method_scores.searches(results),
+        lineage=study_results.lineage(results),
+        seconds=sum(results.seconds.values()),
+    )
+
+
+def table(material: ComparisonContents) -> pd.DataFrame:
+    """Returns the table: a row for each method, from the best held-in down.
+
+    Returns:
+        method; held_in and held_out by the defaults and after the search (that of the defaults,
+        where a method was not searched), each searched one with its interval as text; gain (what
+        the search brings held-in); chosen (the settings); cpu_seconds; read and written, in GB.
+    """
+    scores, rows = material.scores, []
+    chosen = material.searches[material.searches["chosen"]].drop_duplicates("method")
+    settings = chosen.set_index("method")["settings"].to_dict()
+    costs = material.costs.set_index("method")
+    for method in scores.compared("held_in", SEARCHED)["method"]:
+        row: dict[str, object] = {"method": style.method_name(method)}
+        by_settings = {
+            name: scores.rows.loc[scores.index(method, name)] for name in (DEFAULT, SEARCHED)
+        }
+        for column, name in _NAMES.items():
+            for settings_name, values in by_settings.items():
+                row[f"{name}, {settings_name}"] = values[column]
+            low, high = (values[f"{column}_{end}"] for end in ("low", "high"))
+            row[f"{name}, 95 %"] = f"{low:.2f} to {high:.2f}"
+        row["chosen"] = settings.get(method, "") or "nothing to choose"
+        row["CPU s"] = costs.loc[method, "cpu_seconds"]
+        row["read, MB"] = costs.loc[method, "read"] / 1e6
+        row["written, MB"] = costs.loc[method, "written"] / 1e6
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def apart(material: ComparisonContents) -> pd.DataFrame:
+    """Returns how far each method is behind the best, and how much of that may be noise.
+
+    Returns:
+        Rows with method, and for each kind of performance and of settings: behind, bound, and
+        whether it is worse, "yes" or "".
+    """
+    frames = []
+    for column, name in _NAMES.items():
+        for settings in (DEFAULT, SEARCHED):
+            frame = material.scores.compared(column, settings)
+            frame["worse"] = np.where(frame["worse"], "worse", "")
+            frame = frame.set_index(frame["method"].map(style.method_name))
+            frame = frame[["behind", "bound", "worse"]]
+            frames.append(frame.add_prefix(f"{name}, {settings}: "))
+    order = material.scores.compared("held_in", SEARCHED)["method"].map(style.method_name)
+    return pd.concat(frames, axis=1).loc[order].rename_axis("method").reset_index()
+
+
+def methods_figure(material: ComparisonContents) -> Figure:
+    """Draws held-in and held-out performance of every method, by defaults and searched."""
+    scores = material.scores
+    order = list(scores.compared("held_in", SEARCHED)["method"])
+    with matplotlib.rc_context(style.RC):
+        size = (8.6, 0.24 * len(order) + 1.3)
+        figure = Figure(figsize=size, layout="constrained")
+        panels = figure.subplots(1, 2, sharey=True)
+        for axis, column in zip(panels, _NAMES, strict=True):
+            _dots(axis, scores, order, column)
+        panels[0].set_yticks(range(len(order)), [style.method_name(name) for name in order])
+        panels[0].invert_yaxis()
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=4)
+        return figure
+
+
+def _dots(axis: Axes, scores: MethodScores, order: list[str], column: str) -> None:
+    places = np.arange(len(order))
+    for reference, line in ((MULTITASK, "--"), (BASE, ":")):
+        value = scores.rows.loc[scores.rows["method"] == reference, column].iloc[0]
+        axis.axvline(value, color=style.GREY, linewidth=0.9, linestyle=line, label=reference)
+    axis.hlines(places, *axis.get_xlim(), color="#f4f4f4", linewidth=0.6, zorder=0)
+    for settings, shift, face in ((DEFAULT, -0.17, "white"), (SEARCHED, 0.17, style.BLUE)):
+        rows = scores.rows.loc[[scores.index(name, settings) for name in order]]
+        value = rows[column]
+        error = [value - rows[f"{column}_low"], rows[f"{column}_high"] - value]
+        axis.errorbar(
+            value,
+            places + shift,
+            xerr=np.clip(np.array(error), 0, None),
+            fmt="o",
+            markersize=4,
+            color=style.BLUE,
+            markerfacecolor=face,
+            elinewidth=0.6,
+            label=settings,
+        )
+    axis.set_xlabel(f"{_NAMES[column]} performance\n({_UNITS[column]})")
+
+
+def cost_figure(material: ComparisonContents) -> Figure:
+    """Draws held-in performance after the search over the CPU seconds of a merge."""
+    scores, costs = material.scores, material.costs
+    values = [scores.rows.loc[scores.index(name, SEARCHED), "held_in"] for name in costs["method"]]
+    with matplotlib.rc_context(style.RC):
+        figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+        axis = figure.subplots()
+        axis.plot(costs["cpu_seconds"], values, "o", markersize=4, color=style.BLUE, label="_")
+        axis.set_xscale("log")
+        for name, seconds, value in zip(costs["method"], costs["cpu_seconds"], values, strict=True):
+            axis.annotate(
+                style.method_name(name),
+                (seconds, value),
+                xytext=(4, 2),
+                textcoords="offset points",
+                fontsize=6,
+            )
+        axis.set_xlabel("CPU seconds of a merge")
+        axis.set_ylabel("held-in performance\n(1 = the task's expert)")
+        return figure
+
+
+def _noise(material: ComparisonContents, column: str, settings: str) -> str:
+    """Returns a sentence: who is best, and how many are told apart from it."""
+    frame = material.scores.compared(column, settings)
+    best, worse = frame.iloc[0], frame[frame["worse"]]
+    how = "by their defaults" if settings == DEFAULT else "after the search"
+    text = (
+        f"{_NAMES[column].capitalize()}, {how}: {style.method_name(best['method'])} is first with "
+        f"{best['value']:.3f}; {len(worse)} of the other {len(frame) - 1} are worse by more than "
+        "noise"
+    )
+    if len(worse):
+        text += f" ({', '.join(map(style.method_name, worse['method']))})"
+    return f"{text}."
+
+
+def _gain(material: ComparisonContents) -> tuple[int, float, float, float]:
+    """Returns how many methods were searched, and the mean gain held-in with its interval."""
+    scores = material.scores
+    searched = list(material.searches["method"].unique())
+    values = scores.replicates["held_in"]
+    gains = np.mean(
+        [
+            values[:, scores.index(name, SEARCHED)] - values[:, scores.index(name, DEFAULT)]
+            for name in searched
+        ]
+        or [np.zeros(len(values))],
+        axis=0,
+    )
+    return len(searched), float(gains[0]), *method_scores.interval(gains)
+
+
+def report(material: ComparisonContents) -> Report:
+    """Returns the report of a comparison's data."""
+    tables = {
+        "methods": table(material),
+        "apart": apart(material),
+        "searches": material.searches,
+        "costs": material.costs,
+    }
+    drawn = {"methods": methods_figure(material), "cost": cost_figure(material)}
+    drawings = {
+        name: Drawing(name, _CAPTIONS[name], blocks.svg(figure, name, _CAPTIONS[name]))
+        for name, figure in drawn.items()
+    }
+    study, count = material.study, len(material.study.study.categories)
+    noise = [
+        Text(_noise(material, column, settings))
+        for column in _NAMES
+        for settings in (DEFAULT, SEARCHED)
+    ]
+    candidates = Table("Every candidate", blocks.cells(material.searches, 3), "searches")
+    described = [
+        (style.method_name(name), METHODS[name].summary) for name in material.study.methods
+    ]
+    summaries = pd.DataFrame(described, columns=["method", "what it does"])
+    return Report(
+        title="Merge methods compared: a study",
+        plain=_plain(material),
+        lead=_lead(material),
+        headline=_headline(material),
+        claims="",
+        notes=[
+            Text(
+                f"Every method merges the same {count} experts. Performance is normalised: "
+                "held-in, 1 is the score of the task's own expert; held-out, 1 is the score of the "
+                "base. Means over a category's datasets, then over categories; intervals of 95 % "
+                "are of a bootstrap over datasets, which are the same for all methods.",
+                "note",
+            )
+        ],
+        findings=[],
+        sections=[
+            Section(
+                "table",
+                "Every method",
+                "Every method",
+                [
+                    drawings["methods"],
+                    Table("Every method", blocks.cells(tables["methods"]), "methods"),
+                    Folded("What each does", [Table("Methods", blocks.cells(summaries))]),
+                ],
+            ),
+            Section(
+                "noise",
+                "Which differences are noise",
+                "Noise",
+                [
+                    *noise,
+                    Text(
+                        "Behind is the distance from the first; bound is how large a distance may "
+                        "be by chance, so that of all differences between two methods, taken "
+                        "together, 95 % of the bootstrap's samples exceed none (Tukey's "
+                        "simultaneous intervals). The experts are one draw: other experts may "
+                        "rank the methods otherwise, which no interval here shows.",
+                        "note",
+                    ),
+                    Folded("The distances", [Table("Distances", blocks.cells(tables["apart"], 3))]),
+                ],
+            ),
+            Section(
+                "cost",
+                "What a merge costs",
+                "Costs",
+                [
+                    Text(
+                        "A merge by the defaults streams from checkpoints to a checkpoint in a "
+                        f"process of its own, which may hold {study.memory}. Methods that need "
+                        "statistics of the experts' data have these beside it."
+                    ),
+                    drawings["cost"],
+                ],
+            ),
+            Section(
+                "searches",
+                "The searches",
+                "Searches",
+                [
+                    Text(
+                        f"Of each method that has settings to choose, {study.candidates} "
+                        "candidates by TPE and the defaults were scored by mean normalised "
+                        "performance, held-in, on examples that nothing is evaluated on."
+                    ),
+                    Folded(f"{len(material.searches)} candidates", [candidates], aside=True),
+                ],
+            ),
+            blocks.lineage(material.lineage),
+        ],
+        settings=study.to_dict(),
+        seconds=material.seconds,
+        tables=tables,
+        figures=drawn,
+        summary=("normalised performance, and the cost of a merge", tables["methods"]),
+    )
+
+
+def _lead(material: ComparisonContents) -> markupsafe.Markup:
+    study = material.study.study
+    text = markupsafe.Markup(
+        "{} methods on {} experts of a model of {:,} parameters, {} held-out task categories; "
+        "data: {}. m2l {}."
+    )
+    config = study.models[material.study.size]
+    return text.format(
+        len(material.study.methods),
+        len(study.categories),
+        models.parameters(config),
+        len(study.held_out),
+        blocks.data_source(study.source),
+        __version__,
+    )
+
+
+def _plain(material: ComparisonContents) -> str:
+    """Returns the study in plain words: what was done, what came out, what it means."""
+    count, gain, low, high = _gain(material)
+    default, searched = (
+        material.scores.compared("held_in", settings) for settings in (DEFAULT, SEARCHED)
+    )
+    alike = int((~searched["worse"]).sum())
+    return (
+        f"The same {len(material.study.study.categories)} expert models were merged by "
+        f"{len(searched)} methods, each by its default settings and by the best of "
+        f"{material.study.candidates + 1} settings. By their defaults the methods keep "
+        f"{default['value'].min():.0%} to {default['value'].max():.0%} of what the experts reach, "
+        f"after the search {searched['value'].min():.0%} to {searched['value'].max():.0%}. The "
+        f"search of {count} methods brings {100 * gain:+.0f} points in the mean ({100 * low:+.0f} "
+        f"to {100 * high:+.0f}). After it, {alike} methods, the best among them, cannot be told "
+        "apart by these tasks."
+    )
+
+
+def _headline(material: ComparisonContents) -> list[tuple[str, str]]:
+    """Returns the page's first numbers, each with its description."""
+    searched = material.scores.compared("held_in", SEARCHED)
+    best = searched.iloc[0]
+    rows = material.scores.rows
+    multitask = rows.loc[rows["method"] == MULTITASK, "held_in"].iloc[0]
+    _, gain, low, high = _gain(material)
+    alike = int((~searched["worse"]).sum())
+    return [
+        (
+            f"{best['value']:.2f}",
+            f"of the experts' performance is what the best merge keeps "
+            f"({style.method_name(best['method'])}); the multitask model has {multitask:.2f}",
+        ),
+        (f"{alike} of {len(searched)}", "methods cannot be told apart from the best"),
+        (f"{gain:+.2f}", f"is what a search brings in the mean ({low:+.2f} to {high:+.2f})"),
+        (f"{len(material.searches):,}", "settings tried"),
+    ]
