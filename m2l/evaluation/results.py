@@ -383,13 +383,30 @@ def ratios(
     }
 
 
-def normalized(results: Iterable[Result], reference: Mapping[str, Result]) -> float:
-    """Computes the mean of `ratios` over a category's datasets, then categories; NaN if one is.
+def defined_ratios(
+    results: Iterable[Result], reference: Mapping[str, Result]
+) -> dict[tuple[str, str], float]:
+    """Computes `ratios`, without the datasets on which the reference scores 0.
 
-    Args and errors are those of `ratios`.
+    All models that are compared by the same reference are compared on the same datasets.
+
+    Args and errors are those of `ratios`; another error is that no dataset is left.
+    """
+    defined = {key: v for key, v in ratios(results, reference).items() if not math.isnan(v)}
+    if not defined:
+        raise EvaluationError(
+            "normalised performance: the reference scores 0 on every task; take more examples"
+        )
+    return defined
+
+
+def normalized(results: Iterable[Result], reference: Mapping[str, Result]) -> float:
+    """Computes the mean of `defined_ratios` over a category's datasets, then categories.
+
+    Args and errors are those of `defined_ratios`.
     """
     by_category = defaultdict(list)
-    for (category, _), ratio in ratios(results, reference).items():
+    for (category, _), ratio in defined_ratios(results, reference).items():
         by_category[category].append(ratio)
     return fmean(map(fmean, by_category.values()))
 

@@ -67,9 +67,9 @@ def table(material: ComparisonContents) -> pd.DataFrame:
     """Returns the table: a row for each method, from the best held-in down.
 
     Returns:
-        method; held_in and held_out by the defaults and after the search (that of the defaults,
-        where a method was not searched), each searched one with its interval as text; gain (what
-        the search brings held-in); chosen (the settings); cpu_seconds; read and written, in GB.
+        method; held-in and held-out by the defaults and after the search (that of the defaults,
+        where a method was not searched), the latter with its interval as text; CPU s; read and
+        written, in MB; chosen (the settings).
     """
     scores, rows = material.scores, []
     chosen = material.searches[material.searches["chosen"]].drop_duplicates("method")
@@ -84,11 +84,11 @@ def table(material: ComparisonContents) -> pd.DataFrame:
             for settings_name, values in by_settings.items():
                 row[f"{name}, {settings_name}"] = values[column]
             low, high = (values[f"{column}_{end}"] for end in ("low", "high"))
-            row[f"{name}, 95 %"] = f"{low:.2f} to {high:.2f}"
-        row["chosen"] = settings.get(method, "") or "nothing to choose"
+            row[f"{name}, searched, 95 %"] = f"{low:.2f} to {high:.2f}"
         row["CPU s"] = costs.loc[method, "cpu_seconds"]
         row["read, MB"] = costs.loc[method, "read"] / 1e6
         row["written, MB"] = costs.loc[method, "written"] / 1e6
+        row["chosen"] = settings.get(method, "defaults alone")
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -162,12 +162,14 @@ def cost_figure(material: ComparisonContents) -> Figure:
         axis = figure.subplots()
         axis.plot(costs["cpu_seconds"], values, "o", markersize=4, color=style.BLUE, label="_")
         axis.set_xscale("log")
-        for name, seconds, value in zip(costs["method"], costs["cpu_seconds"], values, strict=True):
+        for place, index in enumerate(np.argsort(values)):
+            left = bool(place % 2)  # In turns, so that fewer names cover each other.
             axis.annotate(
-                style.method_name(name),
-                (seconds, value),
-                xytext=(4, 2),
+                style.method_name(costs["method"][index]),
+                (costs["cpu_seconds"][index], values[index]),
+                xytext=(-4 if left else 4, -2),
                 textcoords="offset points",
+                ha="right" if left else "left",
                 fontsize=6,
             )
         axis.set_xlabel("CPU seconds of a merge")
@@ -179,11 +181,11 @@ def _noise(material: ComparisonContents, column: str, settings: str) -> str:
     """Returns a sentence: who is best, and how many are told apart from it."""
     frame = material.scores.compared(column, settings)
     best, worse = frame.iloc[0], frame[frame["worse"]]
-    how = "by their defaults" if settings == DEFAULT else "after the search"
+    manner = "by their defaults" if settings == DEFAULT else "after the search"
     text = (
-        f"{_NAMES[column].capitalize()}, {how}: {style.method_name(best['method'])} is first with "
-        f"{best['value']:.3f}; {len(worse)} of the other {len(frame) - 1} are worse by more than "
-        "noise"
+        f"{_NAMES[column].capitalize()}, {manner}: {style.method_name(best['method'])} is first "
+        f"with {best['value']:.3f}; {len(worse)} of the other {len(frame) - 1} are worse by more "
+        "than noise"
     )
     if len(worse):
         text += f" ({', '.join(map(style.method_name, worse['method']))})"
@@ -240,8 +242,9 @@ def report(material: ComparisonContents) -> Report:
             Text(
                 f"Every method merges the same {count} experts. Performance is normalised: "
                 "held-in, 1 is the score of the task's own expert; held-out, 1 is the score of the "
-                "base. Means over a category's datasets, then over categories; intervals of 95 % "
-                "are of a bootstrap over datasets, which are the same for all methods.",
+                "base. Means over a category's datasets, without those on which this scores 0, "
+                "then over categories; intervals of 95 % are of a bootstrap over datasets, which "
+                "are the same for all methods.",
                 "note",
             )
         ],
@@ -302,7 +305,7 @@ def report(material: ComparisonContents) -> Report:
             ),
             blocks.lineage(material.lineage),
         ],
-        settings=study.to_dict(),
+        settings={"max_examples": study.study.max_examples, **study.to_dict()},
         seconds=material.seconds,
         tables=tables,
         figures=drawn,

@@ -6,11 +6,12 @@ candidates as every other's, on examples that nothing is evaluated on.
 
 import ast
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from m2l.errors import ConfigError, M2LError, UnknownNameError
 from m2l.merging import METHODS, Recipe
 from m2l.merging.inputs import check_counts
+from m2l.merging.job import parse_bytes
 from m2l.merging.search_space import SearchSpace
 from m2l.models.fields import NOT_NEGATIVE, check_fields
 from m2l.studies.graph import Graph, Stage
@@ -36,8 +37,6 @@ class MethodComparison:
         methods: The methods, with the values that are searched of each one's settings, as
             `m2l search` has them; a method without any is merged by its defaults alone.
         defaults: By method, values for settings that have no default.
-        unsearched: Methods that are merged by their defaults alone all the same: a merge by them
-            takes too long.
         candidates: Recipes that are tried of each method, beside its defaults; 0: none.
         seed: Of the searches, and of the methods that draw at random.
         statistics_examples: Examples of an expert's training that its Fisher information and its
@@ -48,7 +47,6 @@ class MethodComparison:
     study: ScalingStudy
     methods: Mapping[str, Mapping[str, object]]
     defaults: Mapping[str, Mapping[str, Json]] = dataclasses.field(default_factory=dict)
-    unsearched: tuple[str, ...] = ()
     candidates: int = dataclasses.field(default=16, metadata=NOT_NEGATIVE)
     seed: int = dataclasses.field(default=0, metadata=NOT_NEGATIVE)
     statistics_examples: int = 256
@@ -77,10 +75,10 @@ class MethodComparison:
                 )
         if not self.methods:
             raise ConfigError("MethodComparison.methods: expected one or more, found none")
-        for name in ("defaults", "unsearched"):
-            for method in getattr(self, name):
-                if method not in self.methods:
-                    raise UnknownNameError(f"MethodComparison.{name}: method", method, self.methods)
+        for method in self.defaults:
+            if method not in self.methods:
+                raise UnknownNameError("MethodComparison.defaults: method", method, self.methods)
+        parse_bytes(self.memory)
         self._check_recipes()
         object.__setattr__(
             self,
@@ -104,6 +102,8 @@ class MethodComparison:
                 check_counts(True, experts, statistics, self.default(method))
                 if space:
                     SearchSpace({method: {**self.defaults.get(method, {}), **space}})
+            except UnknownNameError:
+                raise
             except M2LError as error:
                 raise type(error)(f"MethodComparison.methods: {method}: {error}") from error
 
@@ -136,52 +136,56 @@ class MethodComparison:
         "search" chooses its settings, and "compare" merges by its defaults and by these, measures
         what the former costs, and evaluates both.
         """
-        study, stages = self.study, model_stages(self.study)
-        evaluated_on = evaluation_settings(study)
-        merged = merge_inputs(self.size, self.base, study.categories)
+        stages = model_stages(self.study) + list(self._statistics_stages())
+        for method in self.methods:
+            stages += self._method_stages(method)
+        return Graph(stages)
+
+    def _statistics_stages(self) -> Iterator[Stage]:
+        lengths = self.study.training("expert", self.size).lengths
         needed = {METHODS[method].statistic for method in self.methods}
-        training = study.training("expert", self.size)
         for kind in ("fisher", "gram"):
-            for category in study.categories if kind in needed else ():
+            for category in self.study.categories if kind in needed else ():
                 settings = {
-                    **data_settings(study, [category]),
+                    **data_settings(self.study, [category]),
                     "statistic": kind,
                     "mixture": category,
                     "examples": self.statistics_examples,
-                    "lengths": training.lengths,
+                    "lengths": lengths,
                 }
                 inputs = {"expert": f"experts/{self.size}/{self.base}/{category}"}
-                stages.append(Stage(f"statistics/{kind}/{category}", "statistics", settings, inputs))
-        for method, space in self.methods.items():
-            inputs = dict(merged)
-            if kind := METHODS[method].statistic:
-                inputs |= {f"statistic/{c}": f"statistics/{kind}/{c}" for c in study.categories}
-            default = self.default(method).to_dict()
-            if space and self.candidates and method not in self.unsearched:
-                settings = {
-                    **evaluated_on,
-                    "choosing": [study.choosing_prompts, study.choosing_examples],
-                    "choosing_categories": list(study.categories),
-                    "default": default,
-                    # As text, where ranges are not lists.
-                    "space": repr({**self.defaults.get(method, {}), **space}),
-                    "candidates": self.candidates,
-                    "seed": self.seed,
-                }
-                stages.append(Stage(f"choices/{method}", "search", settings, inputs))
-                inputs = inputs | {"choice": f"choices/{method}"}
+                yield Stage(f"statistics/{kind}/{category}", "statistics", settings, inputs)
+
+    def _method_stages(self, method: str) -> Iterator[Stage]:
+        study, space = self.study, self.methods[method]
+        evaluated_on, default = evaluation_settings(study), self.default(method).to_dict()
+        inputs = merge_inputs(self.size, self.base, study.categories)
+        if kind := METHODS[method].statistic:
+            inputs |= {f"statistic/{c}": f"statistics/{kind}/{c}" for c in study.categories}
+        if space and self.candidates:
             settings = {
                 **evaluated_on,
-                "categories": list(study.categories + study.held_out),
-                "recipes": {DEFAULT: default},
-                "memory": self.memory,
+                "choosing": [study.choosing_prompts, study.choosing_examples],
+                "choosing_categories": list(study.categories),
+                "default": default,
+                # As text, where ranges are not lists.
+                "space": repr({**self.defaults.get(method, {}), **space}),
+                "candidates": self.candidates,
+                "seed": self.seed,
             }
-            stages.append(Stage(f"results/methods/{method}", "compare", settings, inputs))
-        return Graph(stages)
+            yield Stage(f"choices/{method}", "search", settings, dict(inputs))
+            inputs["choice"] = f"choices/{method}"
+        settings = {
+            **evaluated_on,
+            "categories": list(study.categories + study.held_out),
+            "recipes": {DEFAULT: default},
+            "memory": self.memory,
+        }
+        yield Stage(f"results/methods/{method}", "compare", settings, inputs)
 
     def to_dict(self) -> JsonObject:
         """Returns the settings as JSON values."""
-        names = ("unsearched", "candidates", "seed", "statistics_examples", "memory")
+        names = ("candidates", "seed", "statistics_examples", "memory")
         return {
             "study": self.study.to_dict(),
             "methods": {method: repr(dict(space)) for method, space in self.methods.items()},

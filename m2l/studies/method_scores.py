@@ -11,7 +11,7 @@ import dataclasses
 import numpy as np
 import pandas as pd
 
-from m2l.evaluation.results import ratios
+from m2l.evaluation.results import defined_ratios
 from m2l.studies.method_comparison import DEFAULT, SEARCHED, MethodComparison
 from m2l.studies.normalized_performance import MULTITASK, Units, draw_counts, interval
 from m2l.studies.study_results import StudyResults
@@ -37,9 +37,9 @@ class MethodScores:
 
     def index(self, method: str, settings: str) -> int:
         """Returns the row of a merge; where a method was not searched, that of its defaults."""
-        of_method = self.rows[self.rows["method"] == method]
-        rows = of_method[of_method["settings"] == settings]
-        return int((rows if len(rows) else of_method[of_method["settings"] == DEFAULT]).index[0])
+        merges = self.rows[self.rows["method"] == method]
+        rows = merges[merges["settings"] == settings]
+        return int((rows if len(rows) else merges[merges["settings"] == DEFAULT]).index[0])
 
     def difference(
         self, column: str, one: tuple[str, str], other: tuple[str, str]
@@ -79,7 +79,7 @@ class MethodScores:
 
 
 def scores(results: StudyResults, seed: int = 0) -> MethodScores:
-    """Computes the scores of a finished comparison.
+    """Computes the scores of a finished comparison; see `defined_ratios`.
 
     Args:
         results: The study's.
@@ -103,12 +103,14 @@ def scores(results: StudyResults, seed: int = 0) -> MethodScores:
         for settings in (DEFAULT, SEARCHED)
         if f"methods/{method}/{settings}" in results.recipes
     }
-    rows = pd.DataFrame(models, columns=["method", "settings"])
+    rows = pd.DataFrame(list(models), columns=["method", "settings"])
     rows["recipe"] = [results.recipes.get(model) for model in models.values()]
     references = {"held_in": (study.categories, experts), "held_out": (study.held_out, base)}
     rng, replicates = np.random.default_rng(seed), {}
     for column, (categories, reference) in references.items():
-        cells = [ratios(results.of(model, categories), reference) for model in models.values()]
+        cells = [
+            defined_ratios(results.of(model, categories), reference) for model in models.values()
+        ]
         units = Units.from_cells(cells)
         values = units.performance(draw_counts(rng, units.weights.size))
         replicates[column] = values
@@ -145,7 +147,6 @@ def searches(results: StudyResults) -> pd.DataFrame:
             spelled = ", ".join(f"{name} {value:.4g}" for name, value in point["settings"].items())
             row = {"method": method, "number": number, "settings": spelled}
             rows.append(
-                row
-                | {"score": point["score"], "chosen": point["settings"] == record["chosen"]}
+                row | {"score": point["score"], "chosen": point["settings"] == record["chosen"]}
             )
     return pd.DataFrame(rows, columns=["method", "number", "settings", "score", "chosen"])

@@ -420,7 +420,8 @@ def _write_and_measure(
     """
 
     def paths(prefix: str) -> list[str]:
-        return [str(checkpoints.resolve(inputs[role])) for role in inputs if role.startswith(prefix)]
+        roles = [role for role in inputs if role.startswith(prefix)]
+        return [str(checkpoints.resolve(inputs[role])) for role in roles]
 
     base = paths("base") if merging.METHODS[recipe.method].needs_base else []
     described = out.with_name(".recipe.json")
@@ -447,6 +448,7 @@ def _write_and_measure(
         base[0] if base else None,
         paths("expert/"),
         recipe,
+        out.with_name(".planned"),
         statistics=paths("statistic/"),
         diagnostics=False,
     ).plan

@@ -3,6 +3,7 @@
     python scripts/bench/merge.py speed [--mergekit MERGEKIT_YAML] [--models 125m,500m]
     python scripts/bench/merge.py figures --models 500m [--mergekit MERGEKIT_YAML]
     python scripts/bench/merge.py growth [--models 125m,500m,1b,4b] [--experts 2]
+    python scripts/bench/merge.py spectral [--models 10m]
     python scripts/bench/merge.py memory [--models 125m,500m,1b,4b]
     python scripts/bench/merge.py processes
     python scripts/bench/merge.py layouts [--models 125m,500m]
@@ -20,7 +21,9 @@ of a file, which does not count, reads it once more for that (0.7 CPU seconds a 
 `figures`: what docs/performance.md shows, as JSON: seconds, those of mergekit, and the bound: the
 start of Python and JAX, and what two threads take to read the inputs as often as the method must,
 to write and to digest the result.
-`growth`: seconds by the size of the model, and the slope from each to the next.
+`growth`: seconds by the size of the model, and the slope from each to the next; last as JSON.
+`spectral`: seconds of a merge by methods of singular values, and of their decompositions in it,
+which are the limit; last as JSON.
 `memory`: the peak resident memory of whole processes by the size of the model.
 `processes`: two processes on one merge write the same bytes as one.
 `layouts`: the same models as checkpoints of Orbax: m2l's layout (rows in chunks of 8 MB, not
@@ -252,8 +255,9 @@ def figures(
 
 
 def growth(folder: Path, models: list[str], experts: int, times: int) -> None:
-    """Prints seconds and peak memory by the size of the model."""
+    """Prints seconds and peak memory by the size of the model; last, slopes and memory as JSON."""
     earlier: dict[str, tuple[int, float]] = {}
+    before_it, result = "", {}
     for size in models:
         paths, out = make(folder, size, experts), folder / "out"
         parameters = sum(int(np.prod(shape)) for shape in shapes(size).values())
@@ -261,13 +265,44 @@ def growth(folder: Path, models: list[str], experts: int, times: int) -> None:
             seconds, cpu, peak = repeated(ours(paths, method, out), out, times)
             line = f"{size} ({parameters / 1e6:,.0f}M) x {experts} {method}: {seconds:.2f} s "
             line += f"(CPU {cpu:.1f} s, {peak / 2**20:.0f} MiB)"
+            result[f"{method} memory {size}"] = peak / 2**20
             if method in earlier:
                 count, before = earlier[method]
                 slope = (seconds - before) / (parameters - count) * 1e9
                 line += f", {slope:.1f} s more for each 1e9 parameters"
+                result[f"{method} {before_it} to {size}"] = slope
             earlier[method] = parameters, seconds
             print(line, flush=True)
         subprocess.run(["rm", "-rf", str(out)], check=True)
+        before_it = size
+    print(json.dumps(result))
+
+
+def spectral(folder: Path, size: str, experts: int, times: int) -> None:
+    """Prints the seconds of merges by singular values, and of the decompositions in them."""
+    from m2l import merging
+
+    paths, out, decomposing = make(folder, size, experts), folder / "out", [0.0]
+    decompose = np.linalg.svd
+
+    def timed(*arguments: object, **options: object) -> object:
+        start = time.perf_counter()
+        result = decompose(*arguments, **options)
+        decomposing[0] += time.perf_counter() - start
+        return result
+
+    np.linalg.svd, result = timed, {}
+    for method in ("tsv_m", "iso_c", "iso_cts"):
+        runs = []
+        for _ in range(times + 1):
+            subprocess.run(["rm", "-rf", str(out)], check=True)
+            decomposing[0], start = 0.0, time.perf_counter()
+            recipe = merging.Recipe(method)
+            merging.merge(paths[0], paths[1:], recipe, out, memory=4 << 30, progress=False)
+            runs.append((time.perf_counter() - start, decomposing[0]))
+        seconds, least = (statistics.median(column) for column in zip(*runs[1:], strict=True))
+        result |= {method: seconds, f"{method} limit": least}
+    print(json.dumps(result))
 
 
 def speed(
@@ -462,7 +497,16 @@ def layouts(folder: Path, models: list[str], experts: int, times: int) -> None:
 def main() -> None:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    kinds = ["speed", "figures", "growth", "memory", "processes", "layouts", "in_memory"]
+    kinds = [
+        "speed",
+        "figures",
+        "growth",
+        "spectral",
+        "memory",
+        "processes",
+        "layouts",
+        "in_memory",
+    ]
     parser.add_argument("what", choices=kinds)
     parser.add_argument("--methods", default=",".join(OURS))
     parser.add_argument("--mergekit", help="The mergekit-yaml of an installation.")
@@ -485,6 +529,8 @@ def main() -> None:
             memory(folder, models, int(flags.experts.split(",")[0]))
         elif flags.what == "growth":
             growth(folder, models, int(flags.experts.split(",")[0]), flags.runs)
+        elif flags.what == "spectral":
+            spectral(folder, models[0], int(flags.experts.split(",")[0]), flags.runs)
         elif flags.what == "figures":
             methods = flags.methods.split(",")
             figures(folder, models[0], methods, flags.mergekit, flags.runs, flags.peer_runs)

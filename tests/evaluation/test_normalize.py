@@ -1,5 +1,4 @@
 import dataclasses
-import math
 
 import pytest
 
@@ -75,9 +74,12 @@ def test_a_missing_reference_is_refused():
         normalized(MODEL, {task: r for task, r in REFERENCE.items() if task != "c1"})
 
 
-def test_nothing_is_divided_by_zero():
+def test_a_dataset_on_which_the_reference_scores_0_is_left_out():
     zero = REFERENCE | {"c1": result("c1", "c", "y", 0.0)}
-    assert math.isnan(normalized(MODEL, zero))
+    without = [each for each in MODEL if each.task != "c1"]
+    assert normalized(MODEL, zero) == normalized(without, REFERENCE)
+    with pytest.raises(EvaluationError, match="scores 0 on every task"):
+        normalized([each for each in MODEL if each.task == "c1"], zero)
 
 
 def test_no_results_have_no_performance():

@@ -6,7 +6,9 @@ import os
 import numpy as np
 import pytest
 
-from m2l import checkpoints, storage
+from m2l import checkpoints, merging, storage
+from m2l.merging import Recipe
+from m2l.studies import method_scores, study_results
 
 SMALL = [
     "T5.d_model=16",
@@ -170,3 +172,117 @@ def test_a_study_needs_a_gin_file_or_a_folder_to_go_on_with(tmp_path, run_m2l, c
 def test_the_studys_report_is_made_from_its_results(undisturbed, run_m2l):
     assert run_m2l("report", undisturbed) == 0
     assert (undisturbed / "report" / "index.html").stat().st_size > os.path.getsize(__file__)
+
+
+# --- a comparison of methods, on the models of that study ---
+
+
+@pytest.fixture(scope="module")
+def compared(undisturbed, run_m2l, tmp_path_factory):
+    """A comparison's folder; the study's models are given, so that nothing is trained."""
+    names = ["bases/1M/instruct", "multitask/1M/instruct"]
+    names += [f"experts/1M/instruct/{category}" for category in ("sentiment", "closed_book_qa")]
+    given = {name: str(undisturbed / name) for name in names}
+    spaces = {
+        "average": {},
+        "ties": {"density": (0.1, 1.0), "scale": [0.5, 1.0, 2.0]},
+        "fisher": {"floor": (1e-8, 1e-4, "log")},
+        "tsv_m": {},
+    }
+    bindings = [
+        *SMALL,
+        f"ScalingStudy.given={given}",
+        "ScalingStudy.bases=['instruct']",
+        f"MethodComparison.methods={spaces}",
+        "MethodComparison.defaults={}",
+        "MethodComparison.statistics_examples=4",
+        "MethodComparison.memory='2GiB'",
+        "CANDIDATES=3",
+    ]
+    out = tmp_path_factory.mktemp("comparison") / "out"
+    files = ("--gin_file", "experiments/demo.gin", "--gin_file", "runs/comparison.gin")
+    arguments = ["study", *files, *(f"--gin.{b}" for b in bindings), "--out", out]
+    assert run_m2l(*arguments) == 0
+    return out
+
+
+def test_a_comparison_chooses_the_best_of_the_defaults_and_of_what_was_searched(compared):
+    assert not (compared / "choices/tsv_m").exists() and not (compared / "choices/average").exists()
+    for method, default in (("ties", {"density": 0.2, "scale": 1.0}), ("fisher", {"floor": 1e-6})):
+        choice = json.loads((compared / f"choices/{method}/{method}.json").read_text())
+        points = choice["points"]
+        assert points[0]["settings"] == default and len(points) == 1 + 3
+        assert choice["chosen"] == max(points, key=lambda point: point["score"])["settings"]
+        recipes = json.loads((compared / f"results/methods/{method}/recipes.json").read_text())
+        chosen = recipes.get("searched", recipes["default"])
+        assert {name: chosen[name] for name in default} == choice["chosen"]
+
+
+def test_a_comparisons_scores_are_of_merges_and_in_units_of_experts_and_base(
+    compared, undisturbed, tmp_path
+):
+    models = undisturbed / "bases/1M/instruct"
+    experts = [
+        undisturbed / "experts/1M/instruct" / name for name in ("sentiment", "closed_book_qa")
+    ]
+    manifest = merging.merge(models, experts, Recipe("ties"), tmp_path / "ties", progress=False)
+    found = results(compared)
+    own = {n: r for n, r in found.items() if n.startswith("results/methods/ties/default/")}
+    assert {result["model_digest"] for result in own.values()} == {manifest.digest}
+    # One prompt's score over the expert's; the mean over a category's datasets, then categories.
+    by_dataset = {}
+    for result in own.values():
+        if not result["held_out"]:
+            name = f"results/experts/1M/instruct/{result['category']}/{result['task']}.json"
+            key = result["category"], result["dataset"]
+            by_dataset.setdefault(key, []).append((result["score"], found[name]["score"]))
+    by_category = {}
+    for (category, _), pairs in by_dataset.items():
+        own_scores, reference = zip(*pairs, strict=True)
+        by_category.setdefault(category, []).append(sum(own_scores) / sum(reference))
+    expected = np.mean([np.mean(each) for each in by_category.values()])
+    loaded = study_results.load(compared)
+    scores = method_scores.scores(loaded)
+    row = scores.rows.loc[scores.index("ties", "default")]
+    assert row["held_in"] == pytest.approx(expected)
+    costs = method_scores.costs(loaded).set_index("method")
+    size = sum(file.stat().st_size for file in (tmp_path / "ties").rglob("*") if file.is_file())
+    assert 0.5 * size < costs.loc["average", "written"] < 2 * size
+    assert (costs["cpu_seconds"] > 0.5).all()  # No Python starts in less.
+
+
+def test_a_comparison_is_published_and_its_page_is_made_from_that(compared, run_m2l, tmp_path):
+    published = tmp_path / "published"
+    assert run_m2l("report", compared, "--publish", published) == 0
+    loaded, original = study_results.load(published), study_results.load(compared)
+    assert loaded.recipes == original.recipes and loaded.costs == original.costs
+    page = (published / "report/index.html").read_text()
+    for name in ("TIES", "Fisher", "TSV-M", "Average"):
+        assert f">{name}</td>" in page
+    assert "defaults alone" in page
+
+
+@pytest.mark.parametrize(
+    ("binding", "message"),
+    [
+        ("MethodComparison.methods={}", "expected one or more"),
+        ("MethodComparison.methods={'tise': {}}", "'tise'"),
+        ("MethodComparison.methods={'slerp': {}, 'ties': {}}", "merges 2 experts, not 4"),
+        ("MethodComparison.methods={'dare': {}}", "drop_rate"),
+        ("MethodComparison.methods={'ties': {'densty': (0.1, 0.2)}}", "'densty'"),
+        ("MethodComparison.methods={'ties': {'density': (0.1, 3.0)}}", "density"),
+        ("MethodComparison.defaults={'slerp': {}}", "'slerp'"),
+        ("MethodComparison.candidates=-1", "candidates"),
+        ("MethodComparison.memory='much'", "much"),
+        ("ScalingStudy.bases=['instruct', 'pretrained']", "one of its bases"),
+    ],
+)
+def test_a_comparison_refuses(binding, message, run_m2l, capfd, tmp_path):
+    files = ("--gin_file", "experiments/demo.gin", "--gin_file", "runs/comparison.gin")
+    bindings = ["ScalingStudy.bases=['instruct']", "MethodComparison.defaults={}", binding]
+    if "methods" not in binding:
+        bindings.insert(0, "MethodComparison.methods={'ties': {}}")
+    arguments = ["study", *files, *(f"--gin.{b}" for b in bindings), "--out", tmp_path / "out"]
+    assert run_m2l(*arguments) == 2
+    assert message in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
