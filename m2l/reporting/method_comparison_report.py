@@ -22,11 +22,10 @@ from m2l.version import __version__
 _NAMES = {"held_in": "held-in", "held_out": "held-out"}
 _UNITS = {"held_in": "1 = the task's expert", "held_out": "1 = the base"}
 _CAPTIONS = {
-    "methods": "Normalised performance of each method's merge of all experts, by its defaults "
-    "(hollow) and by the settings that the search chose (filled), from the best down. Bars: 95 %. "
-    "Dashed: the multitask model; dotted: the base.",
-    "cost": "Held-in performance after the search over the CPU seconds of a merge by the defaults, "
-    "all cores together, from the start of the command to its end.",
+    "methods": "Normalised performance of each method's merge of all experts, from the best down; "
+    "bars: 95 %. Dashed: the multitask model; dotted: the base.",
+    "cost": "Held-in performance, by the best settings there are, over the CPU seconds of a merge "
+    "by the defaults, all cores together, from the start of the command to its end.",
 }
 
 
@@ -49,6 +48,15 @@ class ComparisonContents:
     searches: pd.DataFrame
     lineage: pd.DataFrame
     seconds: float
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """Of DEFAULT and SEARCHED what the comparison has; the last are the best it has."""
+        return (DEFAULT, SEARCHED) if len(self.searches) else (DEFAULT,)
+
+    def compared(self, column: str, settings: str = "") -> pd.DataFrame:
+        """Compares the methods by these settings, or by the best; see `MethodScores.compared`."""
+        return self.scores.compared(column, settings or self.settings[-1])
 
 
 def collect(results: StudyResults) -> ComparisonContents:
@@ -73,22 +81,21 @@ def table(material: ComparisonContents) -> pd.DataFrame:
     """
     scores, rows = material.scores, []
     chosen = material.searches[material.searches["chosen"]].drop_duplicates("method")
-    settings = chosen.set_index("method")["settings"].to_dict()
+    spelled = chosen.set_index("method")["settings"].to_dict()
     costs = material.costs.set_index("method")
-    for method in scores.compared("held_in", SEARCHED)["method"]:
+    for method in material.compared("held_in")["method"]:
         row: dict[str, object] = {"method": style.method_name(method)}
-        by_settings = {
-            name: scores.rows.loc[scores.index(method, name)] for name in (DEFAULT, SEARCHED)
-        }
         for column, name in _NAMES.items():
-            for settings_name, values in by_settings.items():
-                row[f"{name}, {settings_name}"] = values[column]
+            for settings in material.settings:
+                values = scores.rows.loc[scores.index(method, settings)]
+                row[f"{name}, {settings}"] = values[column]
             low, high = (values[f"{column}_{end}"] for end in ("low", "high"))
-            row[f"{name}, searched, 95 %"] = f"{low:.2f} to {high:.2f}"
+            row[f"{name}, {settings}, 95 %"] = f"{low:.2f} to {high:.2f}"
         row["CPU s"] = costs.loc[method, "cpu_seconds"]
         row["read, MB"] = costs.loc[method, "read"] / 1e6
         row["written, MB"] = costs.loc[method, "written"] / 1e6
-        row["chosen"] = settings.get(method, "defaults alone")
+        if len(material.settings) > 1:
+            row["chosen"] = spelled.get(method, "defaults alone")
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -97,31 +104,31 @@ def apart(material: ComparisonContents) -> pd.DataFrame:
     """Returns how far each method is behind the best, and how much of that may be noise.
 
     Returns:
-        Rows with method, and for each kind of performance and of settings: behind, bound, and
-        whether it is worse, "yes" or "".
+        Rows with method, and for each kind of performance and of settings: behind, bound, whether
+        it is "worse", and whether it is "better" than the base.
     """
     frames = []
     for column, name in _NAMES.items():
-        for settings in (DEFAULT, SEARCHED):
-            frame = material.scores.compared(column, settings)
+        for settings in material.settings:
+            frame = material.compared(column, settings)
             frame["worse"] = np.where(frame["worse"], "worse", "")
+            frame["base"] = np.where(frame["beyond_base"], "better", "")
             frame = frame.set_index(frame["method"].map(style.method_name))
-            frame = frame[["behind", "bound", "worse"]]
+            frame = frame[["behind", "bound", "worse", "base"]]
             frames.append(frame.add_prefix(f"{name}, {settings}: "))
-    order = material.scores.compared("held_in", SEARCHED)["method"].map(style.method_name)
+    order = material.compared("held_in")["method"].map(style.method_name)
     return pd.concat(frames, axis=1).loc[order].rename_axis("method").reset_index()
 
 
 def methods_figure(material: ComparisonContents) -> Figure:
     """Draws held-in and held-out performance of every method, by defaults and searched."""
-    scores = material.scores
-    order = list(scores.compared("held_in", SEARCHED)["method"])
+    order = list(material.compared("held_in")["method"])
     with matplotlib.rc_context(style.RC):
         size = (8.6, 0.24 * len(order) + 1.3)
         figure = Figure(figsize=size, layout="constrained")
         panels = figure.subplots(1, 2, sharey=True)
         for axis, column in zip(panels, _NAMES, strict=True):
-            _dots(axis, scores, order, column)
+            _dots(axis, material, order, column)
         panels[0].set_yticks(range(len(order)), [style.method_name(name) for name in order])
         panels[0].invert_yaxis()
         handles, labels = panels[0].get_legend_handles_labels()
@@ -129,13 +136,15 @@ def methods_figure(material: ComparisonContents) -> Figure:
         return figure
 
 
-def _dots(axis: Axes, scores: MethodScores, order: list[str], column: str) -> None:
-    places = np.arange(len(order))
+def _dots(axis: Axes, material: ComparisonContents, order: list[str], column: str) -> None:
+    scores, places = material.scores, np.arange(len(order))
     for reference, line in ((MULTITASK, "--"), (BASE, ":")):
         value = scores.rows.loc[scores.rows["method"] == reference, column].iloc[0]
         axis.axvline(value, color=style.GREY, linewidth=0.9, linestyle=line, label=reference)
     axis.hlines(places, *axis.get_xlim(), color="#f4f4f4", linewidth=0.6, zorder=0)
-    for settings, shift, face in ((DEFAULT, -0.17, "white"), (SEARCHED, 0.17, style.BLUE)):
+    faces = ("white", style.BLUE) if len(material.settings) > 1 else (style.BLUE,)
+    for place, (settings, face) in enumerate(zip(material.settings, faces, strict=True)):
+        shift = 0.34 * place - 0.17 * (len(faces) - 1)
         rows = scores.rows.loc[[scores.index(name, settings) for name in order]]
         value = rows[column]
         error = [value - rows[f"{column}_low"], rows[f"{column}_high"] - value]
@@ -156,7 +165,8 @@ def _dots(axis: Axes, scores: MethodScores, order: list[str], column: str) -> No
 def cost_figure(material: ComparisonContents) -> Figure:
     """Draws held-in performance after the search over the CPU seconds of a merge."""
     scores, costs = material.scores, material.costs
-    values = [scores.rows.loc[scores.index(name, SEARCHED), "held_in"] for name in costs["method"]]
+    places = [scores.index(name, material.settings[-1]) for name in costs["method"]]
+    values = list(scores.rows.loc[places, "held_in"])
     with matplotlib.rc_context(style.RC):
         figure = Figure(figsize=(6.4, 4.2), layout="constrained")
         axis = figure.subplots()
@@ -179,7 +189,7 @@ def cost_figure(material: ComparisonContents) -> Figure:
 
 def _noise(material: ComparisonContents, column: str, settings: str) -> str:
     """Returns a sentence: who is best, and how many are told apart from it."""
-    frame = material.scores.compared(column, settings)
+    frame = material.compared(column, settings)
     best, worse = frame.iloc[0], frame[frame["worse"]]
     manner = "by their defaults" if settings == DEFAULT else "after the search"
     text = (
@@ -189,6 +199,10 @@ def _noise(material: ComparisonContents, column: str, settings: str) -> str:
     )
     if len(worse):
         text += f" ({', '.join(map(style.method_name, worse['method']))})"
+    beyond = frame[frame["beyond_base"]]
+    text += f". {len(beyond)} are better than the base by more than noise"
+    if 0 < len(beyond) < len(frame):
+        text += f" ({', '.join(map(style.method_name, beyond['method']))})"
     return f"{text}."
 
 
@@ -197,14 +211,11 @@ def _gain(material: ComparisonContents) -> tuple[int, float, float, float]:
     scores = material.scores
     searched = list(material.searches["method"].unique())
     values = scores.replicates["held_in"]
-    gains = np.mean(
-        [
-            values[:, scores.index(name, SEARCHED)] - values[:, scores.index(name, DEFAULT)]
-            for name in searched
-        ]
-        or [np.zeros(len(values))],
-        axis=0,
+    after, before = (
+        values[:, [scores.index(name, settings) for name in searched]].mean(1)
+        for settings in (SEARCHED, DEFAULT)
     )
+    gains = after - before
     return len(searched), float(gains[0]), *method_scores.interval(gains)
 
 
@@ -213,9 +224,10 @@ def report(material: ComparisonContents) -> Report:
     tables = {
         "methods": table(material),
         "apart": apart(material),
-        "searches": material.searches,
         "costs": material.costs,
     }
+    if len(material.settings) > 1:
+        tables["searches"] = material.searches
     drawn = {"methods": methods_figure(material), "cost": cost_figure(material)}
     drawings = {
         name: Drawing(name, _CAPTIONS[name], blocks.svg(figure, name, _CAPTIONS[name]))
@@ -225,9 +237,8 @@ def report(material: ComparisonContents) -> Report:
     noise = [
         Text(_noise(material, column, settings))
         for column in _NAMES
-        for settings in (DEFAULT, SEARCHED)
+        for settings in material.settings
     ]
-    candidates = Table("Every candidate", blocks.cells(material.searches, 3), "searches")
     described = [
         (style.method_name(name), METHODS[name].summary) for name in material.study.methods
     ]
@@ -290,19 +301,7 @@ def report(material: ComparisonContents) -> Report:
                     drawings["cost"],
                 ],
             ),
-            Section(
-                "searches",
-                "The searches",
-                "Searches",
-                [
-                    Text(
-                        f"Of each method that has settings to choose, {study.candidates} "
-                        "candidates by TPE and the defaults were scored by mean normalised "
-                        "performance, held-in, on examples that nothing is evaluated on."
-                    ),
-                    Folded(f"{len(material.searches)} candidates", [candidates], aside=True),
-                ],
-            ),
+            *_searches(material),
             blocks.lineage(material.lineage),
         ],
         settings={"max_examples": study.study.max_examples, **study.to_dict()},
@@ -311,6 +310,19 @@ def report(material: ComparisonContents) -> Report:
         figures=drawn,
         summary=("normalised performance, and the cost of a merge", tables["methods"]),
     )
+
+
+def _searches(material: ComparisonContents) -> list[Section]:
+    if len(material.settings) == 1:
+        return []
+    text = (
+        f"Of each method that has settings to choose, {material.study.candidates} candidates by "
+        "TPE and the defaults were scored by mean normalised performance, held-in, on examples "
+        "that nothing is evaluated on."
+    )
+    candidates = Table("Every candidate", blocks.cells(material.searches, 3), "searches")
+    folded = Folded(f"{len(material.searches)} candidates", [candidates], aside=True)
+    return [Section("searches", "The searches", "Searches", [Text(text), folded])]
 
 
 def _lead(material: ComparisonContents) -> markupsafe.Markup:
@@ -332,38 +344,47 @@ def _lead(material: ComparisonContents) -> markupsafe.Markup:
 
 def _plain(material: ComparisonContents) -> str:
     """Returns the study in plain words: what was done, what came out, what it means."""
-    count, gain, low, high = _gain(material)
-    default, searched = (
-        material.scores.compared("held_in", settings) for settings in (DEFAULT, SEARCHED)
+    rows = material.scores.rows
+    base = rows.loc[rows["method"] == BASE, "held_in"].iloc[0]
+    ranges = [
+        f"{frame['value'].min():.0%} to {frame['value'].max():.0%}"
+        for frame in (material.compared("held_in", settings) for settings in material.settings)
+    ]
+    last = material.compared("held_in")
+    text = (
+        f"The same {len(material.study.study.categories)} expert models were merged by {len(last)} "
+        f"methods. By their default settings these keep {ranges[0]} of what the experts reach, of "
+        f"which the base has {base:.0%}."
     )
-    alike = int((~searched["worse"]).sum())
-    return (
-        f"The same {len(material.study.study.categories)} expert models were merged by "
-        f"{len(searched)} methods, each by its default settings and by the best of "
-        f"{material.study.candidates + 1} settings. By their defaults the methods keep "
-        f"{default['value'].min():.0%} to {default['value'].max():.0%} of what the experts reach, "
-        f"after the search {searched['value'].min():.0%} to {searched['value'].max():.0%}. The "
-        f"search of {count} methods brings {100 * gain:+.0f} points in the mean ({100 * low:+.0f} "
-        f"to {100 * high:+.0f}). After it, {alike} methods, the best among them, cannot be told "
-        "apart by these tasks."
-    )
+    if len(ranges) > 1:
+        count, gain, low, high = _gain(material)
+        text += (
+            f" The search of {count} methods' settings brings {100 * gain:+.0f} points in the mean "
+            f"({100 * low:+.0f} to {100 * high:+.0f}): after it methods keep {ranges[1]}."
+        )
+    alike = int((~last["worse"]).sum())
+    return f"{text} {alike} methods, the best among them, cannot be told apart by these tasks."
 
 
 def _headline(material: ComparisonContents) -> list[tuple[str, str]]:
     """Returns the page's first numbers, each with its description."""
-    searched = material.scores.compared("held_in", SEARCHED)
-    best = searched.iloc[0]
-    rows = material.scores.rows
-    multitask = rows.loc[rows["method"] == MULTITASK, "held_in"].iloc[0]
-    _, gain, low, high = _gain(material)
-    alike = int((~searched["worse"]).sum())
-    return [
+    frame = material.compared("held_in")
+    best, rows = frame.iloc[0], material.scores.rows
+    multitask, base = (
+        rows.loc[rows["method"] == name, "held_in"].iloc[0] for name in (MULTITASK, BASE)
+    )
+    alike = int((~frame["worse"]).sum())
+    numbers = [
         (
             f"{best['value']:.2f}",
             f"of the experts' performance is what the best merge keeps "
-            f"({style.method_name(best['method'])}); the multitask model has {multitask:.2f}",
+            f"({style.method_name(best['method'])}); the base has {base:.2f}, the multitask model "
+            f"{multitask:.2f}",
         ),
-        (f"{alike} of {len(searched)}", "methods cannot be told apart from the best"),
-        (f"{gain:+.2f}", f"is what a search brings in the mean ({low:+.2f} to {high:+.2f})"),
-        (f"{len(material.searches):,}", "settings tried"),
+        (f"{alike} of {len(frame)}", "methods cannot be told apart from the best"),
     ]
+    if len(material.settings) > 1:
+        _, gain, low, high = _gain(material)
+        described = f"is what a search brings in the mean ({low:+.2f} to {high:+.2f})"
+        numbers += [(f"{gain:+.2f}", described), (f"{len(material.searches):,}", "settings tried")]
+    return numbers

@@ -54,28 +54,26 @@ class MethodScores:
 
         Returns:
             Rows with method, value, behind (the difference from the best), bound (how far a
-            difference may be noise, see this module) and worse, from the best down.
+            difference may be noise, see this module), worse, and beyond_base (whether it is better
+            than the base by more than noise), from the best down.
         """
-        methods = [name for name in self.rows["method"].unique() if name not in (MULTITASK, BASE)]
-        values = self.replicates[column][:, [self.index(name, settings) for name in methods]]
+        names = [name for name in self.rows["method"].unique() if name != MULTITASK]
+        values = self.replicates[column][:, [self.index(name, settings) for name in names]]
         finite = np.isfinite(values[1:]).all(1)
         values = np.concatenate([values[:1], values[1:][finite]])
         pairs = values[:, :, None] - values[:, None, :]
         errors = pairs[1:].std(0, ddof=1)
         with np.errstate(divide="ignore", invalid="ignore"):
             deviations = np.where(errors > 0, np.abs(pairs[1:] - pairs[0]) / errors, 0.0)
-        critical = float(np.quantile(deviations.max((1, 2)), CONFIDENCE))
-        best = int(np.argmax(values[0]))
-        frame = pd.DataFrame(
-            {
-                "method": methods,
-                "value": values[0],
-                "behind": pairs[0][best],
-                "bound": critical * errors[best],
-            }
-        )
+        bounds = errors * float(np.quantile(deviations.max((1, 2)), CONFIDENCE))
+        frame = pd.DataFrame({"method": names, "value": values[0]})
+        merges, base = frame["method"] != BASE, names.index(BASE)
+        best = int(frame["value"].where(merges).argmax())
+        frame["behind"], frame["bound"] = pairs[0][best], bounds[best]
         frame["worse"] = frame["behind"] > frame["bound"]
-        return frame.sort_values("value", ascending=False, kind="stable").reset_index(drop=True)
+        frame["beyond_base"] = pairs[0][:, base] > bounds[:, base]
+        frame = frame[merges].sort_values("value", ascending=False, kind="stable")
+        return frame.reset_index(drop=True)
 
 
 def scores(results: StudyResults, seed: int = 0) -> MethodScores:

@@ -8,8 +8,8 @@ from m2l.studies.method_scores import MethodScores
 
 
 def scores(measured, deviations):
-    """Scores of methods whose replicates are the measured values and these deviations."""
-    names = [f"method {number}" for number in range(len(measured))]
+    """Scores whose replicates are the values and these deviations; the last is the base."""
+    names = [*(f"method {number}" for number in range(len(measured) - 1)), "base"]
     rows = pd.DataFrame({"method": names, "settings": "default"})
     replicates = np.concatenate([[measured], np.asarray(measured) + deviations])
     return MethodScores(rows, {"held_in": replicates})
@@ -18,11 +18,14 @@ def scores(measured, deviations):
 def test_two_methods_are_compared_by_the_normal_interval_of_their_difference():
     rng = np.random.default_rng(0)
     shared, own = rng.normal(0, 1, (20_000, 1)), rng.normal(0, 0.1, (20_000, 2))
-    frame = scores([0.5, 0.7], shared + own).compared("held_in", "default")
+    # The base is the first method: there is one difference.
+    deviations = (shared + own)[:, [0, 1, 0]]
+    frame = scores([0.5, 0.7, 0.5], deviations).compared("held_in", "default")
     assert list(frame["method"]) == ["method 1", "method 0"]
     # What both share cancels; |z| below 1.96 is 95 % of a normal difference.
     assert frame["bound"][1] == pytest.approx(1.96 * np.sqrt(2) * 0.1, rel=0.02)
-    assert frame["behind"][1] == pytest.approx(0.2) and not frame["worse"].any()
+    assert frame["behind"][1] == pytest.approx(0.2)
+    assert not frame["worse"].any() and not frame["beyond_base"].any()
 
 
 def test_equal_methods_are_called_worse_in_one_of_twenty_comparisons_however_many_they_are():
@@ -35,6 +38,7 @@ def test_equal_methods_are_called_worse_in_one_of_twenty_comparisons_however_man
 
 
 def test_a_method_that_is_behind_in_every_draw_is_worse_and_an_identical_one_is_not():
-    deviations = np.random.default_rng(2).normal(0, 1, (500, 1)).repeat(3, axis=1)
-    frame = scores([0.5, 0.5, 0.4], deviations).compared("held_in", "default")
+    deviations = np.random.default_rng(2).normal(0, 1, (500, 1)).repeat(4, axis=1)
+    frame = scores([0.5, 0.5, 0.4, 0.45], deviations).compared("held_in", "default")
     assert list(frame["worse"]) == [False, False, True]
+    assert list(frame["beyond_base"]) == [True, True, False]
