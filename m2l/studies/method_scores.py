@@ -36,10 +36,10 @@ class MethodScores:
     replicates: dict[str, np.ndarray]
 
     def index(self, method: str, settings: str) -> int:
-        """Returns the row of a merge; where a method was not searched, that of its defaults."""
-        merges = self.rows[self.rows["method"] == method]
-        rows = merges[merges["settings"] == settings]
-        return int((rows if len(rows) else merges[merges["settings"] == DEFAULT]).index[0])
+        """Returns a model's row; without these settings the first, which is of the defaults."""
+        models = self.rows[self.rows["method"] == method]
+        rows = models[models["settings"] == settings]
+        return int((rows if len(rows) else models).index[0])
 
     def difference(
         self, column: str, one: tuple[str, str], other: tuple[str, str]

@@ -10,7 +10,8 @@ from m2l.studies.method_scores import MethodScores
 def scores(measured, deviations):
     """Scores whose replicates are the values and these deviations; the last is the base."""
     names = [*(f"method {number}" for number in range(len(measured) - 1)), "base"]
-    rows = pd.DataFrame({"method": names, "settings": "default"})
+    settings = ["default"] * (len(names) - 1) + [""]
+    rows = pd.DataFrame({"method": names, "settings": settings})
     replicates = np.concatenate([[measured], np.asarray(measured) + deviations])
     return MethodScores(rows, {"held_in": replicates})
 

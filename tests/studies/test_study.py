@@ -211,7 +211,8 @@ def test_a_comparison_chooses_the_best_of_the_defaults_and_of_what_was_searched(
     for method, default in (("ties", {"density": 0.2, "scale": 1.0}), ("fisher", {"floor": 1e-6})):
         choice = json.loads((compared / f"choices/{method}/{method}.json").read_text())
         points = choice["points"]
-        assert points[0]["settings"] == default and len(points) == 1 + 3
+        # The default, and three more, of which one may be the default again.
+        assert points[0]["settings"] == default and len(points) in (3, 4)
         assert choice["chosen"] == max(points, key=lambda point: point["score"])["settings"]
         recipes = json.loads((compared / f"results/methods/{method}/recipes.json").read_text())
         chosen = recipes.get("searched", recipes["default"])
