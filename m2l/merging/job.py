@@ -26,12 +26,12 @@ from m2l.errors import MergeError
 from m2l.merging import inputs, outputs
 from m2l.merging.inputs import Roles, memory_of
 from m2l.merging.method_registry import METHODS, Method
-from m2l.merging.methods import gram_bytes
 from m2l.merging.passes import BLOCK, LARGE_CHUNK, SHORT, cores, grid, run_length
 from m2l.merging.recipe import Recipe
 from m2l.merging.requirements import Requirements
 from m2l.merging.slices import Slices
 from m2l.merging.spectral import matrix_bytes
+from m2l.merging.statistical import gram_bytes
 from m2l.typing import Json
 from m2l.version import __version__
 

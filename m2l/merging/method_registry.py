@@ -32,7 +32,7 @@ from m2l.merging import layerwise
 from m2l.merging.layerwise import Value
 
 MODULES = (
-    *("m2l.merging.methods", "m2l.merging.spherical", "m2l.merging.selection"),
+    *("m2l.merging.methods", "m2l.merging.statistical", "m2l.merging.selection"),
     "m2l.merging.spectral",
 )
 """Those of m2l that define methods."""

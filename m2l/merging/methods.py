@@ -10,15 +10,14 @@ by the function itself.
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from types import ModuleType
-from typing import Annotated, NamedTuple, Self
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from m2l.errors import MergeError
 from m2l.merging.method_registry import Interval, method
 
 Arrays = Sequence[jax.Array]
@@ -58,35 +57,21 @@ Nearness = Annotated[
     Interval(0),
     "t: entries that differ from the base's by less are the expert's.",
 ]
-Weights = Annotated[
-    Sequence[float],
-    Interval(),
-    "One number an expert.",
-]
-Floor = Annotated[
+Iterations = Annotated[float, Interval(0, 100), "Steps towards the Karcher mean, at most."]
+Tolerance = Annotated[
     float,
     Interval(0),
-    "The least Fisher information that an entry counts with.",
-]
-Prior = Annotated[
-    float,
-    Interval(0),
-    "delta: the information on each entry that is not from data; 0 counts as 1e-30.",
-]
-BaseWeight = Annotated[
-    float,
-    Interval(0),
-    "w_0: the weight of the base's Fisher information.",
+    "Norms and angles below it count as 0, and a step below it is the last.",
 ]
 Steps = Annotated[
     float,
     Interval(0, 100_000),
     "Steps of Adam (wudi) or of conjugate gradients (mats), a whole number.",
 ]
-NondiagonalScale = Annotated[
-    float,
-    Interval(0, 1),
-    "Factor of the entries of Gram matrices off their diagonals.",
+Weights = Annotated[
+    Sequence[float],
+    Interval(),
+    "One number an expert.",
 ]
 
 
@@ -186,235 +171,6 @@ def elect_and_merge(
     return total / jnp.where(count == 0, 1, count)
 
 
-# Merges by statistics of data, of one parameter at a time
-
-FISHER_FLOOR = 1e-6
-NONDIAGONAL_SCALE = 0.9
-
-# The least eigenvalue of a correlation matrix that float32 Grams can tell from 0.
-_RESOLVED = 1e-5
-
-
-def fisher_average(
-    experts: Sequence[jax.Array],
-    fishers: Sequence[jax.Array],
-    weights: jax.Array,
-    floor: float = FISHER_FLOOR,
-) -> jax.Array:
-    """Averages each entry by how sure the experts are of it.
-
-    sum_i w_i F_i theta_i / sum_i w_i F_i, no F_i counting as less than `floor`; so where all are
-    below it, this is the mean by weights alone. Elementwise, on blocks of any shape; jittable and
-    differentiable.
-
-    Matena & Raffel 2022, arXiv:2111.09832, equation 6. Their code has the same floor, but for the
-    first model alone, the one whose task matters to them, which thereby keeps what no model is sure
-    of; and it divides each weight by the L2 norm of the model's whole Fisher, which here is for the
-    caller to do.
-
-    Args:
-        experts: float32 arrays of one shape, one an expert.
-        fishers: Their diagonal Fisher information, float32 of the same shape, not negative.
-        weights: float32 [experts], above 0.
-        floor: The smallest F. 0 is allowed: where all F are 0, the result is the mean by weights.
-
-    Returns:
-        float32, of the same shape.
-    """
-    certainties = [
-        weight * jnp.maximum(fisher, floor) for weight, fisher in zip(weights, fishers, strict=True)
-    ]
-    total = functools.reduce(jnp.add, certainties)
-    # Shares first: products of a parameter with an information of 1e-40 would lose their digits.
-    unsure, mean = total == 0, functools.reduce(jnp.add, list(weights))
-    total = jnp.where(unsure, 1, total)
-    shares = [
-        jnp.where(unsure, weight / mean, certainty / total)
-        for weight, certainty in zip(weights, certainties, strict=True)
-    ]
-    return functools.reduce(
-        jnp.add, [share * expert for share, expert in zip(shares, experts, strict=True)]
-    )
-
-
-def regression_mean(
-    name: str,
-    experts: Iterable[tuple[np.ndarray, np.ndarray]],
-    nondiagonal_scale: float = NONDIAGONAL_SCALE,
-) -> np.ndarray:
-    """Computes the kernel whose outputs are nearest to each expert's on the expert's inputs.
-
-    W = (sum_i G_i)^-1 sum_i G_i W_i, G_i = X_i^T X_i with its entries off the diagonal times alpha:
-    below 1 that takes the solution nearer to an average, and makes sum_i G_i regular. Where that
-    leaves W free, for an input that is always 0 or, with alpha 1, a direction in which no expert
-    has inputs, it is the solution nearest to the mean of the W_i (each input in units of its size).
-    In float64, by Cholesky.
-
-    Jin et al. 2023, arXiv:2212.09849, equation 2 and section 3.3, who take alpha = 0.9. Other
-    parameters than kernels they average.
-
-    Args:
-        name: The kernel's, for messages.
-        experts: Per expert its kernel [d_in, ...] and its Gram matrix [d_in, d_in], of any float
-            dtypes. Taken one after the other, so that a generator holds one expert in memory.
-        nondiagonal_scale: alpha, in [0, 1].
-
-    Returns:
-        float32, of a kernel's shape.
-
-    Raises:
-        MergeError: alpha is out of range; a Gram is not of the kernel's inputs, or is no Gram:
-            negative on its diagonal, or not symmetric; an entry is not finite; no experts.
-    """
-    import scipy.linalg  # Which takes as long to import as all else that merging needs.
-
-    regression = _Regression.of(name, experts, nondiagonal_scale)
-    shape, grams, products, mean = regression.shape, *regression.sums
-    del regression
-    # The difference from the mean is solved for, each input in units of its size: what is to be
-    # free is then 0, and the eigenvalues of a correlation matrix are at least 1 - alpha.
-    sizes = np.sqrt(np.diagonal(grams))
-    sizes = np.where(sizes > 0, sizes, 1.0)
-    products -= grams @ mean
-    products /= sizes[:, None]
-    correlations = np.outer(sizes, sizes)
-    np.divide(grams, correlations, out=correlations)
-    del grams
-    np.fill_diagonal(correlations, 1 + max(0.0, _RESOLVED - (1 - nondiagonal_scale)))
-    try:
-        solution = scipy.linalg.solve(correlations, products, assume_a="pos")
-    except np.linalg.LinAlgError as error:
-        raise MergeError(
-            f"{name}: the Grams together have a negative eigenvalue, so one of them is no Gram; "
-            "gather them anew with m2l statistics"
-        ) from error
-    solution /= sizes[:, None]
-    mean += solution
-    return mean.reshape(shape).astype(np.float32)
-
-
-def matched_kernel(
-    name: str,
-    base: np.ndarray,
-    experts: Iterable[tuple[np.ndarray, np.ndarray]],
-    steps: float,
-    initial_scale: float,
-    nondiagonal_scale: float = 1.0,
-) -> np.ndarray:
-    """Moves a kernel by conjugate gradients to where it does as each expert on its inputs.
-
-    From W_0 = theta_base + lambda sum_i tau_i towards a solution of (sum_i G_i) W = sum_i G_i W_i,
-    G_i as in `regression_mean`, with one step length for all columns. What G leaves free stays as
-    it is in W_0, and the directions in which the inputs are largest move first. In float64.
-
-    Tam et al. 2023, arXiv:2312.04339, who stop where the residual is 1e-5 of the right side.
-
-    Args:
-        name: The kernel's, for messages.
-        base: The base's kernel, [d_in, ...].
-        experts: As `regression_mean` takes them.
-        steps: The most steps, a whole number; 0 returns W_0.
-        initial_scale: lambda.
-        nondiagonal_scale: alpha, in [0, 1].
-
-    Returns:
-        float32, of a kernel's shape.
-
-    Raises:
-        MergeError: As `regression_mean`.
-    """
-    import scipy.sparse.linalg
-
-    regression = _Regression.of(name, experts, nondiagonal_scale)
-    grams, products, mean = regression.sums
-    initial = mean
-    initial *= regression.count * initial_scale
-    initial += (1 - regression.count * initial_scale) * np.float64(base).reshape(mean.shape)
-
-    def forward(kernel: np.ndarray) -> np.ndarray:
-        return (grams @ kernel.reshape(products.shape)).ravel()
-
-    operator = scipy.sparse.linalg.LinearOperator((products.size,) * 2, forward)
-    solution = initial.ravel()
-    if steps and products.size:
-        solution, _ = scipy.sparse.linalg.cg(
-            operator, products.ravel(), solution, rtol=1e-5, atol=0.0, maxiter=int(steps)
-        )
-    return solution.reshape(regression.shape).astype(np.float32)
-
-
-class _Regression(NamedTuple):
-    """What least squares need of the experts.
-
-    Attributes:
-        count: The number of experts.
-        shape: Of a kernel.
-        sums: sum_i G_i, sum_i G_i W_i and the mean of the W_i, float64 [d_in, d_in] and twice
-            [d_in, d_out].
-    """
-
-    count: int
-    shape: tuple[int, ...]
-    sums: tuple[np.ndarray, np.ndarray, np.ndarray]
-
-    @classmethod
-    def of(
-        cls,
-        name: str,
-        experts: Iterable[tuple[np.ndarray, np.ndarray]],
-        nondiagonal_scale: float,
-    ) -> Self:
-        """Adds up kernels and Grams; arguments and errors as of `regression_mean`."""
-        if not 0 <= nondiagonal_scale <= 1:
-            raise MergeError(f"nondiagonal_scale must be in [0, 1], not {nondiagonal_scale!r}")
-        count, grams, kernels, products = 0, 0.0, 0.0, 0.0
-        shape: tuple[int, ...] = ()
-        for kernel, gram in experts:
-            shape = shape or kernel.shape
-            _check_regression(f"{name} of expert {count}", shape, kernel, gram)
-            kernel = np.array(kernel, np.float64).reshape(shape[0], math.prod(shape[1:]))
-            scaled = np.array(gram, np.float64)
-            diagonal = np.diagonal(scaled).copy()
-            scaled *= nondiagonal_scale
-            np.fill_diagonal(scaled, diagonal)
-            count += 1
-            products += scaled @ kernel
-            grams += scaled
-            kernels += kernel
-            del kernel, gram, scaled
-        if not count:
-            raise MergeError(f"{name}: no experts to merge")
-        kernels /= count
-        return cls(count, shape, (grams, products, kernels))
-
-
-def gram_bytes(kernel: Sequence[int], inputs: int, has_base: bool) -> int:
-    """Returns the bytes that merging a kernel by Grams takes with its caller, at most.
-
-    Args:
-        kernel: Its shape.
-        inputs: d_in, the length of its Gram's sides.
-        has_base: Whether by `matched_kernel`, and not by `regression_mean`.
-    """
-    return 8 * (3 * inputs**2 + (9 if has_base else 5) * math.prod(kernel))
-
-
-def _check_regression(
-    label: str, shape: tuple[int, ...], kernel: np.ndarray, gram: np.ndarray
-) -> None:
-    if kernel.shape != shape or gram.shape != (shape[0], shape[0]):
-        raise MergeError(
-            f"{label}: a kernel {list(kernel.shape)} with a Gram {list(gram.shape)}; expected "
-            f"{list(shape)} with {[shape[0], shape[0]]}"
-        )
-    # No entry of a Gram is larger than the largest on its diagonal.
-    largest = np.max(np.diagonal(gram), initial=0)
-    if not (np.isfinite(kernel).all() and np.isfinite(gram).all()):
-        raise MergeError(f"{label}: NaN or infinity in the kernel or in its Gram")
-    if (np.diagonal(gram) < 0).any() or np.abs(gram - gram.T).max(initial=0) > 1e-3 * largest:
-        raise MergeError(f"{label}: its Gram is none: negative on the diagonal, or not symmetric")
-
-
 # The methods
 
 
@@ -422,6 +178,11 @@ def zero_weights(weights: Sequence[float] | float, **_: object) -> str:
     """Returns the complaint about weights that sum to zero, for methods that divide by the sum."""
     weights = (weights,) if isinstance(weights, float) else weights
     return f"weights must not sum to zero: {[*weights]}" * bool(weights and not math.fsum(weights))
+
+
+def whole_steps(steps: float, **_: object) -> str:
+    """Returns the complaint about a number of steps that is none."""
+    return "" if float(steps).is_integer() else f"steps must be a whole number, not {steps!r}"
 
 
 @method(check=zero_weights)
@@ -652,97 +413,191 @@ def model_stock(base: jax.Array, experts: Arrays, coefficients: jax.Array) -> ja
     return t * divided(add(experts), n) + (1 - t) * base
 
 
-@method
-def fisher(
-    experts: Arrays,
-    fishers: Arrays,
-    weights: Annotated[Sequence[float], Interval(0, open_low=True), "One number an expert."] = (),
-    floor: Floor = FISHER_FLOOR,
-) -> jax.Array:
-    """Averages the experts by their Fisher information: sum_i w_i F_i theta_i / sum_i w_i F_i.
+# Merges on the sphere: they turn from one direction to others, parameter by parameter. What they
+# make is a sum of the experts, or of the task vectors, whose coefficients follow from the inner
+# products of these: so one reading computes the products, and the sum streams.
 
-    Matena & Raffel 2022, arXiv:2111.09832.
+_Array = jax.Array | np.ndarray
+
+_ROUNDING = 1e-5
+"""What the rounding of float32 products may leave of a squared sine, or of the squared length of a
+mean of unit vectors, that is 0: below it vectors are on one line, and a mean has no direction."""
+
+
+def _length(squared: _Array, xp: ModuleType) -> _Array:
+    """Returns a square root whose derivative is finite at 0, where it is 1e-15."""
+    return xp.sqrt(xp.maximum(squared, 1e-30))
+
+
+def _inverse(squared: _Array, xp: ModuleType) -> _Array:
+    """Returns 1 / sqrt(squared), and 0 where that, or its derivative, is no float32 number."""
+    some = squared > 1e-25
+    return xp.where(some, 1 / xp.sqrt(xp.where(some, squared, 1)), 0)
+
+
+def _cosine(products: _Array, xp: ModuleType) -> _Array:
+    inverse = _inverse(xp.diagonal(products), xp)
+    return xp.clip(products[0, 1] * inverse[0] * inverse[1], -1, 1)
+
+
+def _arc(cosine: _Array, t: _Array | float, line: _Array, xp: ModuleType) -> _Array:
+    """Returns the coefficients of two vectors on the arc between them; where `line`, on a line."""
+    angle = xp.arccos(xp.where(line, 0, cosine))
+    arc = xp.stack([xp.sin((1 - t) * angle), xp.sin(t * angle)]) / xp.sin(angle)
+    return xp.where(line, xp.stack([1 - t + 0 * angle, t + 0 * angle]), arc)
+
+
+def _slerp(products: _Array, t: _Array | float, xp: ModuleType) -> _Array:
+    cosine = _cosine(products, xp)
+    return _arc(cosine, t, xp.abs(cosine) > 0.9995, xp)
+
+
+@method(experts=Interval(2, 2), coefficients=_slerp)
+def slerp(experts: Arrays, coefficients: jax.Array, t: Position = 0.5) -> jax.Array:
+    """Follows the arc of two experts: (sin((1-t)w) theta_1 + sin(t w) theta_2) / sin(w).
+
+    Shoemake 1985, doi:10.1145/325334.325242, parameter by parameter, w being the angle between the
+    two; where |cos w| > 0.9995 the arc is taken for the line.
     """
-    return fisher_average(experts, fishers, weights, floor)
+    return add(scaled(coefficients, experts))
 
 
-@method
-def gradient_matching(
+def _nuslerp(products: _Array, weights: _Array, xp: ModuleType, **_: _Array) -> _Array:
+    total = weights[0] + weights[1]
+    unweighted = xp.abs(total) < 1e-6
+    t = xp.where(unweighted, 0.5, weights[1] / xp.where(unweighted, 1, total))
+    cosine = _cosine(products, xp)
+    # There the arc is a line to float32, or, of opposite vectors, any half of a circle.
+    return _arc(cosine, t, 1 - cosine**2 <= _ROUNDING, xp)
+
+
+@method(experts=Interval(2, 2), coefficients=_nuslerp)
+def nuslerp(experts: Arrays, coefficients: jax.Array, weights: Weights = ()) -> jax.Array:
+    """Follows the arc of two experts as `slerp`, as far as t = w_2 / (w_1 + w_2).
+
+    mergekit's NuSLERP of whole parameters, without a base.
+    """
+    return add(scaled(coefficients, experts))
+
+
+@method(experts=Interval(2, 2), coefficients=_nuslerp)
+def task_nuslerp(
     base: jax.Array,
     experts: Arrays,
-    fishers: Arrays,
-    base_fisher: jax.Array | None,
-    prior: Prior = 1e-12,
-    base_weight: BaseWeight = 1.0,
-    scale: Annotated[float, Interval(0), "alpha: the factor of the task vectors."] = 1.0,
-    weights: Annotated[Sequence[float], Interval(0, open_low=True), "One number an expert."] = (),
+    coefficients: jax.Array,
+    scale: Scale = 1.0,
+    weights: Weights = (),
 ) -> jax.Array:
-    """Adds the task vectors, each entry by how sure its expert is of it, next to the others.
+    """Follows the arc of two task vectors, and adds it to the base; t = w_2 / (w_1 + w_2).
 
-    theta_base + alpha sum_i (H_0 + w_i F_i) / (H_0 + alpha sum_j w_j F_j) tau_i, H_0 = w_0 F_0 +
-    delta: uncertainty-based gradient matching, Daheim et al. 2024, arXiv:2310.12808, whose w are
-    the numbers of examples of the data that the F are of. F_0 is the base's, the first of the
-    statistics if there is one more than experts, and otherwise 0. A large delta makes this task
-    arithmetic; a small one without F_0, with alpha 1, `fisher`.
+    theta_base + lambda (sin((1-t)w) tau_1 + sin(t w) tau_2) / sin(w): mergekit's NuSLERP of whole
+    parameters, with a base.
     """
-    prior = jnp.maximum(prior, 1e-30)
-    if base_fisher is not None:
-        prior = prior + base_weight * base_fisher
-    sure = scaled(weights, fishers)
-    total = prior + scale * add(sure)
-    shares = [(prior + each) / total for each in sure]
-    taus = task_vectors(base, experts)
-    return base + scale * add([share * tau for share, tau in zip(shares, taus, strict=True)])
+    return base + scale * add(scaled(coefficients, task_vectors(base, experts)))
 
 
-@method
-def regmean(
-    name: str,
-    experts: Iterable[np.ndarray],
-    grams: Iterable[np.ndarray] | None,
-    nondiagonal_scale: NondiagonalScale = NONDIAGONAL_SCALE,
-) -> np.ndarray:
-    """Fits kernels to all experts' outputs: (sum_i G_i)^-1 sum_i G_i W_i; averages all else.
+def _multislerp(products: _Array, weights: _Array, xp: ModuleType, **_: _Array) -> _Array:
+    shares = weights / weights.sum()
+    squares = xp.diagonal(products)
+    units = shares * _inverse(squares, xp)
+    mean = units @ products @ units
+    cancels = mean <= _ROUNDING * xp.abs(shares).sum() ** 2
+    length = (shares * _length(squares, xp)).sum() / xp.sqrt(xp.where(cancels, 1, mean))
+    return xp.where(cancels, shares, units * length)
 
-    In least squares, Jin et al. 2023, arXiv:2212.09849.
+
+@method(coefficients=_multislerp, check=zero_weights)
+def multislerp(
+    experts: Arrays, coefficients: jax.Array, scale: Scale = 1.0, weights: Weights = ()
+) -> jax.Array:
+    """Points along the weighted mean of the experts' directions, as long as they are in the mean.
+
+    lambda (sum_i w_i |theta_i|) u / |u|, u = sum_i w_i theta_i / |theta_i|, the weights summing to
+    1: mergekit's Multi-SLERP, goddard.blog/posts/multislerp-wow-what-a-cool-idea, whose step from u
+    along the sphere is 0 but for rounding. Where directions cancel it is the weighted average.
     """
-    if grams is None:
-        return _mean(experts)
-    pairs = zip(experts, grams, strict=True)
-    return regression_mean(name, pairs, nondiagonal_scale)
+    return scale * add(scaled(coefficients, experts))
 
 
-def _mean(arrays: Iterable[np.ndarray]) -> np.ndarray:
-    count, total = 0, np.float32(0)
-    for array in arrays:
-        count, total = count + 1, total + np.float32(array)
-    return total / np.float32(count)
+@method(coefficients=_multislerp, check=zero_weights)
+def task_multislerp(
+    base: jax.Array,
+    experts: Arrays,
+    coefficients: jax.Array,
+    scale: Scale = 1.0,
+    weights: Weights = (),
+) -> jax.Array:
+    """Points along the weighted mean of the task vectors' directions: `multislerp` of these.
 
-
-def whole_steps(steps: float, **_: object) -> str:
-    """Returns the complaint about a number of steps that is none."""
-    return "" if float(steps).is_integer() else f"steps must be a whole number, not {steps!r}"
-
-
-@method(check=whole_steps)
-def mats(
-    name: str,
-    base: np.ndarray,
-    experts: Iterable[np.ndarray],
-    grams: Iterable[np.ndarray] | None,
-    steps: Steps = 100,
-    initial_scale: Annotated[
-        float, Interval(), "lambda of the task arithmetic that the steps start from."
-    ] = 0.3,
-    nondiagonal_scale: NondiagonalScale = 1.0,
-) -> np.ndarray:
-    """Moves kernels from task arithmetic to where they do as each expert on its own inputs.
-
-    By conjugate gradients towards (sum_i G_i) W = sum_i G_i W_i, averages all else: MaTS, Tam et
-    al. 2023, arXiv:2312.04339, with RegMean's objective. Where inputs are small few steps leave
-    task arithmetic as it is; many make this `regmean`.
+    theta_base + lambda (sum_i w_i |tau_i|) u / |u|, u = sum_i w_i tau_i / |tau_i|: mergekit's
+    Multi-SLERP with a base.
     """
-    if grams is None:
-        return _mean(experts)
-    pairs = zip(experts, grams, strict=True)
-    return matched_kernel(name, base, pairs, steps, initial_scale, nondiagonal_scale)
+    return base + scale * add(scaled(coefficients, task_vectors(base, experts)))
+
+
+def _karcher(
+    products: _Array,
+    iterations: _Array | float,
+    tolerance: _Array | float,
+    weights: _Array,
+    xp: ModuleType,
+) -> _Array:
+    squares = xp.diagonal(products)
+    lengths = _length(squares, xp)
+    counts = (lengths > tolerance) & (weights != 0)
+    inverse = xp.where(counts, _inverse(squares, xp), 0)
+    cosines = products * inverse[:, None] * inverse[None, :]
+    shares = xp.where(counts, weights, 0)
+    total = shares.sum()
+    shares = shares / xp.where(total == 0, 1, total)
+
+    def norm(vector: _Array) -> _Array:
+        return _length(vector @ cosines @ vector, xp)
+
+    def step(state: tuple[_Array, _Array], number: _Array | int) -> tuple[_Array, _Array]:
+        # Vectors are their coefficients of the unit vectors.
+        mean, done = state
+        dots = xp.clip(cosines @ mean, -1, 1)
+        far = 1 - dots**2 > _ROUNDING
+        angles = xp.arccos(xp.where(far, dots, 0))
+        # Angle / sine of a direction that is near; to the opposite one is no way more than another.
+        near = xp.where(dots > 0, 1 + (1 - dots) / 3, 0)
+        factors = xp.where(far, angles / xp.sin(angles), near)
+        factors = xp.where(dots > xp.cos(xp.minimum(tolerance, np.pi)), 0, factors) * shares
+        tangent = factors - (factors * dots).sum() * mean
+        size = norm(tangent)
+        done = done | (size < tolerance) | (number >= iterations)
+        moved = xp.cos(size) * mean + xp.sin(size) / size * tangent
+        return xp.where(done, mean, moved / norm(moved)), done
+
+    mean = norm(shares)
+    first = (xp.arange(len(shares)) == xp.argmax(counts)) * xp.ones_like(shares)
+    cancels = mean**2 <= xp.maximum(tolerance**2, _ROUNDING * xp.abs(shares).sum() ** 2)
+    state = xp.where(cancels, first, shares / mean), xp.asarray(False)
+    if xp is np:
+        for number in range(int(np.ceil(iterations))):
+            state = step(state, number)
+            if state[1]:
+                break
+    else:
+        state = jax.lax.fori_loop(0, 100, lambda number, state: step(state, number), state)
+    length = (weights * lengths).sum() / weights.sum()
+    alone = (weights != 0) & ((weights != 0).sum() == 1)
+    return xp.where(alone, 1, state[0] * inverse * length)
+
+
+@method(coefficients=_karcher, check=zero_weights)
+def karcher(
+    experts: Arrays,
+    coefficients: jax.Array,
+    iterations: Iterations = 10.0,
+    tolerance: Tolerance = 1e-5,
+    weights: Weights = (),
+) -> jax.Array:
+    """Points along the Karcher mean of the experts' directions, as long as they are in the mean.
+
+    The point of the sphere from which the geodesics to the directions add up to 0, by gradient
+    steps from their mean (from the first, where directions cancel); times sum_i w_i |theta_i|.
+    arXiv:2603.04972, as mergekit has it; of one expert, or weight, that expert.
+    """
+    return add(scaled(coefficients, experts))

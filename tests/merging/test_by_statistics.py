@@ -10,7 +10,7 @@ from m2l import checkpoints
 from m2l.errors import MergeError
 from m2l.merging import Recipe, merge, merge_params, prepare
 from m2l.merging.job import spell
-from m2l.merging.methods import gram_bytes, matched_kernel, regression_mean
+from m2l.merging.statistical import gram_bytes, mats, regmean
 
 from . import oracles
 from .conftest import SHAPES, same_bits, whole, write
@@ -128,8 +128,8 @@ def test_mats_moves_kernels_and_averages_the_rest(tmp_path, models, paths, stati
     merged = checkpoints.flatten(checkpoints.restore(tmp_path / "out"))
     same_bits(merged, checkpoints.flatten(merge_params(*models, recipe, grams)))
     base, *experts = (checkpoints.flatten(tree) for tree in (models[0], *models[1]))
-    pairs = [(expert[name], x.T @ x) for expert, x in zip(experts, inputs, strict=True)]
-    np.testing.assert_array_equal(merged[name], matched_kernel(name, base[name], pairs, 2, 0.5))
+    kernels, grams = [expert[name] for expert in experts], [x.T @ x for x in inputs]
+    np.testing.assert_array_equal(merged[name], mats(name, base[name], kernels, grams, 2, 0.5))
     assert np.abs(merged[name] - oracles.average([e[name] for e in experts])).max() > 1e-3
     for other in {*SHAPES} - {name}:
         mean = oracles.average([expert[other] for expert in experts])
@@ -176,20 +176,19 @@ def test_regmean_is_planned_with_its_largest_kernel_and_grams(paths, statistics)
 @pytest.mark.parametrize("shape", [(512, 64), (128, 4, 128), (32, 4096)])
 @pytest.mark.parametrize("method", ["regmean", "mats"])
 def test_grams_take_what_is_planned_whatever_the_number_of_experts(method, shape):
-    def experts(count):
-        for index in range(count):
-            rng = np.random.default_rng(index)
-            kernel = rng.standard_normal(shape, np.float32)
-            yield kernel, np.diag(rng.random(shape[0], np.float32))
+    def drawn(count):
+        rngs = [np.random.default_rng(index) for index in range(count)]
+        kernels = (rng.standard_normal(shape, np.float32) for rng in rngs)
+        return kernels, (np.diag(rng.random(shape[0], np.float32)) for rng in rngs)
 
     planned = gram_bytes(shape, shape[0], method == "mats")
     base = np.zeros(shape, np.float32)
     for count in (2, 6):
         tracemalloc.start()
         if method == "regmean":
-            regression_mean("w", experts(count))
+            regmean("w", *drawn(count))
         else:
-            matched_kernel("w", base, experts(count), 3, 0.3)
+            mats("w", base, *drawn(count), 3, 0.3)
         _, most = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         assert planned / 2 < most <= planned
