@@ -4,7 +4,17 @@ import numpy as np
 import pytest
 
 from m2l.errors import MergeError
-from m2l.merging import METHODS, Recipe, best, grid, in_memory, merge_each, merge_params, sweep
+from m2l.merging import (
+    METHODS,
+    Recipe,
+    best,
+    grid,
+    in_memory,
+    merge_each,
+    merge_params,
+    shards,
+    sweep,
+)
 
 from .conftest import whole
 
@@ -14,7 +24,7 @@ def test_a_sweep_scores_every_recipe_and_finds_the_best(models, paths):
     recipes = grid({"method": "ties"}, {"density": [0.2, 0.5], "scale": [0.0, 0.5, 1.0]})
     assert [(r.density, r.scale) for r in recipes][:4] == [(0.2, 0), (0.2, 0.5), (0.2, 1), (0.5, 0)]
     wanted = whole(merge_params(base, experts, recipes[4]))
-    programs = (in_memory._counts, in_memory._next_prefixes, in_memory._merged)
+    programs = (shards._counts, shards._next_prefixes, in_memory._merged)
     compiled = [program._cache_size() for program in programs]
 
     def score(params, recipe):
