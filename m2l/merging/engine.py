@@ -15,15 +15,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from m2l import checkpoints, hub_models, storage
 from m2l.checkpoints import Manifest, digest, huggingface_directory, opening, tensor_kinds
-from m2l.checkpoints.digest import WIDE
 from m2l.checkpoints.opening import HUGGINGFACE, ORBAX, Checkpoint
-from m2l.checkpoints.reading import KEY
 from m2l.checkpoints.spans import Span
 from m2l.distributed import Processes
 from m2l.errors import CheckpointError, MergeError
@@ -33,12 +29,12 @@ from m2l.merging.inputs import (
     InputDigests,
     check_sha256,
     gather_digests,
+    is_finite,
     read_and_check,
     refuse_nonfinite,
 )
 from m2l.merging.job import MergeJob, prepare, shares
-from m2l.merging.method_registry import METHODS, Method
-from m2l.merging.methods import Consensus, add
+from m2l.merging.method_registry import METHODS
 from m2l.merging.outputs import (
     MemoryResult,
     OrbaxResult,
@@ -199,7 +195,8 @@ def _run(job: MergeJob, processes: Processes, progress: bool) -> Manifest | PyTr
 
 def _result_in(directory: storage.AnyPath, job: MergeJob) -> Result:
     if job.output_format == HUGGINGFACE:
-        return ShardedResult(directory, job.described, _shard_size(directory), job.run_length)
+        size = SHARD_SIZE if isinstance(directory, Path) else SHARD_SIZE_OF_BUCKETS
+        return ShardedResult(directory, job.described, size, job.run_length)
     return OrbaxResult(directory, job.described, job.grid, job.reference.tree)
 
 
@@ -253,47 +250,6 @@ def _by_export(
             checkpoints.remove(between)
         processes.gather("exported", {})
     return manifest
-
-
-@functools.cache
-def _compiled(
-    method: Method, consensus: Consensus, dtype: str, digested: tuple[bool, ...], with_result: bool
-) -> Callable:
-    """Returns the merge of a piece; NaN all over if any number that went in is not finite.
-
-    Compiled once for a number of experts, a length and a form of place: all else that it takes are
-    arguments.
-
-    Args:
-        method: The method.
-        consensus: How signs are elected, if they are.
-        dtype: The result's.
-        digested: Of which of the arrays that go in, in order, digests are computed.
-        with_result: Whether one of the result is.
-    """
-
-    def merge_piece(
-        base: jax.Array | None,
-        experts: list,
-        statistics: list,
-        inputs: kernel.Inputs,
-        place: jax.Array | None,
-        size: jax.Array,
-    ) -> tuple[jax.Array, list[jax.Array]]:
-        block = kernel.merged(method, consensus, base, experts, statistics, inputs)
-        read = [*experts, *statistics] if base is None else [base, *experts, *statistics]
-        # Trimming and dropping hide what is not finite; 0 times it is NaN, and so is the sum.
-        nothing = add([array.astype(jnp.float32) * 0 for array in read])
-        block = jnp.where(nothing == 0, block, jnp.nan).astype(dtype)
-        if place is None:
-            return block, []
-        positions = randomness.positions(block.shape, place)
-        counted = jax.lax.iota(jnp.uint32, block.size) < size
-        wanted = [array for array, each in zip(read, digested, strict=True) if each]
-        wanted += [block] if with_result else []
-        return block, [digest.of_elements(array, positions, counted) for array in wanted]
-
-    return jax.jit(merge_piece, compiler_options=WIDE)
 
 
 Outcome = tuple[np.ndarray | None, list[tuple[Checkpoint, np.ndarray]]]
@@ -380,7 +336,11 @@ class _Merge:
             self._create()
             self._ahead = 0
             stored = self._write(own)
-            self._verify()
+            if self._inputs:
+                check = functools.partial(read_and_check, at_once=job.plan.at_once)
+                unread = self._inputs.check(self.processes)
+                for _ in self.stream.map(lambda each: check(*each), unread):
+                    pass
             if isinstance(self.result, MemoryResult):
                 return checkpoints.unflatten(self.result.arrays)
             return self._finish(stored)
@@ -505,7 +465,7 @@ class _Merge:
             for source in self.job.used
         )
         for span in task.spans:
-            named = span if span.name == origin else _renamed(span, origin)
+            named = dataclasses.replace(span, name=origin)
             merged = np.empty(span.size, dtype) if span.index is not None else None
             if merged is None:
                 merged = task.view(part, span, shape)
@@ -533,7 +493,7 @@ class _Merge:
         first, n = int(job.base is not None), len(job.experts)
         base = arrays[0] if self.method.needs_base else None
         with_result = isinstance(self.result, OrbaxResult)
-        compiled = _compiled(
+        compiled = kernel.compiled(
             self.method, job.recipe.election, job.recipe.dtype, summed, with_result
         )
         place = None
@@ -548,7 +508,7 @@ class _Merge:
             np.uint32(piece.size),
         )
         block = np.asarray(block)[: piece.size]
-        if not _finite(block):
+        if not is_finite(block):
             self._refuse(piece.span, block, piece.first)
         return block, [np.asarray(each) for each in digests]
 
@@ -562,12 +522,15 @@ class _Merge:
         shape, dtype = self.job.described[task.name]
         part = np.empty(task.size, dtype)
         for span in task.spans:
+            named = dataclasses.replace(span, name=self.job.origin(task.name))
             view = task.view(part, span, shape)
-            view[...] = self._merge_whole(_renamed(span, self.job.origin(task.name))).reshape(
-                view.shape
-            )
-        self.result.write(task, part)
-        return self._digest_written(task, part), []
+            view[...] = self._merge_whole(named).reshape(view.shape)
+        result = self.result
+        result.write(task, part)
+        if not isinstance(result, OrbaxResult):
+            return None, []
+        # Of the elements that are in its units.
+        return _digest(cut for unit in task.units for cut in result.cut(task, unit, part)), []
 
     def _merge_whole(self, span: Span) -> np.ndarray:
         """Merges a span by a method that takes whole parameters; one expert at a time."""
@@ -580,28 +543,24 @@ class _Merge:
             stored.read_span(span, array)
             return array.reshape(shape).astype(np.float32, copy=False)
 
-        shape = (span.size,)
+        shape, grams = (span.size,), None
         if self._is_whole(name):
             shape = tuple(job.reference.parameters[name].shape)
-        values = job.needs.arguments(name, np.float64)
-        if self.method.of_matrices:
-            native = job.reference.native
-            has_rows = tensor_kinds.has_output_rows(name, native, job.reference.model)
-            reads = [functools.partial(read, each, shape) for each in job.experts]
-            base = None if job.base is None else read(job.base, shape)
-            merged = spectral.merged(self.method, name, base, reads, has_rows, values)
-        else:
-            grams = None
-            if self._is_whole(name):
+            if job.statistics:
                 square = tuple(job.statistics[0].parameters[name].shape)
                 gram = Span(name, 0, math.prod(square))
                 grams = (read(source, square, gram) for source in job.statistics)
-            experts = (read(source, shape) for source in job.experts)
-            if self.method.needs_base and job.base is not None:
-                values["base"] = read(job.base, shape)
-            merged = self.method.function(name=name, experts=experts, grams=grams, **values)
+        merged = spectral.merged(
+            self.method,
+            name,
+            None if job.base is None else read(job.base, shape),
+            [functools.partial(read, each, shape) for each in job.experts],
+            tensor_kinds.has_output_rows(name, job.reference.native, job.reference.model),
+            job.needs.arguments(name, np.float64),
+            grams,
+        )
         block = merged.astype(self.job.described[name][1]).reshape(-1)
-        if not np.isfinite(block.astype(np.float32)).all():
+        if not is_finite(block):
             self._refuse(span, block)
         return block
 
@@ -652,13 +611,13 @@ class _Merge:
         self, span: Span, block: np.ndarray, source: Checkpoint, dtype: np.dtype
     ) -> np.ndarray:
         """Returns what is copied in the result's dtype; refuses what is not finite."""
-        if span.name in self.job.sizes and not _finite(block):
+        if span.name in self.job.sizes and not is_finite(block):
             refuse_nonfinite([source], span)
         if dtype == block.dtype:
             return block
         with np.errstate(over="ignore", invalid="ignore"):
             cast = block.astype(dtype)
-        if is_float(dtype) and not _finite(cast):
+        if is_float(dtype) and not is_finite(cast):
             # What is excluded may be infinite, as masks are; it must not become so.
             lost = np.isfinite(block.astype(np.float64)) & ~np.isfinite(cast.astype(np.float64))
             for index in np.flatnonzero(lost)[:1]:
@@ -667,21 +626,6 @@ class _Merge:
                     f"too large for {dtype.name}; choose bfloat16 or float32"
                 )
         return cast
-
-    def _digest_written(self, task: Task, part: np.ndarray) -> np.ndarray | None:
-        """Returns the digest of those of a task's elements that are in its units."""
-        if not isinstance(self.result, OrbaxResult):
-            return None
-        return _digest(cut for unit in task.units for cut in self.result.cut(task, unit, part))
-
-    def _verify(self) -> None:
-        """Compares the digests of the inputs with those that are recorded."""
-        if not self._inputs:
-            return
-        unread = self._inputs.check(self.processes)
-        check = functools.partial(read_and_check, at_once=self.job.plan.at_once)
-        for _ in self.stream.map(lambda each: check(*each), unread):
-            pass
 
     def _finish(self, stored: Mapping[str, str]) -> Manifest | None:
         # All have verified what they were to verify.
@@ -692,36 +636,11 @@ class _Merge:
 
     def _publish(self, stored: Mapping[str, str]) -> Manifest:
         job, result = self.job, self.result
-        made_by = {"kind": "merge", "recipe": job.recipe.to_dict(), KEY: job.identity}
-        if numbers := job.needs.resolved(job.sizes):
-            made_by["numbers"] = numbers
-        if job.subtree:
-            made_by["subtree"] = job.subtree
-        if job.allowed:
-            made_by["allowed_differences"] = list(job.allowed)
-        if job.tokens is not None:
-            made_by["tokens"] = job.tokens
+        made_by, parents = job.record()
         if job.diagnostics:
             made_by["diagnostics"] = self.analysis.diagnostics()
         elif self.analysis.densities is not None:
             made_by["diagnostics"] = {"density": self.analysis.densities}
-        base = job.reference if job.reference is not job.experts[0] else None
-        used = job.base is not None or job.reference in job.roles.copied.values()
-        used |= job.tokens is not None  # Whose tokens there are, it may have decided.
-        parents = [(base, "base")] if base is not None and used else []
-        parents += [(source, "expert") for source in job.experts]
-        if job.slices is not None:
-            made_by["slices"] = job.slices.to_json()
-            bases = job.slices.bases if job.base is not None else ()
-            parents = [
-                (source, "base" if path in bases else "expert")
-                for path, source in zip(job.slices.paths, job.parts, strict=True)
-            ]
-        parents += [(source, "statistics") for source in job.statistics]
-        described = tuple(
-            {"role": role, "path": str(source.path), "digest": source.digest}
-            for source, role in parents
-        )
         ordered = {name: stored[name] for name in result.described}
         if isinstance(result, ShardedResult):
             manifest = outputs.describe_directory(
@@ -732,7 +651,7 @@ class _Merge:
                 fallbacks=[job.reference, *job.experts],
                 dtype=job.recipe.dtype,
                 made_by=made_by,
-                parents=described,
+                parents=parents,
             )
         else:
             manifest = outputs.describe_checkpoint(
@@ -744,35 +663,13 @@ class _Merge:
                 vocabulary=job.vocabulary,
                 like=job.reference,
                 made_by=made_by,
-                parents=described,
+                parents=parents,
             )
         publish(job.out, job.key)
         return manifest
 
 
-def _shard_size(directory: storage.AnyPath) -> int:
-    return SHARD_SIZE if isinstance(directory, Path) else SHARD_SIZE_OF_BUCKETS
-
-
 def _digest(parts: Iterable[tuple[Span, np.ndarray]]) -> np.ndarray:
     return functools.reduce(
         digest.add, (digest.of_span(part, span) for span, part in parts), digest.NOTHING
-    )
-
-
-def _renamed(span: Span, name: str) -> Span:
-    return dataclasses.replace(span, name=name)
-
-
-def _finite(block: np.ndarray) -> bool:
-    """Returns whether all numbers are finite, by their bits: NumPy's test of bfloat16 is slow."""
-    width = block.dtype.itemsize
-    infinities = np.array([np.inf, -np.inf], block.dtype)
-    # As signed integers what is negative is below 0; as unsigned ones above all that is not.
-    return all(
-        bool(block.view(word).max(initial=0) < infinity)
-        for word, infinity in (
-            (f"i{width}", infinities.view(f"i{width}")[0]),
-            (f"u{width}", infinities.view(f"u{width}")[1]),
-        )
     )

@@ -211,17 +211,15 @@ def _merge_on_host(rows: Mapping[str, Row], needs: Requirements) -> Leaves:
     merged, method = {}, needs.method
     check_matrices(method, {name: np.shape(row.experts[0]) for name, row in rows.items()})
     for name, row in rows.items():
-        values = needs.arguments(name, np.float64)
-        if method.of_matrices:
-            base = None if row.base is None else _float32_on_host(name, row.base)
-            reads = [functools.partial(_float32_on_host, name, leaf) for leaf in row.experts]
-            has_rows = has_output_rows(name, False, {})
-            result = spectral.merged(method, name, base, reads, has_rows, values)
-        else:
-            grams = [_whole(name, leaf) for leaf in row.statistics]
-            experts = [_whole(name, leaf) for leaf in row.experts]
-            values |= {} if row.base is None else {"base": _whole(name, row.base)}
-            result = method.function(name=name, experts=experts, grams=grams or None, **values)
+        result = spectral.merged(
+            method,
+            name,
+            None if row.base is None else _float32_on_host(name, row.base),
+            [functools.partial(_float32_on_host, name, leaf) for leaf in row.experts],
+            has_output_rows(name, False, {}),
+            needs.arguments(name, np.float64),
+            [_float32_on_host(name, leaf) for leaf in row.statistics] or None,
+        )
         result = result.astype(jnp.dtype(needs.recipe.dtype))
         sharding = widest_sharding(row.experts)
         merged[name] = (
@@ -233,18 +231,14 @@ def _merge_on_host(rows: Mapping[str, Row], needs: Requirements) -> Leaves:
 
 
 def _float32_on_host(name: str, leaf: ArrayLike) -> np.ndarray:
-    return _whole(name, leaf).astype(np.float32, copy=False)
-
-
-def _whole(name: str, leaf: ArrayLike) -> np.ndarray:
     """Returns all of an array on this host, also where other processes store parts of it."""
     if isinstance(leaf, jax.core.Tracer):
         raise MergeError(
             f"{name}: this method is computed on the host, not inside jit, grad or vmap"
         )
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-        return multihost_utils.process_allgather(leaf, tiled=True)
-    return np.asarray(leaf)
+        leaf = multihost_utils.process_allgather(leaf, tiled=True)
+    return np.asarray(leaf).astype(np.float32, copy=False)
 
 
 def _merge_on_devices(rows: Mapping[str, Row], needs: Sequence[Requirements]) -> list[Leaves]:

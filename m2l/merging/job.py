@@ -433,6 +433,35 @@ class MergeJob:
         name = huggingface_directory.MANIFEST if is_directory else None
         return existing_result(self.out, is_same, name)
 
+    def record(self) -> tuple[dict[str, Json], tuple[dict[str, str], ...]]:
+        """Returns what a manifest says of the merge: what made the result, and its parents."""
+        made_by = {"kind": "merge", "recipe": self.recipe.to_dict(), KEY: self.identity}
+        optional = {
+            "numbers": self.needs.resolved(self.sizes),
+            "subtree": self.subtree,
+            "allowed_differences": list(self.allowed),
+        }
+        made_by |= {name: value for name, value in optional.items() if value}
+        if self.tokens is not None:
+            made_by["tokens"] = self.tokens
+        reference = self.reference
+        used = self.base is not None or reference in self.roles.copied.values()
+        used |= self.tokens is not None  # Whose tokens there are, it may have decided.
+        parents = [(reference, "base")] if used and reference is not self.experts[0] else []
+        parents += [(source, "expert") for source in self.experts]
+        if self.slices is not None:
+            made_by["slices"] = self.slices.to_json()
+            bases = self.slices.bases if self.base is not None else ()
+            parents = [
+                (source, "base" if path in bases else "expert")
+                for path, source in zip(self.slices.paths, self.parts, strict=True)
+            ]
+        parents += [(source, "statistics") for source in self.statistics]
+        return made_by, tuple(
+            {"role": role, "path": str(source.path), "digest": source.digest}
+            for source, role in parents
+        )
+
     @property
     def used(self) -> list[Checkpoint]:
         """The models that are read for what is merged, in the order in which blocks are."""

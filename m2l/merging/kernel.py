@@ -3,6 +3,7 @@
 A merge that streams compiles this for blocks, and `merge_params` for whole parameters.
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 
@@ -10,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from m2l.checkpoints import digest
+from m2l.checkpoints.digest import WIDE
 from m2l.merging import randomness
 from m2l.merging.method_registry import Method
 from m2l.merging.methods import (
@@ -106,6 +109,47 @@ def merged(
         arguments |= _masks(method, taus, inputs)
     names = (*method.inputs, *method.hyper_parameters)
     return method.function(**{name: arguments[name] for name in names})
+
+
+@functools.cache
+def compiled(
+    method: Method, consensus: Consensus, dtype: str, digested: tuple[bool, ...], with_result: bool
+) -> Callable:
+    """Returns the merge of a piece; NaN all over if any number that went in is not finite.
+
+    Compiled once for a number of experts, a length and a form of place: all else that it takes are
+    arguments.
+
+    Args:
+        method: The method.
+        consensus: How signs are elected, if they are.
+        dtype: The result's.
+        digested: Of which of the arrays that go in, in order, digests are computed.
+        with_result: Whether one of the result is.
+    """
+
+    def merge_piece(
+        base: jax.Array | None,
+        experts: list,
+        statistics: list,
+        inputs: Inputs,
+        place: jax.Array | None,
+        size: jax.Array,
+    ) -> tuple[jax.Array, list[jax.Array]]:
+        block = merged(method, consensus, base, experts, statistics, inputs)
+        read = [*experts, *statistics] if base is None else [base, *experts, *statistics]
+        # Trimming and dropping hide what is not finite; 0 times it is NaN, and so is the sum.
+        nothing = add([array.astype(jnp.float32) * 0 for array in read])
+        block = jnp.where(nothing == 0, block, jnp.nan).astype(dtype)
+        if place is None:
+            return block, []
+        positions = randomness.positions(block.shape, place)
+        counted = jax.lax.iota(jnp.uint32, block.size) < size
+        wanted = [array for array, each in zip(read, digested, strict=True) if each]
+        wanted += [block] if with_result else []
+        return block, [digest.of_elements(array, positions, counted) for array in wanted]
+
+    return jax.jit(merge_piece, compiler_options=WIDE)
 
 
 def _dropped(method: Method, taus: Arrays, inputs: Inputs) -> Arrays:

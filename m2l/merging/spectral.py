@@ -92,30 +92,32 @@ def merged(
     experts: Sequence[Callable[[], np.ndarray]],
     has_output_rows: bool,
     hyper_parameters: Mapping[str, np.ndarray | np.floating],
+    grams: Iterable[np.ndarray] | None = None,
 ) -> np.ndarray:
-    """Merges a whole parameter by a method of matrices.
+    """Merges a whole parameter by a method of matrices, or of Grams.
 
     Args:
         method: The method.
         name: The parameter's.
         base: The base's, float32; None for methods that do not take it.
         experts: Each reads an expert's, float32 of the same shape.
-        has_output_rows: Whether a matrix has its outputs as rows; otherwise its transpose is
-            merged.
+        has_output_rows: Whether a matrix has its outputs as rows; otherwise a method of matrices
+            merges its transpose.
         hyper_parameters: The method's.
+        grams: The experts', if there are any of the parameter.
 
     Returns:
         float32, of the same shape.
     """
-    first = experts[0]() if base is None else base
-    is_matrix = first.ndim == 2
-    flipped = is_matrix and not has_output_rows
-    arguments = {
-        "base": _turned(base) if flipped and base is not None else base,
-        "experts": _OnUse(experts, flipped),
-        "matrix": is_matrix,
-        "name": name,
-    }
+    flipped, arguments = False, {"base": base, "name": name, "grams": grams}
+    if method.of_matrices:
+        arguments["matrix"] = (experts[0]() if base is None else base).ndim == 2
+        flipped = arguments["matrix"] and not has_output_rows
+        arguments["experts"] = _OnUse(experts, flipped)
+        if flipped and base is not None:
+            arguments["base"] = _turned(base)
+    else:
+        arguments["experts"] = (read() for read in experts)
     result = method.function(
         **{each: arguments[each] for each in method.inputs}, **hyper_parameters
     )
