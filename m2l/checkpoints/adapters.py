@@ -286,8 +286,7 @@ def split(path: AnyPath) -> tuple[AnyPath, AnyPath] | None:
     text = str(path)
     if "+" not in text or path.exists():
         return None
-    places = [match.start() for match in re.finditer(r"\+", text)]
-    for place in reversed(places):
+    for place in reversed([match.start() for match in re.finditer(r"\+", text)]):
         base = storage.path(text[:place])
         adapter = storage.path(re.sub(r"^(gs|s3):/+", r"\1://", text[place + 1 :]))
         if any((adapter / name).is_file() for name in (ADAPTER_CONFIG, DELTA_RECORD)):
@@ -331,9 +330,7 @@ def read(path: AnyPath) -> Adapter:
             raise CheckpointError(f"{path / ADAPTER_WEIGHTS}: {name} is not understood")
         else:
             replaced[re.sub(r"\.(base_layer|modules_to_save(\.\w+)?)\.", ".", theirs)] = tensor
-    factors = {}
-    for module, pair in halves.items():
-        factors[module] = _factors(path, config, module, pair, module in embeddings)
+    factors = {m: _factors(path, config, m, pair, m in embeddings) for m, pair in halves.items()}
     if not factors and not replaced:
         raise CheckpointError(f"{path / ADAPTER_WEIGHTS}: it has no tensors")
     _check_targets(path / ADAPTER_CONFIG, config.get("target_modules"), factors)
@@ -400,17 +397,12 @@ def _factors(
         if half not in pair:
             raise CheckpointError(f"{file}: {module} has lora_{other}, and no lora_{half}")
     down, up = pair["A"], pair["B"]
+    shapes = f"{file}: the factors of {module} are {list(down.shape)} and {list(up.shape)}"
     if len(down.shape) != 2 or len(up.shape) != 2:
-        raise CheckpointError(
-            f"{file}: the factors of {module} are {list(down.shape)} and {list(up.shape)}; only "
-            "those of matrices are understood"
-        )
+        raise CheckpointError(f"{shapes}; only those of matrices are understood")
     rank = _pattern(config.get("rank_pattern"), module, config.get("r", 8))
     if not down.shape[0] == up.shape[1] == rank:
-        raise CheckpointError(
-            f"{file}: the factors of {module} are {list(down.shape)} and {list(up.shape)}, and "
-            f"{ADAPTER_CONFIG} says that their rank is {rank}"
-        )
+        raise CheckpointError(f"{shapes}, and {ADAPTER_CONFIG} says that their rank is {rank}")
     alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
     scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
     return Factors(module, down, up, scale, embedding)
@@ -549,11 +541,7 @@ class _Tiles:
     def __call__(
         self, factors: Factors, transposed: bool, row: int, column: int, whole: bool
     ) -> np.ndarray:
-        """Returns the tile that begins at a row and a column, float32, padded with zeros.
-
-        Args:
-            whole: Whether all of it is asked for.
-        """
+        """Returns the tile that begins at a row and a column, float32, padded with zeros."""
         if whole:
             return self._compute(factors, transposed, row, column)
         with self._locks[0]:
@@ -648,10 +636,6 @@ class AdaptedTensor:
         # What threads read at once may be more than their blocks.
         run = 12 * tile_shape(self.shape[1])[0] * self.shape[1]
         return getattr(self.base, "memory", 0) + (_MATRICES + 1) * factors + 5 * tile + run
-
-    def read_into(self, start: int, stop: int, out: np.ndarray) -> None:
-        """Reads the row-major elements [start, stop) into `out`."""
-        self.read_span(Span(self.name, start, stop - start), out)
 
     def read_span(self, span: Span, out: np.ndarray) -> None:
         """Reads a span into `out`, 1-D, contiguous, float32 and of the span's size."""

@@ -153,10 +153,6 @@ class RestoredTensor:
         widths = sum(array.dtype.itemsize for array in arrays if array is not None)
         return getattr(self.base, "memory", 0) + 3 * chunk * (widths + self.dtype.itemsize)
 
-    def read_into(self, start: int, stop: int, out: np.ndarray) -> None:
-        """Reads the row-major elements [start, stop) into `out`."""
-        self.read_span(Span(self.name, start, stop - start), out)
-
     def read_span(self, span: Span, out: np.ndarray) -> None:
         """Reads a span into `out`, 1-D, contiguous, of the dtype and the span's size."""
         base = None if self.base is None else _read(self.base, span)

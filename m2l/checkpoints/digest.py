@@ -12,6 +12,7 @@ arrays can make two of one digest. Shape and dtype are not part of it; a manifes
 """
 
 import functools
+import hashlib
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -293,14 +294,24 @@ def _row_offsets(rows: int, columns: int, stride: int) -> np.ndarray:
     return offsets
 
 
-def of_stored(tensor: TensorReader) -> np.ndarray:
-    """Returns the digest, uint32 [4], of an array in storage, read in blocks."""
+def of_stored(tensor: TensorReader, block: int = _BLOCK) -> np.ndarray:
+    """Returns the digest, uint32 [4], of an array in storage, read in blocks of elements."""
     total = NOTHING
-    for span in cut(tensor.name, tensor.shape, tensor.chunk, _BLOCK):
-        block = np.empty(span.size, tensor.dtype)
-        tensor.read_span(span, block)
-        total = add(total, of_span(block, span))
+    for span in cut(tensor.name, tuple(tensor.shape), tensor.chunk, block):
+        elements = np.empty(span.size, tensor.dtype)
+        tensor.read_span(span, elements)
+        total = add(total, of_span(elements, span))
     return total
+
+
+def sha256_of_stored(tensor: TensorReader) -> str:
+    """Returns the SHA-256, in hex, of an array in storage, row-major, read in blocks."""
+    sha256, block = hashlib.sha256(), np.empty(min(_BLOCK, max(1, tensor.size)), tensor.dtype)
+    for start in range(0, tensor.size, block.size):
+        part = block[: tensor.size - start]
+        tensor.read_span(Span(tensor.name, start, part.size), part)
+        sha256.update(part.view(np.uint8))
+    return sha256.hexdigest()
 
 
 @functools.partial(jax.jit, compiler_options=WIDE)

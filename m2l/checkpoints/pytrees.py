@@ -183,12 +183,7 @@ class StoredArray:
         if self.digest is None or digest.is_digest(self.digest):
             self.check(digest.to_hex(digest.of_stored(self)))
             return
-        sha256, block = hashlib.sha256(), np.empty(1 << 20, self.dtype)
-        for start in range(0, self.size, block.size):
-            part = block[: min(block.size, self.size - start)]
-            self.read_into(start, start + part.size, part)
-            sha256.update(part.view(np.uint8))
-        self.check(sha256.hexdigest())
+        self.check(digest.sha256_of_stored(self))
 
     def _result(self, future: "ts.Future", out: np.ndarray) -> None:
         try:

@@ -104,24 +104,13 @@ class StoredTensor:
         Raises:
             CheckpointError: The file is gone, or was cut since its header was read.
         """
-        stop = self.size if stop is None else stop
-        block = np.empty(stop - start, self.dtype)
-        self.read_into(start, stop, block)
+        # Into memory of our own: pages of a mapped file would count as this process's.
+        block = np.empty((self.size if stop is None else stop) - start, self.dtype)
+        self.extents.read_into(block, start)
         return block
 
-    def read_into(self, start: int, stop: int, out: np.ndarray) -> None:
-        """Reads elements [start, stop) into `out`, 1-D, contiguous, of its dtype and that size.
-
-        Raises:
-            CheckpointError: The file is gone, or was cut since its header was read.
-        """
-        if out.size != stop - start:
-            raise ValueError(f"{self.name}: [{start}, {stop}) into {out.size} elements")
-        # Into memory of our own: pages of a mapped file would count as this process's.
-        self.extents.read_into(out, start)
-
     def read_span(self, span: Span, out: np.ndarray) -> None:
-        """Reads a span into `out`, 1-D, contiguous, of the dtype; errors as `read_into`'s."""
+        """Reads a span into `out`, 1-D, contiguous, of the dtype; errors as `read`'s."""
         self.extents.read_span(span, out)
 
     def read_checked(self) -> np.ndarray:

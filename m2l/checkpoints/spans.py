@@ -195,13 +195,10 @@ class LazyTensor:
         """The bytes that are in memory while its parts are read: two such, and one as stored."""
         return 3 * self.size * self.dtype.itemsize
 
-    def read_into(self, start: int, stop: int, out: np.ndarray) -> None:
-        """Reads elements [start, stop) into `out`."""
-        out[:] = self.read_all(self.name).reshape(-1)[start:stop]
-
     def read_span(self, span: Span, out: np.ndarray) -> None:
         """Reads a span into `out`, 1-D, contiguous, of the dtype and the span's size."""
-        read_rows(self.read_into, span, out)
+        elements = self.read_all(self.name).reshape(-1)
+        read_rows(lambda start, stop, row: np.copyto(row, elements[start:stop]), span, out)
 
 
 def cached_reader(read: Callable[[str], np.ndarray]) -> Callable[[str], np.ndarray]:

@@ -7,13 +7,14 @@ scales are real numbers as weights are. So it is decided by the description and 
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn, Protocol
+from typing import NoReturn
 
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
 from m2l.checkpoints.model_fields import parts, ties_embeddings
+from m2l.checkpoints.spans import Span, TensorReader
 from m2l.errors import CheckpointError
 from m2l.typing import Json
 
@@ -66,23 +67,12 @@ _OUTPUT = re.compile(
 _BIASES = {"lm_head.decoder.bias": "lm_head.bias", "predictions.decoder.bias": "predictions.bias"}
 
 
-class TensorSpec(Protocol):
-    """What a stored tensor says of itself."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    size: int
-
-    def read_into(self, start: int, stop: int, out: np.ndarray) -> None:
-        """Reads elements [start, stop) of the row-major tensor."""
-
-
 def is_float(dtype: DTypeLike) -> bool:
     """Returns whether a dtype is of real numbers."""
     return jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
 
 
-def is_buffer(name: str, tensor: TensorSpec) -> bool:
+def is_buffer(name: str, tensor: TensorReader) -> bool:
     """Returns whether a tensor is no parameter: a merge copies it, and it may differ."""
     if not is_float(tensor.dtype) or _BUFFER.fullmatch(name):
         return True
@@ -117,7 +107,7 @@ def check_no_adapter(path: Path, names: Iterable[str] = ()) -> None:
 
 
 def check_not_quantized(
-    path: Path, config: Mapping[str, Json], tensors: Mapping[str, TensorSpec]
+    path: Path, config: Mapping[str, Json], tensors: Mapping[str, TensorReader]
 ) -> None:
     """Refuses weights that are stored as codes, whose numbers are not the weights'.
 
@@ -161,12 +151,12 @@ def _is_plain_float(dtype: np.dtype) -> bool:
     return is_float(dtype) and np.dtype(dtype).itemsize > 1
 
 
-def _holds_codes(tensor: TensorSpec) -> bool:
+def _holds_codes(tensor: TensorReader) -> bool:
     """Returns whether a matrix of bytes has more than the zeros and ones of a mask."""
     if np.dtype(tensor.dtype).itemsize > 1 or len(tensor.shape) < 2 or not tensor.size:
         return False
     block = np.empty(min(tensor.size, _COMPARED), tensor.dtype)
-    tensor.read_into(0, block.size, block)
+    tensor.read_span(Span("", 0, block.size), block)
     return not np.isin(block, (0, 1)).all()
 
 
@@ -186,7 +176,7 @@ def _refuse_quantized(path: Path, reason: str) -> NoReturn:
     )
 
 
-def copies(tensors: Mapping[str, TensorSpec]) -> dict[str, str]:
+def copies(tensors: Mapping[str, TensorReader]) -> dict[str, str]:
     """Returns which tensors repeat a language model's embedding, by name: copy -> original.
 
     Outputs, second names of the embedding and second names of an output's bias are looked at,
@@ -268,13 +258,13 @@ def token_axis(name: str, shape: Sequence[int]) -> int | None:
     return 0 if is_vocabulary(name) else None
 
 
-def embedding_rows(tensors: Mapping[str, TensorSpec]) -> int | None:
+def embedding_rows(tensors: Mapping[str, TensorReader]) -> int | None:
     """Returns how many rows the embedding has; None: no tensor is one by its name."""
     names = (name for name in tensors if name == "token_embedder" or _INPUT.fullmatch(name))
     return next((tensors[name].shape[0] for name in names), None)
 
 
-def check_ties(path: Path, config: Mapping[str, Json], tensors: Mapping[str, TensorSpec]) -> None:
+def check_ties(path: Path, config: Mapping[str, Json], tensors: Mapping[str, TensorReader]) -> None:
     """Refuses an output of its own in a model whose description says that it has none.
 
     Raises:
@@ -296,15 +286,15 @@ def check_ties(path: Path, config: Mapping[str, Json], tensors: Mapping[str, Ten
             )
 
 
-def same_elements(one: TensorSpec, other: TensorSpec) -> bool:
+def same_elements(one: TensorReader, other: TensorReader) -> bool:
     """Returns whether two tensors are equal bit for bit."""
     if (one.shape, one.dtype) != (other.shape, other.dtype):
         return False
     for start in range(0, one.size, _COMPARED):
-        stop = min(start + _COMPARED, one.size)
-        left, right = np.empty(stop - start, one.dtype), np.empty(stop - start, one.dtype)
-        one.read_into(start, stop, left)
-        other.read_into(start, stop, right)
+        span = Span("", start, min(_COMPARED, one.size - start))
+        left, right = np.empty(span.size, one.dtype), np.empty(span.size, one.dtype)
+        one.read_span(span, left)
+        other.read_span(span, right)
         if not np.array_equal(left.view(np.uint8), right.view(np.uint8)):
             return False
     return True

@@ -18,10 +18,9 @@ import numpy as np
 from m2l import checkpoints, hub_models, models, partitioning, signals, storage
 from m2l.checkpoints import Manifest, huggingface, huggingface_directory, opening
 from m2l.checkpoints.decoder_families import DECODER_FAMILIES
-from m2l.checkpoints.digest import is_digest
 from m2l.checkpoints.huggingface_config import to_json
 from m2l.checkpoints.importing import float_dtype, parameter_shapes
-from m2l.checkpoints.opening import HUGGINGFACE, ORBAX, Checkpoint, recorded_digest
+from m2l.checkpoints.opening import HUGGINGFACE, ORBAX, Checkpoint
 from m2l.checkpoints.pytrees import StoredArray
 from m2l.checkpoints.reading import KEY, existing_result
 from m2l.checkpoints.safetensors import StoredTensor
@@ -366,12 +365,8 @@ def _write(
 def _read(source: Checkpoint, name: str) -> np.ndarray:
     """Reads a parameter whole, checked: its digest if there is one, and that it is finite."""
     stored = source.parameters[name]
-    base = inputs.digested(stored)
-    if base is not stored and (recorded := recorded_digest(base)) is not None:
-        if is_digest(recorded):
-            inputs.read_and_check(source, name, base.size)
-        else:
-            inputs.check_sha256(base)
+    if inputs.digested(stored) is not stored:
+        inputs.read_and_check(source, name, stored.size)
     if isinstance(stored, StoredTensor):
         array = stored.read_checked()
     else:

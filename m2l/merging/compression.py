@@ -152,11 +152,7 @@ def _check_digests(source: Checkpoint) -> None:
     """
 
     def check(name: str) -> None:
-        recorded = opening.recorded_digest(inputs.digested(source.parameters[name]))
-        if recorded is not None and digest.is_digest(recorded):
-            inputs.read_and_check(source, name, _BLOCK)
-        elif recorded is not None:
-            inputs.check_sha256(inputs.digested(source.parameters[name]))
+        inputs.read_and_check(source, name, _BLOCK)
         signals.check()
 
     in_parallel(check, source.parameters)

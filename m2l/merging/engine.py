@@ -27,7 +27,6 @@ from m2l.merging import kernel, outputs, randomness, spectral
 from m2l.merging.in_memory import merge_params
 from m2l.merging.inputs import (
     InputDigests,
-    check_sha256,
     gather_digests,
     is_finite,
     read_and_check,
@@ -415,12 +414,12 @@ class _Merge:
         else:
             read = [unit.key[0] for unit in own if unit.key[1] == 0]
         checks = [
-            self.stream.pool.submit(check_sha256, stored)
+            (stored, self.stream.pool.submit(digest.sha256_of_stored, stored))
             for name in dict.fromkeys(map(self.job.origin, read))
             for stored in self._inputs.sha256(name)
         ]
-        for future in checks:
-            future.result()
+        for stored, sha256_of in checks:
+            stored.check(sha256_of.result())
         if isinstance(result, MemoryResult):
             return {}
         if isinstance(result, OrbaxResult):

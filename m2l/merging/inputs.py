@@ -2,7 +2,6 @@
 
 import dataclasses
 import fnmatch
-import hashlib
 import os
 import warnings
 from collections.abc import Collection, Mapping, Sequence
@@ -14,7 +13,7 @@ from m2l import storage
 from m2l.checkpoints import digest, model_fields, opening, tensor_kinds
 from m2l.checkpoints.adapters import AdaptedTensor
 from m2l.checkpoints.opening import HUGGINGFACE, ORBAX, Checkpoint, recorded_digest
-from m2l.checkpoints.spans import Span, TensorReader, cut, is_one
+from m2l.checkpoints.spans import Span, TensorReader, is_one
 from m2l.checkpoints.tensor_kinds import is_float
 from m2l.distributed import Processes
 from m2l.errors import CheckpointError, MergeError, UnknownNameError
@@ -602,33 +601,19 @@ def damaged(source: Checkpoint, name: str) -> CheckpointError:
 
 
 def read_and_check(source: Checkpoint, name: str, at_once: int) -> None:
-    """Reads a parameter whose digest of 128 bits is recorded, and compares it.
+    """Reads a parameter and compares its digest, if one is recorded.
 
     Raises:
         CheckpointError: It is damaged.
     """
-    stored, total = digested(source.parameters[name]), digest.NOTHING
-    for span in cut(name, tuple(stored.shape), stored.chunk, at_once if stored.chunk else _READ):
-        elements = np.empty(span.size, stored.dtype)
-        stored.read_span(span, elements)
-        total = digest.add(total, digest.of_span(elements, span))
-    if digest.to_hex(total) != recorded_digest(stored):
-        raise damaged(source, name)
-
-
-def check_sha256(stored: TensorReader) -> None:
-    """Reads a parameter whose SHA-256 is recorded, and compares it.
-
-    Raises:
-        CheckpointError: It is damaged.
-    """
-    sha256 = hashlib.sha256()
-    buffer = np.empty(min(_READ, max(1, stored.size)), stored.dtype)
-    for start in range(0, stored.size, _READ):
-        part = buffer[: min(_READ, stored.size - start)]
-        stored.read_span(Span(stored.name, start, part.size), part)
-        sha256.update(part.view(np.uint8))
-    stored.check(sha256.hexdigest())
+    stored = digested(source.parameters[name])
+    recorded = recorded_digest(stored)
+    if recorded is not None and not digest.is_digest(recorded):
+        stored.check(digest.sha256_of_stored(stored))
+    elif recorded is not None:
+        total = digest.of_stored(stored, at_once if stored.chunk else _READ)
+        if digest.to_hex(total) != recorded:
+            raise damaged(source, name)
 
 
 def gather_digests(

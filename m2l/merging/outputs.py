@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from m2l import checkpoints, files, storage
-from m2l.checkpoints import Manifest, huggingface_directory, safetensors, saving, zarr
+from m2l.checkpoints import Manifest, digest, huggingface_directory, safetensors, saving, zarr
 from m2l.checkpoints.huggingface_directory import write_card
 from m2l.checkpoints.opening import Checkpoint
 from m2l.checkpoints.publishing import UNFINISHED
@@ -38,8 +38,6 @@ from m2l.typing import Json
 
 ArraySpec = tuple[tuple[int, ...], np.dtype]
 Box = tuple[slice, ...]
-
-_READ = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -354,28 +352,23 @@ class ShardedResult:
 
         What is written is not read again for it.
         """
-        digest, start = hashlib.sha256(), 0
+        sha256, start = hashlib.sha256(), 0
         for block in blocks:
             self._tensors[task.name].extents.write_from(block, start)
-            digest.update(block.view(np.uint8))
+            sha256.update(block.view(np.uint8))
             start += block.size
-        self._hashed[task.name] = digest.hexdigest()
+        self._hashed[task.name] = sha256.hexdigest()
         return self._hashed[task.name]
 
     def sha256(self, name: str, unit_is_there: bool) -> str:
         """Returns the SHA-256, in hex, of a tensor's bytes as they are stored."""
         if name in self._hashed:
             return self._hashed[name]
-        tensor, digest = self._tensors[name], hashlib.sha256()
+        tensor = self._tensors[name]
         if unit_is_there:
             file = self.directory / self._layouts[self.files[name]].file
             tensor = dataclasses.replace(tensor, file=file)
-        buffer = np.empty(min(_READ, max(1, tensor.size)), tensor.dtype)
-        for start in range(0, tensor.size, _READ):
-            part = buffer[: min(_READ, tensor.size - start)]
-            tensor.read_into(start, start + part.size, part)
-            digest.update(part.view(np.uint8))
-        return digest.hexdigest()
+        return digest.sha256_of_stored(tensor)
 
     def tensors(self, unit: Unit) -> list[str]:
         """Returns the names of a file's tensors."""

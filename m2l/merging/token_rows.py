@@ -274,10 +274,6 @@ class SpooledTensor:
         """Reads a span into `out`, 1-D, contiguous, of the dtype and the span's size."""
         self.extents.read_span(span, out)
 
-    def read_into(self, start: int, stop: int, out: np.ndarray) -> None:
-        """Reads the row-major elements [start, stop) into `out`."""
-        self.extents.read_into(out, start)
-
 
 def rows_at_hand(tensor: TensorReader) -> TensorReader:
     """Returns a tensor of which any row can be read alone: itself, or one that is copied first."""

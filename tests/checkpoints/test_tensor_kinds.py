@@ -26,8 +26,8 @@ class Tensor:
     def size(self):
         return self.array.size
 
-    def read_into(self, start, stop, out):
-        out[:] = self.array.reshape(-1)[start:stop]
+    def read_span(self, span, out):
+        out[:] = self.array.reshape(-1)[span.start : span.start + span.size]
 
 
 def tensor(shape=(4, 4), dtype=np.float32, high=100, seed=0):
