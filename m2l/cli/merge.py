@@ -509,12 +509,12 @@ def _saves(
     run: Path, last: int, decay: str | None, experts: tuple[Path, ...]
 ) -> tuple[list[Path], tuple[float, ...]]:
     """Returns the last checkpoints of a run, and their weights where they are not equal."""
-    from m2l.merging import checkpoint_averaging
+    from m2l.merging.recipe import decay_weights, last_checkpoints
 
     if experts:
         raise ConfigError("m2l merge: --run takes its own checkpoints; leave --expert out")
-    saves = checkpoint_averaging.last_checkpoints(run, last)
-    weights = checkpoint_averaging.weights([*saves], decay) if decay else ()
+    saves = last_checkpoints(run, last)
+    weights = decay_weights([*saves], decay) if decay else ()
     return [*saves.values()], weights
 
 

@@ -1,4 +1,4 @@
-"""How to merge, as data: recipes, and those of other codebases.
+"""How to merge, as data: recipes, those of other codebases, and averages of a run's checkpoints.
 
 A recipe is checked when it is made, and kept in the manifest of what it makes.
 """
@@ -7,20 +7,125 @@ import dataclasses
 import fnmatch
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
 from m2l import files, storage
-from m2l.errors import MergeError, UnknownNameError
+from m2l.checkpoints import reading
+from m2l.errors import CheckpointError, MergeError, UnknownNameError
 from m2l.merging import layerwise
 from m2l.merging.layerwise import Value
 from m2l.merging.method_registry import METHODS, VARIANTS, Method, hyper_parameters
 from m2l.merging.methods import Consensus
-from m2l.merging.tokenizer_choice import TokenizerChoice
-from m2l.storage import AnyPath
-from m2l.typing import Json
+from m2l.storage import AnyPath, PathLike
+from m2l.typing import Json, JsonObject
 
 DTYPES = ("float32", "bfloat16", "float16")
+
+BASE, UNION, ZERO, AUTO = "base", "union", "zero", "auto"
+_EXPERT = re.compile(r"expert_\d+")
+
+
+def is_model(name: object) -> bool:
+    """Returns whether a text is the name of one of a merge's models: base, or expert_0, ..."""
+    return isinstance(name, str) and (name == BASE or bool(_EXPERT.fullmatch(name)))
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenSource:
+    """What a token's rows are in models that lack it.
+
+    Attributes:
+        source: "base", "expert_0", ... or "zero".
+        token: A token of that model's, or its id; None: the token itself.
+        force: Whether models that have the token take these rows as well.
+    """
+
+    source: str
+    token: str | int | None = None
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        if not (is_model(self.source) or self.source == ZERO):
+            raise UnknownNameError("source of a token", str(self.source), (BASE, "expert_0", ZERO))
+        if self.token is not None and (self.source == ZERO or isinstance(self.token, bool)):
+            raise MergeError(f"a token of {self.source} cannot be {self.token!r}")
+
+    def to_dict(self) -> JsonObject:
+        """Returns it as JSON-like data, without what is the default."""
+        values = {"source": self.source, "token": self.token, "force": self.force}
+        return {name: value for name, value in values.items() if value not in (None, False)}
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerChoice:
+    """Which tokenizer the result gets, and how rows of embeddings and outputs follow it.
+
+    Attributes:
+        source: "base": the base's tokenizer, or the first expert's where there is no base;
+            "expert_0", ...: that expert's; "union": the base's and all tokens that it lacks.
+        tokens: What tokens' rows are made of, where that is not to follow from who has them; a
+            token that the tokenizer lacks is added to it.
+        pad_to: The number of rows is rounded up to a multiple of this.
+        chat_template: "auto": the models' most frequent one; "base", "expert_0", ...: that model's;
+            or a template. None: the one that comes with the tokenizer.
+
+    Raises:
+        MergeError: A value is of the wrong type or out of range.
+        UnknownNameError: There is no such source.
+    """
+
+    source: str
+    tokens: tuple[tuple[str, TokenSource], ...] = ()
+    pad_to: int = 1
+    chat_template: str | None = None
+
+    def __post_init__(self) -> None:
+        if not (is_model(self.source) or self.source == UNION):
+            raise UnknownNameError("tokenizer", str(self.source), (BASE, UNION, "expert_0"))
+        if type(self.pad_to) is not int or not 1 <= self.pad_to <= 1 << 20:
+            raise MergeError(f"pad_to {self.pad_to!r}: a whole number from 1 was expected")
+        template = self.chat_template
+        if not (template in (None, AUTO) or is_model(template) or "{" in str(template)):
+            raise MergeError(
+                f"chat_template {template!r:.80}: expected {AUTO}, {BASE}, expert_0, ... or a "
+                "template"
+            )
+
+    @classmethod
+    def checked(
+        cls, value: "TokenizerChoice | Mapping[str, object] | str | None"
+    ) -> "TokenizerChoice | None":
+        """Returns the choice that a name, or JSON-like data, means; errors as the class's."""
+        if value is None or isinstance(value, cls):
+            return value
+        if isinstance(value, str):
+            return cls(value)
+        known = [field.name for field in dataclasses.fields(cls)]
+        if not isinstance(value, Mapping):
+            raise MergeError(f"tokenizer must be a name or an object, not {value!r:.80}")
+        for name in value:
+            if name not in known:
+                raise UnknownNameError("setting of the tokenizer", str(name), known)
+        tokens = value.get("tokens") or {}
+        try:
+            sources = tuple((str(token), TokenSource(**each)) for token, each in tokens.items())
+        except (AttributeError, TypeError) as error:
+            raise MergeError(f"tokenizer: tokens cannot be read ({error})") from error
+        return cls(**{"source": UNION, **value, "tokens": sources})
+
+    def to_dict(self) -> JsonObject:
+        """Returns it as JSON-like data, without what is the default."""
+        values: JsonObject = {"source": self.source}
+        if self.tokens:
+            values["tokens"] = {token: source.to_dict() for token, source in self.tokens}
+        if self.pad_to > 1:
+            values["pad_to"] = self.pad_to
+        if self.chat_template is not None:
+            values["chat_template"] = self.chat_template
+        return values
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -391,3 +496,60 @@ def preset(name: str, settings: Mapping[str, Json]) -> dict[str, Json]:
     if method not in PRESETS[name]:
         raise UnknownNameError(f"method of the preset {name}:", str(method), PRESETS[name])
     return {**PRESETS[name][method], **settings}
+
+
+# The last checkpoints of one run, whose average stands in for a decay of its learning rate
+
+# With w_j the learning rate's share that the updates from checkpoint j - 1 to j are to have, w_0 =
+# 1, the merge sum_j c_j theta_j with c_j = w_j - w_{j+1} is the model that these updates give: Tian
+# et al. 2025, arXiv:2507.17634, equations 5 to 7. A linear decay of evenly spaced checkpoints is
+# their mean.
+
+DECAYS: Mapping[str, Callable[[float], float]] = {
+    "linear": lambda x: 1 - x,
+    "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2,
+    "1-sqrt": lambda x: 1 - math.sqrt(x),
+}
+"""Name -> the learning rate's share at a position from 0, the first checkpoint, to 1."""
+
+
+def decay_weights(steps: Sequence[int], decay: str = "linear") -> tuple[float, ...]:
+    """Returns the weights of checkpoints whose average stands in for a decay; they add up to 1.
+
+    Args:
+        steps: The checkpoints' steps, in order.
+        decay: One of DECAYS.
+
+    Raises:
+        UnknownNameError: There is no such decay.
+    """
+    if decay not in DECAYS:
+        raise UnknownNameError("decay", decay, DECAYS)
+    count, first = len(steps), steps[0]
+    # The decay ends one mean distance behind the last checkpoint.
+    length = max(1, steps[-1] - first) * count / max(1, count - 1)
+    shares = [DECAYS[decay]((step - first) / length) for step in steps]
+    return tuple(w - after for w, after in zip(shares, [*shares[1:], 0.0], strict=True))
+
+
+def last_checkpoints(run: PathLike, count: int) -> dict[int, AnyPath]:
+    """Returns the last checkpoints of a run, by step, in order.
+
+    Args:
+        run: A training run, or its directory of steps.
+        count: How many.
+
+    Raises:
+        CheckpointError: There is no such run.
+        MergeError: It has fewer finished ones.
+    """
+    run = storage.path(run).absolute()
+    finished = reading.steps(run / reading.STEPS) or reading.steps(run)
+    if not finished:
+        raise CheckpointError(f"{run}: no training run with finished checkpoints")
+    if not 1 <= count <= len(finished):
+        raise MergeError(
+            f"{run}: {count} checkpoints are asked for, and {len(finished)} are there; train with "
+            "keep_every=STEPS, or a larger keep"
+        )
+    return dict([*finished.items()][-count:])

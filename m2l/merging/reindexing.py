@@ -24,16 +24,9 @@ from m2l.checkpoints.opening import Checkpoint
 from m2l.checkpoints.spans import TensorReader
 from m2l.errors import MergeError
 from m2l.files import TOKENIZER_SETTINGS, cache_directory, checksum, split_name
+from m2l.merging.recipe import AUTO, BASE, UNION, TokenizerChoice, TokenSource, is_model
+from m2l.merging.recipe import ZERO as ZERO_SOURCE
 from m2l.merging.token_rows import AVERAGE, MEAN, ZERO, RowMap, RowTensor, rows_at_hand
-from m2l.merging.tokenizer_choice import (
-    AUTO,
-    BASE,
-    UNION,
-    TokenizerChoice,
-    TokenSource,
-    is_model,
-)
-from m2l.merging.tokenizer_choice import ZERO as ZERO_SOURCE
 from m2l.typing import Json, JsonObject
 
 if TYPE_CHECKING:

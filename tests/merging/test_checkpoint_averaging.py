@@ -7,7 +7,7 @@ import pytest
 
 from m2l import checkpoints
 from m2l.errors import CheckpointError, MergeError, UnknownNameError
-from m2l.merging.checkpoint_averaging import DECAYS, last_checkpoints, weights
+from m2l.merging.recipe import DECAYS, decay_weights, last_checkpoints
 
 from .conftest import write
 
@@ -56,12 +56,14 @@ def test_without_a_decay_it_is_the_mean_of_the_last(run, run_m2l, tmp_path):
 
 def test_weights_follow_the_steps_and_add_up():
     for decay in DECAYS:
-        assert math.isclose(sum(weights((5, 6, 11, 20), decay)), 1)
-        assert weights((7,), decay) == (1.0,)
-    np.testing.assert_allclose(weights(STEPS), [0.25] * 4)
+        assert math.isclose(sum(decay_weights((5, 6, 11, 20), decay)), 1)
+        assert decay_weights((7,), decay) == (1.0,)
+    np.testing.assert_allclose(decay_weights(STEPS), [0.25] * 4)
     # The update from 0 to 30 counts a half, that from 30 to 40 a third.
     length = 40 * 3 / 2
-    np.testing.assert_allclose(weights((0, 30, 40)), [30 / length, 10 / length, 1 - 40 / length])
+    np.testing.assert_allclose(
+        decay_weights((0, 30, 40)), [30 / length, 10 / length, 1 - 40 / length]
+    )
 
 
 def test_what_a_run_does_not_have_is_refused(run, run_m2l, tmp_path):
@@ -71,7 +73,7 @@ def test_what_a_run_does_not_have_is_refused(run, run_m2l, tmp_path):
     with pytest.raises(CheckpointError, match="no training run"):
         last_checkpoints(tmp_path, 1)
     with pytest.raises(UnknownNameError, match="unknown decay 'sudden'"):
-        weights(STEPS, "sudden")
+        decay_weights(STEPS, "sudden")
     out = ("--out", tmp_path / "out")
     assert run_m2l("merge", "--run", root, "--expert", root, *out) == 2
     assert run_m2l("merge", "--expert", root, "--method", "average", "--decay", "linear", *out) == 2

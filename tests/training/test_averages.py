@@ -11,7 +11,7 @@ import pytest
 from m2l import checkpoints
 from m2l.errors import CheckpointError, Stopped
 from m2l.merging import Recipe, merge
-from m2l.merging.checkpoint_averaging import last_checkpoints
+from m2l.merging.recipe import last_checkpoints
 from m2l.training import state
 
 from .conftest import SETTINGS
