@@ -395,11 +395,8 @@ def _check(file: AnyPath, content: Mapping[str, Json]) -> None:
 
 
 def _are_texts(value: Json, names: set[str]) -> bool:
-    return isinstance(value, dict) and {*value} == names and all(map(_is_text, value.values()))
-
-
-def _is_text(value: Json) -> bool:
-    return isinstance(value, str)
+    texts = isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
+    return texts and {*value} == names
 
 
 def folder(name: str) -> str:

@@ -209,13 +209,12 @@ class Pytree:
     strings: Mapping[str, str]
 
 
-def find_item(path: AnyPath, step: int | None = None) -> AnyPath:
+def find_item(path: AnyPath) -> AnyPath:
     """Returns the directory of the pytree that a path means.
 
     Args:
         path: An item, a checkpoint of several items, or a folder of steps, of which the newest
             finished one is meant; a local or remote path.
-        step: Which step, where it is a folder of steps.
 
     Raises:
         CheckpointError: There is no finished checkpoint.
@@ -240,8 +239,6 @@ def find_item(path: AnyPath, step: int | None = None) -> AnyPath:
         return items[name or next(iter(items))]
     steps = {int(m[1]): e for e in entries if (m := _STEP.fullmatch(e.name))}
     finished = {number: e for number, e in steps.items() if is_committed(e)}
-    if step is not None:
-        finished = {number: e for number, e in finished.items() if number == step}
     if finished:
         return find_item(finished[max(finished)])
     unfinished = [e.name for e in entries if _UNFINISHED in e.name or e in steps.values()]

@@ -1,11 +1,12 @@
-"""The merge of a part of one parameter: to float32, through a merge method, and sums over it.
+"""The merge of a part of one parameter, sums over it, and what these say of the task vectors.
 
 A merge that streams compiles this for blocks, and `merge_params` for whole parameters.
 """
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import numpy as np
 
 from m2l.checkpoints import digest
 from m2l.checkpoints.digest import WIDE
-from m2l.merging import randomness
+from m2l.merging import layerwise, randomness
 from m2l.merging.method_registry import Method
 from m2l.merging.methods import (
     Arrays,
@@ -25,6 +26,7 @@ from m2l.merging.methods import (
     task_vectors,
     trim,
 )
+from m2l.typing import Json
 
 Inputs = Mapping[str, jax.Array | np.ndarray | np.floating]
 """What a method takes besides parameters, as arrays; each only if the method takes it.
@@ -35,6 +37,10 @@ cut uint32 and rescale float32 [experts], or, where the drop rate goes by rank, 
 rescales float32 [experts, 65536], by the upper 16 bits of the magnitude (then a rescale precedes
 rescales).
 """
+
+
+Sums = dict[str, dict[str, np.ndarray]]
+"""Of each parameter what was summed over it."""
 
 
 def float32(arrays: Arrays) -> list[jax.Array]:
@@ -254,4 +260,75 @@ def sums(
         "conflicts": count(up & down),
         "touched": count(up | down),
         "majority": count(votes > 0) - count(votes < 0),
+    }
+
+
+def summary(
+    sums: Sums, sizes: Mapping[str, int], densities: Sequence[float] | None
+) -> dict[str, Json]:
+    """Returns the measures of the whole model and of each of its layers, as JSON-like data.
+
+    Args:
+        sums: Of the parameters that were measured; sums of a part are scaled up to the whole.
+        sizes: Name -> elements, of all parameters.
+        densities: The share of each expert's entries that trimming keeps, where it is known.
+    """
+    groups: dict[str, dict[str, Json]] = {}
+    for name, parameter_sums in sums.items():
+        factor = sizes[name] / float(parameter_sums["entries"])
+        for group in ("", _group_of(name)):
+            totals = groups.setdefault(group, {"parameters": 0})
+            totals["parameters"] += sizes[name]
+            for kind, array in parameter_sums.items():
+                if kind != "entries":
+                    totals[kind] = totals.get(kind, 0.0) + array * factor
+    sampled = sum(float(each["entries"]) for each in sums.values())
+    whole = groups.pop("")
+    # As if the parameters that were not looked at were like the others.
+    factor = sum(sizes.values()) / whole["parameters"]
+    model = _described({kind: array * factor for kind, array in whole.items()})
+    model["parameters"] = sum(sizes.values())
+    if densities is not None:
+        model["density"] = list(densities)
+    return model | {
+        "share": sampled / sum(sizes.values()),
+        "groups": {group: _described(totals) for group, totals in groups.items()},
+    }
+
+
+def _described(totals: Mapping[str, Json]) -> dict[str, Json]:
+    norms = np.sqrt(np.diagonal(totals["products"]))
+    cosines = totals["products"] / np.maximum(np.outer(norms, norms), 1e-30)
+    measures = {
+        "parameters": totals["parameters"],
+        "norms": [float(f"{norm:.6g}") for norm in norms],
+        "cosines": np.clip(cosines, -1, 1).round(6).tolist(),
+    }
+    if "kept" in totals:
+        measures |= {
+            "density": (totals["kept"] / totals["parameters"]).round(6).tolist(),
+            "sign_conflicts": round(float(totals["conflicts"] / max(1.0, totals["touched"])), 6),
+        }
+    return measures
+
+
+def _group_of(name: str) -> str:
+    """Returns the layer that a parameter belongs to, or the part of the model that has none."""
+    if layer := layerwise.LAYER.match(name):
+        return layer[1] + layer[2]
+    return name.split("/")[0] if "/" in name else re.sub(r"\.(weight|bias)$", "", name)
+
+
+def flat(sums: Sums) -> dict[str, np.ndarray]:
+    """Returns sums of every parameter as an array of each kind, to be gathered."""
+    kinds = next(iter(sums.values()), {})
+    stacked = {kind: np.stack([each[kind] for each in sums.values()]) for kind in kinds}
+    return stacked | {"": np.array(list(sums), dtype=np.str_)}
+
+
+def nested(part: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
+    """Returns the sums that `flat` returned arrays of."""
+    names, kinds = part[""], [kind for kind in part if kind]
+    return {
+        str(name): {kind: part[kind][place] for kind in kinds} for place, name in enumerate(names)
     }

@@ -26,7 +26,7 @@ from m2l.checkpoints.digest import WIDE
 from m2l.checkpoints.opening import Checkpoint
 from m2l.checkpoints.spans import Span, TensorReader, cut, is_one
 from m2l.distributed import Processes
-from m2l.merging import diagnostics, kernel, randomness, thresholds
+from m2l.merging import kernel, randomness, thresholds
 from m2l.merging.inputs import refuse_nonfinite
 from m2l.merging.method_registry import Method
 from m2l.merging.methods import Consensus
@@ -320,7 +320,7 @@ class Analysis:
         self._size = sum(sizes.values())
         self._serial, self._stage = itertools.count(), stage
         self._counted: dict[str, dict[str, np.ndarray | np.floating]] = {n: {} for n in sizes}
-        self.sums: diagnostics.Sums = {}
+        self.sums: kernel.Sums = {}
         self.densities: list[float] | None = None
 
     def inputs(self, piece: Segment) -> dict[str, np.ndarray | np.floating]:
@@ -633,17 +633,17 @@ class Analysis:
 
     # Sums
 
-    def _sum_all(self, tag: str, program: Callable[..., dict[str, jax.Array]]) -> diagnostics.Sums:
+    def _sum_all(self, tag: str, program: Callable[..., dict[str, jax.Array]]) -> kernel.Sums:
         """Sums over every parameter, exact to float32's rounding."""
         cells = self._stream.spans(self._local, _WHOLE_CELL)
         return self._gathered(tag, self._sum(program, cells, _WHOLE_CELL))
 
-    def _gathered(self, tag: str, sums: diagnostics.Sums) -> diagnostics.Sums:
+    def _gathered(self, tag: str, sums: kernel.Sums) -> kernel.Sums:
         """Returns the sums of all processes."""
-        parts = self._gather(tag, diagnostics.flat(sums))
-        return {k: v for part in parts for k, v in diagnostics.nested(part).items()}
+        parts = self._gather(tag, kernel.flat(sums))
+        return {k: v for part in parts for k, v in kernel.nested(part).items()}
 
-    def sample(self, program: Callable[..., dict[str, jax.Array]]) -> diagnostics.Sums:
+    def sample(self, program: Callable[..., dict[str, jax.Array]]) -> kernel.Sums:
         """Sums over cells at even distances through each parameter that is not a small part."""
         share, cells = min(1.0, SAMPLED / self._size), []
         in_chunks = share < 1 and self._in_chunks(self._sizes)
@@ -661,8 +661,8 @@ class Analysis:
 
     def _sum(
         self, program: Callable[..., dict[str, jax.Array]], cells: Sequence[Span], cell: int
-    ) -> diagnostics.Sums:
-        totals: diagnostics.Sums = {}
+    ) -> kernel.Sums:
+        totals: kernel.Sums = {}
 
         def act(piece: Segment, arrays: list) -> dict[str, np.ndarray]:
             base, experts = (None, arrays) if self._base is None else (arrays[0], arrays[1:])
@@ -683,4 +683,4 @@ class Analysis:
 
     def diagnostics(self) -> dict[str, Json]:
         """Returns norms and cosines of the task vectors, realised densities, conflicts."""
-        return diagnostics.summary(self.sums, self._sizes, self.densities)
+        return kernel.summary(self.sums, self._sizes, self.densities)

@@ -308,7 +308,10 @@ def _sums(row: Row, inputs: Mapping[str, Array], program: Program) -> dict[str, 
         vectors = task_vectors(row.base.astype(jnp.float32), vectors)
     if method.sums is not None:
         named = kernel.named(method.sums, inputs)
-        summed = functools.partial(_by_name, method.sums, tuple(named))
+
+        def summed(vectors: Sequence[jax.Array], *values: jax.Array) -> jax.Array:
+            return method.sums(vectors, **dict(zip(named, values, strict=True)))
+
         return {"products": per_shard(summed, program.sharding, vectors, *named.values())}
     if method.coefficients is not None:
         return {"products": per_shard(_products, program.sharding, vectors)}
@@ -317,15 +320,6 @@ def _sums(row: Row, inputs: Mapping[str, Array], program: Program) -> dict[str, 
         "l1": per_shard(_norms, program.sharding, vectors),
         "l1_kept": per_shard(_norms, program.sharding, magnitudes),
     }
-
-
-def _by_name(
-    function: Callable[..., jax.Array],
-    names: Sequence[str],
-    vectors: Sequence[jax.Array],
-    *values: jax.Array,
-) -> jax.Array:
-    return function(vectors, **dict(zip(names, values, strict=True)))
 
 
 def _products(vectors: Sequence[jax.Array]) -> jax.Array:

@@ -254,7 +254,8 @@ def peak_flops(dtype: str) -> float | None:
 
 
 @functools.cache
-def _measured_flops(dtype: str, side: int = 1024, times: int = 5) -> float:
+def _measured_flops(dtype: str) -> float:
+    side, times = 1024, 5
     product = jax.jit(lambda x: jnp.matmul(x, x, preferred_element_type=jnp.float32))
     x = jax.device_put(np.ones((side, side), computed_in(dtype)), jax.local_devices()[0])
     product(x).block_until_ready()
