@@ -72,7 +72,8 @@ def test_the_newest_finished_checkpoint_of_a_run_is_meant(root):
         checkpoints.save(steps / str(step), {"w": np.full(3, step, np.int32)}, **ABOUT, step=step)
     assert checkpoints.read_manifest(root / "run").step == 10
     assert pytrees.find_item(steps) == steps / "10" / "params"
-    assert pytrees.open_pytree(pytrees.find_item(steps / "9")).arrays["w"].read().tolist() == [9] * 3
+    former = pytrees.open_pytree(pytrees.find_item(steps / "9"))
+    assert former.arrays["w"].read().tolist() == [9] * 3
     (steps / "10" / "_CHECKPOINT_METADATA").unlink()
     assert checkpoints.read_manifest(root / "run").step == 9
 
