@@ -105,13 +105,10 @@ def to_huggingface(source: PathLike, out: PathLike, *, dtype: str = "float32") -
         with Progress(f"convert {source.name}", size, "MB", scale=10**6) as progress:
             for name, tensor in tensors.items():
                 signals.check()
-                digest, position = hashlib.sha256(), 0
-                for block in blocks(_values(name, tensor, config), cast, f"{source}: {name}"):
-                    extents[name].write_from(block, position)
-                    digest.update(block.view(np.uint8))
-                    position += block.size
-                digests[name] = digest.hexdigest()
-                done += position * cast.itemsize
+                values = _values(name, tensor, config)
+                cast_blocks = blocks(values, cast, f"{source}: {name}")
+                digests[name] = extents[name].write_blocks(cast_blocks)
+                done += extents[name].size * cast.itemsize
                 progress.update(done)
         with source.open("rb") as stream:
             content = hashlib.file_digest(stream, "sha256").hexdigest()

@@ -9,6 +9,7 @@ import bisect
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import itertools
 import math
 import operator
@@ -413,6 +414,18 @@ class Extents:
                         if not count:
                             raise self._truncated(file)
                         buffer, offset = buffer[count:], offset + count
+
+    def write_blocks(self, blocks: Iterable[np.ndarray]) -> str:
+        """Writes all elements, in blocks that follow one another; returns their SHA-256, in hex.
+
+        What is written is not read again for it.
+        """
+        sha256, start = hashlib.sha256(), 0
+        for block in blocks:
+            self.write_from(block, start)
+            sha256.update(block.view(np.uint8))
+            start += block.size
+        return sha256.hexdigest()
 
     def write_from(self, block: np.ndarray, start: int = 0) -> None:
         """Writes `block`, 1-D, contiguous and of the dtype, as the elements from `start` on.

@@ -7,7 +7,6 @@ the method `emr` does, and of each a mask and a number that restore its L1 norm.
 """
 
 import dataclasses
-import hashlib
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -501,12 +500,7 @@ def _restore_directory(opened: Checkpoint, specs: Mapping[str, ArraySpec], out: 
         shards = safetensors.plan_shards(specs, SHARD_SIZE)
         digests = {}
         for name, extents in safetensors.create(temporary, specs, shards).items():
-            sha256, start = hashlib.sha256(), 0
-            for elements in _elements(opened, name):
-                extents.write_from(elements, start)
-                sha256.update(elements.view(np.uint8))
-                start += elements.size
-            digests[name] = sha256.hexdigest()
+            digests[name] = extents.write_blocks(_elements(opened, name))
         dtypes = {dtype.name for _, dtype in specs.values()}
         manifest = Manifest(
             model=opened.model,

@@ -6,7 +6,6 @@ share them; a merge that goes on takes those that are there.
 
 import contextlib
 import dataclasses
-import hashlib
 import itertools
 import json
 import math
@@ -348,16 +347,8 @@ class ShardedResult:
         self._tensors[task.name].extents.write_from(part, task.spans[0].start)
 
     def copy(self, task: Task, blocks: Iterable[np.ndarray]) -> str:
-        """Writes all of a tensor, in blocks that follow one another; returns its SHA-256, in hex.
-
-        What is written is not read again for it.
-        """
-        sha256, start = hashlib.sha256(), 0
-        for block in blocks:
-            self._tensors[task.name].extents.write_from(block, start)
-            sha256.update(block.view(np.uint8))
-            start += block.size
-        self._hashed[task.name] = sha256.hexdigest()
+        """Writes all of a tensor, in blocks that follow one another; returns its SHA-256."""
+        self._hashed[task.name] = self._tensors[task.name].extents.write_blocks(blocks)
         return self._hashed[task.name]
 
     def sha256(self, name: str, unit_is_there: bool) -> str:
