@@ -149,6 +149,7 @@ def learn_coefficients(
     steps: int = 500,
     learning_rate: float = 1e-3,
     initial: float = 0.3,
+    masks: Params | None = None,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> Learned:
     """Learns by how much each task vector counts: what makes a loss of the predictions least.
@@ -178,6 +179,8 @@ def learn_coefficients(
         steps: Steps of Adam, 500 in the paper.
         learning_rate: Of Adam.
         initial: What every coefficient is at first, in [0, 1].
+        masks: Nested dict of arrays like the base, by which task vectors are multiplied; None: by
+            1. See `learned_masks.learn_shared_mask`.
         on_step: Called after each step with how many there were, and the loss before it.
 
     Raises:
@@ -193,6 +196,35 @@ def learn_coefficients(
             f"AdaMerging: expected a learning_rate above 0 and an initial coefficient in [0, 1], "
             f"found {learning_rate} and {initial}"
         )
+    flat_base, flat_experts = flattened(base, experts)
+    flat_masks = None if masks is None else checkpoints.flatten(masks)
+    patterns, layers = coefficient_rows(list(flat_base), per_layer)
+    gradient = jax.jit(functools.partial(loss_gradient, loss, layers))
+    adam = optax.adam(learning_rate)
+    lambdas_LxE = jnp.full((len(patterns), len(experts)), initial, jnp.float32)
+    state, losses, batches = adam.init(lambdas_LxE), [], iter(batches)
+    for step in range(steps):
+        step_batches = next(batches, ())
+        parts = [
+            gradient(lambdas_LxE, flat_base, flat_experts, batch, flat_masks)
+            for batch in step_batches
+        ]
+        losses.append(mean_loss("AdaMerging", [value for value, _ in parts], step, steps))
+        slope = sum(slopes for _, slopes in parts) / len(parts)
+        updates, state = adam.update(slope, state)
+        lambdas_LxE = jnp.clip(optax.apply_updates(lambdas_LxE, updates), 0.0, 1.0)
+        on_step(step + 1, losses[-1])
+    return Learned(dict(zip(patterns, lambdas_LxE.tolist(), strict=True)), losses)
+
+
+def flattened(
+    base: Params, experts: Sequence[Params]
+) -> tuple[dict[str, jax.Array], list[dict[str, jax.Array]]]:
+    """Returns the arrays of a base and of experts by name.
+
+    Raises:
+        MergeError: An expert has other parameters than the base.
+    """
     flat_base = checkpoints.flatten(base)
     flat_experts = [checkpoints.flatten(expert) for expert in experts]
     shapes = {name: jnp.shape(leaf) for name, leaf in flat_base.items()}
@@ -204,30 +236,31 @@ def learn_coefficients(
                     f"expert {index}: {name} has shape {expert_shapes.get(name, 'none')} and not "
                     f"{shapes.get(name, 'none')}: these are not models of one kind"
                 )
-    by_name = layer_patterns(list(flat_base)) if per_layer else dict.fromkeys(shapes, EVERYTHING)
+    return jax.tree.map(jnp.asarray, (flat_base, flat_experts))
+
+
+def coefficient_rows(names: Sequence[str], per_layer: bool) -> tuple[list[str], tuple[int, ...]]:
+    """Returns the pattern of each row of coefficients, and of each parameter which row is its."""
+    by_name = layer_patterns(names) if per_layer else dict.fromkeys(names, EVERYTHING)
     patterns = list(dict.fromkeys(by_name.values()))
-    layers = tuple(patterns.index(pattern) for pattern in by_name.values())
-    gradient = jax.jit(functools.partial(loss_gradient, loss, layers))
-    flat_base, flat_experts = jax.tree.map(jnp.asarray, (flat_base, flat_experts))
-    adam = optax.adam(learning_rate)
-    lambdas_LxE = jnp.full((len(patterns), len(experts)), initial, jnp.float32)
-    state, losses, batches = adam.init(lambdas_LxE), [], iter(batches)
-    for step in range(steps):
-        step_batches = next(batches, ())
-        parts = [gradient(lambdas_LxE, flat_base, flat_experts, batch) for batch in step_batches]
-        if not parts:
-            raise MergeError(f"AdaMerging: there are batches for {step} of {steps} steps")
-        value, slope = jax.tree.map(lambda *values: sum(values) / len(values), *parts)
-        losses.append(float(value))
-        if not math.isfinite(losses[-1]):
-            raise MergeError(
-                f"AdaMerging, step {step + 1}: the loss is {losses[-1]}; lower the learning rate, "
-                "or look at the experts"
-            )
-        updates, state = adam.update(slope, state)
-        lambdas_LxE = jnp.clip(optax.apply_updates(lambdas_LxE, updates), 0.0, 1.0)
-        on_step(step + 1, losses[-1])
-    return Learned(dict(zip(patterns, lambdas_LxE.tolist(), strict=True)), losses)
+    return patterns, tuple(patterns.index(pattern) for pattern in by_name.values())
+
+
+def mean_loss(label: str, values: Sequence[jax.Array], step: int, steps: int) -> float:
+    """Returns the mean of the losses of a step's batches.
+
+    Raises:
+        MergeError: There are none, or it is not finite.
+    """
+    if not values:
+        raise MergeError(f"{label}: there are batches for {step} of {steps} steps")
+    value = float(sum(values) / len(values))
+    if not math.isfinite(value):
+        raise MergeError(
+            f"{label}, step {step + 1}: the loss is {value}; lower the learning rate, "
+            "or look at the experts"
+        )
+    return value
 
 
 def loss_gradient(
@@ -237,6 +270,7 @@ def loss_gradient(
     base: Mapping[str, jax.Array],
     experts: Sequence[Mapping[str, jax.Array]],
     batch: PyTree,
+    masks: Mapping[str, jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Computes the loss of a merge, and its gradient in the coefficients.
 
@@ -247,15 +281,12 @@ def loss_gradient(
         base: Arrays by name.
         experts: The same for each expert.
         batch: What `loss` takes.
+        masks: What multiplies the task vectors, float32 arrays by name; None: 1.
 
     Returns:
         A scalar and [L, E], float32.
     """
-    merged = {}
-    for layer, (name, theta) in zip(layers, base.items(), strict=True):
-        taus = _task_vectors(theta, [expert[name] for expert in experts])
-        terms = [lam * tau for lam, tau in zip(lambdas_LxE[layer], taus, strict=True)]
-        merged[name] = theta.astype(jnp.float32) + functools.reduce(jnp.add, terms)
+    merged = masked_merge(layers, lambdas_LxE, base, experts, masks)
     value, gradient = jax.value_and_grad(loss)(checkpoints.unflatten(merged), batch)
     gradient = checkpoints.flatten(gradient)
     # By the chain rule: d/dlambda_i = <d/dtheta, tau_i>. Were the merge differentiated, or the
@@ -265,10 +296,38 @@ def loss_gradient(
     for layer, (name, theta) in zip(layers, base.items(), strict=True):
         arrays = gradient[name], theta, [expert[name] for expert in experts]
         slope, theta, own = jax.lax.optimization_barrier(arrays)
+        slope = slope if masks is None else slope * masks[name]
         taus = _task_vectors(theta, own)
         sums = jnp.stack([jnp.sum(slope * tau) for tau in taus])
         slopes_LxE = slopes_LxE.at[layer].add(sums)
     return value, slopes_LxE
+
+
+def masked_merge(
+    layers: Sequence[int],
+    lambdas_LxE: jax.Array,
+    base: Mapping[str, jax.Array],
+    experts: Sequence[Mapping[str, jax.Array]],
+    masks: Mapping[str, jax.Array] | None = None,
+) -> dict[str, jax.Array]:
+    """Computes theta_base + m sum_i lambda_il tau_i, float32 arrays by name.
+
+    Args:
+        layers, lambdas_LxE, base, experts, masks: As for `loss_gradient`.
+    """
+    merged = {}
+    for layer, (name, theta) in zip(layers, base.items(), strict=True):
+        vector = weighted_sum(lambdas_LxE[layer], theta, [expert[name] for expert in experts])
+        vector = vector if masks is None else masks[name] * vector
+        merged[name] = theta.astype(jnp.float32) + vector
+    return merged
+
+
+def weighted_sum(lambdas_E: jax.Array, theta: jax.Array, experts: Sequence[jax.Array]) -> jax.Array:
+    """Computes sum_i lambda_i tau_i of one parameter, float32."""
+    taus = _task_vectors(theta, experts)
+    terms = [lam * tau for lam, tau in zip(lambdas_E, taus, strict=True)]
+    return functools.reduce(jnp.add, terms)
 
 
 def _task_vectors(theta: jax.Array, experts: Sequence[jax.Array]) -> list[jax.Array]:
