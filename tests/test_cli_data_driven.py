@@ -1,4 +1,4 @@
-"""`m2l statistics` and `m2l adamerging`, and everything they refuse."""
+"""`m2l statistics`, `m2l adamerging` and `m2l mask`, and everything they refuse."""
 
 import fnmatch
 import json
@@ -196,3 +196,92 @@ def test_what_cannot_be_learned_is_refused_in_one_line(road, gathered, refused, 
     assert not out.exists()
     shutil.copy(__file__, out)
     assert "exists" in refused(*given)
+
+
+def mask(road, out, kind, *further):
+    experts = EXPERTS if kind == "concrete" else EXPERTS[:1]
+    flags = [part for name in experts for part in ("--expert", road / name)]
+    rate = {"concrete": 0.3, "localize": 5.0}[kind]  # Of three steps.
+    return (
+        *("mask", kind, "--base", road / "base", *flags, "--mixture", "imdb_good_or_bad"),
+        *("--steps", 3, "--learning_rate", rate, "--max_examples", 4, "--batch_size", 4),
+        *("--input_length", 32, "--target_length", 8, "--out", out, *further),
+    )
+
+
+def test_a_localized_expert_has_its_own_entries_and_otherwise_the_bases(
+    road, run_m2l, capsys, tmp_path
+):
+    out = tmp_path / "localized"
+    command = mask(road, out, "localize", "--density", 0.2)
+    assert run_m2l(*command) == 0
+    said = capsys.readouterr().out
+    assert "--method localize_and_stitch --density 1 --base" in said and "cross-entropy" in said
+    manifest = checkpoints.verify(out)
+    parents = [checkpoints.read_manifest(road / name) for name in ("base", "sentiment")]
+    assert [parent["role"] for parent in manifest.parents] == ["base", "expert"]
+    assert [parent["digest"] for parent in manifest.parents] == [each.digest for each in parents]
+    assert manifest.model == parents[0].model and manifest.vocabulary == parents[0].vocabulary
+    assert manifest.made_by["settings"]["density"] == 0.2
+    assert len(manifest.made_by["losses"]) == 3
+    base, expert, localized = (read(path) for path in (road / "base", road / "sentiment", out))
+    changed = {name: leaf != base[name] for name, leaf in localized.items()}
+    for name, leaf in localized.items():
+        np.testing.assert_array_equal(leaf[changed[name]], expert[name][changed[name]])
+    size = sum(leaf.size for leaf in base.values())
+    assert sum(each.sum() for each in changed.values()) / size == manifest.made_by["share"] > 0
+    assert run_m2l(*command) == 0
+    assert "already there" in capsys.readouterr().err
+    assert run_m2l(*command, "--l1", 2) == 2
+    stitched = ("--method", "localize_and_stitch", "--density", 1, "--base", road / "base")
+    further = ("--expert", out, "--expert", road / "closed_book_qa", "--out", tmp_path / "merge")
+    assert run_m2l("merge", *stitched, *further) == 0
+
+
+def test_a_concrete_merge_is_made_by_one_mask_and_its_coefficients(road, run_m2l, capsys, tmp_path):
+    out = tmp_path / "new" / "concrete"
+    adapted = ("--coefficients", "per_layer", "--coefficient_steps", 2, "--coefficient_rate", 0.05)
+    command = mask(road, out, "concrete", *adapted)
+    assert run_m2l(*command) == 0
+    assert "entropy" in capsys.readouterr().out
+    manifest = checkpoints.verify(out)
+    assert [parent["role"] for parent in manifest.parents] == ["base", "expert", "expert"]
+    settings, made_by = manifest.made_by["settings"], manifest.made_by
+    assert settings["inner_learning_rate"] == 0.1 and settings["seed"] == 0
+    assert len(made_by["losses"]) == 5
+    base, merged, *experts = (
+        read(path) for path in (road / "base", out, *(road / name for name in EXPERTS))
+    )
+    ratios = []
+    for name, leaf in merged.items():
+        [row] = [r for p, r in made_by["scales"].items() if fnmatch.fnmatchcase(name, p)]
+        vector = sum(lam * (e[name] - base[name]) for lam, e in zip(row, experts, strict=True))
+        difference = leaf - base[name]
+        assert (difference[vector == 0] == 0).all()
+        large = np.abs(vector) > 1e-3
+        ratios.append(np.mean(difference[large] / vector[large]) if large.any() else 1.0)
+    # A mask's mean is 1; that of its largest changes need not be so exactly.
+    np.testing.assert_allclose(ratios, 1, atol=0.4)
+    assert run_m2l(*command) == 0
+    assert "already there" in capsys.readouterr().err
+
+
+def test_what_no_mask_can_be_learned_of_is_refused_in_one_line(road, gathered, refused, tmp_path):
+    out = tmp_path / "out"
+    localize, concrete = (mask(road, out, kind) for kind in ("localize", "concrete"))
+    inside = checkpoints.resolve(road / "base") / "out"
+    for command in (localize, concrete):
+        assert "'imdb" in refused(*command, "--mixture", "imdb_good_or_bed")
+        assert "statistics" in refused(*command, "--expert", gathered / "fisher")
+        assert "--steps" in refused(*command, "--steps", 0)
+        assert "vocabulary" in refused(*command, "--vocabulary", "bytes")
+        assert "is inside an input" in refused(*command, "--out", inside)
+        assert "exists" in refused(*command, "--out", gathered / "gram")
+        assert "--base is missing" in refused(*command[:2], *command[4:])
+        assert "learning_rate above 0" in refused(*command, "--learning_rate", 0)
+    assert "density" in refused(*localize, "--density", 20)
+    assert "together" in refused(*concrete, "--loss", "teacher")
+    assert "without effect" in refused(*concrete, "--coefficient_steps", 3)
+    assert "0 to 1" in refused(*concrete, "--coefficients", "per_layer", "--scale", 2)
+    assert "temperature above 0" in refused(*concrete, "--temperature", 0)
+    assert not out.exists()

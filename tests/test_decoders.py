@@ -165,7 +165,7 @@ def test_tokens_added_beyond_the_embedding_are_refused_before_anything_is_comput
 
 
 @pytest.mark.parametrize(
-    "command", ["eval", "generate", "sweep", "adamerging", "statistics", "train", "skills"]
+    "command", ["eval", "generate", "sweep", "adamerging", "mask", "statistics", "train", "skills"]
 )
 def test_every_command_refuses_a_checkpoint_whose_vocabulary_is_larger_than_its_embedding(
     decoders, run_m2l, tmp_path, capsys, monkeypatch, command
@@ -185,6 +185,7 @@ def test_every_command_refuses_a_checkpoint_whose_vocabulary_is_larger_than_its_
         "generate": (expert, "a text"),
         "sweep": (*models, "--method", "task_arithmetic", "--scale", "0,1", *where),
         "adamerging": (*models, *where),
+        "mask": ("localize", *models, *where),
         "statistics": ("--checkpoint", expert, "--kind", "fisher", *where),
         "train": ("--init", base, "--steps", 1, *where),
         "skills": ("--general", base, "--keep", "rotten_tomatoes", *where),

@@ -109,6 +109,7 @@ def test_every_function_that_takes_a_path_refuses_one_with_a_scheme(
         "statistics --checkpoint ADDRESS --kind fisher --out out --mixture imdb",
         "sweep --expert ADDRESS --out out",
         "adamerging --out ADDRESS",
+        "mask concrete --out ADDRESS",
         "skills --general ADDRESS --keep imdb --out out",
         "tasks cache imdb --out ADDRESS",
         "tasks list --source cache:ADDRESS",

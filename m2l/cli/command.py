@@ -20,6 +20,7 @@ from m2l.cli import (
     data,
     extract,
     local_ui,
+    mask,
     merge,
     models,
     moe,
@@ -42,6 +43,7 @@ SUMMARIES = {
         "sweep": "Merge by many recipes; find the best on validation data.",
         "search": "Search a space of recipes by one half of the examples.",
         "adamerging": "Learn how much each expert counts from examples.",
+        "mask": "Learn which entries of task vectors a merge needs.",
         "statistics": "Gather what Fisher merging and RegMean need.",
         "moe": "Make a mixture of experts of dense models.",
         "extract": "Make a low-rank adapter of a model and its base.",
@@ -153,8 +155,15 @@ _USER_ERRORS = {
 }
 
 for _command in (
-    *(merge.merge, sweep.sweep, search.search, adamerging.adamerging, statistics.statistics),
-    *(moe.moe, extract.extract, align.align, compress.compress, verify.verify),
+    *(merge.merge, sweep.sweep, search.search, adamerging.adamerging, mask.mask),
+    *(
+        statistics.statistics,
+        moe.moe,
+        extract.extract,
+        align.align,
+        compress.compress,
+        verify.verify,
+    ),
     *(models.train, rounds.rounds, models.evaluate, models.lm_eval),
     *(models.generate, skills.skills, data.tasks, checkpoints.inspect, checkpoints.convert),
     *(checkpoints.push, studies.demo, studies.study, studies.report, local_ui.ui),

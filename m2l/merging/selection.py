@@ -189,7 +189,8 @@ def localize_and_stitch(
 
     theta_base + lambda sum_i m_i tau_i / max(1, sum_i m_i), m_i = 1 for the density-th largest
     |tau_i| of the model, if above 0: He et al. 2024, arXiv:2408.13656, without data. They take 0.05
-    for language and 0.1 for vision, of layers alone (--exclude says what else stays the base's).
+    for language and 0.1 for vision, of layers alone (--exclude says what else stays the base's). Of
+    experts whose masks `m2l mask localize` learned, density is 1.
     """
     taus = trim(task_vectors(base, experts), thresholds)
     return base + scale * add(taus) / jnp.maximum(_count([tau != 0 for tau in taus]), 1)

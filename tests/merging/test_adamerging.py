@@ -150,6 +150,18 @@ def test_one_step_of_adam_moves_every_coefficient_by_the_learning_rate_downhill(
     np.testing.assert_allclose(found, 0.3 - 1e-3 * np.sign(slope[0]), rtol=1e-4)
 
 
+def test_each_layer_has_its_own_slope_whatever_the_order_of_the_parameters(base, experts):
+    learned = learn_coefficients(base, experts, entropy, [[TOKENS]], steps=1)
+    flat = checkpoints.flatten(base), [checkpoints.flatten(expert) for expert in experts]
+    patterns = list(dict.fromkeys(layer_patterns(list(SHAPES)).values()))
+    start = jnp.full((5, 2), 0.3)
+    _, slopes = loss_gradient(entropy, (0, 1, 1, 2, 3, 4), start, *flat, TOKENS)
+    for pattern, slope in zip(patterns, slopes, strict=True):
+        np.testing.assert_allclose(
+            learned.coefficients[pattern], 0.3 - 1e-3 * np.sign(slope), rtol=1e-4
+        )
+
+
 def test_a_coefficient_stays_between_0_and_1(base, experts):
     learned = learn_coefficients(
         base, experts, entropy, itertools.repeat([TOKENS]), steps=3, learning_rate=5.0
@@ -172,11 +184,12 @@ def test_layers_are_the_blocks_of_a_network(tiny_config):
 # Learns by the sum of all losses, on a mesh or on one device; prints what it learned.
 PROGRAM = """
 import json, sys
-import jax, numpy as np
+import jax, jax.numpy as jnp, numpy as np
 from m2l import models, partitioning
 from m2l.data import layouts
 from m2l.data.examples import RankingExample
 from m2l.evaluation import batching, ranking
+from m2l.merging.learned_masks import learn_shared_mask, localize
 from m2l.merging.search import learn_coefficients
 config = models.from_dict(json.loads(sys.argv[1]))
 rng = np.random.default_rng(0)
@@ -197,7 +210,17 @@ with jax.set_mesh(mesh):
     read = batch, np.arange(8, dtype=np.int32) % 2, predict(parents[1])
     learned = learn_coefficients(parents[0], parents[1:], loss, [[read]] * 3, steps=3,
                                  learning_rate=0.05)
-print(json.dumps([jax.device_count(), learned.losses, list(learned.coefficients.values())]))
+    def distance(params, batch):
+        pairs = zip(jax.tree.leaves(params), jax.tree.leaves(parents[2]), strict=True)
+        return sum(jnp.sum(jnp.square(x - y)) for x, y in pairs)
+    shared = learn_shared_mask(parents[0], parents[1:], distance, [[0]] * 2, steps=2, seed=3)
+    alone = localize(parents[0], parents[1], distance, [[0]] * 2, steps=2)
+def alike(tree):
+    same = jax.tree.map(lambda x, y: x.sharding.is_equivalent_to(y, x.ndim), tree, placed)
+    return jax.tree.all(same)
+alike = [alike(tree) for tree in (shared.logits, alone.logits, alone.params)]
+print(json.dumps([jax.device_count(), learned.losses, list(learned.coefficients.values()),
+                  shared.losses + alone.losses, all(alike), alone.share]))
 """
 
 
@@ -212,6 +235,9 @@ def test_a_mesh_of_eight_devices_learns_what_one_does(forge, tiny_config):
     # Sums over devices are taken in another order, and Adam's steps are of a slope's sign.
     np.testing.assert_allclose(eight[1], one[1], rtol=1e-5)
     np.testing.assert_allclose(eight[2], one[2], atol=1e-3)
+    # Masks, which are as large as the model, are sharded as it is; draws are the same.
+    assert one[4] == eight[4] is True and one[5] == eight[5]
+    np.testing.assert_allclose(eight[3], one[3], rtol=1e-4)
 
 
 def test_what_cannot_be_learned_is_refused(base, experts):
