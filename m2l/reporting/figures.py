@@ -541,7 +541,10 @@ def values(figure: Figure) -> dict[str, list[str]]:
             points = np.column_stack([np.asarray(xy, float) for xy in line.get_data()])
             points = points[np.isfinite(points).all(axis=1)]
             line.set_gid(f"value{len(texts)}")
-            texts[line.get_gid()] = [_value(axis.xaxis, label, x, y) for x, y in points]
+            # Where y has words for numbers, the values are along x.
+            worded = any(name[:1].isalpha() for name in _names(axis.yaxis))
+            along, order = (axis.yaxis, -1) if worded else (axis.xaxis, 1)
+            texts[line.get_gid()] = [_value(along, label, *point[::order]) for point in points]
         for container in axis.containers:
             for bar in container if isinstance(container, BarContainer) else ():
                 middle, length, along = bar.get_center()[0], bar.get_height(), axis.xaxis
@@ -554,13 +557,19 @@ def values(figure: Figure) -> dict[str, list[str]]:
     return texts
 
 
+def _names(axis: Axis) -> list[str]:
+    """Returns what the ticks of an axis are called, shown or not, if that is set."""
+    if not isinstance(axis.get_major_locator(), matplotlib.ticker.FixedLocator):
+        return []
+    names = axis.get_major_formatter().format_ticks(axis.get_ticklocs())
+    return [str(name) for name in names] if any(map(str, names)) else []
+
+
 def _value(axis: Axis, label: object, x: float, y: float) -> str:
     """Returns "TIES, 4: 0.42"; where the axis' ticks are names, with the nearest one's."""
-    names = [tick.get_text() for tick in axis.get_ticklabels()]
-    ticks = axis.get_ticklocs()
     place = f"{x:g}"
-    fixed = isinstance(axis.get_major_locator(), matplotlib.ticker.FixedLocator)
-    if fixed and len(names) == len(ticks) and any(names):
+    if names := _names(axis):
+        ticks = axis.get_ticklocs()
         place = names[int(np.argmin(np.abs(np.asarray(ticks) - x)))].replace("\n", " ")
     series = "" if str(label).startswith("_") else f"{label}, "
     return f"{series}{place}: {y:.3g}"

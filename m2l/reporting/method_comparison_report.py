@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from m2l import models
 from m2l.merging import METHODS
-from m2l.reporting import blocks, style
+from m2l.reporting import blocks, style, tables
 from m2l.reporting.blocks import Drawing, Folded, Report, Section, Table, Text
 from m2l.studies import method_scores, study_results
 from m2l.studies.method_comparison import DEFAULT, SEARCHED, MethodComparison
@@ -77,11 +77,9 @@ def table(material: ComparisonContents) -> pd.DataFrame:
     Returns:
         method; held-in and held-out by the defaults and after the search (that of the defaults,
         where a method was not searched), the latter with its interval as text; CPU s; read and
-        written, in MB; chosen (the settings).
+        written, in MB.
     """
     scores, rows = material.scores, []
-    chosen = material.searches[material.searches["chosen"]].drop_duplicates("method")
-    spelled = chosen.set_index("method")["settings"].to_dict()
     costs = material.costs.set_index("method")
     for method in material.compared("held_in")["method"]:
         row: dict[str, object] = {"method": style.method_name(method)}
@@ -94,8 +92,6 @@ def table(material: ComparisonContents) -> pd.DataFrame:
         row["CPU s"] = costs.loc[method, "cpu_seconds"]
         row["read, MB"] = costs.loc[method, "read"] / 1e6
         row["written, MB"] = costs.loc[method, "written"] / 1e6
-        if len(material.settings) > 1:
-            row["chosen"] = spelled.get(method, "defaults alone")
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -141,7 +137,7 @@ def _dots(axis: Axes, material: ComparisonContents, order: list[str], column: st
     for reference, line in ((MULTITASK, "--"), (BASE, ":")):
         value = scores.rows.loc[scores.rows["method"] == reference, column].iloc[0]
         axis.axvline(value, color=style.GREY, linewidth=0.9, linestyle=line, label=reference)
-    axis.hlines(places, *axis.get_xlim(), color="#f4f4f4", linewidth=0.6, zorder=0)
+    axis.grid(axis="y", color="#f4f4f4", linewidth=0.6)
     faces = ("white", style.BLUE) if len(material.settings) > 1 else (style.BLUE,)
     for place, (settings, face) in enumerate(zip(material.settings, faces, strict=True)):
         shift = 0.34 * place - 0.17 * (len(faces) - 1)
@@ -172,6 +168,7 @@ def cost_figure(material: ComparisonContents) -> Figure:
         axis = figure.subplots()
         axis.plot(costs["cpu_seconds"], values, "o", markersize=4, color=style.BLUE, label="_")
         axis.set_xscale("log")
+        axis.margins(x=0.3)
         for place, index in enumerate(np.argsort(values)):
             left = bool(place % 2)  # In turns, so that fewer names cover each other.
             axis.annotate(
@@ -200,7 +197,7 @@ def _noise(material: ComparisonContents, column: str, settings: str) -> str:
     if len(worse):
         text += f" ({', '.join(map(style.method_name, worse['method']))})"
     beyond = frame[frame["beyond_base"]]
-    text += f". {len(beyond)} are better than the base by more than noise"
+    text += f". {len(beyond)} {'is' if len(beyond) == 1 else 'are'} better than the base by as much"
     if 0 < len(beyond) < len(frame):
         text += f" ({', '.join(map(style.method_name, beyond['method']))})"
     return f"{text}."
@@ -221,13 +218,13 @@ def _gain(material: ComparisonContents) -> tuple[int, float, float, float]:
 
 def report(material: ComparisonContents) -> Report:
     """Returns the report of a comparison's data."""
-    tables = {
+    frames = {
         "methods": table(material),
         "apart": apart(material),
         "costs": material.costs,
     }
     if len(material.settings) > 1:
-        tables["searches"] = material.searches
+        frames["searches"] = material.searches
     drawn = {"methods": methods_figure(material), "cost": cost_figure(material)}
     drawings = {
         name: Drawing(name, _CAPTIONS[name], blocks.svg(figure, name, _CAPTIONS[name]))
@@ -267,7 +264,7 @@ def report(material: ComparisonContents) -> Report:
                 "Every method",
                 [
                     drawings["methods"],
-                    Table("Every method", blocks.cells(tables["methods"]), "methods"),
+                    Table("Every method", blocks.cells(frames["methods"]), "methods"),
                     Folded("What each does", [Table("Methods", blocks.cells(summaries))]),
                 ],
             ),
@@ -285,7 +282,7 @@ def report(material: ComparisonContents) -> Report:
                         "rank the methods otherwise, which no interval here shows.",
                         "note",
                     ),
-                    Folded("The distances", [Table("Distances", blocks.cells(tables["apart"], 3))]),
+                    Folded("The distances", [Table("Distances", blocks.cells(frames["apart"], 3))]),
                 ],
             ),
             Section(
@@ -306,9 +303,9 @@ def report(material: ComparisonContents) -> Report:
         ],
         settings={"max_examples": study.study.max_examples, **study.to_dict()},
         seconds=material.seconds,
-        tables=tables,
+        tables=frames,
         figures=drawn,
-        summary=("normalised performance, and the cost of a merge", tables["methods"]),
+        summary=("normalised performance, and the cost of a merge", frames["methods"]),
     )
 
 
@@ -320,9 +317,15 @@ def _searches(material: ComparisonContents) -> list[Section]:
         "TPE and the defaults were scored by mean normalised performance, held-in, on examples "
         "that nothing is evaluated on."
     )
+    chosen = material.searches[material.searches["chosen"]].drop_duplicates("method")
+    chosen = tables.named(chosen.drop(columns=["chosen", "number"]))
     candidates = Table("Every candidate", blocks.cells(material.searches, 3), "searches")
-    folded = Folded(f"{len(material.searches)} candidates", [candidates], aside=True)
-    return [Section("searches", "The searches", "Searches", [Text(text), folded])]
+    content = [
+        Text(text),
+        Folded("What was chosen", [Table("What was chosen", blocks.cells(chosen, 3))]),
+        Folded(f"{len(material.searches)} candidates", [candidates], aside=True),
+    ]
+    return [Section("searches", "The searches", "Searches", content)]
 
 
 def _lead(material: ComparisonContents) -> markupsafe.Markup:

@@ -260,7 +260,7 @@ def test_a_comparison_is_published_and_its_page_is_made_from_that(compared, run_
     page = (published / "report/index.html").read_text()
     for name in ("TIES", "Fisher", "TSV-M", "Average"):
         assert f">{name}</td>" in page
-    assert "defaults alone" in page
+    assert "What was chosen" in page
 
 
 @pytest.mark.parametrize(
