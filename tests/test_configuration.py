@@ -13,7 +13,8 @@ NEEDED = ["MIXTURE=imdb", "STEPS=7"]
 
 def test_every_shipped_experiment_can_be_read():
     experiments = [name for name in configuration.files() if name.startswith("experiments/")]
-    studies = [name for name in experiments if "Study.of" in text_of(name)]
+    markers = "Study.of", "runs/comparison.gin"
+    studies = [name for name in experiments if any(each in text_of(name) for each in markers)]
     assert "experiments/demo.gin" in studies and len(studies) < len(experiments)
     for name in experiments:
         large = name.endswith(("_t5.gin", "_llama.gin", "_llama2.gin"))
