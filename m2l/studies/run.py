@@ -411,6 +411,9 @@ def run_compare(stage: Stage, out: Path, inputs: Mapping[str, Path]) -> None:
     storage.write_atomic(out / RECIPES, text + "\n")
 
 
+_NO_LIMIT = 1 << 50
+
+
 def _write_and_measure(
     recipe: Recipe, inputs: Mapping[str, Path], out: Path, memory: str
 ) -> dict[str, Json]:
@@ -450,6 +453,7 @@ def _write_and_measure(
         recipe,
         out.with_name(".planned"),
         statistics=paths("statistic/"),
+        memory=_NO_LIMIT,  # It is planned for its bytes alone.
         diagnostics=False,
     ).plan
     return {
