@@ -13,13 +13,14 @@ import numpy as np
 import m2l
 from m2l import checkpoints
 from m2l.checkpoints import Checkpoint
+from m2l.checkpoints.spans import Span
 
 
 def read(checkpoint: Checkpoint, name: str) -> np.ndarray:
     """Returns one tensor of a checkpoint, flat, in float32."""
     tensor = checkpoint.parameters[name]
     values = np.empty(tensor.size, tensor.dtype)
-    tensor.read_into(0, tensor.size, values)
+    tensor.read_span(Span(name, 0, tensor.size), values)
     return values.astype(np.float32)
 
 
