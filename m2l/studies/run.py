@@ -531,7 +531,9 @@ def stage_cost(stage: Stage, graph: Graph) -> Cost:
         # Beside the candidates the defaults, and each expert on its own tasks.
         return Cost(per_example * count * (settings["candidates"] + 2) * examples, 0.0)
     count = _task_count(settings["categories"], settings, settings["prompts"])
-    merges = len(settings.get("recipes", {"": None})) + ("choice" in stage.inputs)
+    merges = len(settings.get("recipes", {"": None}))
+    # A comparison evaluates the chosen settings beside the defaults.
+    merges += stage.kind == "compare" and "choice" in stage.inputs
     disk = merges * _RESULT_BYTES * count
     if settings.get("keep"):
         disk += merges * 4.0 * models.parameters(config)
