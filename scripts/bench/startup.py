@@ -23,7 +23,12 @@ RUNS = 5
 ROOT = Path(__file__).parents[2]
 M2L = str(Path(sys.executable).parent / "m2l")
 TASK = "imdb_good_or_bad"
-MODEL = ["--gin_file", "experiments/pretrain_microworld.gin", "--gin.STEPS=10"]
+MODEL = [
+    "--gin_file",
+    "experiments/pretrain_microworld.gin",
+    "--gin.STEPS=10",
+    "--gin.WARMUP_STEPS=2",
+]
 
 
 def seconds(command: list[str]) -> float:
@@ -54,6 +59,8 @@ def commands(folder: Path) -> dict[str, float]:
     model, again, results = folder / "model", folder / "again", folder / "results"
     seconds([M2L, "train", *MODEL, "--out", str(model)])
     evaluate = [M2L, "eval", str(model), "--mixture", TASK, "--max_examples", "64", "--out"]
+    train = [M2L, "train", "--init", str(model), "--mixture", TASK, "--steps", "10"]
+    train += ["--batch_size", "32"]
     plain, computing = (
         median([sys.executable, "-c", code])
         for code in ("import click", "import jax; jax.devices()")
@@ -66,7 +73,7 @@ def commands(folder: Path) -> dict[str, float]:
         # The last of these is there.
         "eval again": median([*evaluate, str(results)]),
         "eval again limit": plain,
-        "train": median([M2L, "train", *MODEL, "--out", str(again)], again),
+        "train": median([*train, "--out", str(again)], again),
         "train limit": computing,
     }
 
