@@ -36,7 +36,7 @@ class MethodComparison:
             experts, its seeds and what it sweeps are not used.
         methods: The methods, with the values that are searched of each one's settings, as
             `m2l search` has them; a method without any is merged by its defaults alone.
-        defaults: By method, values for settings that have no default.
+        defaults: By method, also of others, values for settings that have no default.
         candidates: Recipes that are tried of each method, beside its defaults; 0: none.
         seed: Of the searches, and of the methods that draw at random.
         statistics_examples: Examples of an expert's training that its Fisher information and its
@@ -75,9 +75,10 @@ class MethodComparison:
                 )
         if not self.methods:
             raise ConfigError("MethodComparison.methods: expected one or more, found none")
-        for method in self.defaults:
-            if method not in self.methods:
-                raise UnknownNameError("MethodComparison.defaults: method", method, self.methods)
+        for name in ("methods", "defaults"):
+            for method in getattr(self, name):
+                if method not in METHODS:
+                    raise UnknownNameError(f"MethodComparison.{name}: method", method, METHODS)
         parse_bytes(self.memory)
         self._check_recipes()
         object.__setattr__(
@@ -96,8 +97,6 @@ class MethodComparison:
         experts = len(self.study.categories)
         for method, space in self.methods.items():
             try:
-                if method not in METHODS:
-                    raise UnknownNameError("merge method", str(method), METHODS)
                 statistics = experts if METHODS[method].statistic else 0
                 check_counts(True, experts, statistics, self.default(method))
                 if space:

@@ -272,7 +272,7 @@ def test_a_comparison_is_published_and_its_page_is_made_from_that(compared, run_
         ("MethodComparison.methods={'dare': {}}", "drop_rate"),
         ("MethodComparison.methods={'ties': {'densty': (0.1, 0.2)}}", "'densty'"),
         ("MethodComparison.methods={'ties': {'density': (0.1, 3.0)}}", "density"),
-        ("MethodComparison.defaults={'slerp': {}}", "'slerp'"),
+        ("MethodComparison.defaults={'slrp': {}}", "'slrp'"),
         ("MethodComparison.candidates=-1", "candidates"),
         ("MethodComparison.memory='much'", "much"),
         ("ScalingStudy.bases=['instruct', 'pretrained']", "one of its bases"),
