@@ -17,7 +17,6 @@ from m2l.studies.normalized_performance import MULTITASK, Units, draw_counts, in
 from m2l.studies.study_results import StudyResults
 
 BASE = "base"
-COLUMNS = ("held_in", "held_out")
 CONFIDENCE = 0.95
 
 
@@ -27,8 +26,7 @@ class MethodScores:
 
     Attributes:
         rows: A row for each model: method (also MULTITASK and BASE), settings (DEFAULT, SEARCHED
-            or ""), recipe, and held_in and held_out with their 95 % intervals, NAME_low and
-            NAME_high.
+            or ""), and held_in and held_out with their 95 % intervals, NAME_low and NAME_high.
         replicates: By column, float64 [1 + REPLICATES, rows]; the first is the measured value.
     """
 
@@ -40,14 +38,6 @@ class MethodScores:
         models = self.rows[self.rows["method"] == method]
         rows = models[models["settings"] == settings]
         return int((rows if len(rows) else models).index[0])
-
-    def difference(
-        self, column: str, one: tuple[str, str], other: tuple[str, str]
-    ) -> tuple[float, float, float]:
-        """Returns how much more the first of two (method, settings) has, with its interval."""
-        values = self.replicates[column]
-        differences = values[:, self.index(*one)] - values[:, self.index(*other)]
-        return (float(differences[0]), *interval(differences))
 
     def compared(self, column: str, settings: str) -> pd.DataFrame:
         """Compares the methods with the one that scores best, all by defaults or all searched.
@@ -102,7 +92,6 @@ def scores(results: StudyResults, seed: int = 0) -> MethodScores:
         if f"methods/{method}/{settings}" in results.recipes
     }
     rows = pd.DataFrame(list(models), columns=["method", "settings"])
-    rows["recipe"] = [results.recipes.get(model) for model in models.values()]
     references = {"held_in": (study.categories, experts), "held_out": (study.held_out, base)}
     rng, replicates = np.random.default_rng(seed), {}
     for column, (categories, reference) in references.items():
@@ -142,7 +131,10 @@ def searches(results: StudyResults) -> pd.DataFrame:
         method = stage.removeprefix("choices/")
         record = methods[method]
         for number, point in enumerate(record["points"]):
-            spelled = ", ".join(f"{name} {value:.4g}" for name, value in point["settings"].items())
+            spelled = ", ".join(
+                f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+                for name, value in point["settings"].items()
+            )
             row = {"method": method, "number": number, "settings": spelled}
             rows.append(
                 row | {"score": point["score"], "chosen": point["settings"] == record["chosen"]}

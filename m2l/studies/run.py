@@ -342,7 +342,8 @@ def run_search(stage: Stage, out: Path, inputs: Mapping[str, Path]) -> None:
 
     settings = stage.settings
     default = Recipe.from_dict(settings["default"])
-    space = SearchSpace({default.method: ast.literal_eval(settings["space"])})
+    seed = {"seed": default.seed} if merging.METHODS[default.method].draws else {}
+    space = SearchSpace({default.method: {**seed, **ast.literal_eval(settings["space"])}})
     experts, categories = _Experts(inputs), settings["choosing_categories"]
     evaluator = StudyEvaluator(settings, experts.model, choosing=True)
     points: dict[str, JsonObject] = {}
@@ -352,7 +353,8 @@ def run_search(stage: Stage, out: Path, inputs: Mapping[str, Path]) -> None:
         if key not in points:
             results = evaluator.results(experts.merge(recipe, categories)[0], categories)
             values = recipe.to_dict()
-            searched = {name: values[name] for name in space.methods[recipe.method]}
+            names = space.methods[recipe.method]
+            searched = {name: values[name] for name in names if name in values}
             points[key] = {"settings": searched, "score": normalized(results, references)}
         return points[key]["score"]
 
@@ -361,7 +363,7 @@ def run_search(stage: Stage, out: Path, inputs: Mapping[str, Path]) -> None:
             recipe = space.recipe(draw)
         except MergeError:  # Values that do not go together.
             return None
-        return score(dataclasses.replace(recipe, seed=default.seed))
+        return score(recipe)
 
     with jax.set_mesh(experts.mesh):
         references = {

@@ -185,7 +185,7 @@ def compared(undisturbed, run_m2l, tmp_path_factory):
     given = {name: str(undisturbed / name) for name in names}
     spaces = {
         "average": {},
-        "ties": {"density": (0.1, 1.0), "scale": [0.5, 1.0, 2.0]},
+        "ties": {"density": (0.1, 1.0), "scale": [0.5, 1.0, 2.0], "consensus": ["mean", "sum"]},
         "fisher": {"floor": (1e-8, 1e-4, "log")},
         "tsv_m": {},
     }
@@ -208,7 +208,8 @@ def compared(undisturbed, run_m2l, tmp_path_factory):
 
 def test_a_comparison_chooses_the_best_of_the_defaults_and_of_what_was_searched(compared):
     assert not (compared / "choices/tsv_m").exists() and not (compared / "choices/average").exists()
-    for method, default in (("ties", {"density": 0.2, "scale": 1.0}), ("fisher", {"floor": 1e-6})):
+    ties = {"density": 0.2, "scale": 1.0, "consensus": "mean"}
+    for method, default in (("ties", ties), ("fisher", {"floor": 1e-6})):
         choice = json.loads((compared / f"choices/{method}/{method}.json").read_text())
         points = choice["points"]
         # The default, and three more, of which one may be the default again.
