@@ -3,8 +3,10 @@
 Callers enter a mesh with `jax.set_mesh`; under the older `with mesh:` constraints are dropped.
 """
 
+import contextlib
+import contextvars
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -35,6 +37,25 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = MappingProxyType(
 _MIB = 2**20
 
 
+_devices: contextvars.ContextVar[Sequence[jax.Device]] = contextvars.ContextVar("devices")
+
+
+def current_devices() -> Sequence[jax.Device]:
+    """Returns the devices that a mesh is of: all, or those of `restricted_to`."""
+    return _devices.get(None) or jax.devices()
+
+
+@contextlib.contextmanager
+def restricted_to(devices: Sequence[jax.Device]) -> Iterator[None]:
+    """Lets the body, in this thread, work on these devices alone."""
+    token = _devices.set(devices)
+    try:
+        with jax.default_device(devices[0]):
+            yield
+    finally:
+        _devices.reset(token)
+
+
 class ShardedParameter(NamedTuple):
     """One parameter in the table of a mesh."""
 
@@ -51,18 +72,19 @@ def make_mesh(
     model: int = 1,
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-    """Returns a mesh over all devices, or some, with the axes data, fsdp and model.
+    """Returns a mesh with the axes data, fsdp and model.
 
     Batches are split over data and fsdp, parameters over fsdp and model. Model-parallel
     neighbours are next to each other, so they share the fastest links.
 
     Args:
         data: None takes all devices that fsdp and model leave.
+        devices: None takes `current_devices()`.
 
     Raises:
         ConfigError: the three sizes do not multiply to the number of devices.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = current_devices() if devices is None else devices
     sizes = [size for size in (data, fsdp, model) if size is not None]
     positive = all(type(size) is int and size > 0 for size in sizes)
     if positive and data is None:
@@ -90,7 +112,7 @@ def widest_mesh(spec: Params, *, model: int = 1) -> Mesh:
         for size, axis in zip(param.shape, param.axes, strict=True)
         if RULES.get(axis) == "fsdp"
     ]
-    return make_mesh(fsdp=math.gcd(jax.device_count() // model, *sizes), model=model)
+    return make_mesh(fsdp=math.gcd(len(current_devices()) // model, *sizes), model=model)
 
 
 def shardings(

@@ -5,6 +5,7 @@ By hand: importing rich.progress takes 0.4 s, next to JAX, and it writes no line
 
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from types import TracebackType
@@ -57,7 +58,9 @@ class Progress:
         # How much, and when, the rate is counted from.
         self._counted: tuple[int, float] | None = None
         self._figures: dict[str, str] = {}
-        self._terminal = sys.stderr.isatty()
+        # Of several threads only the main one draws.
+        in_main = threading.current_thread() is threading.main_thread()
+        self._terminal = in_main and sys.stderr.isatty()
         self._pause = _REDRAWN if self._terminal else _FIRST_LINE
         self._start = self._shown = time.monotonic()
 

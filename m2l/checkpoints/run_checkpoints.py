@@ -43,6 +43,10 @@ CHUNK_BYTES = 16 << 20
 """The most bytes of a chunk that Orbax writes: a merge reads one in a few milliseconds."""
 
 
+# Orbax tells the saves of a process apart by one number that the next save changes.
+_ONE_SAVE = threading.Lock()
+
+
 class RunCheckpoints:
     """The checkpoints of a run, by step. A context manager: leaving it waits for the last save.
 
@@ -97,6 +101,9 @@ class RunCheckpoints:
     ) -> AnyPath:
         """Begins to save a step; returns its directory when the arrays may be changed or donated.
 
+        In another thread than the main one, where other runs of the process may save at the same
+        time, it returns when the step is saved.
+
         Args:
             step: The step; a checkpoint of it that exists already is left as it is.
             params: The parameters, sharded in any way.
@@ -105,7 +112,7 @@ class RunCheckpoints:
             **fields: What is recorded, see `ManifestFields`.
 
         Raises:
-            CheckpointError: The save before it failed.
+            CheckpointError: The save before it failed, or, where it is waited for, this one.
         """
         self.wait()
         self._best = best
@@ -113,7 +120,12 @@ class RunCheckpoints:
         if step in finished:
             return finished[step]
         if isinstance(self.directory, Path) or self.directory.scheme == "gs":
-            self._save_by_orbax(step, params, opt_state, fields)
+            if threading.current_thread() is threading.main_thread():
+                self._save_by_orbax(step, params, opt_state, fields)
+            else:
+                with _ONE_SAVE:
+                    self._save_by_orbax(step, params, opt_state, fields)
+                    self.wait()
         else:
             self._save_directly(step, params, opt_state, fields)
         return self.directory / str(step)

@@ -6,7 +6,7 @@ candidates as every other's, on examples that nothing is evaluated on.
 
 import ast
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from m2l.errors import ConfigError, M2LError, UnknownNameError
 from m2l.merging import METHODS, Recipe
@@ -36,6 +36,7 @@ class MethodComparison:
             experts, its seeds and what it sweeps are not used.
         methods: The methods, with the values that are searched of each one's settings, as
             `m2l search` has them; a method without any is merged by its defaults alone.
+        left_out: Methods that are not compared, though `methods` has them.
         defaults: By method, also of others, values for settings that have no default.
         candidates: Recipes that are tried of each method, beside its defaults; 0: none.
         seed: Of the searches, and of the methods that draw at random.
@@ -46,6 +47,7 @@ class MethodComparison:
 
     study: ScalingStudy
     methods: Mapping[str, Mapping[str, object]]
+    left_out: Sequence[str] = ()
     defaults: Mapping[str, Mapping[str, Json]] = dataclasses.field(default_factory=dict)
     candidates: int = dataclasses.field(default=16, metadata=NOT_NEGATIVE)
     seed: int = dataclasses.field(default=0, metadata=NOT_NEGATIVE)
@@ -73,9 +75,11 @@ class MethodComparison:
                     f"MethodComparison.{name}: expected {{METHOD: {{SETTING: VALUES}}}}, found "
                     f"{value!r:.80}"
                 )
+        compared = {name: v for name, v in self.methods.items() if name not in self.left_out}
+        object.__setattr__(self, "methods", compared)
         if not self.methods:
             raise ConfigError("MethodComparison.methods: expected one or more, found none")
-        for name in ("methods", "defaults"):
+        for name in ("methods", "left_out", "defaults"):
             for method in getattr(self, name):
                 if method not in METHODS:
                     raise UnknownNameError(f"MethodComparison.{name}: method", method, METHODS)

@@ -1,19 +1,20 @@
 """Merging while training: experts that are merged every so many steps, and go on from the merge.
 
 ColD Fusion (Don-Yehiya et al. 2022, arXiv:2212.01378) and DiLoCo (Douillard et al. 2023,
-arXiv:2311.08105). Each round is stages of a graph, whose only communication is the folder: who runs
-a stage does not change its bits.
+arXiv:2311.08105). Each round is stages of a graph, whose only communication is the folder: which
+process, or which part of its devices, runs a stage does not change its bits.
 """
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
-from m2l import checkpoints, files, merging, models, partitioning, storage, tasks
+from m2l import checkpoints, files, merging, models, partitioning, signals, storage, tasks
 from m2l.checkpoints import Manifest
 from m2l.errors import ConfigError, M2LError
 from m2l.merging import Recipe
@@ -21,7 +22,7 @@ from m2l.merging.inputs import check_counts
 from m2l.models.fields import FRACTION, POSITIVE, check_fields
 from m2l.storage import AnyPath
 from m2l.studies import given_checkpoints, graph, own_tasks
-from m2l.studies.graph import Graph, Runner, Stage
+from m2l.studies.graph import Graph, Outcome, Runner, Stage
 from m2l.studies.own_tasks import OwnTasks
 from m2l.studies.run import run_train
 from m2l.training import feed
@@ -54,6 +55,8 @@ class Rounds:
         learning_rate: The outer step's.
         momentum: The outer step's.
         reset_optimizer: Whether the experts' optimizers begin anew with each round.
+        submeshes: Into how many equal parts a process divides its devices; each trains an expert at
+            the same time as the others.
         keep: Of how many of the newest rounds the experts' checkpoints stay; of older ones the
             model and the records do.
         own_tasks: Tasks of your own JSON lines, see `own_tasks.read`.
@@ -71,6 +74,7 @@ class Rounds:
     learning_rate: float = dataclasses.field(default=1.0, metadata=POSITIVE)
     momentum: float = dataclasses.field(default=0.0, metadata=FRACTION)
     reset_optimizer: bool = False
+    submeshes: int = 1
     keep: int = 2
     own_tasks: OwnTasks = dataclasses.field(default_factory=dict)
     source: str = "microworld"
@@ -138,6 +142,8 @@ class RoundsResult:
 def run(rounds: Rounds, init: AnyPath, out: AnyPath) -> RoundsResult:
     """Trains and merges round after round, or goes on; several processes may do so at once.
 
+    Threads of this process do, on a part of its devices each, if `submeshes` says so.
+
     Args:
         rounds: The settings.
         init: The checkpoint, or training run, that the first round starts from.
@@ -146,13 +152,13 @@ def run(rounds: Rounds, init: AnyPath, out: AnyPath) -> RoundsResult:
             end, has the last model and all losses.
 
     Raises:
-        ConfigError: `out` is of other settings.
+        ConfigError: `out` is of other settings, or the devices cannot be divided.
         CheckpointError: `init` cannot be used.
         UnknownNameError: There is no such mixture.
         M2LError: A stage failed.
         Stopped: After SIGINT or SIGTERM, when what was in progress is saved.
     """
-    init = checkpoints.resolve(storage.path(init).absolute())
+    init, parts = checkpoints.resolve(storage.path(init).absolute()), _divided(rounds.submeshes)
     manifest = checkpoints.read_manifest(init)
     data = {name: _data(rounds, manifest, name) for name in rounds.experts}
     for name, settings in data.items():
@@ -177,7 +183,7 @@ def run(rounds: Rounds, init: AnyPath, out: AnyPath) -> RoundsResult:
             break
         by_round.append(_stages(rounds, number, names, model, runs, data, manifest))
         stages += by_round[-1]
-        _execute(stages, out, checked)
+        _execute(stages, out, checked, parts)
         model, folder = _folder(number) + "/merge", out / _folder(number) / "validation"
         for name in rounds.experts if rounds.train.validation else ():
             loss = files.read_record(folder / name / _VALIDATION)["loss"]
@@ -238,9 +244,38 @@ def _stages(
     return stages
 
 
-def _execute(stages: Iterable[Stage], out: Path, checked: set[str]) -> None:
-    plan = Graph(stages)
-    outcome = graph.execute(plan, out, RUNNERS, checked=checked)
+def _divided(count: int) -> list[Sequence[jax.Device]]:
+    """Returns this process's devices in so many equal parts of neighbours."""
+    devices = jax.local_devices()
+    if len(devices) % count:
+        raise ConfigError(
+            f"Rounds.submeshes: expected a divisor of the number of devices, {len(devices)}, found "
+            f"{count}"
+        )
+    size = len(devices) // count
+    return [devices[start : start + size] for start in range(0, len(devices), size)]
+
+
+def _execute(
+    stages: Iterable[Stage],
+    out: Path,
+    checked: set[str],
+    parts: Sequence[Sequence[jax.Device]],
+) -> None:
+    """Executes the stages in a thread for each part of the devices."""
+    plan, outcome = Graph(stages), Outcome()
+
+    def work(devices: Sequence[jax.Device]) -> None:
+        with partitioning.restricted_to(devices):
+            graph.execute(plan, out, RUNNERS, checked=checked, outcome=outcome)
+
+    if len(parts) == 1:
+        work(parts[0])
+    else:
+        with signals.deferred(), ThreadPoolExecutor(len(parts)) as pool:
+            running = [pool.submit(work, part) for part in parts]
+        for thread in running:
+            thread.result()
     for name, message in outcome.failed.items():
         raise (RuntimeError if outcome.bugs else M2LError)(f"{name}: {message}")
     checked.update(stage.name for stage in plan)

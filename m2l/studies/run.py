@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -25,7 +25,7 @@ from m2l.evaluation.task_data import TaskData, load_tasks
 from m2l.merging import Recipe
 from m2l.merging.search_space import Draw, SearchSpace
 from m2l.studies import given_checkpoints, own_tasks
-from m2l.studies.graph import Graph, Runner, Stage
+from m2l.studies.graph import Graph, Runner, Stage, return_memory
 from m2l.studies.method_comparison import DEFAULT, SEARCHED
 from m2l.training import resources, statistics
 from m2l.training.loop import RunPart, train
@@ -230,6 +230,8 @@ class _Experts:
             recipe,
             [self._statistics[category] for category in categories if self._statistics],
         )
+        jax.block_until_ready(params)
+        return_memory()
         digests = [self._digests[c] for c in categories]
         return params, recipe.identity(base and self._digests[base], digests)
 
@@ -338,8 +340,15 @@ def run_search(stage: Stage, out: Path, inputs: Mapping[str, Path]) -> None:
 
     Scores are those of `run_choose`, of one set of constituents. The defaults are tried first.
     """
-    from m2l.studies import search_storage  # Optuna is an extra.
+    # Optuna is an extra, and keeps the frames, with all variables, of whoever imports it first.
+    from m2l.studies import search_storage
 
+    _search(stage, out, inputs, search_storage.maximize)
+
+
+def _search(
+    stage: Stage, out: Path, inputs: Mapping[str, Path], maximize: Callable[..., None]
+) -> None:
     settings = stage.settings
     default = Recipe.from_dict(settings["default"])
     seed = {"seed": default.seed} if merging.METHODS[default.method].draws else {}
@@ -374,7 +383,7 @@ def run_search(stage: Stage, out: Path, inputs: Mapping[str, Path]) -> None:
         score(default)
         candidates = settings["candidates"]
         first = space.spread(min(candidates, max(4, candidates // 2)))
-        search_storage.maximize(draw_and_score, first, candidates, settings["seed"])
+        maximize(draw_and_score, first, candidates, settings["seed"])
     best = max(points.values(), key=lambda point: point["score"])
     out.mkdir(parents=True, exist_ok=True)
     record = {"points": list(points.values()), "chosen": best["settings"], "sets": [categories]}

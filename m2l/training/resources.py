@@ -164,7 +164,7 @@ def check_memory(config: models.Config, settings: TrainSettings, mesh: Mesh) -> 
             has.
     """
     need = memory_need(config, settings, mesh)
-    limit = device_bytes(jax.local_devices()[0])
+    limit = device_bytes(mesh.local_devices[0])
     if limit and need.least > limit:
         raise ConfigError(
             f"a mesh of {dict(mesh.shape)} needs at least {need.least / _GIB:.1f} GiB on each "
@@ -238,18 +238,18 @@ def _multiply_adds(config: models.Config, inputs: int, targets: int) -> float:
 
 
 def peak_flops(dtype: str) -> float | None:
-    """Returns operations a second of all devices together; None for unknown devices.
+    """Returns operations a second of the current devices together; None for unknown ones.
 
     Of an accelerator bfloat16's, from `PEAKS`, whatever `dtype` is: MFU is defined by it. Of CPUs
     what a matrix product of this dtype reaches here, measured once.
     """
-    device = jax.devices()[0]
-    if device.platform == "cpu":
+    devices = partitioning.current_devices()
+    if devices[0].platform == "cpu":
         # Simulated devices share the cores of their process.
         return _measured_flops(dtype) * jax.process_count()
     for kind, operations in PEAKS.items():
-        if kind.lower() in device.device_kind.lower():
-            return operations * jax.device_count()
+        if kind.lower() in devices[0].device_kind.lower():
+            return operations * len(devices)
     return None
 
 

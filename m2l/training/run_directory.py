@@ -280,9 +280,10 @@ def write_tables(out: AnyPath, spec: Params, mesh: Mesh, need: MemoryNeed) -> No
     count = sum(int(np.prod(row.shape)) for row in rows)
     lines.append(f"\n{count:,} parameters; GiB a device: {need.describe()}\n")
     storage.write_atomic(out / "model.txt", "\n".join(lines))
+    devices = partitioning.current_devices()
     environment = {
         "versions": versions(),
-        "devices": {"kind": jax.devices()[0].device_kind, "count": jax.device_count()},
+        "devices": {"kind": devices[0].device_kind, "count": len(devices)},
         "processes": jax.process_count(),
         "mesh": dict(mesh.shape),
     }

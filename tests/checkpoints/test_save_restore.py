@@ -2,6 +2,7 @@
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -183,6 +184,22 @@ def test_values_are_saved_and_digested_although_the_next_step_overwrites_them(ro
         checkpoints.verify(path)
         assert_equal(checkpoints.restore(path), jax.tree.map(np.asarray, values))
         assert_equal(checkpoints.restore_opt_state(path, {"m": values}), {"m": values})
+
+
+def test_threads_may_save_their_runs_at_the_same_time(tmp_path):
+    together = threading.Barrier(4)
+
+    def save(number):
+        weights, state = {"w": jnp.full(8, number)}, {"m": jnp.full(3, number)}
+        with RunCheckpoints(tmp_path / str(number), keep=3) as saves:
+            together.wait(60)
+            return [saves.save(step, weights, state, **ABOUT) for step in (1, 2, 3)]
+
+    with ThreadPoolExecutor(4) as pool:
+        for number, paths in enumerate(pool.map(save, range(4))):
+            for path in paths:
+                checkpoints.verify(path)
+                np.testing.assert_array_equal(checkpoints.restore(path)["w"], np.full(8, number))
 
 
 @pytest.mark.parametrize("fails", [False, True])

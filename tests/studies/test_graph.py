@@ -1,13 +1,15 @@
 import json
 import os
 import shutil
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from m2l.errors import ConfigError, UnknownNameError
 from m2l.studies import cluster, graph
-from m2l.studies.graph import Graph, Stage
+from m2l.studies.graph import Graph, Outcome, Stage
 
 
 def plan(steps=3, scale=0.5):
@@ -121,6 +123,21 @@ def test_a_stage_that_fails_is_named_and_the_others_go_on(tmp_path, capfd, error
     assert "expert failed" in capfd.readouterr().err
     assert "too small" in (tmp_path / "stages" / "expert.error").read_text()
     assert run(plan(), tmp_path) == ["expert", "merged"]
+
+
+def test_threads_share_the_stages_and_none_repeats_what_failed_in_another(tmp_path):
+    failing, outcome, together = Failing(ConfigError("too small")), Outcome(), threading.Barrier(2)
+
+    def run_both(stage, out, inputs):
+        if stage.name in ("expert", "other"):
+            together.wait(60)  # Each thread has one of the two.
+        failing(stage, out, inputs)
+
+    with ThreadPoolExecutor(2) as pool:
+        runners = {"train": run_both, "merge": run_both}
+        list(pool.map(lambda _: graph.execute(plan(), tmp_path, runners, outcome=outcome), "ab"))
+    assert sorted(failing.ran) == sorted(outcome.ran) == ["base", "other"]
+    assert list(outcome.failed) == ["expert"] and set(outcome.blocked) == {"merged"}
 
 
 def test_processes_that_share_a_folder_share_the_stages(tmp_path):

@@ -129,12 +129,12 @@ import jax
 from m2l.studies import rounds
 
 settings, init = pickle.loads(Path(sys.argv[1]).read_bytes())
-assert jax.device_count() == 8
+assert jax.device_count() == 8 * settings.submeshes
 rounds.run(settings, init, Path(sys.argv[2]))
 """
 
 
-def test_one_host_that_was_killed_and_two_make_the_same_bits(forge, init, tmp_path):
+def test_one_host_that_was_killed_two_and_two_submeshes_make_the_same_bits(forge, init, tmp_path):
     arguments = tmp_path / "arguments"
     train = dataclasses.replace(DILOCO.train, steps=2)
     settings = dataclasses.replace(DILOCO, train=train, every=1, keep=1)
@@ -146,13 +146,16 @@ def test_one_host_that_was_killed_and_two_make_the_same_bits(forge, init, tmp_pa
     assert not (tmp_path / "one/rounds/0002/merge/merged").exists()
     jobs = [tmp_path / name for name in ("one", "two", "two")]
     forge(*((PROGRAM, arguments, job) for job in jobs), devices=8)
+    arguments.write_bytes(pickle.dumps((dataclasses.replace(settings, submeshes=2), init)))
+    jobs[2] = tmp_path / "submeshes"
+    forge((PROGRAM, arguments, jobs[2]), devices=16)
     for path in ("0001/merge/model", "0002/experts/one", "0002/experts/two", "0002/merge/model"):
-        assert digest(jobs[0] / "rounds" / path) == digest(jobs[1] / "rounds" / path)
+        assert len({digest(job / "rounds" / path) for job in jobs}) == 1
     losses = [
         [file.read_bytes() for file in sorted(job.glob("rounds/*/validation/*/validation.json"))]
         for job in jobs
     ]
-    assert losses[0] == losses[1]
+    assert losses[0] == losses[1] == losses[2]
     assert len(losses[0]) == 4
 
 
@@ -233,4 +236,7 @@ def test_unknown_names_are_refused_and_nothing_is_written(init, tmp_path, run_m2
     assert "'avrage'" in capfd.readouterr().err
     with pytest.raises(M2LError, match="there is no such checkpoint"):
         rounds.run(AVERAGE, tmp_path / "nowhere", tmp_path / "job")
+    divided = dataclasses.replace(AVERAGE, submeshes=jax.local_device_count() + 1)
+    with pytest.raises(ConfigError, match="submeshes: expected a divisor of the number of devices"):
+        rounds.run(divided, init, tmp_path / "job")
     assert not (tmp_path / "job").exists()
