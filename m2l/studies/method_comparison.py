@@ -6,7 +6,7 @@ candidates as every other's, on examples that nothing is evaluated on.
 
 import ast
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 from m2l.errors import ConfigError, M2LError, UnknownNameError
 from m2l.merging import METHODS, Recipe
@@ -37,6 +37,7 @@ class MethodComparison:
         methods: The methods, with the values that are searched of each one's settings, as
             `m2l search` has them; a method without any is merged by its defaults alone.
         left_out: Methods that are not compared, though `methods` has them.
+        unsearched: Methods that are merged by their defaults alone, though `methods` has values.
         defaults: By method, also of others, values for settings that have no default.
         candidates: Recipes that are tried of each method, beside its defaults; 0: none.
         seed: Of the searches, and of the methods that draw at random.
@@ -47,7 +48,8 @@ class MethodComparison:
 
     study: ScalingStudy
     methods: Mapping[str, Mapping[str, object]]
-    left_out: Sequence[str] = ()
+    left_out: tuple[str, ...] = ()
+    unsearched: tuple[str, ...] = ()
     defaults: Mapping[str, Mapping[str, Json]] = dataclasses.field(default_factory=dict)
     candidates: int = dataclasses.field(default=16, metadata=NOT_NEGATIVE)
     seed: int = dataclasses.field(default=0, metadata=NOT_NEGATIVE)
@@ -75,11 +77,15 @@ class MethodComparison:
                     f"MethodComparison.{name}: expected {{METHOD: {{SETTING: VALUES}}}}, found "
                     f"{value!r:.80}"
                 )
-        compared = {name: v for name, v in self.methods.items() if name not in self.left_out}
+        compared = {
+            name: {} if name in self.unsearched else values
+            for name, values in self.methods.items()
+            if name not in self.left_out
+        }
         object.__setattr__(self, "methods", compared)
         if not self.methods:
             raise ConfigError("MethodComparison.methods: expected one or more, found none")
-        for name in ("methods", "left_out", "defaults"):
+        for name in ("methods", "left_out", "unsearched", "defaults"):
             for method in getattr(self, name):
                 if method not in METHODS:
                     raise UnknownNameError(f"MethodComparison.{name}: method", method, METHODS)

@@ -187,13 +187,16 @@ def compared(undisturbed, run_m2l, tmp_path_factory):
         "average": {},
         "ties": {"density": (0.1, 1.0), "scale": [0.5, 1.0, 2.0], "consensus": ["mean", "sum"]},
         "fisher": {"floor": (1e-8, 1e-4, "log")},
-        "tsv_m": {},
+        "tsv_m": {"scale": (0.5, 2.0)},
+        "sce": {"density": (0.1, 1.0)},
     }
     bindings = [
         *SMALL,
         f"ScalingStudy.given={given}",
         "ScalingStudy.bases=['instruct']",
         f"MethodComparison.methods={spaces}",
+        "MethodComparison.left_out=['sce']",
+        "MethodComparison.unsearched=['tsv_m']",
         "MethodComparison.defaults={}",
         "MethodComparison.statistics_examples=4",
         "MethodComparison.memory='2GiB'",
@@ -207,7 +210,8 @@ def compared(undisturbed, run_m2l, tmp_path_factory):
 
 
 def test_a_comparison_chooses_the_best_of_the_defaults_and_of_what_was_searched(compared):
-    assert not (compared / "choices/tsv_m").exists() and not (compared / "choices/average").exists()
+    assert {path.name for path in (compared / "choices").iterdir()} == {"ties", "fisher"}
+    assert not (compared / "results/methods/sce").exists()
     ties = {"density": 0.2, "scale": 1.0, "consensus": "mean"}
     for method, default in (("ties", ties), ("fisher", {"floor": 1e-6})):
         choice = json.loads((compared / f"choices/{method}/{method}.json").read_text())
@@ -274,6 +278,10 @@ def test_a_comparison_is_published_and_its_page_is_made_from_that(compared, run_
         ("MethodComparison.methods={'ties': {'densty': (0.1, 0.2)}}", "'densty'"),
         ("MethodComparison.methods={'ties': {'density': (0.1, 3.0)}}", "density"),
         ("MethodComparison.defaults={'slrp': {}}", "'slrp'"),
+        ("MethodComparison.left_out=['tise']", "'tise'"),
+        ("MethodComparison.left_out=['ties']", "expected one or more"),
+        ("MethodComparison.unsearched=['tise']", "'tise'"),
+        ("MethodComparison.unsearched='ties'", "unsearched"),
         ("MethodComparison.candidates=-1", "candidates"),
         ("MethodComparison.memory='much'", "much"),
         ("ScalingStudy.bases=['instruct', 'pretrained']", "one of its bases"),
