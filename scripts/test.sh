@@ -4,6 +4,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/env.sh
+# What tests start would compile m2l's modules to bytecode again, every time.
+unset PYTHONDONTWRITEBYTECODE
 
 run() {
     .venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 \

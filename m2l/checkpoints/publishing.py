@@ -106,10 +106,10 @@ def sync(path: Path | str, *, metadata: bool = True) -> None:
 
 
 class Flusher:
-    """Syncs written files in a thread while more is written; a context manager.
+    """Syncs written files in a thread while more is written.
 
-    `publish` then has little left to wait for. Leaving the block raises the OSError of a file that
-    could not be synced.
+    What waits at the end until all is on the disk then has little to wait for. A context manager:
+    leaving the block waits.
     """
 
     def __init__(self) -> None:
@@ -127,14 +127,24 @@ class Flusher:
                 self._syncs.append(self._pool.submit(_sync_data, self._files))
                 self._files, self._bytes = {}, 0
 
+    def wait(self) -> None:
+        """Waits for the syncs that have begun; raises the OSError of a file that was not synced.
+
+        Linux tells of a write that failed once: a later sync of the file would not know it.
+        """
+        with self._lock:
+            syncs, self._syncs = self._syncs, []
+            self._files, self._bytes = {}, 0
+        for future in syncs:
+            future.result()
+
     def __enter__(self) -> "Flusher":
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         self._pool.shutdown(cancel_futures=kind is not None)
         if kind is None:
-            for future in self._syncs:
-                future.result()
+            self.wait()
 
 
 def _sync_data(files: Iterable[Path]) -> None:

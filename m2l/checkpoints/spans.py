@@ -15,7 +15,7 @@ import math
 import operator
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -357,12 +357,9 @@ class Extents:
 
     def read_span(self, span: Span, out: np.ndarray) -> None:
         """Reads a span into `out`, 1-D, contiguous, of the dtype; errors as `read_into`'s."""
-        rows = enumerate(out.reshape(span.rows, span.columns))
-        self._read(
-            part
-            for number, row in rows
-            for part in self._parts(row, span.start + number * span.stride)
-        )
+        starts = [span.start + row * span.stride for row in range(span.rows)]
+        ends = [(row * span.columns, (row + 1) * span.columns) for row in range(span.rows)]
+        self._read_runs(starts, ends, out)
 
     def read_rows(self, places: np.ndarray, out: np.ndarray) -> None:
         """Reads rows of the array as one of rows like those of `out`, [places, width].
@@ -372,24 +369,28 @@ class Extents:
         width = out.shape[1]
         breaks = (np.flatnonzero(np.diff(places) != 1) + 1).tolist()
         ends = [*itertools.pairwise([0, *breaks, len(places)])] if len(places) else []
-        starts = places[[first for first, _ in ends]].tolist()
+        starts = [int(places[first]) * width for first, _ in ends]
+        self._read_runs(starts, [(a * width, b * width) for a, b in ends], out.reshape(-1))
+
+    def _read_runs(
+        self, starts: Sequence[int], ends: Sequence[tuple[int, int]], out: np.ndarray
+    ) -> None:
+        """Fills out[first:last], for each of `ends`, with the elements from a start on."""
+        runs = zip(starts, ends, strict=True)
         if len(self.pieces) != 1 or not isinstance(self.pieces[0].file, Path):
-            runs = zip(starts, ends, strict=True)
-            self._read(
-                part
-                for start, (first, last) in runs
-                for part in self._parts(out[first:last].reshape(-1), start * width)
-            )
+            self._read(part for start, (a, b) in runs for part in self._parts(out[a:b], start))
             return
-        # One file, and rows may be short: little is to be done for each.
-        piece, nbytes = self.pieces[0], width * self.dtype.itemsize
-        memory = memoryview(out.reshape(-1).view(np.uint8))
+        # One file, and runs may be short: little is to be done for each.
+        piece, width = self.pieces[0], self.dtype.itemsize
+        memory = self._memory(out)
         with opening(piece.file, os.O_RDONLY, "read") as descriptor:
             self._check_size(piece.file, descriptor)
-            for start, (first, last) in zip(starts, ends, strict=True):
-                buffer, offset = memory[first * nbytes : last * nbytes], start * nbytes
+            for start, (first, last) in runs:
+                self._check_run(start, start + last - first)
+                buffer = memory[first * width : last * width]
+                offset = piece.offset + (start - piece.start) * width
                 while buffer:
-                    count = os.preadv(descriptor, [buffer], piece.offset + offset)
+                    count = os.preadv(descriptor, [buffer], offset)
                     if not count:
                         raise self._truncated(piece.file)
                     buffer, offset = buffer[count:], offset + count
@@ -454,17 +455,24 @@ class Extents:
         """Returns the files that have elements, in order."""
         return list(dict.fromkeys(piece.file for piece in self.pieces))
 
-    def _parts(self, array: np.ndarray, start: int) -> Iterator[tuple[Path, int, memoryview]]:
-        """Yields (file, offset in it, memory) for the elements from `start` on."""
+    def _memory(self, array: np.ndarray) -> memoryview:
+        """Returns the bytes of an array that elements are read into or written from."""
         if array.ndim != 1 or array.dtype != self.dtype or not array.flags.c_contiguous:
             raise ValueError(
                 f"{self.name}: a contiguous {self.dtype} array of one axis is needed, not "
                 f"{array.dtype}{list(array.shape)}"
             )
-        stop = start + array.size
+        return memoryview(array.view(np.uint8))
+
+    def _check_run(self, start: int, stop: int) -> None:
         if not 0 <= start <= stop <= self.size:
             raise ValueError(f"{self.name}: [{start}, {stop}) of its {self.size} elements")
-        width, memory = self.dtype.itemsize, memoryview(array.view(np.uint8))
+
+    def _parts(self, array: np.ndarray, start: int) -> Iterator[tuple[Path, int, memoryview]]:
+        """Yields (file, offset in it, memory) for the elements from `start` on."""
+        stop = start + array.size
+        self._check_run(start, stop)
+        width, memory = self.dtype.itemsize, self._memory(array)
         number = bisect.bisect_right(self.pieces, start, key=lambda piece: piece.start) - 1
         position = start
         while position < stop:

@@ -294,6 +294,7 @@ class ShardedResult:
         }
         self._hashed: dict[str, str] = {}
         self._begun: set[Unit] = set()
+        self._flusher = checkpoints.Flusher()
         self.files = {
             name: number for number, layout in enumerate(self._layouts) for name in layout.offsets
         }
@@ -344,12 +345,20 @@ class ShardedResult:
 
     def write(self, task: Task, part: np.ndarray) -> None:
         """Writes what a task has made."""
-        self._tensors[task.name].extents.write_from(part, task.spans[0].start)
+        tensor = self._tensors[task.name]
+        tensor.extents.write_from(part, task.spans[0].start)
+        self._wrote(tensor, part.size)
 
     def copy(self, task: Task, blocks: Iterable[np.ndarray]) -> str:
         """Writes all of a tensor, in blocks that follow one another; returns its SHA-256."""
-        self._hashed[task.name] = self._tensors[task.name].extents.write_blocks(blocks)
+        tensor = self._tensors[task.name]
+        self._hashed[task.name] = tensor.extents.write_blocks(blocks)
+        self._wrote(tensor, tensor.size)
         return self._hashed[task.name]
+
+    def _wrote(self, tensor: StoredTensor, elements: int) -> None:
+        if isinstance(self.directory, Path):
+            self._flusher.wrote([tensor.file], elements * tensor.dtype.itemsize)
 
     def sha256(self, name: str, unit_is_there: bool) -> str:
         """Returns the SHA-256, in hex, of a tensor's bytes as they are stored."""
@@ -369,6 +378,7 @@ class ShardedResult:
         """Gives a file of which all is written its name, when it is on the disk."""
         temporary, file = self._temporary(unit.key[1]), self.directory / unit.key[0]
         if isinstance(file, Path):
+            self._flusher.wait()
             checkpoints.publishing.sync(temporary)
             temporary.rename(file)
         else:

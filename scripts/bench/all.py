@@ -259,6 +259,8 @@ def main() -> None:
     parser.add_argument("--torch", help="A Python that has torch and transformers.")
     parser.add_argument("--mergekit", help="The mergekit-yaml of an installation.")
     flags = parser.parse_args()
+    # Modules are compiled to bytecode once, as where m2l is installed, not by every process.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     for command in dict.fromkeys(figure.command for figure in itertools.chain(*FIGURES.values())):
         if flags.only in command:

@@ -1,6 +1,8 @@
 """Models of every format are merged: the same parameters give the same bits, whoever's files."""
 
+import errno
 import json
+import os
 
 import jax
 import ml_dtypes
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 
 from m2l import checkpoints, models
-from m2l.checkpoints import huggingface, safetensors
+from m2l.checkpoints import huggingface, publishing, safetensors
 from m2l.errors import CheckpointError, MergeError
 from m2l.merging import METHODS, Recipe, merge
 
@@ -182,3 +184,24 @@ def test_what_cannot_be_opened_is_refused_by_name(both, tmp_path):
         merge(None, [one, one], Recipe("average"), tmp_path / "out", output_format="orbax")
     with pytest.raises(MergeError, match="--to gguf: a merge writes orbax or huggingface"):
         merge(None, [one, one], Recipe("average"), tmp_path / "out", output_format="gguf")
+
+
+def test_a_disk_that_is_full_when_a_part_is_put_on_it_is_not_passed_over(
+    both, monkeypatch, tmp_path
+):
+    """A write that failed is told once: to the first that waits for it, before the file's end."""
+    told, synced = [], os.fdatasync
+
+    def full(descriptor):
+        synced(descriptor)
+        if not told:
+            told.append(descriptor)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fdatasync", full)
+    monkeypatch.setattr(publishing, "_FLUSHED", 1)
+    experts = [both / "huggingface" / name for name in ("one", "two")]
+    with pytest.raises(CheckpointError, match=r"out: no space left: .*nothing was written"):
+        merge(None, experts, Recipe("average"), tmp_path / "out", progress=False)
+    assert told
+    assert list(tmp_path.iterdir()) == []
