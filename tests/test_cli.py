@@ -2,10 +2,12 @@
 
 import errno
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import click
 import numpy as np
@@ -500,3 +502,33 @@ def test_an_evaluation_that_is_done_is_printed_again_until_something_changes(
     data.write_text(json.dumps(line | {"inputs": "is it bad?"}) + "\n")
     code, printed = run()
     assert code == 2 and "is the result of other examples" in printed.err
+
+
+@pytest.mark.parametrize(
+    ("command", "tunables", "started"),
+    [
+        ("train", None, ["", "glibc.malloc.hugetlb=1"]),
+        ("train", "glibc.malloc.arena_max=8", ["glibc.malloc.arena_max=8"]),
+        ("tasks", None, [""]),
+    ],
+)
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's settings")
+def test_commands_that_run_models_have_huge_pages(tmp_path, command, tunables, started):
+    log = tmp_path / "log"
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\n"
+        f"with open({str(log)!r}, 'a') as log:\n"
+        "    print(os.getpid(), os.environ.get('GLIBC_TUNABLES', ''), file=log)\n"
+    )
+    environment = {name: os.environ[name] for name in os.environ if name != "GLIBC_TUNABLES"}
+    environment |= {"PYTHONPATH": str(tmp_path)}
+    environment |= {} if tunables is None else {"GLIBC_TUNABLES": tunables}
+    for program in ([Path(sys.executable).with_name("m2l")], [sys.executable, "-m", "m2l"]):
+        log.unlink(missing_ok=True)
+        done = subprocess.run(
+            [*program, command, "--no_such_flag"], env=environment, capture_output=True, text=True
+        )
+        assert (done.returncode, "no_such_flag" in done.stderr) == (2, True)
+        lines = [line.split(" ", 1) for line in log.read_text().splitlines()]
+        assert [each for _, each in lines] == started
+        assert len({pid for pid, _ in lines}) == 1

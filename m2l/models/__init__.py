@@ -133,9 +133,15 @@ def from_dict(values: Mapping[str, Json]) -> Config:
 
 def spec(config: Config) -> Params:
     """Returns the ParamSpec of every parameter, nested like them; creates no arrays."""
+    leaves, treedef = _spec(config)
+    return jax.tree.unflatten(treedef, leaves)
+
+
+@functools.cache
+def _spec(config: Config) -> tuple[list["ParamSpec"], jax.tree_util.PyTreeDef]:
     from m2l.models.layers import spec_of
 
-    return spec_of(_network(config, _execution()), _shortest_batch(config))
+    return jax.tree.flatten(spec_of(_network(config, _execution()), _shortest_batch(config)))
 
 
 @functools.cache

@@ -49,6 +49,7 @@ def spec(config: models.Config, lora: Lora | None = None) -> Params:
     return models.spec(config) if lora is None else lora.spec(config)
 
 
+@functools.cache
 def shardings(
     config: models.Config, optimizer: Optimizer, mesh: Mesh, lora: Lora | None = None
 ) -> TrainState:
@@ -60,15 +61,10 @@ def shardings(
     specs = spec(config, lora)
     params = partitioning.shardings(specs, mesh)
     replicated = NamedSharding(mesh, PartitionSpec())
-    abstract = jax.tree.map(
-        lambda each: jax.ShapeDtypeStruct(each.shape, each.dtype),
-        specs,
-        is_leaf=lambda leaf: isinstance(leaf, models.ParamSpec),
-    )
     by_parameter = {
         _parameter_path(path): (leaf.shape, sharding)
         for (path, leaf), sharding in zip(
-            jax.tree_util.tree_leaves_with_path(abstract), jax.tree.leaves(params), strict=True
+            jax.tree_util.tree_leaves_with_path(specs), jax.tree.leaves(params), strict=True
         )
     }
 
@@ -76,13 +72,17 @@ def shardings(
         shape, sharding = by_parameter.get(_parameter_path(path), (None, replicated))
         return sharding if leaf.shape == shape else replicated
 
-    opt_state = jax.eval_shape(functools.partial(_first_opt_state, optimizer), abstract)
+    opt_state = abstract(config, optimizer, lora).opt_state
     return TrainState(replicated, params, jax.tree_util.tree_map_with_path(place, opt_state))
 
 
+@functools.cache
 def abstract(config: models.Config, optimizer: Optimizer, lora: Lora | None = None) -> TrainState:
     """Returns the state's shapes and dtypes, without allocating it."""
-    return jax.eval_shape(functools.partial(init, config, optimizer, lora=lora), jax.random.key(0))
+    params = jax.tree.map(
+        lambda each: jax.ShapeDtypeStruct(each.shape, each.dtype), spec(config, lora)
+    )
+    return jax.eval_shape(functools.partial(from_params, optimizer), params)
 
 
 def init(
