@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
-import psutil
 from jax.typing import DTypeLike
 
 from m2l import files, storage
@@ -400,6 +399,8 @@ def _reader(
 
 def _check_memory(item: AnyPath, name: str, shape: tuple[int, ...], dtype: DTypeLike) -> None:
     """Raises CheckpointError where the machine has less memory than an array or chunk needs."""
+    import psutil
+
     size = math.prod(shape) * np.dtype(dtype).itemsize
     if size > psutil.virtual_memory().total:
         raise CheckpointError(
