@@ -512,8 +512,8 @@ def test_an_evaluation_that_is_done_is_printed_again_until_something_changes(
         ("tasks", None, [""]),
     ],
 )
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc's settings")
-def test_commands_that_run_models_have_huge_pages(tmp_path, command, tunables, started):
+def test_commands_that_run_models_have_huge_pages_on_linux(tmp_path, command, tunables, started):
+    started = started if sys.platform == "linux" else started[:1]
     log = tmp_path / "log"
     (tmp_path / "sitecustomize.py").write_text(
         "import os\n"

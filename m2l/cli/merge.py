@@ -1,7 +1,6 @@
 """`m2l merge`."""
 
 import functools
-import gc
 import importlib.metadata
 import os
 import sys
@@ -124,27 +123,18 @@ class RecipeCommand(GroupedCommand):
 
 
 def _import_jax() -> None:
-    """Imports JAX and what merges, in 0.25 s less than is usual; of a merge that is a third.
+    """Imports JAX, which looks for ROCm's plugin in the metadata of every installed package.
 
-    JAX looks for ROCm's plugin in the metadata of every installed package: here by the names of
-    their folders alone. Python looks for garbage among all that is imported, again and again: here
-    at no time.
+    Here by the names of their folders alone, which takes 0.2 s less.
     """
-    if "jax" in sys.modules:
-        return
     paths = [info for folder in sys.path for info in Path(folder).glob("jax_rocm*.dist-info")]
     plugins = list(map(importlib.metadata.Distribution.at, paths))
     distributions = importlib.metadata.distributions
-    gc.disable()
     try:
         importlib.metadata.distributions = lambda: iter(plugins)
         import jax  # noqa: F401
-
-        import m2l.merging  # noqa: F401
     finally:
         importlib.metadata.distributions = distributions
-        gc.freeze()
-        gc.enable()
 
 
 @functools.lru_cache(4)

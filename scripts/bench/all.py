@@ -72,22 +72,22 @@ LLAMA_STEP = "models.py train llama --torch {torch}"
 TUNING = "models.py train llama --targets 0.25 --torch {torch}"
 LLAMA_NOTE = "On a CPU with AVX2 alone, another day: 118 tokens/s, torch 126, limit 142."
 T5_BFLOAT16_NOTE = (
-    "A traced step spends 1.26 of 2.0 s in products, at 690 GFLOP/s where they reach 900 alone (in "
-    "float32 430 of 470), 0.17 s in those of attention, which XLA leaves to another library, and "
-    "0.3 s in conversions between the dtypes."
+    "A traced step of T5-small spends 1.26 of 2.0 s in products, at 690 GFLOP/s where they reach "
+    "900 alone (in float32 430 of 470), 0.17 s in those of attention, which XLA leaves to another "
+    "library, and 0.3 s in conversions between the dtypes."
 )
 LLAMA_BFLOAT16_NOTE = (
-    "A traced step spends 1.21 of 2.1 s in products, at 690 GFLOP/s where they reach 900 alone, "
-    "and 0.4 s in conversions between the dtypes."
+    "A traced step of SmolLM2-135M spends 1.21 of 2.1 s in products, at 690 GFLOP/s where they "
+    "reach 900 alone, and 0.4 s in conversions between the dtypes."
 )
 AVERAGE_NOTE = (
-    "A fifth of mergekit's time is 1.4 s. Apart from the start the two cores are 85 % busy; "
-    "another thread made it slower."
+    "A fifth of mergekit's time is 1.4 s, of task arithmetic's 1.5 s. Apart from the start the two "
+    "cores are 85 % busy; another thread made it slower."
 )
 DARE_NOTE = "Drawing 2e9 words by Threefry takes 1.6 CPU seconds, which the limit leaves out."
 TINY_NOTE = (
-    "Python and JAX take 0.4 s to start, m2l's modules 0.06, functions that are compiled already "
-    "0.02 each, of six, to be traced and loaded."
+    "As of DARE-TIES, Python and JAX take 0.4 s to start, m2l's modules 0.06, functions that are "
+    "compiled already 0.1 in all to be traced and loaded."
 )
 SUITE_NOTE = (
     "Some 2,100 CPU seconds: 650 in XLA, compiled once for all processes, 300 in tracing, 500 in "
